@@ -1,0 +1,42 @@
+"""Cheap long-context inference for Hugging Face models.
+
+Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT, and does nothing else: no model class,
+attention function or cache of transformers is changed. Public names are imported on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "LookaheadCache": "lkq_hf.cache",
+    "LookaheadKVConfig": "lkq_hf.adapter",
+    "LookaheadKVModel": "lkq_hf.adapter",
+    "LookaheadTrainer": "lkq_hf.training",
+    "LookaheadTrainingArguments": "lkq_hf.training",
+}
+
+__all__ = [
+    "LookaheadCache",
+    "LookaheadKVConfig",
+    "LookaheadKVModel",
+    "LookaheadTrainer",
+    "LookaheadTrainingArguments",
+    "__version__",
+]
+
+if TYPE_CHECKING:
+    from lkq_hf.adapter import LookaheadKVConfig, LookaheadKVModel
+    from lkq_hf.cache import LookaheadCache
+    from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

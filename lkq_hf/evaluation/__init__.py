@@ -1,0 +1,1 @@
+"""Measuring: real models, tasks and metrics."""
