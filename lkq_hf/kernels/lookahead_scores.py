@@ -4,20 +4,23 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from lkq_hf.kernels.dispatch import use_triton
 
 _CHUNK_BYTES = 64 * 2**20  # what the reference may allocate at a time, whatever the length
 
 
 def lookahead_scores(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     scaling: float,
     *,
-    mask: torch.Tensor | None = None,
-    row_mask: torch.Tensor | None = None,
+    mask: Tensor | None = None,
+    row_mask: Tensor | None = None,
     softcap: float | None = None,
     reduce_heads: bool = True,
-) -> torch.Tensor:
+) -> Tensor:
     """Mean attention of the last ``n`` positions to each of the ``length`` positions before them.
 
     Each of the ``n`` rows is a softmax over the ``length`` keys and the causal part of the rows' own ``n`` keys; the
@@ -50,41 +53,46 @@ def lookahead_scores(
 
 
 class _LookaheadScores(torch.autograd.Function):
-    """Keeps only each row's log-sum-exp for the backward pass, which recomputes the logits by chunks."""
+    """Keeps only each row's log-sum-exp, in as many splits as the forward made, and recomputes the logits from it."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        mask: torch.Tensor | None,
-        row_mask: torch.Tensor | None,
+        query: Tensor,
+        key: Tensor,
+        mask: Tensor | None,
+        row_mask: Tensor | None,
         scaling: float,
         softcap: float | None,
         reduce_heads: bool,
-    ) -> torch.Tensor:
-        scores, lse = _reference(query, key, mask, row_mask, scaling, softcap, reduce_heads)
-        ctx.save_for_backward(query, key, mask, row_mask, lse)
+    ) -> Tensor:
+        if use_triton(query, key):
+            from lkq_hf.kernels.lookahead_scores_triton import lookahead_scores_triton
+
+            scores, partial_lse = lookahead_scores_triton(query, key, mask, row_mask, scaling, softcap, reduce_heads)
+        else:
+            scores, partial_lse = _reference(query, key, mask, row_mask, scaling, softcap, reduce_heads)
+        ctx.save_for_backward(query, key, mask, row_mask, partial_lse)
         ctx.settings = (scaling, softcap, reduce_heads)
         return scores
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, mask, row_mask, lse = ctx.saved_tensors
-        grad_query, grad_key = _reference_backward(grad, query, key, mask, row_mask, lse, *ctx.settings)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, mask, row_mask, partial_lse = ctx.saved_tensors
+        grad_query, grad_key = _reference_backward(grad, query, key, mask, row_mask, partial_lse, *ctx.settings)
         return grad_query, grad_key, None, None, None, None, None
 
 
 def _reference(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    row_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    row_mask: Tensor | None,
     scaling: float,
     softcap: float | None,
     reduce_heads: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The scores, and the log-sum-exp of each row, ``[batch, kv_heads, heads // kv_heads, n]``."""
+) -> tuple[Tensor, Tensor]:
+    """The scores, and the log-sum-exp of each row over each split, ``[batch, kv_heads, splits, ratio * n]``."""
     batch, kv_heads, total, _ = key.shape
     heads, n = query.shape[1:3]
     lse = query.new_full((batch, kv_heads, heads // kv_heads, n), -torch.inf, dtype=_accumulator(query))
@@ -96,20 +104,20 @@ def _reference(
     for chunk, logits in _logit_chunks(query, key, total - n, mask, scaling, softcap):
         scores[..., chunk] = (logits.sub_(lse[..., None]).exp_() * weights[..., None]).sum(-2)
     scores = scores.mean(2) if reduce_heads else scores.flatten(1, 2)
-    return scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf), lse
+    return scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf), lse.flatten(2)[:, :, None]
 
 
 def _reference_backward(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    mask: torch.Tensor | None,
-    row_mask: torch.Tensor | None,
-    lse: torch.Tensor,
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    row_mask: Tensor | None,
+    partial_lse: Tensor,
     scaling: float,
     softcap: float | None,
     reduce_heads: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Gradients of ``query`` and ``key``: d logits = p * (g - sum p g), where g is the gradient of p."""
     batch, kv_heads, total, head_dim = key.shape
     heads, n = query.shape[1:3]
@@ -119,6 +127,7 @@ def _reference_backward(
     grad = grad[:, :, None] / ratio if reduce_heads else grad.unflatten(1, (kv_heads, ratio))
     grad = torch.nn.functional.pad(grad, (0, n))  # the rows' own keys have no score
     weights = _row_weights(query, row_mask)[..., None]
+    lse = partial_lse.logsumexp(2).unflatten(-1, (ratio, n))
 
     row_sum = torch.zeros_like(lse)
     for chunk, logits in _logit_chunks(query, key, total - n, mask, scaling, softcap):
@@ -139,13 +148,13 @@ def _reference_backward(
 
 
 def _logit_chunks(
-    query: torch.Tensor,
-    key: torch.Tensor,
+    query: Tensor,
+    key: Tensor,
     stop: int,
-    mask: torch.Tensor | None,
+    mask: Tensor | None,
     scaling: float,
     softcap: float | None,
-) -> Iterator[tuple[slice, torch.Tensor]]:
+) -> Iterator[tuple[slice, Tensor]]:
     """Logits of the first ``stop`` keys, ``[batch, kv_heads, heads // kv_heads, n, chunk]``; -inf is not visible."""
     batch, kv_heads, total, head_dim = key.shape
     heads, n = query.shape[1:3]
@@ -172,7 +181,7 @@ def _logit_chunks(
         yield chunk, logits
 
 
-def _row_weights(query: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Tensor:
+def _row_weights(query: Tensor, row_mask: Tensor | None) -> Tensor:
     """The weight of each row in the mean, ``[batch or 1, 1, 1, n]``."""
     n = query.shape[2]
     if row_mask is None:
@@ -181,11 +190,11 @@ def _row_weights(query: torch.Tensor, row_mask: torch.Tensor | None) -> torch.Te
     return weights[:, None, None].to(_accumulator(query))
 
 
-def _accumulator(query: torch.Tensor) -> torch.dtype:
+def _accumulator(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def _check(query: torch.Tensor, key: torch.Tensor, mask: torch.Tensor | None, row_mask: torch.Tensor | None) -> None:
+def _check(query: Tensor, key: Tensor, mask: Tensor | None, row_mask: Tensor | None) -> None:
     if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(
             "Expected query [batch, heads, n, head_dim] and key [batch, kv_heads, length + n, head_dim], "

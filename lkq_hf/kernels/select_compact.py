@@ -1,16 +1,19 @@
 """Keep the best-scored keys and values of each KV head."""
 
 import torch
+from torch import Tensor
+
+from lkq_hf.kernels.dispatch import use_triton
 
 
 def select_compact(
-    scores: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    scores: Tensor,
+    key: Tensor,
+    value: Tensor,
     k: int,
     *,
-    out: tuple[torch.Tensor, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
     """Copy the ``k`` best-scored positions of each KV head, in the order in which they stand.
 
     Deterministic: among equal scores the earlier position wins.
@@ -31,16 +34,20 @@ def select_compact(
         TypeError: ``scores`` is not float32, or ``out`` has another dtype than the keys and values.
     """
     _check(scores, key, value, k, out)
+    if use_triton(scores, key, value):
+        from lkq_hf.kernels.select_compact_triton import select_compact_triton
+
+        return select_compact_triton(scores, key, value, k, out)
     return _reference(scores, key, value, k, out)
 
 
 def _reference(
-    scores: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    scores: Tensor,
+    key: Tensor,
+    value: Tensor,
     k: int,
-    out: tuple[torch.Tensor, torch.Tensor] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    out: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor, Tensor]:
     # torch.topk promises no order among equal scores; a stable sort does.
     indices = scores.sort(dim=-1, descending=True, stable=True).indices[..., :k].sort(dim=-1).values
     kept_key = key.gather(2, indices[..., None].expand(-1, -1, -1, key.shape[-1]))
@@ -51,11 +58,11 @@ def _reference(
 
 
 def _check(
-    scores: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    scores: Tensor,
+    key: Tensor,
+    value: Tensor,
     k: int,
-    out: tuple[torch.Tensor, torch.Tensor] | None,
+    out: tuple[Tensor, Tensor] | None,
 ) -> None:
     if scores.dtype != torch.float32:
         raise TypeError(f"scores must be float32, found {scores.dtype}.")
