@@ -39,10 +39,7 @@ def lookahead_scores_triton(
     # A group is the rows that share a score: those of all query heads of a KV head, or those of one query head.
     groups, group_rows = (1, ratio * n) if reduce_heads else (ratio, n)
     block_d = max(16, triton.next_power_of_2(head_dim))
-    row_bytes = block_d * key.element_size()
-    # Tiles that fit the 100 kB of shared memory of the smallest supported GPUs, with three blocks of keys in flight.
-    block_rows = min(128, max(16, triton.next_power_of_2(group_rows)), 32768 // row_bytes)
-    block_keys = min(128, 16384 // row_bytes)
+    block_rows, block_keys, num_stages = _tile_sizes(block_d, key.element_size(), group_rows)
     row_blocks = triton.cdiv(group_rows, block_rows)
     tiles = groups * row_blocks
 
@@ -79,12 +76,12 @@ def lookahead_scores_triton(
         "BLOCK_ROWS": block_rows,
         "BLOCK_KEYS": block_keys,
         "num_warps": 4,
-        "num_stages": 3,
+        "num_stages": num_stages,
     }
     grid = (tiles, splits, batch * kv_heads)
-    _partial_lse_kernel[grid](*inputs, partial_lse, **constants)
-    if length:
-        log2_divisor = math.log2(group_rows // n) + (math.log2(n) if row_mask is None else 0.0)
+    log2_divisor = math.log2(group_rows // n) + (math.log2(n) if row_mask is None else 0.0)
+    with torch.cuda.device_of(key):
+        _partial_lse_kernel[grid](*inputs, partial_lse, **constants)
         _column_mean_kernel[grid](
             *inputs, partial_lse, row_offset, log2_divisor, scores, SPLITS=triton.next_power_of_2(splits), **constants
         )
@@ -93,6 +90,14 @@ def lookahead_scores_triton(
 
 def _unit_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _tile_sizes(block_d: int, element_size: int, group_rows: int) -> tuple[int, int, int]:
+    """Rows, keys and pipeline stages of a tile, for the 100 kB of shared memory of the smallest supported GPUs."""
+    rows = max(16, triton.next_power_of_2(group_rows))
+    if element_size == 4:  # float32 dot products have no tensor cores, and large tiles spill registers
+        return min(rows, 32), 16, 2
+    return min(rows, 16384 // block_d, 128), min(128, max(64, 8192 // block_d)), 3 if block_d <= 128 else 2
 
 
 @functools.cache

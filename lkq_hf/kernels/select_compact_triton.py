@@ -16,26 +16,27 @@ def select_compact_triton(
     indices = torch.empty(batch, kv_heads, k, dtype=torch.int64, device=scores.device)
 
     block = min(8192, triton.next_power_of_2(length))
-    _select_kernel[(batch * kv_heads,)](scores.contiguous(), indices, length, k, BLOCK=block, num_warps=16)
     block_positions = 32
-    _copy_kernel[(triton.cdiv(k, block_positions), batch * kv_heads)](
-        indices,
-        key,
-        value,
-        *out,
-        k,
-        kv_heads,
-        *key.stride(),
-        *value.stride(),
-        *out[0].stride(),
-        *out[1].stride(),
-        KEY_DIM=key_dim,
-        VALUE_DIM=value_dim,
-        BLOCK_KEY_DIM=triton.next_power_of_2(key_dim),
-        BLOCK_VALUE_DIM=triton.next_power_of_2(value_dim),
-        BLOCK_POSITIONS=block_positions,
-        num_warps=4,
-    )
+    with torch.cuda.device_of(key):
+        _select_kernel[(batch * kv_heads,)](scores.contiguous(), indices, length, k, BLOCK=block, num_warps=16)
+        _copy_kernel[(triton.cdiv(k, block_positions), batch * kv_heads)](
+            indices,
+            key,
+            value,
+            *out,
+            k,
+            kv_heads,
+            *key.stride(),
+            *value.stride(),
+            *out[0].stride(),
+            *out[1].stride(),
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            BLOCK_KEY_DIM=triton.next_power_of_2(key_dim),
+            BLOCK_VALUE_DIM=triton.next_power_of_2(value_dim),
+            BLOCK_POSITIONS=block_positions,
+            num_warps=4,
+        )
     return *out, indices
 
 
