@@ -30,14 +30,19 @@ NOT_PROSE = re.compile(
 NOT_DOCUMENTATION = {"lintian", "doc-base", "man", "info", "_sources", "_static", "_images", "_downloads"}
 LOCALE = re.compile(r"[a-z]{2}-([A-Z][a-z]{3}-)?[A-Z]{2}")
 
-BLOCKS = set(
+
+def words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+BLOCKS = words(
     "p div section article table tr ul ol dl li dt dd h1 h2 h3 h4 h5 h6 blockquote pre br hr figure figcaption "
-    "header footer main body caption".split()
+    "header footer main body caption"
 )
 SKIPPED_TAGS = {"script", "style", "nav", "noscript", "template", "svg", "button", "form"}
-SKIPPED_CLASSES = set(
-    "navheader navfooter toc list-of-examples list-of-tables list-of-figures related sphinxsidebar headerlink footer docnav "
-    "book-navigation indexterm breadcrumbs contents topic-contents footnotes".split()
+SKIPPED_CLASSES = words(
+    "navheader navfooter toc list-of-examples list-of-tables list-of-figures related sphinxsidebar headerlink footer "
+    "docnav book-navigation indexterm breadcrumbs contents topic-contents footnotes"
 )
 SKIPPED_IDS = {"banner", "title", "breadcrumbs"}
 
@@ -137,7 +142,7 @@ class Page(HTMLParser):
 
     @property
     def is_prose(self) -> bool:
-        return max(self.table_characters, self.code_characters) < 0.6 * len(self.text) and is_prose(self.text)
+        return max(self.table_characters, self.code_characters) < 0.8 * len(self.text) and is_prose(self.text)
 
 
 def is_prose(text: str) -> bool:
