@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypedDict
 
-from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from ..text.chat import encode_chat
+from ..text.passages import Contents, Corpus, Passage, token_ends
 from . import phrasings
 from .facts import Fact, draw_facts
-from .passages import Contents, Corpus, Passage, token_ends
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {
     "fact": 3.0,  # one planted fact
@@ -152,41 +152,6 @@ def split_documents(
         held_out.add(min(range(len(documents)), key=lambda index: len(documents[index]["text"])))
     train = [document for index, document in enumerate(documents) if index not in held_out]
     return train, [documents[index] for index in sorted(held_out)]
-
-
-def render_chat(messages: Sequence[Mapping[str, str]], answer_prefix: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the model reads: the tokenizer's own chat template, then the beginning of the answer.
-
-    A tokenizer without a chat template (a base model's) gets the messages' contents as paragraphs. A template that
-    refuses system messages gets them at the start of the user's.
-    """
-    messages = [dict(message) for message in messages]
-    if not messages:
-        return answer_prefix
-    if not tokenizer.chat_template:
-        body = "\n\n".join(message["content"] for message in messages)
-        return f"{body}\n\n{answer_prefix}" if answer_prefix else f"{body}\n\n"
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError:
-        if messages[0]["role"] != "system" or len(messages) < 2:
-            raise
-        merged = {"role": messages[1]["role"], "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-        text = tokenizer.apply_chat_template([merged, *messages[2:]], tokenize=False, add_generation_prompt=True)
-    return f"{text}{answer_prefix}"
-
-
-def encode_chat(
-    messages: Sequence[Mapping[str, str]], answer_prefix: str, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Token ids of a chat and the beginning of its answer.
-
-    Special tokens are added only where no chat template writes them.
-    """
-    bare = not messages or not tokenizer.chat_template
-    return tokenizer(render_chat(messages, answer_prefix, tokenizer), add_special_tokens=bare, verbose=False)[
-        "input_ids"
-    ]
 
 
 def build_prompts(
