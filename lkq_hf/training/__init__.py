@@ -1,0 +1,1 @@
+"""Training a lookahead adapter: prompts, targets, loss and trainer."""
