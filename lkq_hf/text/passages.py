@@ -64,12 +64,13 @@ def fit_length(build: Callable[[int], Built], length: int, most: int) -> Built |
 
 
 def insert(text: str, places: Sequence[tuple[int, str]]) -> str:
-    """Puts statements after the given characters of a text (at its end, if it has become shorter)."""
+    """Puts statements after the given characters of a text (at its end, if it is shorter), parted by a space."""
     parts = []
     done = 0
-    for place, statement in places:
+    for place, statement in sorted(places):
         place = min(place, len(text))
-        parts += [text[done:place], "" if not text[:place] or text[place - 1].isspace() else " ", statement]
+        parted = place == 0 or text[place - 1].isspace() or statement[0].isspace()
+        parts += [text[done:place], "" if parted else " ", statement]
         done = place
     return "".join([*parts, text[done:]])
 

@@ -221,7 +221,7 @@ class PromptBuilder:
         system = []
         if rng.random() < self.mix.system_prompt_share:
             system = [{"role": "system", "content": rng.choice(phrasings.SYSTEM_PROMPTS)}]
-        places = sorted((rng.choice(contents.boundaries), fact.statement) for fact in task.facts)
+        places = [(rng.choice(contents.boundaries), fact.statement) for fact in task.facts]
 
         def build(tokens: int) -> Prompt:
             text = insert(passage.first(tokens), places)
