@@ -9,40 +9,8 @@ def _listed(words: str) -> tuple[str, ...]:
     return tuple(words.split())
 
 
-ADJECTIVES = _listed("amused brisk curious drowsy eager frosty gentle hollow idle jolly lofty mellow nimble quiet rusty")
-    "amused",
-    "brisk",
-    "curious",
-    "drowsy",
-    "eager",
-    "frosty",
-    "gentle",
-    "hollow",
-    "idle",
-    "jolly",
-    "lofty",
-    "mellow",
-    "nimble",
-    "quiet",
-    "rusty",
-]
+ADJECTIVES = _listed("amused brisk curious drowsy eager frosty gentle hollow idle jolly lofty mellow nimble quiet")
 NOUNS = _listed("acorn bridge candle dragon engine feather garden hammer island jacket kettle ladder mirror orchard")
-    "acorn",
-    "bridge",
-    "candle",
-    "dragon",
-    "engine",
-    "feather",
-    "garden",
-    "hammer",
-    "island",
-    "jacket",
-    "kettle",
-    "ladder",
-    "mirror",
-    "needle",
-    "orchard",
-]
 
 STATEMENT = "One special magic number for {key} is: {value}."
 FRAME = (
