@@ -6,12 +6,14 @@ import re
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedTokenizerBase
+
+Built = TypeVar("Built", bound=Mapping[str, Any])
 
 WORD = re.compile(r"[A-Za-z_][\w.-]*\w")
 PROPER_NAME = re.compile(r"\b[A-Z][a-z]+(?: [A-Z][a-z]+)+\b")
@@ -36,6 +38,41 @@ def token_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> array:
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return array("I", (end for _, end in encoded["offset_mapping"]))
+
+
+def fit_length(build: Callable[[int], Built], length: int, most: int) -> Built | None:
+    """Finds how many tokens of a passage make a prompt exactly ``length`` tokens long.
+
+    Args:
+        build: makes the prompt with that many tokens of the passage; its ``"input_ids"`` are counted.
+        length: tokens wanted.
+        most: tokens that the passage has.
+
+    Returns:
+        the prompt, or None if the passage is too short or merges of tokens at its seams skip this length.
+    """
+    tokens = min(length - 64, most)
+    for _ in range(8):
+        built = build(tokens)
+        missing = length - len(built["input_ids"])
+        if not missing:
+            return built
+        tokens += missing
+        if not 0 < tokens <= most:
+            return None
+    return None
+
+
+def insert(text: str, places: Sequence[tuple[int, str]]) -> str:
+    """Puts statements after the given characters of a text (at its end, if it is shorter), parted by a space."""
+    parts = []
+    done = 0
+    for place, statement in sorted(places):
+        place = min(place, len(text))
+        parted = place == 0 or text[place - 1].isspace() or statement[0].isspace()
+        parts += [text[done:place], "" if parted else " ", statement]
+        done = place
+    return "".join([*parts, text[done:]])
 
 
 @dataclass

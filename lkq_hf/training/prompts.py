@@ -18,7 +18,7 @@ from typing import Any, TypedDict
 from transformers import PreTrainedTokenizerBase
 
 from ..text.chat import encode_chat
-from ..text.passages import Contents, Corpus, Passage, token_ends
+from ..text.passages import Contents, Corpus, Passage, fit_length, insert, token_ends
 from . import phrasings
 from .facts import Fact, draw_facts
 
@@ -221,29 +221,24 @@ class PromptBuilder:
         system = []
         if rng.random() < self.mix.system_prompt_share:
             system = [{"role": "system", "content": rng.choice(phrasings.SYSTEM_PROMPTS)}]
-        places = sorted((rng.choice(contents.boundaries), fact.statement) for fact in task.facts)
+        places = [(rng.choice(contents.boundaries), fact.statement) for fact in task.facts]
 
-        tokens = length - 64
-        for _ in range(8):
-            text = _insert(passage.first(tokens), places)
-            if kind == "raw":
-                messages, answer_prefix = [], text
-            else:
+        def build(tokens: int) -> Prompt:
+            text = insert(passage.first(tokens), places)
+            messages: list[dict[str, str]] = []
+            start = text if kind == "raw" else answer_prefix
+            if kind != "raw":
                 content = frame.replace("{task}", task.text).replace("{document}", text)
                 messages = [*system, {"role": "user", "content": content}]
-            input_ids = encode_chat(messages, answer_prefix, self.tokenizer)
-            if len(input_ids) == length:
-                return Prompt(
-                    messages=messages,
-                    answer_prefix=answer_prefix,
-                    kind=kind,
-                    document=passage.document,
-                    input_ids=input_ids,
-                )
-            tokens += length - len(input_ids)
-            if not 0 < tokens <= len(passage.ends):
-                return None
-        return None  # token merges at the seams kept it from the exact length
+            return Prompt(
+                messages=messages,
+                answer_prefix=start,
+                kind=kind,
+                document=passage.document,
+                input_ids=encode_chat(messages, start, self.tokenizer),
+            )
+
+        return fit_length(build, length, len(passage.ends))
 
     def _frame(self, rng: random.Random) -> str:
         if rng.random() >= self.mix.task_first_share:
@@ -258,17 +253,6 @@ class PromptBuilder:
         )
         text = "\n\n".join(numbered)
         return Passage(text, token_ends(text, self.tokenizer), passages[0].document)
-
-
-def _insert(text: str, places: Sequence[tuple[int, str]]) -> str:
-    """Puts statements after the given characters of a text (at its end, if it has become shorter)."""
-    parts = []
-    done = 0
-    for place, statement in places:
-        place = min(place, len(text))
-        parts += [text[done:place], "" if not text[:place] or text[place - 1].isspace() else " ", statement]
-        done = place
-    return "".join([*parts, text[done:]])
 
 
 def _facts(count: Callable[[random.Random, int], int], ask_all: bool) -> Callable[..., _Task]:

@@ -4,13 +4,13 @@ import re
 import pytest
 
 from lkq_hf.evaluation.models import smollm2_directory
+from lkq_hf.text.chat import encode_chat, render_chat
 from lkq_hf.training import phrasings
 from lkq_hf.training.prompts import (
     DEFAULT_WEIGHTS,
     PromptBuilder,
     PromptMix,
     build_prompts,
-    encode_chat,
     split_documents,
 )
 
