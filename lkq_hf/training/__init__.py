@@ -3,7 +3,7 @@
 from lkq_hf.training.arguments import LookaheadTrainingArguments
 from lkq_hf.training.data import TargetCollator
 from lkq_hf.training.prompts import PromptMix, build_prompts, split_documents
-from lkq_hf.training.targets import generate_targets
+from lkq_hf.training.targets import generate_targets, load_targets
 from lkq_hf.training.trainer import LookaheadTrainer
 
 __all__ = [
@@ -13,5 +13,6 @@ __all__ = [
     "TargetCollator",
     "build_prompts",
     "generate_targets",
+    "load_targets",
     "split_documents",
 ]

@@ -16,7 +16,6 @@ from transformers.cache_utils import DynamicCache
 from lkq_hf.attention import lookahead_positions, observe_attention
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
-from lkq_hf.cache.prefill import get_decoder
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 
 

@@ -12,7 +12,9 @@ quoting, copying and continuing; with the task before or after the text, and wit
 
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from typing import Any, TypedDict
 
 from transformers import PreTrainedTokenizerBase
@@ -168,6 +170,32 @@ def build_prompts(
     builder = PromptBuilder(documents, tokenizer, mix)
     for index in range(count):
         yield builder.prompt(index)
+
+
+def build_prompts_in_parallel(
+    documents: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    mix: PromptMix | None = None,
+    workers: int = 1,
+) -> list[Prompt]:
+    """The prompts of :func:`build_prompts`, made by several processes."""
+    if workers == 1:
+        return list(build_prompts(documents, tokenizer, count, mix))
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (documents, tokenizer, mix)) as pool:
+        return list(pool.map(_prompt_in_worker, range(count), chunksize=16))
+
+
+_worker_builder: "PromptBuilder"
+
+
+def _start_worker(*arguments: Any) -> None:
+    global _worker_builder
+    _worker_builder = PromptBuilder(*arguments)
+
+
+def _prompt_in_worker(index: int) -> Prompt:
+    return _worker_builder.prompt(index)
 
 
 class PromptBuilder:
