@@ -46,6 +46,7 @@ def left_padding(device, length, padding):
     ("dtype", "ratio", "head_dim", "n", "length"),
     [
         (torch.float32, 1, 64, 8, 1),
+        (torch.float16, 2, 64, 1, 40),
         (torch.float32, 4, 128, 32, 333),
         (torch.float32, 3, 256, 16, 65),
         (torch.float16, 1, 96, 32, 129),

@@ -1,0 +1,318 @@
+"""What eviction adds to a prefill, in time and memory, for models with random weights on one CUDA GPU.
+
+    python benchmarks/eviction_overhead.py
+
+Two parts. The kernels alone, per layer of Llama-3.1-8B: scoring and selection against plain torch and against the
+GPU's copy bandwidth. Then whole prefills, in rounds that run each of these once:
+
+    full        DynamicCache, no eviction
+    full + 32   DynamicCache, a prompt longer by the number of lookahead tokens: what reading them costs by itself
+    lookahead   LookaheadCache with a LOOKAHEAD_KV adapter
+    snapkv      LookaheadCache with the SnapKV scorer
+    laq         a draft of 32 tokens from a SnapKV cache, whose queries score the full cache again (Lookahead Q-Cache,
+                arXiv 2505.20334); the draft is decoded as transformers decodes
+
+An overhead is the median over the rounds of the difference to the same round's full prefill.
+"""
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from hardware import describe
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from lkq_hf import LookaheadCache, LookaheadKVConfig
+from lkq_hf.attention import observe_attention
+from lkq_hf.kernels.lookahead_scores import lookahead_scores
+from lkq_hf.kernels.select_compact import select_compact
+from lkq_hf.scoring import PrefillAttention, SnapKVScorer
+
+BUDGET = 128
+LOOKAHEAD_TOKENS = 32
+LONGEST_IN_ROUNDS = 65_536  # longer prefills are run once, and without the two slowest comparisons
+
+MODELS = {
+    "Llama-3.1-8B": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "max_position_embeddings": 262144,
+    },
+    "SmolLM2-135M": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": True,
+    },
+}
+PREFILLS = {  # model: (batch, prompt length)
+    "SmolLM2-135M": [(1, 8192), (8, 8192)],
+    "Llama-3.1-8B": [(1, 4096), (1, 8192), (1, 32_768), (1, 131_072)],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "eviction_overhead.json")
+    output = parser.parse_args().output
+    if not torch.cuda.is_available():
+        parser.error("this benchmark needs a CUDA GPU, and torch finds none")
+
+    results: dict[str, Any] = {"hardware": describe()}
+    print(json.dumps(results["hardware"]))
+    with torch.inference_mode():
+        results["kernels"] = [
+            benchmark_kernels(length, results["hardware"]) for length in (4096, 8192, 32_768, 131_072)
+        ]
+        print_table(results["kernels"])
+        results["prefill"] = []
+        for name, shapes in PREFILLS.items():
+            model, adapted = build_models(name)
+            for batch, length in shapes:
+                rows = benchmark_prefill(name, model, adapted, batch, length)
+                print_table(rows)
+                results["prefill"] += rows
+            del model, adapted
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written to {output}")
+
+
+# The kernels alone
+
+
+def benchmark_kernels(length: int, hardware: dict[str, Any]) -> dict[str, Any]:
+    """Times of one layer of Llama-3.1-8B; keys and values come from memory, not from the L2 cache."""
+    heads, kv_heads, head_dim = 32, 8, 128
+    scaling = head_dim**-0.5
+    query = torch.randn(1, heads, LOOKAHEAD_TOKENS, head_dim, device="cuda", dtype=torch.bfloat16)
+    key, value = torch.randn(
+        2, 1, kv_heads, length + LOOKAHEAD_TOKENS, head_dim, device="cuda", dtype=torch.bfloat16
+    ).unbind()
+
+    scores = lookahead_scores(query, key, scaling)
+    scoring = gpu_microseconds(lambda: lookahead_scores(query, key, scaling))
+    selection = gpu_microseconds(lambda: select_compact(scores, key, value, BUDGET))
+    plain = gpu_microseconds(lambda: plain_torch(query, key, value, scaling))
+    both = host_microseconds(lambda: select_compact(lookahead_scores(query, key, scaling), key, value, BUDGET))
+    # The result is worthless if the kernels are wrong.
+    torch.testing.assert_close(scores, plain_torch_scores(query, key, scaling), rtol=2e-2, atol=1e-7)
+    bytes_per_microsecond = hardware["copy_bandwidth_tb_s"] * 1e6
+    key_bytes = key.numel() * key.element_size()
+    return {
+        "length": length,
+        "scoring_us": scoring,
+        "selection_us": selection,
+        "plain_torch_us": plain,
+        "host_us": both,
+        "one_read_of_keys_us": key_bytes / bytes_per_microsecond,
+        "scoring_share_of_copy_bandwidth_counting_one_read": key_bytes / bytes_per_microsecond / scoring,
+        "scoring_share_of_copy_bandwidth_counting_two_reads": 2 * key_bytes / bytes_per_microsecond / scoring,
+    }
+
+
+def plain_torch_scores(query: torch.Tensor, key: torch.Tensor, scaling: float) -> torch.Tensor:
+    batch, heads, n, head_dim = query.shape
+    kv_heads, total = key.shape[1:3]
+    rows = query.reshape(batch, kv_heads, -1, head_dim) * scaling
+    logits = (rows @ key.transpose(-1, -2)).float().view(batch, heads, n, total)
+    hidden = torch.ones(n, total, dtype=torch.bool, device=key.device).triu(total - n + 1)
+    attention = logits.masked_fill(hidden, -torch.inf).softmax(-1)[..., : total - n]
+    return attention.mean(2).view(batch, kv_heads, heads // kv_heads, -1).mean(2)
+
+
+def plain_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float) -> Any:
+    indices = plain_torch_scores(query, key, scaling).topk(BUDGET).indices.sort().values
+    indices = indices[..., None].expand(-1, -1, -1, key.shape[-1])
+    return key.gather(2, indices), value.gather(2, indices)
+
+
+def gpu_microseconds(function: Callable[[], Any], repeats: int = 30) -> float:
+    """Median time on the GPU with a cold L2 cache, launches excluded (they overlap with the prefill's own work)."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            function()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
+    events = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        flush.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) * 1e3 for start, end in events)
+
+
+def host_microseconds(function: Callable[[], Any], repeats: int = 100) -> float:
+    """Time that the CPU takes to launch, which is what small models wait for."""
+    function()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / repeats * 1e6
+
+
+# Whole prefills
+
+
+def build_models(name: str) -> tuple[Any, Any]:
+    """A model with random weights, and the same weights under an adapter."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**MODELS[name])
+    with torch.inference_mode(False), torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+        shared = {id(parameter): parameter for parameter in model.parameters()}
+        adapted = get_peft_model(
+            copy.deepcopy(model, shared),  # type: ignore[arg-type]
+            LookaheadKVConfig(num_lookahead_tokens=LOOKAHEAD_TOKENS, inference_mode=True),
+        ).eval()
+    return model, adapted
+
+
+def benchmark_prefill(name: str, model: Any, adapted: Any, batch: int, length: int) -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    input_ids = torch.randint(model.config.vocab_size, (batch, length + LOOKAHEAD_TOKENS), device="cuda")
+    prompt = input_ids[:, :length]
+    methods: dict[str, Callable[[], Any]] = {
+        "full": lambda: prefill(model, prompt, DynamicCache(config=model.config)),
+        "full + 32": lambda: prefill(model, input_ids, DynamicCache(config=model.config)),
+        "lookahead": lambda: prefill(adapted, prompt, LookaheadCache(BUDGET, "lookahead")),
+        "snapkv": lambda: prefill(adapted, prompt, LookaheadCache(BUDGET, "snapkv")),
+        "laq": lambda: lookahead_q_cache(model, prompt),
+    }
+    once = length > LONGEST_IN_ROUNDS
+    if once:
+        del methods["full + 32"], methods["laq"]
+    measured: dict[str, list[tuple[float, int]]] = {method: [] for method in methods}
+    if not once:
+        for function in methods.values():
+            measure(function)
+        full_ms, _ = measure(methods["full"])
+    rounds = 1 if once else max(3, min(15, round(6000 / full_ms)))
+    for index in range(rounds):
+        for method, function in methods.items():
+            if method != "laq" or index < 3:  # its overhead is so large that three rounds tell
+                measured[method].append(measure(function))
+
+    kv_bytes = batch * length * kv_bytes_per_token(model.config)
+    full = measured["full"]
+    rows = []
+    for method, runs in measured.items():
+        overheads = [ms - full_ms for (ms, _), (full_ms, _) in zip(runs, full, strict=False)]
+        overhead = statistics.median(overheads)
+        rows.append(
+            {
+                "model": name,
+                "batch": batch,
+                "length": length,
+                "method": method,
+                "runs": len(runs),
+                "ms": statistics.median(ms for ms, _ in runs),
+                "overhead_ms": overhead,
+                "overhead_percent": 100 * overhead / statistics.median(ms for ms, _ in full),
+                "peak_gib": max(peak for _, peak in runs) / 2**30,
+                "peak_saved_of_full_kv_percent": 100 * (max(p for _, p in full) - max(p for _, p in runs)) / kv_bytes,
+            }
+        )
+    overheads_by_method = {row["method"]: row["overhead_ms"] for row in rows}
+    for row in rows:
+        if row["method"] == "laq":
+            row["times_the_overhead_of_lookahead"] = row["overhead_ms"] / overheads_by_method["lookahead"]
+    return rows
+
+
+def prefill(model: Any, input_ids: torch.Tensor, cache: Any) -> Any:
+    return model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+
+
+def measure(function: Callable[[], Any]) -> tuple[float, int]:
+    """Milliseconds, and peak bytes above what was allocated before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    result = function()
+    end.record()
+    end.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del result
+    return start.elapsed_time(end), peak
+
+
+def kv_bytes_per_token(config: Any) -> int:
+    head_dim = config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
+
+
+def lookahead_q_cache(model: Any, prompt: torch.Tensor, draft_tokens: int = 32, window: int = 32) -> DynamicCache:
+    """The prompt's cache, cut to the budget by the attention of a drafted response (arXiv 2505.20334)."""
+    batch, length = prompt.shape
+    decoder = model.get_decoder()
+    scaling = (model.config.hidden_size // model.config.num_attention_heads) ** -0.5
+    full, draft, kept = (DynamicCache(config=model.config) for _ in range(3))
+    snapkv = SnapKVScorer(window=window)
+    queries: list[list[torch.Tensor]] = [[] for _ in range(model.config.num_hidden_layers)]
+
+    def compress(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, _: Any) -> None:
+        attention = PrefillAttention(query, key, value, length, 0, BUDGET, scaling, None, None, module.layer_idx)
+        draft.update(*select_compact(snapkv.score(attention), key, value, BUDGET)[:2], module.layer_idx)
+
+    def collect(module: Any, query: torch.Tensor, *_: Any) -> None:
+        queries[module.layer_idx].append(query)
+
+    with observe_attention(decoder, compress):
+        token = prefill(model, prompt, full).logits.argmax(-1)
+    with observe_attention(decoder, collect):
+        for position in range(length, length + draft_tokens):
+            positions = torch.full((batch, 1), position, device=prompt.device)
+            output = model(input_ids=token, past_key_values=draft, position_ids=positions, use_cache=True)
+            token = output.logits.argmax(-1)
+    for index, (layer, drafted) in enumerate(zip(full.layers, draft.layers, strict=True)):
+        key = torch.cat([layer.keys, drafted.keys[:, :, BUDGET:]], dim=2)
+        scores = lookahead_scores(torch.cat(queries[index], dim=2), key, scaling)
+        kept.update(*select_compact(scores, layer.keys, layer.values, BUDGET)[:2], index)
+    return kept
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    print(" | ".join(columns))
+    for row in rows:
+        print(" | ".join(_format(row.get(column, "")) for column in columns))
+    print(flush=True)
+
+
+def _format(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    main()
