@@ -12,8 +12,8 @@ class LookaheadTrainingArguments(TrainingArguments):
     Args:
         max_prompt_length: longer prompts lose tokens from their middle; None for no limit.
         max_response_length: longer responses are cut; None for no limit.
-        importance_heads: "query" compares the importance per query head, as the paper does; "kv" compares its mean over
-            the query heads of each KV head, which is what eviction ranks by.
+        importance_heads: "query" compares the importance per query head, as the paper does; "kv" compares its mean
+            over the query heads of each KV head, which is what eviction ranks by.
         recall_budgets: budgets for which the evaluation reports the recall of the most important entries.
 
     Source of the defaults: LookaheadKV (arXiv 2603.10899): Adam, learning rate 1e-3, responses up to 512 tokens.
