@@ -63,7 +63,7 @@ class Page(HTMLParser):
         self._row_cells = 0
         self._in_head = False
         # Sphinx and others mark the text proper: all around it is navigation.
-        self._outside_main = 'role="main"' in html
+        self._outside_main = re.search(r"""role=["']main["']""", html) is not None
         self._main_depth = 0
         self.feed(html)
         self.close()
@@ -238,16 +238,20 @@ def text_documents(root: Path, files: Iterable[Path]) -> Iterator[tuple[str, str
 
 
 def documents_of(root: Path, source: str) -> Iterator[dict[str, str]]:
-    """The documents of one unpacked package, without those whose paragraphs mostly came before."""
+    """The documents of one unpacked package, without those whose paragraphs are mostly in longer ones."""
     files = files_of(root)
     pages = [path for path in files if path.suffix in (".html", ".xhtml", ".htm")]
-    found = html_documents(root, pages) if pages else text_documents(root, files)
+    found = list(html_documents(root, pages) if pages else text_documents(root, files))
     seen: set[str] = set()
-    for name, text in sorted(found, key=lambda item: item[0].count("-1.html")):
+    kept = set()
+    for name, text in sorted(found, key=lambda item: -len(item[1])):
         paragraphs = [paragraph for paragraph in text.split("\n\n") if len(paragraph) >= 80]
         known = sum(paragraph in seen for paragraph in paragraphs)
         seen.update(paragraphs)
         if len(text) >= SHORTEST_DOCUMENT and 2 * known <= len(paragraphs):
+            kept.add(name)
+    for name, text in found:
+        if name in kept:
             yield {"source": source, "document": name.split("usr/share/")[-1], "text": text}
 
 

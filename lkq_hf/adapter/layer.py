@@ -15,7 +15,6 @@ from lkq_hf.attention import thread_state
 class LookaheadKVLayer(BaseTunerLayer):
     """What both kinds share."""
 
-    # Set on layers whose adapter was injected for loading: until then its weights are NaN (see `new_parameter`).
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise NotImplementedError(
             "a LOOKAHEAD_KV adapter cannot be merged: it acts on the lookahead tokens only, and merged weights act on "
@@ -115,7 +114,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: LookaheadKVConfig) -> None:
-        """Adds an adapter's matrices, ``A [r, in_features]`` and ``B [out_features, r]``, whose product starts at 0."""
+        """Adds an adapter's matrices ``A [r, in_features]`` and ``B [out_features, r]``; their product starts at 0."""
         down = torch.empty(config.r, self.in_features)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         self.lookahead_kv_A[adapter_name] = nn.Parameter(down)
@@ -146,7 +145,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
 
 
 def _initial_tokens(embedding: nn.Module, count: int, hidden_size: int) -> torch.Tensor:
-    """``[count, hidden_size]`` normal values with the spread of the embeddings that the model feeds its first layer."""
+    """``[count, hidden_size]`` normal values with the spread of the embeddings that the first layer sees."""
     weight = getattr(embedding, "weight", None)
     if weight is None or weight.device.type == "meta":
         return torch.randn(count, hidden_size) * 0.02

@@ -1,7 +1,7 @@
 """The LOOKAHEAD_KV tuner: attaches adapters to a model, and checks what is loaded into them."""
 
 import re
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftConfig
@@ -19,7 +19,8 @@ QUERY_AND_KEY_MODULES = (
     "query_key_value", "Wqkv", "c_attn", "query", "key",
 )  # fmt: skip
 SHAPE_FIELDS = (
-    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
+    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim",
 )  # fmt: skip
 
 
@@ -44,7 +45,7 @@ class LookaheadKVModel(BaseTuner):
     prefix = "lookahead_kv_"
     tuner_layer_cls = LookaheadKVLayer
     # None means every linear module of the decoder's layers, so no list of architectures is needed.
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     def _prepare_adapter_config(self, peft_config: LookaheadKVConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config

@@ -73,14 +73,14 @@ class LookaheadCache(Cache):
                 layers.append(layer)
             else:
                 raise NotImplementedError(
-                    f"LookaheadCache compresses full-attention layers and keeps sliding-window ones, but layer {index} "
-                    f"of this model ({config.model_type}) keeps its state in a {type(layer).__name__}. "
+                    "LookaheadCache compresses full-attention layers and keeps sliding-window ones, but layer "
+                    f"{index} of this model ({config.model_type}) keeps its state in a {type(layer).__name__}. "
                     "Generate without past_key_values, or with DynamicCache, for this model."
                 )
         if not any(isinstance(layer, EvictedLayer) for layer in layers):
             raise NotImplementedError(
-                f"every layer of this model ({config.model_type}) has a sliding window, which bounds its cache already: "
-                "there is nothing to evict. Generate without past_key_values for this model."
+                f"every layer of this model ({config.model_type}) has a sliding window, which bounds its cache "
+                "already: there is nothing to evict. Generate without past_key_values for this model."
             )
         self.layers = layers
         if self._records_past:
@@ -88,7 +88,7 @@ class LookaheadCache(Cache):
 
     @property
     def records_past(self) -> bool:
-        """Whether drafted tokens may be taken back, as in assisted decoding: eviction then waits for the first crop."""
+        """Whether drafted tokens may be taken back (assisted decoding): eviction then waits for the first crop."""
         return self._records_past
 
     def activate_past_recording(self) -> None:

@@ -37,11 +37,6 @@ class EvictedLayer(DynamicLayer):
         """Whether ``key`` is what the last ``update`` of a prefill handed through."""
         return self._observed_key is key
 
-    @property
-    def prefill_is_open(self) -> bool:
-        """Whether a prefill began and its eviction did not happen."""
-        return self._awaits_eviction
-
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,8 +89,8 @@ class EvictedLayer(DynamicLayer):
         remove = max(self.tokens_seen - amount, 0) if amount > 0 else -amount
         if self.tokens_seen - remove < self._evicted_length:
             raise ValueError(
-                f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self._evicted_length} were "
-                "evicted, so the cache cannot go back before them. Start again with a new LookaheadCache."
+                f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self._evicted_length} "
+                "were evicted, so the cache cannot go back before them. Start again with a new LookaheadCache."
             )
         if remove:
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
@@ -137,7 +132,7 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
         self._prefill_length: int | None = None
 
     def begin_prefill(self, length: int) -> None:
-        """The next ``update`` brings the prompt's ``length`` tokens and appended ones; only the prompt's are stored."""
+        """The next ``update`` brings the prompt's ``length`` tokens and appended ones, which are not stored."""
         self._prefill_length = length
 
     def update(

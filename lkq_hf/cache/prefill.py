@@ -86,7 +86,7 @@ def get_decoder(model: nn.Module) -> PreTrainedModel:
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     if not isinstance(decoder, PreTrainedModel):
         raise TypeError(
-            f"expected a decoder-only language model of transformers, found {type(base).__name__}, which has no decoder"
+            f"expected a decoder-only language model of transformers, found {type(base).__name__} without a decoder"
         )
     return decoder
 

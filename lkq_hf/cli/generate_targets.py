@@ -21,6 +21,7 @@ def generate_targets(
     max_length: Annotated[int, typer.Option(help="Longest prompt, in tokens.")] = 8192,
     length_step: Annotated[int, typer.Option(help="Prompt lengths are multiples of this.")] = 256,
     max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 512,
+    shard_size: Annotated[int, typer.Option(help="Prompts per file; a stopped run repeats at most one file.")] = 512,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, prompts and responses together.")] = 65_536,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that build prompts.")] = 1,
@@ -54,6 +55,7 @@ def generate_targets(
             out / name,
             max_new_tokens=max_new_tokens,
             batch_tokens=batch_tokens,
+            shard_size=shard_size,
             process_index=state.process_index,
             num_processes=state.num_processes,
         )

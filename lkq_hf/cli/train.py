@@ -20,6 +20,7 @@ def train(
     lora_alpha: Annotated[float, typer.Option(help="The LoRA's update is scaled by lora_alpha / rank.")] = 32,
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the lookahead positions beside the tokens.")] = True,
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
+    importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.")] = 32,
     device_batch_size: Annotated[int, typer.Option(help="Prompts per forward of one device.")] = 32,
@@ -57,6 +58,7 @@ def train(
     arguments = LookaheadTrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=learning_rate,
+        importance_heads=importance_heads,
         per_device_train_batch_size=device_batch_size,
         per_device_eval_batch_size=device_batch_size,
         gradient_accumulation_steps=max(1, batch_size // (device_batch_size * state.num_processes)),

@@ -39,8 +39,9 @@ class PrefillAttention:
 class Scorer(ABC):
     """Gives every prompt entry of every KV head a score; the entries with the highest scores stay in the cache.
 
-    A subclass implements :meth:`score`. One that takes parameters from the model implements :meth:`bind`. One that needs tokens after the prompt (learned ones, or a response) also
-    implements :meth:`suffix`. A scorer holds no modules and no state of a forward, so that caches can be copied.
+    A subclass implements :meth:`score`. One that takes parameters from the model also implements :meth:`bind`, and one
+    that needs tokens after the prompt (learned ones, or a response) :meth:`suffix`. A scorer holds no modules and no
+    state of a forward, so that caches can be copied.
     """
 
     uses_adapter: bool = False

@@ -12,6 +12,8 @@ class LookaheadTrainingArguments(TrainingArguments):
     Args:
         max_prompt_length: longer prompts lose tokens from their middle; None for no limit.
         max_response_length: longer responses are cut; None for no limit.
+        importance_heads: "query" compares the importance per query head, as the paper does; "kv" compares its mean
+            over the query heads of each KV head, which is what eviction ranks by.
         recall_budgets: budgets for which the evaluation reports the recall of the most important entries.
 
     Source of the defaults: LookaheadKV (arXiv 2603.10899): Adam, learning rate 1e-3, responses up to 512 tokens.
@@ -26,6 +28,14 @@ class LookaheadTrainingArguments(TrainingArguments):
     )
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longer prompts lose tokens in the middle."})
     max_response_length: int | None = field(default=512, metadata={"help": "Longer responses are cut."})
+    importance_heads: str = field(
+        default="query", metadata={"help": "Heads whose importance is compared.", "choices": ["query", "kv"]}
+    )
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.importance_heads not in ("query", "kv"):
+            raise ValueError(f'importance_heads must be "query" or "kv", got {self.importance_heads!r}')

@@ -26,8 +26,8 @@ class TargetCollator:
         responses = [list(example["response_ids"])[: self.max_response_length] for example in examples]
         if not all(prompts) or not all(responses):
             raise ValueError(
-                'every example needs "input_ids" (a prompt) and "response_ids" (the model\'s answer) with at least one '
-                "token each; run generate_targets to make them"
+                'every example needs "input_ids" (a prompt) and "response_ids" (the model\'s answer) with at least '
+                "one token each; run generate_targets to make them"
             )
         prompt_ids, prompt_mask = self._pad(prompts, left=True)
         response_ids, response_mask = self._pad(responses, left=False)

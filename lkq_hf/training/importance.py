@@ -163,6 +163,11 @@ def _normalise(scores: torch.Tensor) -> torch.Tensor:
     return F.normalize(scores.masked_fill(scores == -torch.inf, 0.0), p=1.0, dim=-1, eps=1e-30)
 
 
+def mean_over_query_heads(scores: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """``[batch, kv_heads, length]`` from ``[batch, heads, length]``."""
+    return scores.unflatten(1, (kv_heads, -1)).mean(2)
+
+
 def importance_recall(target: torch.Tensor, predicted: torch.Tensor, kv_heads: int, budget: int) -> torch.Tensor:
     """Share of the target's ``budget`` most important entries of each KV head that the prediction ranks as high.
 
@@ -176,7 +181,7 @@ def importance_recall(target: torch.Tensor, predicted: torch.Tensor, kv_heads: i
     """
     kept = []
     for scores in (target, predicted):
-        grouped = scores.unflatten(1, (kv_heads, -1)).mean(2)
+        grouped = mean_over_query_heads(scores, kv_heads)
         best = grouped.topk(budget, dim=-1).indices
         kept.append(torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True))
     return (kept[0] & kept[1]).float().sum(-1).mean(1) / budget

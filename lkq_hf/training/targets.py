@@ -136,7 +136,10 @@ def _batches(lengths: list[int], max_new_tokens: int, batch_tokens: int) -> Iter
     """Indices of rows in batches of similar length, each of at most ``batch_tokens`` tokens, padding included."""
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * (lengths[index] + max_new_tokens) > batch_tokens:
+        full = (len(batch) + 1) * (lengths[index] + max_new_tokens) > batch_tokens
+        # A batch without padding runs without a mask, which is worth more than a larger batch.
+        uneven = len(batch) >= 16 and lengths[index] != lengths[batch[0]]
+        if batch and (full or uneven):
             yield batch
             batch = []
         batch.append(index)

@@ -16,6 +16,7 @@ from lkq_hf.training.importance import (
     importance_divergence,
     importance_recall,
     lookahead_importance,
+    mean_over_query_heads,
     response_importance,
 )
 
@@ -83,6 +84,12 @@ class LookaheadTrainer(Trainer):
         prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"])
         targets = response_importance(decoder, prompt, inputs["response_ids"], inputs["response_mask"])
         predicted = lookahead_importance(model, decoder, prompt, self._tokens(unwrapped).active_tokens())
+        if self.args.importance_heads == "kv":
+            kv_heads = decoder.config.num_key_value_heads
+            targets, predicted = (
+                {layer: mean_over_query_heads(scores, kv_heads) for layer, scores in importance.items()}
+                for importance in (targets, predicted)
+            )
         losses = [importance_divergence(targets[layer], predicted[layer]).to(self.args.device) for layer in targets]
         return torch.stack(losses).mean(), (targets, predicted)
 
