@@ -85,6 +85,7 @@ class Bench:
         if arguments.adapter:
             self.model.load_adapter(arguments.adapter)
         prepare_model_for_eviction(self.model)
+        self.end_tokens = torch.tensor(self.model.generation_config.eos_token_id, device=self.device).reshape(-1)
         self.budgets = arguments.budgets
         self.batch_size = arguments.batch_size
         with_adapter = bool(arguments.adapter)
@@ -105,12 +106,12 @@ class Bench:
             past_key_values=cache,
             max_new_tokens=new_tokens,
             do_sample=False,
-            pad_token_id=self.model.generation_config.eos_token_id,
+            pad_token_id=self.end_tokens[0].item(),
         )
         ids = output[:, input_ids.shape[1] :]
-        ended = (ids == self.model.generation_config.eos_token_id).cumsum(1)
+        is_end = torch.isin(ids, self.end_tokens)
         # Up to and including the first end token.
-        return Answers(ids, (ended == 0) | ((ended == 1) & (ids == self.model.generation_config.eos_token_id)))
+        return Answers(ids, is_end.cumsum(1) - is_end.long() == 0)
 
     def texts(self, answers: Answers) -> list[str]:
         kept = [ids[mask].tolist() for ids, mask in zip(answers.ids, answers.mask, strict=True)]
