@@ -14,6 +14,7 @@ class LookaheadTrainingArguments(TrainingArguments):
         max_response_length: longer responses are cut; None for no limit.
         importance_heads: "query" compares the importance per query head, as the paper does; "kv" compares its mean
             over the query heads of each KV head, which is what eviction ranks by.
+        importance_power: importance is raised to this power before it is compared; 1 is the paper's objective.
         recall_budgets: budgets for which the evaluation reports the recall of the most important entries.
 
     Source of the defaults: LookaheadKV (arXiv 2603.10899): Adam, learning rate 1e-3, responses up to 512 tokens.
@@ -31,6 +32,9 @@ class LookaheadTrainingArguments(TrainingArguments):
     importance_heads: str = field(
         default="query", metadata={"help": "Heads whose importance is compared.", "choices": ["query", "kv"]}
     )
+    importance_power: float = field(
+        default=0.5, metadata={"help": "Power of the importance that is compared; 1 as in the paper."}
+    )
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
     )
@@ -39,3 +43,5 @@ class LookaheadTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.importance_heads not in ("query", "kv"):
             raise ValueError(f'importance_heads must be "query" or "kv", got {self.importance_heads!r}')
+        if not 0 < self.importance_power <= 1:
+            raise ValueError(f"importance_power must be above 0 and at most 1, got {self.importance_power}")

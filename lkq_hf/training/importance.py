@@ -146,21 +146,25 @@ def _per_head_scores(
     )
 
 
-def importance_divergence(target: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+def importance_divergence(target: torch.Tensor, predicted: torch.Tensor, power: float = 1.0) -> torch.Tensor:
     """KL divergence of the predicted from the target importance, both made to sum to 1 over the prompt.
 
     Args:
         target, predicted: ``[batch, heads, length]``; minus infinity on padding.
+        power: both are raised to it first. 1 is the paper's objective, in which the attention sink, most of the mass,
+            is most of the loss; below 1 the many small entries that eviction must rank count for more.
 
     Returns:
         The mean over batch and heads, in nats (LookaheadKV, arXiv 2603.10899, training objective).
     """
-    target, predicted = _normalise(target), _normalise(predicted)
+    target, predicted = _normalise(target, power), _normalise(predicted, power)
     return F.kl_div(predicted.clamp(min=1e-30).log(), target, reduction="none").sum(-1).mean()
 
 
-def _normalise(scores: torch.Tensor) -> torch.Tensor:
-    return F.normalize(scores.masked_fill(scores == -torch.inf, 0.0), p=1.0, dim=-1, eps=1e-30)
+def _normalise(scores: torch.Tensor, power: float) -> torch.Tensor:
+    # The smallest normal number keeps the gradient of a root finite where a score underflowed.
+    raised = scores.clamp(min=torch.finfo(scores.dtype).tiny).pow(power) if power != 1 else scores
+    return F.normalize(raised.masked_fill(scores == -torch.inf, 0.0), p=1.0, dim=-1, eps=1e-30)
 
 
 def mean_over_query_heads(scores: torch.Tensor, kv_heads: int) -> torch.Tensor:

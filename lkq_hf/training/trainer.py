@@ -90,7 +90,10 @@ class LookaheadTrainer(Trainer):
                 {layer: mean_over_query_heads(scores, kv_heads) for layer, scores in importance.items()}
                 for importance in (targets, predicted)
             )
-        losses = [importance_divergence(targets[layer], predicted[layer]).to(self.args.device) for layer in targets]
+        power = self.args.importance_power
+        losses = [
+            importance_divergence(targets[layer], predicted[layer], power).to(self.args.device) for layer in targets
+        ]
         return torch.stack(losses).mean(), (targets, predicted)
 
     def prediction_step(
