@@ -1,0 +1,1 @@
+"""Two-stage group-wise quantisation: from a model to a checkpoint that `from_pretrained` loads."""
