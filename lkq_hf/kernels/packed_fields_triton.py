@@ -44,15 +44,15 @@ def subnormal_scale(field, bits):
 def subnormal_field(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
     """One field of packed rows as a float32 ``q * 2**(position - 149)``: a bit mask and no conversion.
 
-    The bit pattern of an integer below 2**24 is that of the float32 which is 2**-149 times as large (a subnormal number,
-    or one of the smallest normal ones). So fields in the lower 24 bits need only be cut out, and one shift serves the
-    others. GPUs multiply subnormal numbers at full speed.
+    The bit pattern of an integer below 2**24 is that of the float32 which is 2**-149 times as large (a subnormal
+    number, or one of the smallest normal ones). So fields in the lower 24 bits need only be cut out, and one shift
+    serves the others. GPUs multiply subnormal numbers at full speed.
     """
     POSITION: tl.constexpr = _position(FIELD, BITS)
     OFFSET: tl.constexpr = FIELD * BITS % 32
     if OFFSET + BITS > 32:
         return field_value(word0, word1, word2, FIELD, BITS).to(tl.float32, bitcast=True)
-    word, above = _words_of(word0, word1, word2, FIELD, BITS)
+    word, _ = _words_of(word0, word1, word2, FIELD, BITS)
     if POSITION != OFFSET:
         word = word >> (OFFSET - POSITION)
     return (word & ((2**BITS - 1) << POSITION)).to(tl.float32, bitcast=True)

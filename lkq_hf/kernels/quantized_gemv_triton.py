@@ -12,8 +12,6 @@ from torch import Tensor
 from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_words, subnormal_field, subnormal_scale
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
-MAXIMUM_ROWS = 4
-
 
 @triton.jit
 def _gemv_kernel(
@@ -61,7 +59,7 @@ def _gemv_kernel(
                 for m in tl.static_range(M):
                     value = tl.load(features + m * x_stride + (row * FEATURES + field)).to(tl.float32)
                     scaled = tl.broadcast_to(value * subnormal_scale(field, BITS), level.shape)
-                    new_level_sum = new_level_sum + (tl.fma(level, scaled, level_sum[m]),)
+                    new_level_sum = new_level_sum + (tl.fma(level, scaled, level_sum[m]),)  # type: ignore[assignment]
                 level_sum = new_level_sum
         group = (chunk // chunks_per_group)[:, None]
         scale = tl.load(scales + group * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -73,7 +71,7 @@ def _gemv_kernel(
         for m in tl.static_range(M):
             x_chunk = tl.load(features + m * x_stride + tl.arange(0, CHUNK)[None, :]).to(tl.float32)
             x_sum = tl.sum(x_chunk, axis=1)[:, None]
-            new_total = new_total + (total[m] + scale * (level_sum[m] * 2.0**64 - zero * x_sum),)
+            new_total = new_total + (total[m] + scale * (level_sum[m] * 2.0**64 - zero * x_sum),)  # type: ignore[assignment]
         total = new_total
     for m in tl.static_range(M):
         result = tl.sum(total[m], axis=0).to(partial.dtype.element_ty)

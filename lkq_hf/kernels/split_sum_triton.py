@@ -19,7 +19,9 @@ def split_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
         return partial[0]
     total = torch.empty(rows, columns, dtype=dtype, device=partial.device)
     block = 256
-    _split_sum_kernel[(triton.cdiv(rows * columns, block),)](partial, total, rows * columns, SPLITS=splits, BLOCK=block)
+    _split_sum_kernel[(triton.cdiv(rows * columns, block),)](
+        partial, total, rows * columns, SPLITS=splits, BLOCK=block
+    )
     return total
 
 
