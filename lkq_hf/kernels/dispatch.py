@@ -1,0 +1,70 @@
+"""Choose between an operation's torch reference and its Triton kernel."""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Collection
+
+import torch
+
+ENVIRONMENT_VARIABLE = "LKQ_KERNELS"
+"""``torch`` or ``triton`` forces that implementation everywhere; unset or empty lets each call choose."""
+
+FLOATING_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+
+_OLDEST_CUDA_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies start with Ampere
+
+
+def use_triton(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = FLOATING_DTYPES) -> bool:
+    """Whether an operation on ``tensors`` should run its Triton kernel.
+
+    By default it should when Triton is installed, every tensor is on a GPU that Triton serves, and every
+    floating-point tensor has one of ``dtypes`` (those the kernel is written for). Integer tensors may have any dtype.
+
+    Raises:
+        ValueError: ``LKQ_KERNELS`` is neither ``torch`` nor ``triton``.
+        RuntimeError: ``LKQ_KERNELS=triton``, but the kernel cannot run on these tensors.
+    """
+    choice = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    if choice not in ("", "torch", "triton"):
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be 'torch', 'triton' or unset, found {choice!r}.")
+    if choice == "torch":
+        return False
+    obstacle = _obstacle(tensors, dtypes)
+    if choice == "triton" and obstacle is not None:
+        raise RuntimeError(
+            f"{ENVIRONMENT_VARIABLE}=triton, but {obstacle}. Unset it to use the torch reference where it is needed."
+        )
+    # The interpreter is a debugger: it runs kernels on the CPU only where they are asked for.
+    return obstacle is None and (choice == "triton" or not interpreting())
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``, set before Triton is imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def _obstacle(tensors: tuple[torch.Tensor, ...], dtypes: Collection[torch.dtype]) -> str | None:
+    """Why the Triton kernel cannot run on ``tensors``, or None."""
+    if not _triton_installed():
+        return "triton is not installed"
+    for tensor in tensors:
+        if tensor.is_floating_point() and tensor.dtype not in dtypes:
+            return f"the kernel does not take {tensor.dtype} (it takes {', '.join(sorted(map(str, dtypes)))})"
+        if interpreting():
+            continue
+        if tensor.device.type != "cuda":
+            return f"a tensor is on {tensor.device} (on a CPU, kernels run only under TRITON_INTERPRET=1)"
+        if _capability(tensor.device) < _OLDEST_CUDA_CAPABILITY:
+            return f"{tensor.device} is older than CUDA capability {'.'.join(map(str, _OLDEST_CUDA_CAPABILITY))}"
+    return None
+
+
+@functools.cache
+def _triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
