@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lkq_hf.quantization.packing import packed_shapes
 from lkq_hf.quantization.solve import resolve_group_size
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer: `nn.Linear`, or GPT-2's `Conv1D`, which stores its weight transposed."""
+    """Whether a module is a plain linear layer: `nn.Linear`, or GPT-2's `Conv1D`, whose weight lies transposed."""
     return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
@@ -40,9 +41,7 @@ def find_blocks(model: nn.Module, block_name: str | None = None) -> tuple[str, n
             raise ValueError(f"block_name_to_quantize={block_name!r} is no module list; the model has {sorted(lists)}")
         return block_name, lists[block_name]
     outermost = {
-        name: blocks
-        for name, blocks in lists.items()
-        if not any(name.startswith(f"{other}.") for other in lists)
+        name: blocks for name, blocks in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
     }
     sizes = {name: _size(blocks) for name, blocks in outermost.items()}
     if not sizes or not max(sizes.values()):
@@ -58,6 +57,7 @@ def _size(blocks: nn.ModuleList) -> int:
 
 def layers_to_quantize(
     model: PreTrainedModel,
+    bits: int,
     group_size: int,
     block_name: str | None = None,
     include: Iterable[str] | None = None,
@@ -76,7 +76,7 @@ def layers_to_quantize(
 
     Raises:
         ValueError: a name in `exclude` or `include` that matches nothing; weights that would silently stay out
-            (fused experts); blocks or layers that share one weight; an input size that no group fits.
+            (fused experts); blocks or layers that share one weight; sizes that no group fits or that do not pack.
     """
     exclude = list(exclude)
     names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
@@ -101,7 +101,8 @@ def layers_to_quantize(
             )
         first_name[id(weight)] = name
         try:
-            resolve_group_size(linear_weight(module).shape[1], group_size)
+            out_features, in_features = linear_weight(module).shape
+            packed_shapes(in_features, out_features, bits, resolve_group_size(in_features, group_size))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
         layers[name] = module

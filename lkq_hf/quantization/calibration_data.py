@@ -6,14 +6,16 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-CalibrationSource = str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset
+CalibrationSource: TypeAlias = (
+    str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset
+)
 
 # A long text is cut into pieces of this many characters per token of a window before the pieces are shuffled, so that
 # a seed also draws different windows from a single file.
@@ -150,7 +152,9 @@ def _read_file(path: Path, text_column: str) -> Iterator[str | list[int]]:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{path.name}, line {number}: not JSON ({error.msg}); expected one object a line") from None
+                raise ValueError(
+                    f"{path.name}, line {number}: not JSON ({error.msg}); expected one object a line"
+                ) from None
             yield _field(row, text_column)
 
 

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,11 +49,11 @@ def _share(value: Any, like: Any) -> Any:
         same = isinstance(like, Tensor) and value.dtype == like.dtype and value.shape == like.shape
         return like if same and (value is like or torch.equal(value, like)) else value
     if isinstance(value, tuple | list):
-        others = like if isinstance(like, tuple | list) and len(like) == len(value) else [None] * len(value)
-        return type(value)(_share(item, other) for item, other in zip(value, others, strict=True))
+        same = isinstance(like, tuple | list) and len(like) == len(value)
+        return type(value)(_share(item, like[i] if same else None) for i, item in enumerate(value))
     if isinstance(value, dict):
-        others = like if isinstance(like, dict) else {}
-        return {key: _share(item, others.get(key)) for key, item in value.items()}
+        known = like if isinstance(like, dict) else {}
+        return {key: _share(item, known.get(key)) for key, item in value.items()}
     return value
 
 
@@ -190,8 +190,6 @@ def layer_inputs(
     with ExitStack() as stack:
         for index, group in enumerate(groups):
             stack.callback(block.get_submodule(group.names[0]).register_forward_pre_hook(watch(index)).remove)
-        try:
+        with suppress(Stop):
             call.run(block, hidden, batch)
-        except Stop:
-            pass
     return found

@@ -20,9 +20,9 @@ def joint_descent(
     """Lowers `(t - w^) H (t - w^)^T` of every row, one integer or one scale at a time; it never rises.
 
     With everything else fixed the objective is a parabola in one weight, so its best integer is the clamped nearest
-    one to the parabola's vertex `w^ + g / H_jj`, `g = (t - w^) H`; likewise for a group's scale (stage 2). A sweep goes
-    through the groups: all integers of a group, then its scale, then one product carries the group's change to all
-    other columns' residuals.
+    one to the parabola's vertex `w^ + g / H_jj`, `g = (t - w^) H`; likewise for a group's scale (stage 2). A sweep
+    takes group after group: all integers of a group, then its scale, then one product carries the group's change to
+    the residuals of all columns.
 
     Args:
         target: float32 `[out, in]`.

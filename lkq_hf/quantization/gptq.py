@@ -23,7 +23,13 @@ def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
 
 
 def gptq(
-    target: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int, order: Tensor | None = None
+    target: Tensor,
+    factor: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    bits: int,
+    group_size: int,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Integers that approximately minimise `(t - w^) H (t - w^)^T` for every row on a fixed grid (arXiv 2210.17323).
 

@@ -53,7 +53,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
 def inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular `U` with `H^-1 = U^T U`, `[in, in]`, for a positive definite `H`.
 
-    Read backwards, `H` has the Cholesky factor `L`; turned around again `L` is upper triangular, and its inverse is `U`.
+    Read backwards, `H` has the Cholesky factor `L`; turned round again `L` is upper triangular, its inverse is `U`.
     One factorisation and one triangular inverse: `H^-1` itself is never formed.
 
     Raises:

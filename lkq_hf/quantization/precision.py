@@ -1,4 +1,4 @@
-"""Full float32 matrix products: TF32 keeps ten bits of mantissa, too few for second moments and their factorisation."""
+"""Full float32 matrix products: TF32 keeps ten bits of mantissa, too few for second moments and their factors."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -45,7 +45,7 @@ class SolverSettings:
 class Solution:
     """A quantised weight and its error per row after each step, in the order in which the steps ran.
 
-    `losses[step]` is `(t - w^) H (t - w^)^T`, float32 `[out]`, and `energy` is `w H w^T`, the scale it is read against.
+    `losses[step]` is `(t - w^) H (t - w^)^T`, float32 `[out]`, and `energy` is `w H w^T`, to read it against.
     """
 
     weight: QuantizedWeight

@@ -30,7 +30,7 @@ def search_scales(
     Returns:
         Scales (stored values) and zero points, both float32 `[out, groups]`.
     """
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     blocks = None
     if hessian is not None:
         groups = columns // group_size
