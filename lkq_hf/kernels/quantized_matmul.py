@@ -48,7 +48,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     # The weight is dequantised again rather than kept: one layer's weight at a time is in memory.
-    weight = dequantize(*ctx.saved_tensors, ctx.bits, ctx.group_size, ctx.sym, grad_output.dtype)
+    qweight, qzeros, scales = ctx.saved_tensors
+    weight = dequantize(qweight, qzeros, scales, ctx.bits, ctx.group_size, ctx.sym, grad_output.dtype)
     return grad_output @ weight.t(), None, None, None, None, None, None
 
 

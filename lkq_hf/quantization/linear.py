@@ -15,10 +15,10 @@ from lkq_hf.quantization.weight import QuantizedWeight
 class QuantizedLinear(nn.Linear):
     """`y = x w^T + bias` with a group-wise quantised `w` (see :mod:`lkq_hf.quantization.packing` for its tensors).
 
-    It is an `nn.Linear` to whoever asks, so that PEFT puts LoRA on it with an ordinary `LoraConfig`; but it has no
-    `weight`: reading it raises, which also keeps LoRA from being merged into integers that cannot hold it. Gradients
-    reach the input. The scales stay float16 under `.to(dtype)`: they are part of the stored format, and the output has
-    the input's dtype whatever theirs is.
+    It is an `nn.Linear` to whoever asks, so that PEFT puts LoRA on it with an ordinary `LoraConfig`; gradients reach the
+    input. Its `weight` is None: LoRA cannot be merged into packed integers, and PEFT's `merge` fails rather than lose
+    the update. The scales stay float16 under `.to(dtype)`, since they are part of the stored format; the output has the
+    input's dtype.
 
     Args:
         in_features: a multiple of 32.
@@ -57,6 +57,7 @@ class QuantizedLinear(nn.Linear):
         self.bits = bits
         self.group_size = group_size
         self.sym = sym
+        self.register_parameter("weight", None)
         for name, (shape, buffer_dtype) in self._shapes().items():
             self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
@@ -165,11 +166,3 @@ class QuantizedLinear(nn.Linear):
                 self.validate()
             except ValueError as error:
                 error_msgs.append(f"{prefix.removesuffix('.')}: {error}")
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "weight":
-            raise AttributeError(
-                "A QuantizedLinear holds packed integers and has no `weight`: use `dequantize()`. To merge LoRA, "
-                "dequantise the model first."
-            )
-        return super().__getattr__(name)

@@ -14,10 +14,10 @@ so that `w[n, k] = scales[g, n] * (q[k, n] - z[g, n])`. Packing is a little-endi
 
 Two versions of the layout differ in `qzeros`. Version 2 (`checkpoint_format: "gptq_v2"`) stores the zero points.
 Version 1 (`"gptq"`) stores them less one, for historical reasons, in a particular way: from each 32-bit *word* it
-subtracts the word that packed ones would give, modulo 2**32. Where a zero point is 0 this borrows from its neighbour in
-the word, so that neither field by itself reads as `z - 1`; at 3 bits, where zero points 10 and 21 of 32 lie across two
-words, a borrow out of a word is lost and does not reach the other part. Adding the same words back restores every zero
-point; adding one field by field does not. None of this can happen to symmetric weights, whose zero points are
+subtracts the word that packed ones would give, modulo 2**32. Where a zero point is 0 this borrows from its neighbour
+in the word, so that neither field by itself reads as `z - 1`; at 3 bits, where zero points 10 and 21 of 32 lie across
+two words, a borrow out of a word is lost and does not reach the other part. Adding the same words back restores every
+zero point; adding one field by field does not. None of this can happen to symmetric weights, whose zero points are
 `2**(b - 1)`. Hence the rule: symmetric is written as version 1, which every engine reads, asymmetric as version 2.
 """
 
