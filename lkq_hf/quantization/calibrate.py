@@ -1,20 +1,17 @@
 """From a model in memory and a configuration to the quantised model: what every front end calls."""
 
 import copy
-import importlib.metadata
-import logging
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lkq_hf import __version__
 from lkq_hf.quantization.blocks import layers_to_quantize
 from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
-
-logger = logging.getLogger(__name__)
 
 
 def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
@@ -53,7 +50,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and tokens.shape[1] > longest:
         raise ValueError(f"model_seqlen={tokens.shape[1]} is more than the model's {longest} positions")
-    if int(tokens.max()) >= model.get_input_embeddings().weight.shape[0]:
+    if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
         raise ValueError("the tokenizer gives ids beyond the model's vocabulary; pass the model's own tokenizer")
     training = model.training
     model.eval()
@@ -74,7 +71,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     config.block_name_to_quantize = list_name
     config.meta = {
         **copy.deepcopy(config.meta),
-        "quantizer": [f"lkq-hf:{importlib.metadata.version('lkq-hf')}"],
+        "quantizer": [f"lkq-hf:{__version__}"],
         "calibration": recipe.to_dict(),
     }
     return report

@@ -84,7 +84,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         batch_size (`int`, defaults to 8): windows that run through a block at once.
         seed (`int`, defaults to 0): draws the windows.
         text_column (`str`, defaults to `"text"`): column or field of the texts.
-        device (`str`, *optional*): where a calibration computes, one block at a time; by default a GPU if there is one.
+        device (`str`, *optional*): where a calibration computes, block by block; by default a GPU if there is one.
         offload (`str`, defaults to `"auto"`): where activations wait: `"auto"`, `"cpu"` or `"disk"`.
         resume_dir (`str`, *optional*): keeps finished blocks, so that a killed calibration goes on where it stopped.
 

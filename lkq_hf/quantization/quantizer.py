@@ -1,6 +1,5 @@
 """The `HfQuantizer`: what `from_pretrained` and `save_pretrained` do for two-stage GPTQ checkpoints."""
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ from accelerate import dispatch_model, infer_auto_device_map
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from lkq_hf.quantization.blocks import linear_weight
@@ -17,8 +15,6 @@ from lkq_hf.quantization.calibrate import calibrate, find_layers
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.solve import resolve_group_size
-
-logger = logging.getLogger(__name__)
 
 SAFETENSORS_DTYPES = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
 
@@ -111,7 +107,8 @@ def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.to(dtype))
             _set_module(model, name, linear)
-    return model.to(dtype)
+    model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers' wrapper hides nn.Module's signature
+    return model
 
 
 def check_checkpoint(packed: dict[str, QuantizedLinear], files: Sequence[str]) -> None:
