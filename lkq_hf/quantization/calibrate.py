@@ -43,13 +43,13 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
             "text or .jsonl file, or a Hub dataset id)"
         )
     list_name, layers = find_layers(model, config)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.model_seqlen > longest:
+        raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")
     tokenizer = _tokenizer(model, config)
     tokens, recipe = calibration_tokens(
         config.dataset, tokenizer, config.num_samples, config.model_seqlen, config.seed, config.text_column
     )
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and tokens.shape[1] > longest:
-        raise ValueError(f"model_seqlen={tokens.shape[1]} is more than the model's {longest} positions")
     if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
         raise ValueError("the tokenizer gives ids beyond the model's vocabulary; pass the model's own tokenizer")
     training = model.training

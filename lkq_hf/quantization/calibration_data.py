@@ -1,21 +1,25 @@
 """Calibration tokens: texts from wherever they are, packed to windows of one length with a seed."""
 
+import gzip
 import hashlib
 import json
 import random
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-import datasets
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-CalibrationSource: TypeAlias = (
-    str | Path | Sequence[str] | Sequence[dict[str, Any]] | datasets.Dataset | datasets.IterableDataset
-)
+if TYPE_CHECKING:
+    import datasets
+
+CalibrationSource: TypeAlias = Union[
+    str, Path, Sequence[str], Sequence[dict[str, Any]], "datasets.Dataset", "datasets.IterableDataset"
+]
 
 # A long text is cut into pieces of this many characters per token of a window before the pieces are shuffled, so that
 # a seed also draws different windows from a single file.
@@ -54,8 +58,8 @@ def calibration_tokens(
 
     Args:
         source: a list of texts, a list of dicts with `input_ids`, a `datasets` dataset with a column `text_column` or
-            `input_ids`, a `.txt`/`.md` text file, a `.jsonl` file with a field `text_column`, or a Hub dataset id
-            (`"id"` or `"id:configuration"`, split `train`, streamed).
+            `input_ids`, a text file, a `.jsonl` file with a field `text_column` (either may be gzipped), or a Hub
+            dataset id (`"id"` or `"id:configuration"`, split `train`, streamed).
         samples: number of windows.
         length: tokens in a window.
 
@@ -116,14 +120,15 @@ def _documents(source: Any, text_column: str, enough: int, shuffler: random.Rand
     if isinstance(source, str | Path) and _is_file_name(source):
         return _read_file(Path(source), text_column)
     if isinstance(source, str):
+        from datasets import load_dataset
+
         name, _, configuration = source.partition(":")
-        source = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
-        raise TypeError(f"expected one split, found a dict of {sorted(source)}; pass for example dataset['train']")
-    if isinstance(source, datasets.Dataset):
-        source = source.shuffle(seed=shuffler.randrange(2**31))
-    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
-        return _take((_field(row, text_column) for row in source), enough)
+        source = load_dataset(name, configuration or None, split="train", streaming=True)
+    if _is_dataset(source):
+        if isinstance(source, dict):
+            raise TypeError(f"expected one split, found a dict of {sorted(source)}; pass for example dataset['train']")
+        shuffled = source.shuffle(seed=shuffler.randrange(2**31))
+        return _take((_field(row, text_column) for row in shuffled), enough)
     if isinstance(source, Sequence):
         return [_field(row, text_column) for row in source]
     raise TypeError(
@@ -132,20 +137,32 @@ def _documents(source: Any, text_column: str, enough: int, shuffler: random.Rand
     )
 
 
+def _is_dataset(value: Any) -> bool:
+    """Whether a value is of the datasets library, which takes seconds to import and is not needed for plain texts."""
+    library = sys.modules.get("datasets")
+    if library is None:
+        return False
+    return isinstance(
+        value,
+        (library.Dataset, library.IterableDataset, library.DatasetDict, library.IterableDatasetDict),
+    )
+
+
 def _is_file_name(source: str | Path) -> bool:
     path = Path(source)
     if path.is_file():
         return True
-    if isinstance(source, Path) or path.suffix in {".jsonl", ".json", ".txt", ".md"}:
+    if isinstance(source, Path) or path.suffix in {".jsonl", ".json", ".txt", ".md", ".gz"}:
         raise FileNotFoundError(f"the calibration file {path} does not exist")
     return False
 
 
 def _read_file(path: Path, text_column: str) -> Iterator[str | list[int]]:
-    if path.suffix not in {".jsonl", ".json"}:
-        yield path.read_text(encoding="utf-8")
-        return
-    with path.open(encoding="utf-8") as lines:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        if not {".jsonl", ".json"} & set(path.suffixes):
+            yield lines.read()
+            return
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
@@ -199,7 +216,7 @@ def _describe(source: Any) -> str:
         return f"file {Path(source).name}"
     if isinstance(source, str):
         return source
-    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+    if _is_dataset(source):
         info = source.info
         return f"datasets.Dataset {info.dataset_name or ''} {info.config_name or ''}".strip()
     return f"list of {len(source)} texts"

@@ -21,7 +21,15 @@ def base(tmp_path, tiny_llama, tokenizer):
 
 @pytest.fixture
 def options(texts):
-    return dict(dataset=texts, bits=4, group_size=32, sym=False, num_samples=6, model_seqlen=32, batch_size=4)
+    return {
+        "dataset": texts,
+        "bits": 4,
+        "group_size": 32,
+        "sym": False,
+        "num_samples": 6,
+        "model_seqlen": 32,
+        "batch_size": 4,
+    }
 
 
 @pytest.fixture
@@ -114,7 +122,9 @@ def test_a_failing_run_leaves_no_checkpoint_and_a_full_directory_is_not_touched(
     quantizer = TwoStageQuantizer.from_pretrained(base)
     weights = load_file(base / "model.safetensors")
     damaged = dict(weights)
-    damaged["model.layers.1.mlp.up_proj.weight"] = torch.full_like(weights["model.layers.1.mlp.up_proj.weight"], torch.nan)
+    damaged["model.layers.1.mlp.up_proj.weight"] = torch.full_like(
+        weights["model.layers.1.mlp.up_proj.weight"], torch.nan
+    )
     save_file(damaged, base / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: the weight contains NaN"):
         quantizer.quantize(tmp_path / "out", **options)
@@ -217,7 +227,10 @@ def test_the_configuration_survives_its_own_json(options):
         ({"dataset": []}, "contains no text"),
         ({"dataset": ["w1 w2"]}, "too short"),
         ({"model_seqlen": 512}, "more than the model's 256 positions"),
-        ({"group_size": 48}, r"model\.layers\.0\.self_attn\.q_proj: in_features=64 .* group sizes that fit: 32, 64, -1"),
+        (
+            {"group_size": 48},
+            r"model\.layers\.0\.self_attn\.q_proj: in_features=64 .* group sizes that fit: 32, 64, -1",
+        ),
         ({"modules_to_not_convert": ["gate"]}, "matches no module"),
         ({"block_name_to_quantize": "model.blocks"}, "no module list"),
     ],

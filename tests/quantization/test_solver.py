@@ -29,19 +29,19 @@ def problem():
 
 
 def settings(**changes):
-    values = dict(
-        bits=3,
-        group_size=GROUP,
-        sym=False,
-        stages=("stage1", "descent"),
-        scale_search="minmax",
-        round_to_nearest=False,
-        act_group_aware=True,
-        damp_percent=0.01,
-        alpha=0.25,
-        corrected_target=True,
-        sweeps=2,
-    )
+    values = {
+        "bits": 3,
+        "group_size": GROUP,
+        "sym": False,
+        "stages": ("stage1", "descent"),
+        "scale_search": "minmax",
+        "round_to_nearest": False,
+        "act_group_aware": True,
+        "damp_percent": 0.01,
+        "alpha": 0.25,
+        "corrected_target": True,
+        "sweeps": 2,
+    }
     return SolverSettings(**{**values, **changes})
 
 
@@ -142,7 +142,9 @@ def test_gptq_equals_the_naive_elimination(problem, bits, aware):
     assert (found == reference).double().mean() > 0.99
     approximation = reconstruct(found, scales, zeros, GROUP)
     reference_loss = objective(weight, hessian, reconstruct(reference, scales.double(), zeros.double(), GROUP))
-    torch.testing.assert_close(objective(weight, hessian, approximation).sum(), reference_loss.sum(), rtol=1e-3, atol=0)
+    torch.testing.assert_close(
+        objective(weight, hessian, approximation).sum(), reference_loss.sum(), rtol=1e-3, atol=0
+    )
     rounded = reconstruct(nearest(weight, scales, zeros, bits, GROUP), scales, zeros, GROUP)
     assert objective(weight, hessian, approximation).sum() < 0.9 * objective(weight, hessian, rounded).sum()
 
@@ -218,7 +220,9 @@ def naive_descent(target, hessian, integers, scales, zeros, bits, group_size):
             for candidate in range(2**bits):
                 integers_try = integers.clone()
                 integers_try[:, column] = candidate
-                losses.append(objective(target, hessian, reconstruct(integers_try, scales, zeros.double(), group_size)))
+                losses.append(
+                    objective(target, hessian, reconstruct(integers_try, scales, zeros.double(), group_size))
+                )
             integers[:, column] = torch.stack(losses).argmin(0).double()
         v = integers[:, inside] - z.unsqueeze(1)
         error = target - reconstruct(integers, scales, zeros.double(), group_size)
