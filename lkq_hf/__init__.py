@@ -15,6 +15,7 @@ _PUBLIC = {
     "LookaheadKVModel": "lkq_hf.adapter",
     "LookaheadTrainer": "lkq_hf.training",
     "LookaheadTrainingArguments": "lkq_hf.training",
+    "prepare_model_for_eviction": "lkq_hf.cache",
 }
 
 __all__ = [
@@ -24,11 +25,12 @@ __all__ = [
     "LookaheadTrainer",
     "LookaheadTrainingArguments",
     "__version__",
+    "prepare_model_for_eviction",
 ]
 
 if TYPE_CHECKING:
     from lkq_hf.adapter import LookaheadKVConfig, LookaheadKVModel
-    from lkq_hf.cache import LookaheadCache
+    from lkq_hf.cache import LookaheadCache, prepare_model_for_eviction
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments
 
 
@@ -36,6 +38,9 @@ def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+importlib.import_module("lkq_hf.adapter")
 
 
 def __dir__() -> list[str]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A group-wise quantised weight, `w[o, k] = scales[o, g] * (integers[o, k] - zeros[o, g])` with `g = k // group_size`.
+    """A group-wise quantised weight: `w[o, k] = scales[o, g] * (integers[o, k] - zeros[o, g])`, `g = k // group_size`.
 
     Args:
         integers: int32 `[out_features, in_features]` in `0 .. 2**bits - 1`, columns in their original order.

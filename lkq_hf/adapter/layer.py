@@ -1,0 +1,159 @@
+"""The two kinds of tuner layers: learned tokens on the decoder, and a LoRA that knows its positions."""
+
+import math
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from torch.nn import functional as F
+
+from lkq_hf.adapter.config import LookaheadKVConfig
+from lkq_hf.attention import thread_state
+
+
+class LookaheadKVLayer(BaseTunerLayer):
+    """What both kinds share."""
+
+    # Set on layers whose adapter was injected for loading: until then its weights are NaN (see `new_parameter`).
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise NotImplementedError(
+            "a LOOKAHEAD_KV adapter cannot be merged: it acts on the lookahead tokens only, and merged weights act on "
+            "every token. Keep it as an adapter, or drop it with unload()."
+        )
+
+    def unmerge(self) -> None:
+        raise NotImplementedError("a LOOKAHEAD_KV adapter is never merged, so there is nothing to unmerge")
+
+    def _sole_active_adapter(self, available: nn.ParameterDict) -> str | None:
+        """The active adapter of this layer; ordinary adapters may be active beside it.
+
+        Raises:
+            ValueError: more than one is active.
+        """
+        if self.disable_adapters:
+            return None
+        active = [name for name in self.active_adapters if name in available]
+        if len(active) > 1:
+            raise ValueError(
+                f"only one LOOKAHEAD_KV adapter can be active at a time, found {', '.join(active)}; "
+                "choose one with model.set_adapter(...)"
+            )
+        return active[0] if active else None
+
+
+class LookaheadTokens(nn.Module, LookaheadKVLayer):
+    """The learned tokens, ``[num_lookahead_tokens, hidden]`` for each adapter; attached to the decoder."""
+
+    adapter_layer_names = ("lookahead_kv_tokens",)
+    other_param_names = ("pooling_kernel_sizes",)
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self.lookahead_kv_tokens = nn.ParameterDict()
+        self.pooling_kernel_sizes: dict[str, int] = {}
+        # In a tuple, so that it is not registered as a submodule and saved twice.
+        self._embedding = (embedding,)
+
+    def update_layer(self, adapter_name: str, config: LookaheadKVConfig, hidden_size: int) -> None:
+        """Adds an adapter's tokens, drawn to look like the model's own embeddings."""
+        self.lookahead_kv_tokens[adapter_name] = nn.Parameter(
+            _initial_tokens(self._embedding[0], config.num_lookahead_tokens, hidden_size)
+        )
+        self.pooling_kernel_sizes[adapter_name] = config.pooling_kernel_size
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _require_active(self) -> str:
+        name = self._sole_active_adapter(self.lookahead_kv_tokens)
+        if name is None:
+            raise ValueError(
+                "LookaheadCache with the lookahead scorer needs an active LOOKAHEAD_KV adapter, and this model's are "
+                "switched off. Call model.enable_adapters() or model.set_adapter(...), or choose a scorer that needs "
+                'no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
+            )
+        return name
+
+    def active_tokens(self) -> torch.Tensor:
+        """The active adapter's tokens, ``[1, num_lookahead_tokens, hidden]``.
+
+        Raises:
+            ValueError: no adapter, or more than one, is active.
+        """
+        return self.lookahead_kv_tokens[self._require_active()][None]
+
+    def pooling_kernel_size(self) -> int:
+        """What the active adapter's config recommends.
+
+        Raises:
+            ValueError: no adapter, or more than one, is active.
+        """
+        return self.pooling_kernel_sizes[self._require_active()]
+
+    def get_base_layer(self) -> nn.Module:
+        return self._embedding[0]
+
+
+class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
+    """A linear module with a LoRA on the last positions of a prefill.
+
+    Outside such a forward, and on every other position, the output is the base layer's, bit for bit.
+    """
+
+    adapter_layer_names = ("lookahead_kv_A", "lookahead_kv_B")
+    other_param_names = ("scaling",)
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: LookaheadKVConfig) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        linear = self.get_base_layer()
+        self.in_features: int = linear.in_features  # type: ignore[assignment]
+        self.out_features: int = linear.out_features  # type: ignore[assignment]
+        self.lookahead_kv_A = nn.ParameterDict()
+        self.lookahead_kv_B = nn.ParameterDict()
+        self.scaling: dict[str, float] = {}
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    def update_layer(self, adapter_name: str, config: LookaheadKVConfig) -> None:
+        """Adds an adapter's matrices, ``A [r, in_features]`` and ``B [out_features, r]``, whose product starts at 0."""
+        down = torch.empty(config.r, self.in_features)
+        nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        self.lookahead_kv_A[adapter_name] = nn.Parameter(down)
+        self.lookahead_kv_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r))
+        self.scaling[adapter_name] = config.lora_alpha / config.r
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        result = self.base_layer(x, *args, **kwargs)
+        length = thread_state.lookahead_length
+        if length == 0:
+            return result
+        name = self._sole_active_adapter(self.lookahead_kv_A)
+        if name is None:
+            return result
+        down, up = self.lookahead_kv_A[name], self.lookahead_kv_B[name]
+        lookahead = x[..., -length:, :].to(down.dtype)
+        update = F.linear(F.linear(lookahead, down), up)
+        if torch.is_grad_enabled():
+            prompt, tail = result[..., :-length, :], result[..., -length:, :]
+            return torch.cat([prompt, tail + (update * self.scaling[name]).to(result.dtype)], dim=-2)
+        result[..., -length:, :].add_(update, alpha=self.scaling[name])
+        return result
+
+    def __repr__(self) -> str:
+        return "lookahead_kv." + super().__repr__()
+
+
+def _initial_tokens(embedding: nn.Module, count: int, hidden_size: int) -> torch.Tensor:
+    """``[count, hidden_size]`` normal values with the spread of the embeddings that the model feeds its first layer."""
+    weight = getattr(embedding, "weight", None)
+    if weight is None or weight.device.type == "meta":
+        return torch.randn(count, hidden_size) * 0.02
+    with torch.no_grad():
+        # A few hundred tokens through the module itself: some models scale what they look up.
+        ids = torch.linspace(0, weight.shape[0] - 1, min(512, weight.shape[0]), device=weight.device).long()
+        sample = embedding(ids[None])[0].float()
+        return (torch.randn(count, hidden_size, device=weight.device) * sample.std(0) + sample.mean(0)).to(
+            torch.float32
+        )

@@ -1,0 +1,209 @@
+"""The LOOKAHEAD_KV tuner: attaches adapters to a model, and checks what is loaded into them."""
+
+import re
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import nn
+from transformers import PreTrainedModel
+
+from lkq_hf.adapter.config import LookaheadKVConfig
+from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens
+from lkq_hf.cache.prefill import get_decoder, prepare_model_for_eviction
+from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
+
+QUERY_AND_KEY_MODULES = (
+    "q_proj", "k_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
+    "query_key_value", "Wqkv", "c_attn", "query", "key",
+)  # fmt: skip
+SHAPE_FIELDS = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "head_dim",
+)  # fmt: skip
+
+
+class LookaheadKVModel(BaseTuner):
+    """A causal language model with lookahead tokens and their LoRA (LookaheadKV, arXiv 2603.10899).
+
+    Usually made by ``peft.get_peft_model(model, LookaheadKVConfig())``, ``PeftModel.from_pretrained`` or
+    ``model.load_adapter``. The model's outputs do not change: the adapter acts only where a
+    :class:`~lkq_hf.cache.LookaheadCache` reads a prompt.
+
+    Args:
+        model: a decoder-only model of transformers.
+        config: a :class:`LookaheadKVConfig`.
+        adapter_name: name of the adapter.
+        low_cpu_mem_usage: create the weights on the meta device, to be filled by loading.
+
+    Raises:
+        TypeError: not a decoder-only model of transformers.
+        ValueError: the config was made for a model of other sizes.
+    """
+
+    prefix = "lookahead_kv_"
+    tuner_layer_cls = LookaheadKVLayer
+    # None means every linear module of the decoder's layers, so no list of architectures is needed.
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def _prepare_adapter_config(self, peft_config: LookaheadKVConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config
+
+    def _prepare_model(self, peft_config: LookaheadKVConfig, model: nn.Module) -> None:
+        decoder = get_decoder(model)
+        _check_shape(peft_config, decoder)
+        prepare_model_for_eviction(model)
+        self._decoder_name = next(name for name, module in model.named_modules() if module is decoder)
+        self._last_layer = f"{_layers_name(self._decoder_name, decoder)}.{decoder.config.num_hidden_layers - 1}."
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config: LookaheadKVConfig = self.peft_config[adapter_name]
+        if config.target_modules == []:
+            self._prepare_model(config, model)
+            for parameter in model.parameters():
+                parameter.requires_grad = False
+        else:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        # Only now: an injection freezes every module that has no prefix of a tuner in its name.
+        self._attach_tokens(model, adapter_name, config)
+
+    def _attach_tokens(self, model: nn.Module, adapter_name: str, config: LookaheadKVConfig) -> None:
+        decoder = get_decoder(model)
+        tokens = getattr(decoder, ADAPTER_ATTRIBUTE, None)
+        if tokens is None:
+            tokens = LookaheadTokens(decoder.get_input_embeddings())
+            tokens._active_adapter = self.active_adapter
+            setattr(decoder, ADAPTER_ATTRIBUTE, tokens)
+        tokens.update_layer(adapter_name, config, decoder.config.hidden_size)
+
+    def _check_target_module_exists(self, peft_config: LookaheadKVConfig, key: str) -> bool | re.Match[str] | None:  # type: ignore[override]
+        name = key.removesuffix(".base_layer").rpartition(".")[2]
+        if key.startswith(self._last_layer) and peft_config.last_layer_modules != "all":
+            allowed = (
+                QUERY_AND_KEY_MODULES if peft_config.last_layer_modules is None else peft_config.last_layer_modules
+            )
+            if name not in allowed:
+                return False
+        if peft_config.target_modules is not None:
+            return check_target_module_exists(peft_config, key)
+        in_layers = key.startswith(self._last_layer.rstrip("0123456789.") + ".")
+        return in_layers and _is_linear(self.model.get_submodule(key))
+
+    def _create_and_replace(
+        self,
+        peft_config: LookaheadKVConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, LookaheadKVLinear):
+            target.update_layer(adapter_name, peft_config)
+            return
+        if not _is_linear(target):
+            raise TypeError(
+                f"target module {current_key!r} is a {type(target).__name__}; LOOKAHEAD_KV adapters attach to linear "
+                "modules. Correct target_modules in the LookaheadKVConfig."
+            )
+        layer = LookaheadKVLinear(target, adapter_name, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        self._replace_module(parent, target_name, layer, target)
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise NotImplementedError(
+            "a LOOKAHEAD_KV adapter cannot be merged: it acts on the lookahead tokens only, and merged weights act on "
+            "every token. Keep it as an adapter, or drop it with unload()."
+        )
+
+    def unload(self) -> nn.Module:
+        decoder = get_decoder(self.model)
+        delattr(decoder, ADAPTER_ATTRIBUTE)
+        return super().unload()
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # Another adapter wrapped around ours, or ours around it, must not show in the file.
+        return super()._remove_adapter_name_from_key(key, adapter_name).replace(".base_layer.", ".")
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        _check_state_dict(adapter_parameters(model, adapter_name), remapped)
+        return remapped
+
+
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one LOOKAHEAD_KV adapter by their name in the model."""
+    return {
+        f"{module_name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
+        for module_name, module in model.named_modules()
+        if isinstance(module, LookaheadKVLayer)
+        for attribute in module.adapter_layer_names
+        if adapter_name in getattr(module, attribute)
+    }
+
+
+def _check_state_dict(parameters: dict[str, nn.Parameter], state_dict: dict[str, torch.Tensor]) -> None:
+    """Raises ValueError unless the tensors are exactly those of the adapter, in shape and finite."""
+    problems = []
+    if missing := sorted(parameters.keys() - state_dict.keys()):
+        problems.append(f"{len(missing)} tensors are missing ({', '.join(missing[:3])}, ...)")
+    if unexpected := sorted(state_dict.keys() - parameters.keys()):
+        problems.append(f"{len(unexpected)} tensors are unexpected ({', '.join(unexpected[:3])}, ...)")
+    for name in sorted(parameters.keys() & state_dict.keys()):
+        expected, found = tuple(parameters[name].shape), tuple(state_dict[name].shape)
+        if expected != found:
+            problems.append(f"{name} should have shape {list(expected)}, found {list(found)}")
+        elif not torch.isfinite(state_dict[name]).all():
+            problems.append(f"{name} holds values that are not finite")
+    if problems:
+        more = f", and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(
+            "the adapter's weights do not fit its config and this model: "
+            + "; ".join(problems[:5])
+            + more
+            + ". The file is damaged, or it belongs to another model or config."
+        )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """A linear module, quantised or wrapped by another adapter."""
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features"))
+
+
+def _layers_name(decoder_name: str, decoder: PreTrainedModel) -> str:
+    """Name, from the model's root, of the list of the decoder's layers."""
+    for name, module in decoder.named_children():
+        if isinstance(module, nn.ModuleList) and len(module) == decoder.config.num_hidden_layers:
+            return f"{decoder_name}.{name}" if decoder_name else name
+    raise TypeError(
+        f"{type(decoder).__name__} has no list of {decoder.config.num_hidden_layers} layers for a LOOKAHEAD_KV adapter"
+    )
+
+
+def _check_shape(config: LookaheadKVConfig, decoder: PreTrainedModel) -> None:
+    """Fills the sizes of the base model into a new config, or compares them with a loaded one."""
+    found = {name: getattr(decoder.config, name) for name in SHAPE_FIELDS if hasattr(decoder.config, name)}
+    if config.base_model_shape is None:
+        config.base_model_shape = found
+    differing = [
+        f"{name} is {found.get(name)} and should be {value}"
+        for name, value in config.base_model_shape.items()
+        if found.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"this adapter was made for another base model ({config.base_model_name_or_path}): "
+            + "; ".join(differing)
+            + ". Load it into that model, or train one for this model."
+        )

@@ -1,0 +1,119 @@
+"""Watching the attention of a model while one forward runs, without changing the model.
+
+transformers models look their attention function up by name in ``ALL_ATTENTION_FUNCTIONS`` at every call. While
+:func:`observe_attention` is active, that name leads to a function that runs the original and then shows queries and
+keys to an observer. The entry is put back afterwards. Other threads, and other models in the same thread, pass
+through: the observer belongs to the thread that set it.
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], None]
+"""Called after each attention with (module, query, key, value, keyword arguments of the attention function).
+
+query is ``[batch, heads, queries, head_dim]``, key and value ``[batch, kv_heads, length, head_dim]``; the keyword
+arguments hold ``scaling`` and, for models that cap their logits, ``softcap``.
+"""
+
+
+class _ThreadState(threading.local):
+    observer: Observer | None = None
+    # The last positions of the running forward on which lookahead adapters are active.
+    lookahead_length: int = 0
+
+
+thread_state = _ThreadState()
+
+_lock = threading.RLock()
+# (registry, attention implementation) -> number of forwards that observe it now, over all threads, and the entry that
+# was local to the registry before.
+_observed: dict[tuple[int, str], tuple[int, Callable[..., Any] | None]] = {}
+
+
+def attention_registry(decoder: nn.Module) -> Any:
+    """The attention functions that the modelling file of ``decoder`` looks up: the shared ones, or its own."""
+    return getattr(sys.modules[type(decoder).__module__], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+
+
+def _run_original(original: Callable[..., Any] | None, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    if original is None:
+        # "eager" is not in the registry: every modelling file brings its own.
+        original = sys.modules[type(module).__module__].eager_attention_forward
+    return original(module, *args, **kwargs)
+
+
+def _wrap(original: Callable[..., Any] | None) -> Callable[..., Any]:
+    def observed_attention(
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        output = _run_original(original, module, query, key, value, attention_mask, *args, **kwargs)
+        if thread_state.observer is not None:
+            thread_state.observer(module, query, key, value, kwargs)
+        return output
+
+    return observed_attention
+
+
+def start_observing(decoder: nn.Module, observer: Observer) -> Callable[[], None]:
+    """Shows every attention of ``decoder`` in this thread to ``observer`` until the returned function is called."""
+    registry, implementation = attention_registry(decoder), decoder.config._attn_implementation
+    identity = (id(registry), implementation)
+    with _lock:
+        if identity in _observed:
+            count, previous = _observed[identity]
+        else:
+            # The mapping local to the registry shadows the library-wide one: taking our entry out restores it.
+            count, previous = 0, registry._local_mapping.get(implementation)
+            registry[implementation] = _wrap(registry.get(implementation))
+        _observed[identity] = count + 1, previous
+    outer = thread_state.observer
+    thread_state.observer = observer
+
+    def stop() -> None:
+        thread_state.observer = outer
+        with _lock:
+            count, previous = _observed[identity]
+            if count > 1:
+                _observed[identity] = count - 1, previous
+                return
+            del _observed[identity]
+            if previous is None:
+                del registry[implementation]
+            else:
+                registry[implementation] = previous
+
+    return stop
+
+
+@contextmanager
+def observe_attention(decoder: nn.Module, observer: Observer) -> Iterator[None]:
+    """Context manager over :func:`start_observing`."""
+    stop = start_observing(decoder, observer)
+    try:
+        yield
+    finally:
+        stop()
+
+
+@contextmanager
+def lookahead_positions(length: int) -> Iterator[None]:
+    """Switches lookahead adapters on for the last ``length`` positions of the forwards run inside (in this thread)."""
+    outer, thread_state.lookahead_length = thread_state.lookahead_length, length
+    try:
+        yield
+    finally:
+        thread_state.lookahead_length = outer

@@ -1,0 +1,158 @@
+"""The cache that a user passes to ``generate``."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.scoring import Scorer, get_scorer
+
+
+class LookaheadCache(Cache):
+    """A KV cache cut to a budget right after the prefill of the first prompt.
+
+    During the one forward that reads the prompt, each full-attention layer scores its entries, keeps the best
+    ``budget`` of every KV head and frees the rest before the next layer runs, so that at most one layer is ever held
+    in full. Generated tokens and later turns are appended and never evicted. Positions stay true: the cache reports
+    the length of the text it has read (:meth:`get_seq_length`), not the number of entries it stores.
+
+    A prompt no longer than the budget is cached whole, exactly as by ``DynamicCache``. Sliding-window layers, which
+    are bounded already, are left as they are.
+
+    Args:
+        budget: entries to keep per layer and KV head: a number of tokens (int), or a fraction of the prompt's length
+            (float between 0 and 1), padding included.
+        scorer: what decides: "lookahead" (needs a ``LOOKAHEAD_KV`` adapter on the model), "snapkv", "streaming",
+            "random", or a :class:`~lkq_hf.scoring.Scorer`. For the scorers that need no adapter, a model without one
+            is prepared once with :func:`~lkq_hf.cache.prepare_model_for_eviction`.
+
+    Raises:
+        ValueError, TypeError: the budget or the scorer is not one of the above.
+
+    Example:
+
+        >>> model.load_adapter("username/my-model-lookahead")
+        >>> model.generate(**inputs, past_key_values=LookaheadCache(budget=256))
+
+    Source: LookaheadKV (arXiv 2603.10899).
+    """
+
+    def __init__(self, budget: int | float, scorer: str | Scorer = "lookahead") -> None:
+        super().__init__(layers=[])
+        self.budget = _check_budget(budget)
+        self.scorer = get_scorer(scorer)
+        self._records_past = False
+
+    def entries_to_keep(self, length: int) -> int:
+        """Entries that a prompt of ``length`` tokens keeps per KV head, at most ``length``."""
+        if isinstance(self.budget, int):
+            return min(self.budget, length)
+        return min(max(round(self.budget * length), 1), length)
+
+    @property
+    def has_prompt(self) -> bool:
+        """Whether a prompt has been read, so that what comes next is appended."""
+        return self.get_seq_length() > 0
+
+    def build_layers(self, config: PreTrainedConfig) -> None:
+        """Creates the empty layers that a model with this config needs.
+
+        Raises:
+            NotImplementedError: the model has layers whose state cannot be cut to a set of entries.
+        """
+        layers: list[Any] = []
+        for index, layer in enumerate(DynamicCache(config=config).layers):
+            # Exact types: subclasses carry more state (recurrent, indexed), which eviction would leave inconsistent.
+            if type(layer) is DynamicLayer:
+                layers.append(EvictedLayer())
+            elif type(layer) is DynamicSlidingWindowLayer:
+                layers.append(UncompressedSlidingLayer(layer.sliding_window))
+            elif layer.__class__.__name__ == "DummyLayer":
+                layers.append(layer)
+            else:
+                raise NotImplementedError(
+                    f"LookaheadCache compresses full-attention layers and keeps sliding-window ones, but layer {index} "
+                    f"of this model ({config.model_type}) keeps its state in a {type(layer).__name__}. "
+                    "Generate without past_key_values, or with DynamicCache, for this model."
+                )
+        if not any(isinstance(layer, EvictedLayer) for layer in layers):
+            raise NotImplementedError(
+                f"every layer of this model ({config.model_type}) has a sliding window, which bounds its cache already: "
+                "there is nothing to evict. Generate without past_key_values for this model."
+            )
+        self.layers = layers
+        if self._records_past:
+            super().activate_past_recording()
+
+    @property
+    def records_past(self) -> bool:
+        """Whether drafted tokens may be taken back, as in assisted decoding: eviction then waits for the first crop."""
+        return self._records_past
+
+    def activate_past_recording(self) -> None:
+        self._records_past = True
+        super().activate_past_recording()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.layers:
+            raise ValueError(
+                "this model does not know LookaheadCache. Load a LOOKAHEAD_KV adapter into it with "
+                "model.load_adapter(...), or, for a scorer that needs no adapter, call "
+                "lkq_hf.prepare_model_for_eviction(model) once."
+            )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Forgets everything that was read; the next prompt is compressed again."""
+        self.layers = []
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored keys and values."""
+        tensors = (tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def summary(self) -> dict[str, Any]:
+        """What the cache holds: tokens read, entries stored per KV head of the compressed layers, bytes, and the bytes
+        that the same text takes without eviction."""
+        evicted = [layer for layer in self.layers if isinstance(layer, EvictedLayer) and layer.is_initialized]
+        stored = max((layer.keys.shape[-2] for layer in evicted), default=0)
+        saved = sum(
+            (layer.tokens_seen - layer.keys.shape[-2])
+            * sum(tensor.numel() // tensor.shape[-2] * tensor.element_size() for tensor in (layer.keys, layer.values))
+            for layer in evicted
+            if layer.keys.numel()
+        )
+        return {
+            "tokens_seen": self.get_seq_length(),
+            "entries_stored": stored,
+            "bytes": self.nbytes,
+            "bytes_without_eviction": self.nbytes + saved,
+        }
+
+    def __repr__(self) -> str:
+        summary = self.summary()
+        return (
+            f"{type(self).__name__}(budget={self.budget}, scorer={self.scorer!r}, "
+            f"tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']}, "
+            f"bytes={summary['bytes']:,} of {summary['bytes_without_eviction']:,})"
+        )
+
+
+def _check_budget(budget: int | float) -> int | float:
+    if isinstance(budget, bool) or not isinstance(budget, int | float):
+        raise TypeError(
+            f"budget must be a number of tokens (int) or a fraction of the prompt (float), got {type(budget).__name__}"
+        )
+    if isinstance(budget, int) and budget < 1:
+        raise ValueError(f"a budget in tokens must be at least 1, got {budget}")
+    if isinstance(budget, float) and not 0 < budget <= 1:
+        raise ValueError(
+            f"a budget given as a float is a fraction of the prompt, above 0 and at most 1, got {budget}; "
+            "pass an int for a number of tokens"
+        )
+    return budget

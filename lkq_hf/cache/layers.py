@@ -1,0 +1,152 @@
+"""Cache layers that take part in one compressing prefill and are ordinary dynamic layers afterwards."""
+
+import torch
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from lkq_hf.kernels.select_compact import select_compact
+
+
+class EvictedLayer(DynamicLayer):
+    """A full-attention layer that stores few entries and reports the length of the text they came from.
+
+    Reporting the logical length is what keeps rotary positions, padded batches and later turns right: the mask is
+    asked for ``stored + new`` columns that end at the true position, as for a sliding window.
+
+    Attributes:
+        keys, values: ``[batch, kv_heads, stored, head_dim]``.
+        kept_indices: ``[batch, kv_heads, kept]`` positions in the prompt of the entries kept by the eviction, sorted;
+            None if nothing was evicted.
+        tokens_seen: logical length, padding included.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept_indices: torch.Tensor | None = None
+        self.tokens_seen = 0
+        self._evicted_length = 0
+        self._awaits_eviction = False
+        self._observed_key: torch.Tensor | None = None
+        # Scores and budget of an eviction that waits until drafted tokens are accepted or cropped.
+        self._deferred: tuple[torch.Tensor, int] | None = None
+
+    def begin_prefill(self) -> None:
+        """From now until :meth:`evict`, ``update`` hands the states through and stores nothing."""
+        self._awaits_eviction = True
+
+    def awaits_eviction_of(self, key: torch.Tensor) -> bool:
+        """Whether ``key`` is what the last ``update`` of a prefill handed through."""
+        return self._observed_key is key
+
+    @property
+    def prefill_is_open(self) -> bool:
+        """Whether a prefill began and its eviction did not happen."""
+        return self._awaits_eviction
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._awaits_eviction:
+            self._observed_key = key_states
+            return key_states, value_states
+        self.tokens_seen += key_states.shape[-2]
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    def evict(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, budget: int, defer: bool) -> None:
+        """Stores the ``budget`` entries with the highest scores for each KV head.
+
+        Args:
+            key, value: ``[batch, kv_heads, >= length, head_dim]``; entries from ``length`` on are dropped.
+            scores: ``[batch, kv_heads, length]``.
+            budget: entries to keep, less than ``length``.
+            defer: store everything now and evict at the next :meth:`crop`, which says how many tokens at the end were
+                only drafts.
+        """
+        length = scores.shape[-1]
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
+        self.tokens_seen = length
+        self._awaits_eviction = False
+        self._observed_key = None
+        if defer:
+            self.keys, self.values = key[:, :, :length].clone(), value[:, :, :length].clone()
+            self._deferred = (scores, budget)
+        else:
+            self.keys, self.values, self.kept_indices = select_compact(scores, key, value, budget)
+            self._evicted_length = length
+
+    def get_seq_length(self) -> int:
+        return self.tokens_seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+        return stored + query_length, self.tokens_seen - stored
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove, or (older transformers) the length to crop to.
+
+        Raises:
+            ValueError: the crop reaches into the part of the prompt from which entries were evicted.
+        """
+        amount = int(tokens_to_remove)
+        remove = max(self.tokens_seen - amount, 0) if amount > 0 else -amount
+        if self.tokens_seen - remove < self._evicted_length:
+            raise ValueError(
+                f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self._evicted_length} were "
+                "evicted, so the cache cannot go back before them. Start again with a new LookaheadCache."
+            )
+        if remove:
+            self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
+            self.tokens_seen -= remove
+        if self._deferred is not None:
+            scores, budget = self._deferred
+            self._deferred = None
+            if budget < self.tokens_seen:
+                self.evict(self.keys, self.values, scores[..., : self.tokens_seen], budget, defer=False)
+
+    def reset(self) -> None:
+        super().reset()
+        self.__init__()  # type: ignore[misc]
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._map_batch(lambda tensor: tensor[indices])
+
+    def _map_batch(self, change) -> None:
+        if self.kept_indices is not None:
+            self.kept_indices = change(self.kept_indices)
+        if self._deferred is not None:
+            self._deferred = (change(self._deferred[0]), self._deferred[1])
+
+
+class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
+    """A sliding-window layer: already bounded, so left alone, but for the tokens appended during the prefill."""
+
+    def __init__(self, sliding_window: int) -> None:
+        super().__init__(sliding_window)
+        self._prefill_length: int | None = None
+
+    def begin_prefill(self, length: int) -> None:
+        """The next ``update`` brings the prompt's ``length`` tokens and appended ones; only the prompt's are stored."""
+        self._prefill_length = length
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._prefill_length is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        length, self._prefill_length = self._prefill_length, None
+        super().update(key_states[:, :, :length], value_states[:, :, :length], *args, **kwargs)
+        # A slice would keep the whole prompt alive.
+        self.keys, self.values = self.keys.clone(), self.values.clone()
+        return key_states, value_states

@@ -1,0 +1,286 @@
+"""The one forward in which a prompt is read, scored and evicted.
+
+Two hooks on the decoder, inert unless a :class:`LookaheadCache` without a prompt is passed. Before the forward, the
+scorer's suffix (learned lookahead tokens, or nothing) is appended to the input; after each layer's attention the
+layer's entries are scored and evicted; after the forward, the suffix is cut off the output.
+"""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import lru_cache
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from lkq_hf.attention import start_observing, thread_state
+from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.scoring import PrefillAttention, Scorer
+
+
+class EvictionHandle:
+    """Undoes :func:`prepare_model_for_eviction`: call :meth:`remove`, or use as a context manager."""
+
+    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Takes the hooks off the model again. Does nothing when called twice."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    def __enter__(self) -> "EvictionHandle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
+    """Lets a model read prompts into a :class:`LookaheadCache`; needed once, and only for models without an adapter.
+
+    Loading a ``LOOKAHEAD_KV`` adapter does the same. The hooks do nothing unless a LookaheadCache is passed.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+
+    Returns:
+        A handle that removes the hooks again. Nothing was added, and nothing will be removed, if the model was
+        already prepared.
+
+    Raises:
+        TypeError: not a transformers model with a decoder.
+        NotImplementedError: the model's attention cannot be observed.
+    """
+    decoder = get_decoder(model)
+    if not getattr(decoder, "_supports_attention_backend", False) or not hasattr(
+        decoder.config, "_attn_implementation"
+    ):
+        raise NotImplementedError(
+            f"{type(decoder).__name__} does not use transformers' attention interface, through which LookaheadCache "
+            "sees queries and keys. Generate with DynamicCache for this model."
+        )
+    if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
+        return EvictionHandle([])
+    return EvictionHandle(
+        [
+            decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
+            decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
+        ]
+    )
+
+
+def get_decoder(model: nn.Module) -> PreTrainedModel:
+    """The stack of decoder layers inside a transformers model (the text model of a multimodal one).
+
+    Raises:
+        TypeError: the model has none.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    if not isinstance(decoder, PreTrainedModel):
+        raise TypeError(
+            f"expected a decoder-only language model of transformers, found {type(base).__name__}, which has no decoder"
+        )
+    return decoder
+
+
+@dataclass
+class _Prefill:
+    """A compressing forward under way."""
+
+    decoder: nn.Module
+    cache: LookaheadCache
+    scorer: Scorer
+    length: int
+    suffix_length: int
+    mask: torch.Tensor | None
+    stop_observing: Callable[[], None] = field(init=False)
+
+    def start(self) -> None:
+        self.stop_observing = start_observing(self.decoder, self.observe)
+        thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0
+        _thread.prefill = self
+
+    @property
+    def budget(self) -> int:
+        return self.cache.entries_to_keep(self.length)
+
+    def observe(
+        self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> None:
+        """Scores and evicts one layer, right after its attention."""
+        layer_index: int = module.layer_idx  # type: ignore[assignment]
+        layer = self.cache.layers[layer_index] if layer_index < len(self.cache.layers) else None
+        if not isinstance(layer, EvictedLayer) or not layer.awaits_eviction_of(key):
+            return
+        mask = None if self.mask is None else self.mask.to(key.device)
+        scaling = options.get("scaling")
+        attention = PrefillAttention(
+            query=query,
+            key=key,
+            value=value,
+            length=self.length,
+            suffix_length=self.suffix_length,
+            budget=self.budget,
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=options.get("softcap"),
+            mask=mask,
+            layer_index=layer_index,
+        )
+        scores = self.scorer.score(attention)
+        if mask is not None:
+            scores = scores.masked_fill(~mask[:, None], -torch.inf)
+        layer.evict(key, value, scores, self.budget, defer=self.cache.records_past)
+
+    def finish(self) -> None:
+        """Puts everything back as it was, but for the cache, which now holds the prompt."""
+        _thread.prefill = None
+        thread_state.lookahead_length = 0
+        self.stop_observing()
+
+    def check_all_layers_evicted(self) -> None:
+        missed = [
+            i for i, layer in enumerate(self.cache.layers) if isinstance(layer, EvictedLayer) and not layer.tokens_seen
+        ]
+        if missed:
+            raise NotImplementedError(
+                f"the attention of layers {missed} of {type(self.decoder).__name__} could not be observed, so "
+                "their cache cannot be compressed. Generate with DynamicCache for this model."
+            )
+
+
+class _Thread(threading.local):
+    prefill: _Prefill | None = None
+
+
+_thread = _Thread()
+
+
+@lru_cache
+def _parameter_names(decoder_class: type) -> list[str]:
+    return list(signature(decoder_class.forward).parameters)[1:]
+
+
+def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if _thread.prefill is not None:
+        # Left behind by an interrupt (Ctrl-C), which does not run forward hooks.
+        _thread.prefill.finish()
+    if args:
+        kwargs = dict(zip(_parameter_names(type(decoder)), args, strict=False)) | kwargs
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, LookaheadCache) or cache.has_prompt:
+        return None
+    scorer = cache.scorer.bind(decoder)
+    cache.build_layers(decoder.config)
+    inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    length = inputs.shape[1]
+    if cache.entries_to_keep(length) == length:
+        return None
+    mask = _padding_mask(kwargs.get("attention_mask"), length)
+    kwargs, suffix_length = _append_suffix(decoder, kwargs, scorer.suffix(decoder), length)
+    for layer in cache.layers:
+        if isinstance(layer, EvictedLayer):
+            layer.begin_prefill()
+        elif isinstance(layer, UncompressedSlidingLayer):
+            layer.begin_prefill(length)
+    prefill = _Prefill(decoder, cache, scorer, length, suffix_length, mask)
+    prefill.start()
+    return (), kwargs
+
+
+def _after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    prefill = _thread.prefill
+    if prefill is None or prefill.decoder is not decoder:
+        return None
+    prefill.finish()
+    if output is None:
+        # The forward raised: what the layers hold is of no use, and the caller may want to try again.
+        prefill.cache.reset()
+        return None
+    prefill.check_all_layers_evicted()
+    return _trim(output, prefill.length, prefill.length + prefill.suffix_length)
+
+
+def _padding_mask(attention_mask: Any, length: int) -> torch.Tensor | None:
+    """``[batch, length]``, True for real tokens; None if there is no padding.
+
+    Raises:
+        ValueError: a mask other than one value per token, or padding on the right.
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        raise ValueError(
+            "LookaheadCache needs an attention_mask of shape [batch, length] with one value per token, got "
+            + (
+                f"shape {tuple(attention_mask.shape)}"
+                if isinstance(attention_mask, torch.Tensor)
+                else "a prepared mask"
+            )
+        )
+    if attention_mask.shape[1] != length:
+        raise ValueError(
+            f"the attention_mask covers {attention_mask.shape[1]} tokens, but the prompt has {length}: pass one value "
+            "per token of the prompt"
+        )
+    mask = attention_mask.bool()
+    if mask.all():
+        return None
+    if not mask[:, -1].all():
+        raise ValueError(
+            'the batch is padded on the right. Pad prompts on the left: tokenizer(..., padding_side="left").'
+        )
+    return mask
+
+
+def _append_suffix(
+    decoder: nn.Module, kwargs: dict[str, Any], suffix: torch.Tensor | None, length: int
+) -> tuple[dict[str, Any], int]:
+    """The decoder's inputs with the suffix behind the prompt, at the positions that follow it."""
+    if suffix is None:
+        return kwargs, 0
+    if getattr(decoder.config, "hidden_size_per_layer_input", None):
+        raise NotImplementedError(
+            f"{type(decoder).__name__} embeds every token once per layer, which appended tokens do not have. "
+            'Choose a scorer without them, such as "snapkv".'
+        )
+    kwargs = dict(kwargs)
+    embeds = kwargs.get("inputs_embeds")
+    if embeds is None:
+        embeds = decoder.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
+    suffix = suffix.to(embeds).expand(embeds.shape[0], -1, -1)
+    suffix_length = suffix.shape[1]
+    kwargs["inputs_embeds"] = torch.cat([embeds, suffix], dim=1)
+    if kwargs.get("attention_mask") is not None:
+        kwargs["attention_mask"] = F.pad(kwargs["attention_mask"], (0, suffix_length), value=1)
+    if kwargs.get("position_ids") is not None:
+        positions = kwargs["position_ids"]
+        following = torch.arange(1, suffix_length + 1, device=positions.device)
+        kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + following], dim=-1)
+    if kwargs.get("cache_position") is not None:
+        kwargs["cache_position"] = torch.arange(length + suffix_length, device=embeds.device)
+    return kwargs, suffix_length
+
+
+def _trim(value: Any, length: int, total: int) -> Any:
+    """Cuts the appended positions off everything the decoder returns."""
+    if length == total:
+        return value
+    if isinstance(value, torch.Tensor):
+        if value.ndim == 4 and value.shape[-2:] == (total, total):
+            return value[..., :length, :length]
+        return value[:, :length] if value.ndim == 3 and value.shape[1] == total else value
+    if isinstance(value, ModelOutput):
+        for name in list(value):
+            value[name] = _trim(value[name], length, total)
+        return value
+    if isinstance(value, tuple):
+        return tuple(_trim(element, length, total) for element in value)
+    return value

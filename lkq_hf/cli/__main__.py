@@ -1,0 +1,3 @@
+from lkq_hf.cli import main
+
+main()

@@ -1,0 +1,25 @@
+"""Options that several subcommands share."""
+
+from typing import Annotated, Any
+
+import typer
+
+Model = Annotated[str, typer.Argument(help="Model: a directory or an id on the Hub.")]
+Dtype = Annotated[str, typer.Option(help="Data type of the model's weights: float32, bfloat16 or float16.")]
+Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu; by default the best there is.")]
+
+
+def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
+    """A causal language model on a device, and its tokenizer.
+
+    Raises:
+        ValueError: no such data type.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in dtypes:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(dtypes)}")
+    causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtypes[dtype])
+    return causal_lm.to(device).eval(), AutoTokenizer.from_pretrained(model)

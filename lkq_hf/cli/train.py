@@ -1,0 +1,86 @@
+"""``lkq-hf train``: a lookahead adapter from targets."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lkq_hf.cli.options import Device, Dtype, Model, load_model
+
+
+def train(
+    model: Model,
+    targets: Annotated[Path, typer.Option(help="Directory that generate-targets wrote.")],
+    out: Annotated[Path, typer.Option(help="Directory for the adapter; checkpoints go to its 'checkpoints' folder.")],
+    base_model_name: Annotated[
+        str | None, typer.Option(help="Name of the base model that the adapter records, if not MODEL.")
+    ] = None,
+    num_lookahead_tokens: Annotated[int, typer.Option(help="Learned tokens.")] = 32,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 8,
+    lora_alpha: Annotated[float, typer.Option(help="The LoRA's update is scaled by lora_alpha / rank.")] = 32,
+    lora: Annotated[bool, typer.Option(help="Train a LoRA on the lookahead positions beside the tokens.")] = True,
+    pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.")] = 32,
+    device_batch_size: Annotated[int, typer.Option(help="Prompts per forward of one device.")] = 32,
+    epochs: Annotated[float, typer.Option(help="Passes over the training set.")] = 1.0,
+    max_steps: Annotated[int, typer.Option(help="Steps; overrides epochs if positive.")] = -1,
+    eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 200,
+    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 200,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    dtype: Dtype = "bfloat16",
+    device: Device = None,
+) -> None:
+    """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint."""
+    from accelerate import PartialState
+    from peft import get_peft_model
+    from transformers import set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from lkq_hf.adapter import LookaheadKVConfig
+    from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
+
+    state = PartialState(cpu=device == "cpu")
+    set_seed(seed)
+    causal_lm, _ = load_model(model, dtype, device or str(state.device))
+    if base_model_name is not None:
+        causal_lm.name_or_path = causal_lm.config._name_or_path = base_model_name
+    config = LookaheadKVConfig(
+        num_lookahead_tokens=num_lookahead_tokens,
+        r=rank,
+        lora_alpha=lora_alpha,
+        pooling_kernel_size=pooling_kernel_size,
+        target_modules=None if lora else [],
+    )
+    peft_model = get_peft_model(causal_lm, config)
+    checkpoints = out / "checkpoints"
+    arguments = LookaheadTrainingArguments(
+        output_dir=str(checkpoints),
+        learning_rate=learning_rate,
+        per_device_train_batch_size=device_batch_size,
+        per_device_eval_batch_size=device_batch_size,
+        gradient_accumulation_steps=max(1, batch_size // (device_batch_size * state.num_processes)),
+        num_train_epochs=epochs,
+        max_steps=max_steps,
+        eval_strategy="steps",
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_steps=20,
+        report_to=[],
+        seed=seed,
+        use_cpu=device == "cpu",
+    )
+    trainer = LookaheadTrainer(
+        peft_model,
+        arguments,
+        train_dataset=load_targets(targets / "train"),
+        eval_dataset=load_targets(targets / "validation"),
+    )
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    metrics = trainer.evaluate()
+    trainer.save_metrics("eval", metrics)
+    if state.is_main_process:
+        peft_model.save_pretrained(str(out))
+        typer.echo(f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}")

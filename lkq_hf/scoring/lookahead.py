@@ -1,0 +1,62 @@
+"""Scores from the attention of learned lookahead tokens (LookaheadKV, arXiv 2603.10899)."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from lkq_hf.kernels.lookahead_scores import lookahead_scores
+from lkq_hf.scoring.base import PrefillAttention, Scorer
+from lkq_hf.scoring.pooling import check_pooling, pool_scores
+
+ADAPTER_ATTRIBUTE = "lookahead"
+"""Name under which the adapter attaches its learned tokens to the decoder."""
+
+
+@dataclass(frozen=True)
+class LookaheadScorer(Scorer):
+    """Mean attention that the adapter's learned tokens, appended after the prompt, pay to each prompt key.
+
+    Needs a model with a ``LOOKAHEAD_KV`` adapter.
+
+    Args:
+        kernel_size: odd width of the pooling along the prompt, 1 for none. None takes what the adapter's config
+            recommends.
+        pooling: "max" or "avg".
+    """
+
+    kernel_size: int | None = None
+    pooling: str = "max"
+    uses_adapter = True
+
+    def __post_init__(self) -> None:
+        check_pooling(1 if self.kernel_size is None else self.kernel_size, self.pooling)
+
+    def bind(self, decoder: nn.Module) -> Scorer:
+        tokens = self._adapter_tokens(decoder)
+        return self if self.kernel_size is not None else replace(self, kernel_size=tokens.pooling_kernel_size())
+
+    def suffix(self, decoder: nn.Module) -> torch.Tensor:
+        return self._adapter_tokens(decoder).active_tokens()
+
+    @staticmethod
+    def _adapter_tokens(decoder: nn.Module) -> Any:
+        tokens = getattr(decoder, ADAPTER_ATTRIBUTE, None)
+        if tokens is None:
+            raise ValueError(
+                f"LookaheadCache with the lookahead scorer needs a LOOKAHEAD_KV adapter, and {type(decoder).__name__} "
+                "has none. Load one with model.load_adapter(...), or choose a scorer that needs no adapter, "
+                'such as LookaheadCache(budget=..., scorer="snapkv").'
+            )
+        return tokens
+
+    def score(self, attention: PrefillAttention) -> torch.Tensor:
+        scores = lookahead_scores(
+            attention.query[:, :, attention.length :],
+            attention.key,
+            attention.scaling,
+            mask=attention.mask,
+            softcap=attention.softcap,
+        )
+        return pool_scores(scores, self.kernel_size or 1, self.pooling)

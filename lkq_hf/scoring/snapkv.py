@@ -1,0 +1,42 @@
+"""Scores from the attention of the prompt's last tokens (SnapKV, arXiv 2404.14469)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from lkq_hf.kernels.lookahead_scores import lookahead_scores
+from lkq_hf.scoring.base import PrefillAttention, Scorer
+from lkq_hf.scoring.pooling import check_pooling, pool_scores
+
+
+@dataclass(frozen=True)
+class SnapKVScorer(Scorer):
+    """Mean attention that the last ``window`` prompt tokens pay to the keys before them; the window itself is kept.
+
+    Args:
+        window: number of last prompt tokens that observe; at most the budget is used.
+        kernel_size: odd width of the pooling along the prompt, 1 for none.
+        pooling: "max" or "avg".
+    """
+
+    window: int = 32
+    kernel_size: int = 7
+    pooling: str = "max"
+
+    def __post_init__(self) -> None:
+        if self.window < 1:
+            raise ValueError(f"window must be at least 1 token, got {self.window}")
+        check_pooling(self.kernel_size, self.pooling)
+
+    def score(self, attention: PrefillAttention) -> torch.Tensor:
+        window = min(self.window, attention.budget)
+        before = attention.length - window
+        scores = lookahead_scores(
+            attention.query[:, :, before : attention.length],
+            attention.key[:, :, : attention.length],
+            attention.scaling,
+            mask=None if attention.mask is None else attention.mask[:, :before],
+            softcap=attention.softcap,
+        )
+        return F.pad(pool_scores(scores, self.kernel_size, self.pooling), (0, window), value=torch.inf)

@@ -1,0 +1,30 @@
+"""Attention sinks and recency (StreamingLLM, arXiv 2309.17453)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from lkq_hf.scoring.base import PrefillAttention, Scorer
+
+
+@dataclass(frozen=True)
+class StreamingScorer(Scorer):
+    """Keeps the first ``sinks`` tokens of the prompt and fills the budget with its last ones.
+
+    Args:
+        sinks: number of first tokens to keep.
+    """
+
+    sinks: int = 4
+
+    def __post_init__(self) -> None:
+        if self.sinks < 0:
+            raise ValueError(f"sinks must not be negative, got {self.sinks}")
+
+    def score(self, attention: PrefillAttention) -> torch.Tensor:
+        batch, kv_heads = attention.key.shape[:2]
+        position = torch.arange(attention.length, dtype=torch.float32, device=attention.key.device).expand(batch, -1)
+        # With padding on the left the sinks are the first real tokens.
+        real_position = position if attention.mask is None else attention.mask.cumsum(-1) - 1
+        scores = position.masked_fill(real_position < self.sinks, torch.inf)
+        return scores[:, None].expand(-1, kv_heads, -1)

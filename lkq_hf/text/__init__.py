@@ -1,0 +1,1 @@
+"""From documents and chat messages to tokens."""

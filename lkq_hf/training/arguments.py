@@ -1,0 +1,31 @@
+"""Arguments of the training."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class LookaheadTrainingArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` with the paper's defaults and what is particular to lookahead adapters.
+
+    Args:
+        max_prompt_length: longer prompts lose tokens from their middle; None for no limit.
+        max_response_length: longer responses are cut; None for no limit.
+        recall_budgets: budgets for which the evaluation reports the recall of the most important entries.
+
+    Source of the defaults: LookaheadKV (arXiv 2603.10899): Adam, learning rate 1e-3, responses up to 512 tokens.
+    """
+
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})  # type: ignore[assignment]
+    warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up, in steps or as a share of all steps."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The data set's columns are all used."})
+    train_sampling_strategy: str = field(
+        default="group_by_length", metadata={"help": "Prompts of similar length share a batch."}
+    )
+    max_prompt_length: int | None = field(default=None, metadata={"help": "Longer prompts lose tokens in the middle."})
+    max_response_length: int | None = field(default=512, metadata={"help": "Longer responses are cut."})
+    recall_budgets: list[int] = field(
+        default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
+    )

@@ -1,0 +1,182 @@
+"""How important each prompt entry is to a response, and what an adapter predicts, without passing the prompt twice.
+
+A prompt's activations depend on neither the response nor the adapter. So one forward without gradients reads the
+prompt into a cache, and the response and the lookahead tokens are read on top of it, each in a forward of their own
+few positions (LookaheadKV, arXiv 2603.10899, section 3).
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from lkq_hf.attention import lookahead_positions, observe_attention
+from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.kernels.lookahead_scores import lookahead_scores
+
+
+class PromptCache(DynamicCache):
+    """The full cache of a prompt that later forwards read and do not change.
+
+    Args:
+        decoder: stack of decoder layers.
+        input_ids: ``[batch, length]``, padded on the left.
+        attention_mask: ``[batch, length]``, 1 for real tokens; None if there is no padding.
+    """
+
+    def __init__(
+        self, decoder: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> None:
+        super().__init__(config=decoder.config)
+        self._frozen = False
+        self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        with torch.no_grad():
+            decoder(**self.inputs(input_ids), input_ids=input_ids, use_cache=True)
+        self._frozen = True
+
+    def inputs(self, tokens: torch.Tensor, token_mask: torch.Tensor | None = None) -> dict[str, Any]:
+        """Keyword arguments for a forward of ``tokens`` (``[batch, count, ...]``) that follow what was read so far."""
+        batch, count = tokens.shape[:2]
+        length = self.get_seq_length()
+        if self.mask is None and token_mask is None:
+            return {"past_key_values": self}
+        prompt = self.mask if self.mask is not None else tokens.new_ones(batch, length, dtype=torch.bool)
+        if length == 0:
+            mask = prompt
+            positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
+        else:
+            new = token_mask if token_mask is not None else tokens.new_ones(batch, count, dtype=torch.bool)
+            mask = torch.cat([prompt, new], dim=-1)
+            positions = prompt.sum(-1, keepdim=True) + torch.arange(count, device=tokens.device)
+        return {"past_key_values": self, "attention_mask": mask.long(), "position_ids": positions}
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self._frozen:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
+
+
+def compressed_layers(decoder: PreTrainedModel) -> list[int]:
+    """Indices of the layers that a LookaheadCache compresses.
+
+    Raises:
+        NotImplementedError: the model has layers that a LookaheadCache cannot hold.
+    """
+    cache = LookaheadCache(budget=1)
+    cache.build_layers(decoder.config)
+    return [index for index, layer in enumerate(cache.layers) if isinstance(layer, EvictedLayer)]
+
+
+def response_importance(
+    decoder: PreTrainedModel,
+    prompt: PromptCache,
+    response_ids: torch.Tensor,
+    response_mask: torch.Tensor | None = None,
+) -> dict[int, torch.Tensor]:
+    """Mean attention of a response to each prompt entry: what an adapter learns to predict.
+
+    Args:
+        decoder: stack of decoder layers.
+        prompt: the prompt's cache.
+        response_ids: ``[batch, response_length]``, padded on the right.
+        response_mask: ``[batch, response_length]`` bool, True for real tokens; None if there is no padding.
+
+    Returns:
+        For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
+    """
+    scores: dict[int, torch.Tensor] = {}
+    layers = set(compressed_layers(decoder))
+
+    def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
+        if module.layer_idx in layers:
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, response_mask)  # type: ignore[arg-type]
+
+    with torch.no_grad(), observe_attention(decoder, observe):
+        decoder(**prompt.inputs(response_ids, response_mask), input_ids=response_ids, use_cache=True)
+    return scores
+
+
+def lookahead_importance(
+    model: nn.Module, decoder: PreTrainedModel, prompt: PromptCache, tokens: torch.Tensor
+) -> dict[int, torch.Tensor]:
+    """What the active adapter predicts for each prompt entry, with gradients.
+
+    Args:
+        model: what to call: the causal language model, wrapped for training in any way.
+        decoder: its stack of decoder layers.
+        prompt: the prompt's cache.
+        tokens: the adapter's lookahead tokens, ``[1, count, hidden]``.
+
+    Returns:
+        For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
+    """
+    scores: dict[int, torch.Tensor] = {}
+    layers = set(compressed_layers(decoder))
+
+    def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
+        if module.layer_idx in layers:
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, None)  # type: ignore[arg-type]
+
+    batch = next(layer.keys.shape[0] for layer in prompt.layers if layer.keys is not None)  # type: ignore[union-attr]
+    embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
+    with lookahead_positions(tokens.shape[1]), observe_attention(decoder, observe):
+        model(**prompt.inputs(embeds), inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+    return scores
+
+
+def _per_head_scores(
+    query: torch.Tensor, key: torch.Tensor, options: dict, prompt: PromptCache, row_mask: torch.Tensor | None
+) -> torch.Tensor:
+    scaling = options.get("scaling")
+    return lookahead_scores(
+        query,
+        key,
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        mask=None if prompt.mask is None else prompt.mask.to(key.device),
+        row_mask=row_mask,
+        softcap=options.get("softcap"),
+        reduce_heads=False,
+    )
+
+
+def importance_divergence(target: torch.Tensor, predicted: torch.Tensor) -> torch.Tensor:
+    """KL divergence of the predicted from the target importance, both made to sum to 1 over the prompt.
+
+    Args:
+        target, predicted: ``[batch, heads, length]``; minus infinity on padding.
+
+    Returns:
+        The mean over batch and heads, in nats (LookaheadKV, arXiv 2603.10899, training objective).
+    """
+    target, predicted = _normalise(target), _normalise(predicted)
+    return F.kl_div(predicted.clamp(min=1e-30).log(), target, reduction="none").sum(-1).mean()
+
+
+def _normalise(scores: torch.Tensor) -> torch.Tensor:
+    return F.normalize(scores.masked_fill(scores == -torch.inf, 0.0), p=1.0, dim=-1, eps=1e-30)
+
+
+def importance_recall(target: torch.Tensor, predicted: torch.Tensor, kv_heads: int, budget: int) -> torch.Tensor:
+    """Share of the target's ``budget`` most important entries of each KV head that the prediction ranks as high.
+
+    Args:
+        target, predicted: ``[batch, heads, length]``, with ``length`` above the budget.
+        kv_heads: number of KV heads, over whose query heads scores are averaged.
+        budget: entries kept per KV head.
+
+    Returns:
+        ``[batch]``, between 0 and 1.
+    """
+    kept = []
+    for scores in (target, predicted):
+        grouped = scores.unflatten(1, (kv_heads, -1)).mean(2)
+        best = grouped.topk(budget, dim=-1).indices
+        kept.append(torch.zeros_like(grouped, dtype=torch.bool).scatter_(-1, best, True))
+    return (kept[0] & kept[1]).float().sum(-1).mean(1) / budget

@@ -1,0 +1,144 @@
+"""The model's own responses to the training prompts, written in pieces so that a stopped run goes on where it was."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lkq_hf.training.data import TargetCollator
+
+
+def generate_targets(
+    model: PreTrainedModel,
+    prompts: Sequence[dict[str, Any]] | Dataset,
+    output_dir: str | os.PathLike[str],
+    max_new_tokens: int = 512,
+    batch_tokens: int = 65_536,
+    shard_size: int = 512,
+    process_index: int = 0,
+    num_processes: int = 1,
+) -> Dataset:
+    """Greedy responses of ``model`` to ``prompts``, as a data set with ``"input_ids"`` and ``"response_ids"``.
+
+    Work is done in shards of consecutive prompts. A finished shard is a file in ``output_dir``; a run that finds it
+    there does not make it again, so a stopped run is resumed by starting it again with the same arguments.
+
+    Args:
+        model: the base model, on the device to use. Adapters take no part: no LookaheadCache is involved.
+        prompts: mappings with ``"input_ids"``; other columns are kept if they hold numbers or text.
+        output_dir: directory for the shards.
+        max_new_tokens: longest response, in tokens.
+        batch_tokens: prompt and response tokens in one batch; prompts of similar length share one.
+        shard_size: prompts per shard.
+        process_index, num_processes: which share of the shards this process makes.
+
+    Returns:
+        The data set of all finished shards, in the order of the prompts.
+
+    Raises:
+        ValueError: no prompts, or the directory holds shards of another set of prompts or other arguments.
+    """
+    if len(prompts) == 0:
+        raise ValueError("there are no prompts to respond to")
+    directory = Path(output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    _check_recipe(directory, {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size})
+    starts = range(0, len(prompts), shard_size)
+    mine = [start for index, start in enumerate(starts) if index % num_processes == process_index]
+    with tqdm(total=len(prompts), desc="responses", unit="prompt", disable=process_index > 0) as progress:
+        for start in mine:
+            rows = [prompts[index] for index in range(start, min(start + shard_size, len(prompts)))]
+            path = _shard_path(directory, start)
+            if not path.exists():
+                _write_shard(path, _respond(model, rows, max_new_tokens, batch_tokens))
+            progress.update(len(rows))
+    return load_targets(directory)
+
+
+def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
+    """The data set of all finished shards in a directory.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    shards = sorted(Path(output_dir).glob("shard-*.parquet"))
+    if not shards:
+        raise FileNotFoundError(f"{output_dir} holds no responses (shard-*.parquet); run generate_targets first")
+    return concatenate_datasets([Dataset.from_parquet(str(shard)) for shard in shards])
+
+
+def _shard_path(directory: Path, start: int) -> Path:
+    return directory / f"shard-{start:08d}.parquet"
+
+
+def _check_recipe(directory: Path, recipe: dict[str, Any]) -> None:
+    path = directory / "recipe.json"
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != recipe:
+            raise ValueError(
+                f"{directory} holds responses made with {found}, now asked for {recipe}: "
+                "choose another directory, or delete this one"
+            )
+        return
+    _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(recipe)))
+
+
+def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
+    _write_atomically(path, lambda temporary: Dataset.from_list(rows).to_parquet(str(temporary)))
+
+
+def _write_atomically(path: Path, write: Any) -> None:
+    directory = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+    try:
+        write(directory / path.name)
+        (directory / path.name).replace(path)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _respond(
+    model: PreTrainedModel, rows: list[dict[str, Any]], max_new_tokens: int, batch_tokens: int
+) -> list[dict[str, Any]]:
+    eos = model.generation_config.eos_token_id
+    stops = set(eos if isinstance(eos, list) else [eos])
+    responses: dict[int, list[int]] = {}
+    for indices in _batches([len(row["input_ids"]) for row in rows], max_new_tokens, batch_tokens):
+        batch = TargetCollator()([{**rows[index], "response_ids": [0]} for index in indices])
+        input_ids = batch["input_ids"].to(model.device)
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=batch["attention_mask"].long().to(model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=model.generation_config.pad_token_id or 0,
+            )
+        for index, tokens in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
+            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+            responses[index] = tokens[:end]
+    return [
+        {**{name: value for name, value in row.items() if isinstance(value, int | float | str | list)}}
+        | {"response_ids": responses[index]}
+        for index, row in enumerate(rows)
+    ]
+
+
+def _batches(lengths: list[int], max_new_tokens: int, batch_tokens: int) -> Iterator[list[int]]:
+    """Indices of rows in batches of similar length, each of at most ``batch_tokens`` tokens, padding included."""
+    batch: list[int] = []
+    for index in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if batch and (len(batch) + 1) * (lengths[index] + max_new_tokens) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
