@@ -86,7 +86,12 @@ def gemlite_layers(weight: tuple, dtype: torch.dtype) -> list[Callable[[Tensor],
     layers = []
     for _ in range(max(2, L2_BYTES // (qweight.numel() * 4) + 1)):
         layer = GemLiteLinear(
-            bits, group_size=group_size, in_features=in_features, out_features=out_features, input_dtype=kind, output_dtype=kind
+            bits,
+            group_size=group_size,
+            in_features=in_features,
+            out_features=out_features,
+            input_dtype=kind,
+            output_dtype=kind,
         )
         zeros = torch.full((out_features, in_features // group_size), 2 ** (bits - 1), device="cuda", dtype=dtype)
         layer.pack(integers.to(torch.uint8), scales.t().contiguous().to(dtype), zeros, None)
@@ -154,7 +159,11 @@ def main() -> None:
     if arguments.out:
         report = {
             "device": torch.cuda.get_device_name(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+            },
             "copy_bytes_per_second": bandwidth,
             "results": results,
             "choices": [[list(map(str, key)), choice] for key, choice in autotune.choices().items()],

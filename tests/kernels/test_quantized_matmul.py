@@ -64,6 +64,8 @@ def test_reference_is_the_formula(bits: int, sym: bool) -> None:
 def test_kernels_agree_with_reference(
     bits: int, sym: bool, rows: int, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
 ) -> None:
+    if INTERPRETING and dtype == torch.bfloat16 and rows > 4:
+        pytest.skip("Triton's interpreter takes the bits of bfloat16 operands of tl.dot for integers")
     weight = packed(bits, group_size, sym, in_features, out_features)
     x = activations(rows, in_features, dtype=dtype)
     exact = dequantize_reference(*weight, torch.float64)
