@@ -7,21 +7,27 @@ copy bandwidth is measured in the same run. Each variant is checked against the 
 """
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lkq_hf.kernels import autotune
 from lkq_hf.kernels.bit_stream import pack, unpack
 from lkq_hf.kernels.dequantize import dequantize
-from lkq_hf.kernels.quantized_matmul import quantized_matmul
+from lkq_hf.kernels.quantized_matmul import _candidates, quantized_matmul
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # out_features, in_features in Llama-3.1-8B
 ROWS = (1, 2, 4, 8, 16, 64, 256)
@@ -176,6 +182,22 @@ def measure(bits: int, group_size: int, sym: bool, dtype: torch.dtype, bandwidth
     return results
 
 
+def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: torch.dtype) -> None:
+    """Run every candidate once, so that Triton's cache on disk has its kernel."""
+    for out_features, in_features in SHAPES:
+        weight = packed_weight(bits, group_size, sym, out_features, in_features)
+        for candidate in _candidates(torch.randn(rows, in_features, device="cuda", dtype=dtype), weight, rows):
+            with contextlib.suppress(OutOfResources):
+                candidate()
+
+
+def compile_in_parallel(all_bits: list[int]) -> None:
+    """Compilation would be most of the time of this script; processes of their own share it."""
+    commands = [[sys.executable, *sys.argv, "--compile", str(bits), str(rows)] for bits in all_bits for rows in ROWS]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        list(pool.map(partial(subprocess.run, check=True), commands))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4, 8))
@@ -183,13 +205,19 @@ def main() -> None:
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--compile", type=int, nargs=2, metavar=("BITS", "ROWS"), help="only compile these kernels")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.compile:
+        compile_kernels(*arguments.compile, arguments.group_size, arguments.sym, dtype)
+        return
+    compile_in_parallel(arguments.bits)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     results = []
     for bits in arguments.bits:
-        results += measure(bits, arguments.group_size, arguments.sym, getattr(torch, arguments.dtype), bandwidth)
+        results += measure(bits, arguments.group_size, arguments.sym, dtype, bandwidth)
     if arguments.out:
         report = {
             "device": torch.cuda.get_device_name(),
@@ -200,7 +228,7 @@ def main() -> None:
             },
             "copy_bytes_per_second": bandwidth,
             "results": results,
-            "choices": [[list(map(str, key)), choice] for key, choice in autotune.choices().items()],
+            "choices": {str(key): choice for key, choice in autotune.choices().items()},
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -14,7 +14,8 @@ from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_wo
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
-@triton.jit
+# Specialising these sizes would compile again for another layer and gain nothing.
+@triton.jit(do_not_specialize=["chunks", "chunks_per_group", "chunks_per_split"])
 def _gemv_kernel(
     x,
     qweight,
