@@ -30,8 +30,8 @@ _GEMV_TILES = (
     (8, 64, 4, 4),
     (8, 128, 4, 8),
 )
-# Regroup the activations, columns and packed rows per tile, thread blocks per output tile, warps, stages: for at most 16
-# rows, and for more.
+# Regroup the activations, columns and packed rows per tile, thread blocks per output tile, warps, stages: for at most
+# 16 rows, and for more.
 _GEMM_TILES_FEW_ROWS = (
     (True, 64, 16, 4, 4, 3),
     (True, 128, 16, 4, 4, 3),

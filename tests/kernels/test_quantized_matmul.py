@@ -54,10 +54,18 @@ def test_reference_is_the_formula(bits: int, sym: bool) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "in_features", "out_features", "group_size"),
-    [(1, 192, 96, 64), (3, 128, 32, 128), (4, 96, 160, 32), (8, 192, 96, 64), (16, 96, 32, 96), (40, 256, 64, 128)],
+    ("rows", "in_features", "out_features", "group_size", "dtype"),
+    [
+        (1, 192, 96, 64, torch.float16),
+        (1, 192, 96, 64, torch.bfloat16),
+        (3, 128, 32, 128, torch.float16),
+        (4, 96, 160, 32, torch.bfloat16),
+        (8, 192, 96, 64, torch.float16),
+        (16, 96, 32, 96, torch.bfloat16),
+        (16, 96, 32, 96, torch.float16),
+        (40, 256, 64, 128, torch.float16),
+    ],
 )
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", BITS)
