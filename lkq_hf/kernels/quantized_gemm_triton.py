@@ -13,8 +13,9 @@ from lkq_hf.kernels.packed_fields_triton import field_value, load_zeros, row_fea
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
-# Specialising these sizes would compile again for another number of rows or another layer, and gain nothing.
-@triton.jit(do_not_specialize=["m_rows", "packed_rows", "rows_per_group", "rows_per_split"])
+# Specialising these would compile again for another number of rows and gain nothing. (That packed_rows and
+# rows_per_split are multiples of 16 must be known: only then are the activations loaded 16 bytes at a time.)
+@triton.jit(do_not_specialize=["m_rows", "rows_per_group"])
 def _gemm_kernel(
     x,
     qweight,
