@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from lkq_hf.kernels.bit_stream import unpack
+from lkq_hf.kernels.dispatch import use_triton
 
 
 def dequantize_reference(
@@ -33,4 +34,8 @@ def dequantize(
         sym: whether every zero point is ``2**(bits - 1)``.
         dtype: of the result.
     """
+    if group_size % 32 == 0 and use_triton(qweight, qzeros, scales):
+        from lkq_hf.kernels.dequantize_triton import dequantize_triton
+
+        return dequantize_triton(qweight, qzeros, scales, bits, group_size, sym, dtype)
     return dequantize_reference(qweight, qzeros, scales, bits, group_size, sym, dtype)
