@@ -87,6 +87,19 @@ def test_bad_sources_are_explained(source, error, message, tokenizer):
         calibration_tokens(source, tokenizer, samples=4, length=32)
 
 
+def test_a_hub_dataset_is_streamed_with_its_configuration(texts, tokenizer, monkeypatch):
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return Dataset.from_list([{"text": text} for text in texts]).to_iterable_dataset()
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    tokens, recipe = calibration_tokens("owner/corpus:part", tokenizer, samples=4, length=32)
+    assert tokens.shape == (4, 32) and recipe.dataset == "owner/corpus:part"
+    assert asked == [(("owner/corpus", "part"), {"split": "train", "streaming": True})]
+
+
 def test_a_broken_line_is_named(tokenizer, tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "w1"}\n{"text": ')
     with pytest.raises(ValueError, match=r"a\.jsonl, line 2: not JSON"):

@@ -329,10 +329,11 @@ def test_activations_that_overflow_are_refused_by_layer_name(tokens, tiny_llama)
 
 @pytest.mark.real_model
 @pytest.mark.slow
-def test_on_smollm2_the_default_beats_the_paper_and_the_paper_beats_gptq(texts):
+def test_on_smollm2_the_default_beats_the_paper_and_the_paper_beats_gptq():
     from lkq_hf.evaluation.models import load_smollm2
 
     model, tokenizer = load_smollm2()
+    model.model.layers = model.model.layers[:3]
     text = "The package manager resolves dependencies before it installs anything. " * 4
     tokens = tokenizer(" ".join(f"{text} Case {i}: {i * i}." for i in range(200)), return_tensors="pt").input_ids
     tokens = tokens[0, : 8 * 256].view(8, 256)
@@ -343,5 +344,5 @@ def test_on_smollm2_the_default_beats_the_paper_and_the_paper_beats_gptq(texts):
         "gptq": {"preset": "paper", "stages": ()},
     }.items():
         report = walk(copy.deepcopy(model), tokens, config(bits=2, group_size=64, **changes), batch_size=8)
-        losses[name] = sum(list(entry.losses.values())[-1] for entry in report.layers[:28])
+        losses[name] = sum(list(entry.losses.values())[-1] for entry in report.layers)
     assert losses["default"] < losses["paper"] < losses["gptq"]
