@@ -37,9 +37,12 @@ def find_blocks(model: nn.Module, block_name: str | None = None) -> tuple[str, n
     """
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     if block_name is not None:
-        if block_name not in lists:
-            raise ValueError(f"block_name_to_quantize={block_name!r} is no module list; the model has {sorted(lists)}")
-        return block_name, lists[block_name]
+        # A checkpoint of a model with a head may be loaded without it, and the other way round.
+        base = getattr(model, "base_model_prefix", "")
+        for name in (block_name, block_name.removeprefix(f"{base}."), f"{base}.{block_name}"):
+            if name in lists:
+                return name, lists[name]
+        raise ValueError(f"block_name_to_quantize={block_name!r} is no module list; the model has {sorted(lists)}")
     outermost = {
         name: blocks for name, blocks in lists.items() if not any(name.startswith(f"{other}.") for other in lists)
     }
@@ -75,14 +78,10 @@ def layers_to_quantize(
         The name of the block list, and the layers.
 
     Raises:
-        ValueError: a name in `exclude` or `include` that matches nothing; weights that would silently stay out
-            (fused experts); blocks or layers that share one weight; sizes that no group fits or that do not pack.
+        ValueError: no list of blocks or no layer is found; weights that would silently stay out (fused experts); blocks
+            or layers that share one weight; sizes that no group fits or that do not pack.
     """
     exclude = list(exclude)
-    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
-    for pattern in exclude:
-        if not any(matches(name, [pattern]) for name in names):
-            raise ValueError(f"modules_to_not_convert names {pattern!r}, which matches no module of the model")
     list_name, blocks = find_blocks(model, block_name)
     _refuse_fused_experts(list_name, blocks, exclude)
     first_name: dict[int, str] = {}
@@ -116,6 +115,19 @@ def layers_to_quantize(
         if id(module.get_parameter("weight")) in embeddings:
             raise ValueError(f"{name} shares its weight with an embedding; leave it out with modules_to_not_convert")
     return list_name, layers
+
+
+def check_names(model: PreTrainedModel, include: Iterable[str] | None, exclude: Iterable[str] | None) -> None:
+    """Refuses names that match nothing: a misspelt one would silently change what is quantised.
+
+    Raises:
+        ValueError: a name of `modules_in_block_to_quantize` or `modules_to_not_convert` is not the model's.
+    """
+    names = [name for name, _ in model.named_modules()] + [name for name, _ in model.named_parameters()]
+    for field, patterns in (("modules_in_block_to_quantize", include), ("modules_to_not_convert", exclude)):
+        for pattern in patterns or ():
+            if not any(matches(name, [pattern]) for name in names):
+                raise ValueError(f"{field} names {pattern!r}, which matches no module of the model")
 
 
 def _refuse_fused_experts(list_name: str, blocks: nn.ModuleList, exclude: list[str]) -> None:

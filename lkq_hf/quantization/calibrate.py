@@ -8,7 +8,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf import __version__
-from lkq_hf.quantization.blocks import layers_to_quantize
+from lkq_hf.quantization.blocks import check_names, layers_to_quantize
 from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
@@ -42,6 +42,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
             "quantising needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
             "text or .jsonl file, or a Hub dataset id)"
         )
+    check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
     list_name, layers = find_layers(model, config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.model_seqlen > longest:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.descend_columns import descend_columns
 from lkq_hf.quantization.gptq import BLOCK
 from lkq_hf.quantization.grid import reconstruct, stored
 
@@ -53,20 +54,14 @@ def _descend_group(
     """One pass over a group: `integers` `[group_size, rows]` and `scale` `[rows]` are updated in place, and the change
     of the dequantised weights is returned, `[group_size, rows]`."""
     before = (integers - zero) * scale
-    diagonal = hessian.diagonal().tolist()
-    largest = 2**bits - 1
-    for start in range(0, len(diagonal), BLOCK):
-        end = min(start + BLOCK, len(diagonal))
-        local, near = residual[start:end], hessian[start:end, start:end]
-        moved = torch.zeros_like(local)
-        for j in range(end - start):
-            if diagonal[start + j] <= 0:  # an input that is always 0: no integer is better than another
-                continue
-            old = integers[start + j]
-            best = torch.addcdiv(old, local[j], scale, value=1 / diagonal[start + j]).round_().clamp_(0, largest)
-            torch.sub(best, old, out=moved[j]).mul_(scale)
-            old.copy_(best)
-            local.addr_(near[j], moved[j], alpha=-1)
+    columns = hessian.shape[0]
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        near = hessian[start:end, start:end].contiguous()
+        integers[start:end], moved = descend_columns(
+            residual[start:end], near, integers[start:end], scale, 2**bits - 1
+        )
+        residual[start:end].addmm_(near, moved, alpha=-1)
         residual[:start].addmm_(hessian[:start, start:end], moved, alpha=-1)
         residual[end:].addmm_(hessian[end:, start:end], moved, alpha=-1)
 

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.round_columns import round_columns
+
 # Columns whose updates to later columns are gathered into one matrix product.
 BLOCK = 128
 
@@ -46,27 +48,21 @@ def gptq(
     columns = target.shape[1]
     if order is None:
         order = torch.arange(columns, device=target.device)
-    group_of = (order // group_size).tolist()
+    group_of = order // group_size
     # Everything is kept as [column, row]: one column of all rows is then contiguous.
     work = target.T[order]
     scale, zero = scales.T.contiguous(), zeros.T.contiguous()
     # Rows divided by their diagonal: the update of later columns then needs no division in the loop.
     unit = factor / factor.diagonal().unsqueeze(1)
     integers = torch.empty_like(work)
-    errors = torch.empty(min(BLOCK, columns), target.shape[0], device=target.device)
-    largest = 2**bits - 1
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        block, found, local = work[start:end], integers[start:end], unit[start:end, start:end]
-        for j in range(end - start):
-            s, z = scale[group_of[start + j]], zero[group_of[start + j]]
-            exact = torch.addcdiv(z, block[j], s)
-            torch.round(exact, out=found[j]).clamp_(0, largest)
-            torch.sub(exact, found[j], out=errors[j]).mul_(s)
-            if j + 1 < end - start:
-                block[j + 1 :].addr_(local[j, j + 1 :], errors[j], alpha=-1)
+        groups = group_of[start:end]
+        integers[start:end], errors = round_columns(
+            work[start:end], scale[groups], zero[groups], unit[start:end, start:end].contiguous(), 2**bits - 1
+        )
         if end < columns:
-            work[end:].addmm_(unit[start:end, end:].T, errors[: end - start], alpha=-1)
+            work[end:].addmm_(unit[start:end, end:].T, errors, alpha=-1)
     result = torch.empty_like(integers)
     result[order] = integers
     return result.T.contiguous()

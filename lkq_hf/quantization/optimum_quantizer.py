@@ -37,7 +37,7 @@ class TwoStageQuantizer(OptimumQuantizer):
         self.model = model
         self.dtype = dtype
         self.loading = loading
-        self.report: WalkReport | None = None
+        self.report = WalkReport()
 
     @classmethod
     def from_pretrained(

@@ -52,7 +52,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
             return
         packed = replace_by_packed(model, self.quantization_config)
         if checkpoint_files:
-            check_checkpoint(packed, checkpoint_files)
+            check_checkpoint(packed, checkpoint_files, model.base_model_prefix)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -111,10 +111,11 @@ def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
-def check_checkpoint(packed: dict[str, QuantizedLinear], files: Sequence[str]) -> None:
+def check_checkpoint(packed: dict[str, QuantizedLinear], files: Sequence[str], base: str = "") -> None:
     """Compares the headers of safetensors files with what the configuration expects, before anything is loaded.
 
-    Transformers only warns about missing tensors, and would go on with whatever was in memory.
+    Transformers only warns about missing tensors, and would go on with whatever was in memory. `base` is the model's
+    `base_model_prefix`, which one of model and checkpoint may have and the other not.
 
     Raises:
         ValueError: a packed tensor is missing or has another shape or type, or a file is truncated.
@@ -131,15 +132,16 @@ def check_checkpoint(packed: dict[str, QuantizedLinear], files: Sequence[str]) -
     for name, module in packed.items():
         for buffer, tensor in module.named_buffers():
             expected = (tuple(tensor.shape), SAFETENSORS_DTYPES.get(tensor.dtype))
-            actual = found.get(f"{name}.{buffer}")
+            key = f"{name}.{buffer}"
+            actual = next((found[k] for k in (key, f"{base}.{key}", key.removeprefix(f"{base}.")) if k in found), None)
             if actual is None:
                 raise ValueError(
-                    f"the checkpoint has no {name}.{buffer}: it is incomplete, or its config.json (bits, group_size, "
+                    f"the checkpoint has no {key}: it is incomplete, or its config.json (bits, group_size, "
                     "modules_to_not_convert) belongs to another one"
                 )
             if actual[0] != expected[0] or (buffer != "bias" and actual[1] != expected[1]):
                 raise ValueError(
-                    f"{name}.{buffer} has shape {list(actual[0])} and type {actual[1]}, but config.json (bits="
+                    f"{key} has shape {list(actual[0])} and type {actual[1]}, but config.json (bits="
                     f"{module.bits}, group_size={module.group_size}) implies {list(expected[0])} and {expected[1]}"
                 )
 

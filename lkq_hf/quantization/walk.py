@@ -40,6 +40,7 @@ class WalkReport:
     """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    device: str = "cpu"
     resumed_blocks: int = 0
     seconds: float = 0.0
     peak_memory: int = 0
@@ -112,7 +113,7 @@ def quantize_blocks(
             full.append(state)
     del hidden
 
-    report = WalkReport()
+    report = WalkReport(device=str(device))
     progress = tqdm(range(len(blocks)), desc="quantising", unit="block")
     for index in progress:
         ensure_loaded(index)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
 
@@ -80,6 +80,18 @@ def test_dtype_and_device_map_at_load_keep_the_stored_format(base, options, ids,
     assert layer.scales.dtype == torch.float16 and layer.qweight.dtype == torch.int32
     assert layer.bias.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.bfloat16
     assert logits(model, ids).dtype == torch.bfloat16
+
+
+def test_the_decoder_loads_without_its_head(base, options, ids, tmp_path):
+    whole = TwoStageQuantizer.from_pretrained(base).quantize(
+        tmp_path / "out", **options, modules_to_not_convert=["lm_head"]
+    )
+    decoder = AutoModel.from_pretrained(tmp_path / "out")
+    with torch.no_grad():
+        expected = whole.model(input_ids=ids).last_hidden_state
+        assert torch.equal(decoder(input_ids=ids).last_hidden_state, expected)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(again, ids), logits(whole, ids))
 
 
 def test_the_presets_differ_and_all_stages_off_is_gptq(base, options, ids):
@@ -232,6 +244,7 @@ def test_the_configuration_survives_its_own_json(options):
             r"model\.layers\.0\.self_attn\.q_proj: in_features=64 .* group sizes that fit: 32, 64, -1",
         ),
         ({"modules_to_not_convert": ["gate"]}, "matches no module"),
+        ({"modules_in_block_to_quantize": ["mlp.up_proj", "mlp.out"]}, "'mlp.out', which matches no module"),
         ({"block_name_to_quantize": "model.blocks"}, "no module list"),
     ],
 )

@@ -369,3 +369,23 @@ def test_what_cannot_be_quantised_is_refused(problem):
         resolve_group_size(96, 64)
     with pytest.raises(ValueError, match="full-precision input"):
         InputMoments(4).add(torch.ones(2, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("bits", [2, 4])
+def test_a_gpu_finds_what_the_cpu_finds(problem, bits):
+    weight, moments, x, x_tilde = problem
+    on_gpu = InputMoments(COLUMNS, "cuda")
+    on_gpu.add(x_tilde.cuda(), x.cuda())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # TF32 would show in the moments
+    try:
+        found = quantize_weight(weight, on_gpu, settings(bits=bits))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    expected = quantize_weight(weight, moments, settings(bits=bits))
+    torch.testing.assert_close(on_gpu.hessian.cpu(), moments.hessian, rtol=1e-4, atol=1e-4)
+    for step, loss in expected.losses.items():
+        torch.testing.assert_close(found.losses[step].sum().cpu(), loss.sum(), rtol=0.02, atol=0)
+    assert (found.weight.integers.cpu() == expected.weight.integers).float().mean() > 0.9
