@@ -1,8 +1,8 @@
 """Cheap long-context inference for Hugging Face models.
 
 Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT and the ``two_stage_gptq`` quantisation
-method with transformers, and does nothing else: no model class,
-attention function or cache of transformers is changed. Public names are imported on first use.
+method with transformers, and does nothing else: no model class, attention function or cache of transformers is
+changed. Public names are imported on first use.
 """
 
 import importlib
