@@ -1,0 +1,20 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
+
+
+@pytest.mark.real_model
+def test_quickstart_answers_and_compares() -> None:
+    command = [sys.executable, str(SCRIPT), "--length", "500", "--questions", "1", "--budget", "64"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    assert "58203" in output
+    for method in ("full cache", "LookaheadCache", "SnapKV", "sinks + recent"):
+        assert f"\n{method}" in output
+    # Conclusions are computed from the run: four caches, of which three are much smaller than the full one.
+    sizes = [float(line.split(" MiB")[0].split()[-1]) for line in output.splitlines() if " MiB" in line]
+    assert len(sizes) == 4
+    assert max(sizes[1:]) < sizes[0] / 3
