@@ -81,7 +81,7 @@ def test_crop_below_the_evicted_prompt_is_refused_and_changes_nothing(argument):
 
 
 def test_an_eviction_waits_for_the_crop_that_takes_drafts_back():
-    layer, key, value, scores = evicted(defer=True)
+    layer, key, _, scores = evicted(defer=True)
     assert layer.keys.shape[-2] == 20 and layer.kept_indices is None
     layer.crop(-4)
     assert layer.get_seq_length() == 16

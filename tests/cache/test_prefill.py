@@ -245,7 +245,7 @@ def test_padding_on_the_right_is_refused_before_any_work():
     handle = model.model.layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
     mask = torch.ones(2, 30, dtype=torch.long)
     mask[1, 20:] = 0
-    with pytest.raises(ValueError, match="padded on the right.*left"):
+    with pytest.raises(ValueError, match=r"padded on the right.*left"):
         model(prompt_ids(2, 30), attention_mask=mask, past_key_values=LookaheadCache(budget=6))
     handle.remove()
     assert not calls
@@ -302,7 +302,7 @@ def test_a_model_with_recurrent_layers_is_refused_before_any_work():
 
 def test_a_model_without_the_attention_interface_is_refused():
     config = MambaConfig(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=4)
-    with pytest.raises((NotImplementedError, TypeError), match="DynamicCache|decoder"):
+    with pytest.raises((NotImplementedError, TypeError), match=r"DynamicCache|decoder"):
         prepare_model_for_eviction(AutoModelForCausalLM.from_config(config))
 
 
