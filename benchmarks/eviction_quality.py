@@ -37,7 +37,15 @@ from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.evaluation.metrics import load_metric
 from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.tasks import Corpus, Example, build_task
-from lkq_hf.scoring import LookaheadScorer, OracleScorer, RandomScorer, Scorer, SnapKVScorer, StreamingScorer
+from lkq_hf.scoring import (
+    LookaheadScorer,
+    OracleScorer,
+    PrefillAttention,
+    RandomScorer,
+    Scorer,
+    SnapKVScorer,
+    StreamingScorer,
+)
 
 LIKELIHOOD_TASKS = ("explain", "summarise", "continue")
 FACT_TASKS = ("needle", "needle_multi_key")
@@ -71,6 +79,43 @@ def scorers(
     methods["random"] = lambda _: RandomScorer()
     methods["oracle"] = lambda answers: OracleScorer(answers.ids, answers.mask)
     return methods
+
+
+class ScoreRecorder(Scorer):
+    """Several scorers in one prefill, so that caches for any of them and any budget can be made from it.
+
+    The first scorer's suffix is appended; the others must need none.
+    """
+
+    def __init__(self, scorers: dict[str, Scorer]):
+        self.scorers = scorers
+        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = {}
+
+    @property
+    def uses_adapter(self) -> bool:
+        return next(iter(self.scorers.values())).uses_adapter
+
+    def bind(self, decoder: Any) -> Scorer:
+        self.scorers = {name: scorer.bind(decoder) for name, scorer in self.scorers.items()}
+        return self
+
+    def suffix(self, decoder: Any) -> torch.Tensor | None:
+        return next(iter(self.scorers.values())).suffix(decoder)
+
+    def score(self, attention: PrefillAttention) -> torch.Tensor:
+        scores = {name: scorer.score(attention) for name, scorer in self.scorers.items()}
+        self.layers[attention.layer_index] = (attention.key, attention.value, scores)
+        return next(iter(scores.values()))
+
+    def cache(self, name: str, budget: int, config: Any) -> LookaheadCache:
+        """What ``LookaheadCache(budget, scorers[name])`` holds after the prefill."""
+        cache = LookaheadCache(budget=budget, scorer=self.scorers[name])
+        cache.build_layers(config)
+        if len(self.layers) != len(cache.layers):
+            raise NotImplementedError("sliding-window layers keep no record here: this model needs a prefill each")
+        for index, (key, value, scores) in self.layers.items():
+            cache.layers[index].evict(key, value, scores[name], budget, defer=False)
+        return cache
 
 
 class Bench:
@@ -117,11 +162,15 @@ class Bench:
         kept = [ids[mask].tolist() for ids, mask in zip(answers.ids, answers.mask, strict=True)]
         return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
 
-    def score_answers(
-        self, input_ids: torch.Tensor, answers: Answers, cache: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """NLL of each answer token and the model's own choice at its place, both ``[batch, length]``."""
-        logits = self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    def read(self, input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        """Logits after the prompt, ``[batch, 1, vocabulary]``; the cache holds the prompt afterwards."""
+        return self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+
+    def score_answers(self, logits: torch.Tensor, answers: Answers, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """NLL of each answer token and the model's own choice at its place, both ``[batch, length]``.
+
+        ``logits`` are those after the prompt, which ``cache`` holds.
+        """
         if answers.ids.shape[1] > 1:
             following = self.model(answers.ids[:, :-1], past_key_values=cache, use_cache=True).logits
             logits = torch.cat([logits, following], dim=1)
@@ -144,13 +193,20 @@ def likelihood(bench: Bench, examples: list[Example], new_tokens: int) -> dict[s
     for _, input_ids in tqdm(list(bench.batches(examples)), desc="likelihood"):
         answers = bench.generate(input_ids, DynamicCache(config=bench.model.config), new_tokens)
         reference.extend(ids[m].tolist() for ids, m in zip(answers.ids, answers.mask, strict=True))
-        full = bench.score_answers(input_ids, answers, DynamicCache(config=bench.model.config))
-        record("full", *full, answers.mask)
+        full = DynamicCache(config=bench.model.config)
+        logits = bench.read(input_ids, full)
+        record("full", *bench.score_answers(logits, answers, full), answers.mask)
+        # The oracle appends the answer to the prompt, all others the same lookahead tokens or nothing.
+        others = {name: scorer(answers) for name, scorer in bench.methods.items() if name != "oracle"}
+        recorders = [ScoreRecorder({"oracle": bench.methods["oracle"](answers)}), ScoreRecorder(others)]
+        for recorder in recorders:
+            bench.read(input_ids, LookaheadCache(budget=min(bench.budgets), scorer=recorder))
         for budget in bench.budgets:
             best: list[torch.Tensor] = []
-            for name, scorer in reversed(bench.methods.items()):  # the oracle first: the others are compared with it
-                cache = LookaheadCache(budget=budget, scorer=scorer(answers))
-                record(f"{budget}/{name}", *bench.score_answers(input_ids, answers, cache), answers.mask)
+            # The oracle first: the others are compared with it.
+            for source, name in [(each, name) for each in recorders for name in each.scorers]:
+                cache = source.cache(name, budget, bench.model.config)
+                record(f"{budget}/{name}", *bench.score_answers(logits, answers, cache), answers.mask)
                 kept = [_as_mask(layer, input_ids.shape[1]) for layer in cache.layers if _was_evicted(layer)]
                 best = best or kept
                 recall = torch.stack([(a & b).sum(-1) / b.sum(-1) for a, b in zip(kept, best, strict=True)])
@@ -320,6 +376,20 @@ def main() -> None:
         raise SystemExit(f"no document has the source {arguments.source!r}: choose one of {sources}")
     book = Corpus(chosen, bench.tokenizer)
     measurements: dict[str, Any] = {}
+
+    def save() -> str:
+        """Writes what there is: a run that is cut short keeps its finished measurements."""
+        results = {
+            "about": describe(arguments, bench),
+            "seconds": time.monotonic() - started,
+            "measurements": measurements,
+        }
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        text = report(results, bench)
+        arguments.out.with_suffix(".md").write_text(text)
+        return text
+
     if "likelihood" in arguments.only:
         examples = [
             example
@@ -327,6 +397,7 @@ def main() -> None:
             for example in build_task(kind, book, arguments.seed).examples(arguments.prompts // 3, arguments.length)
         ]
         measurements[f"likelihood, {arguments.length} tokens"] = likelihood(bench, examples, arguments.answer_tokens)
+        save()
     if "facts" in arguments.only:
         for length in arguments.fact_lengths:
             for kind in FACT_TASKS:
@@ -334,6 +405,7 @@ def main() -> None:
                 examples = list(task.examples(arguments.fact_prompts, length))
                 name = f"{kind}, {length} tokens"
                 measurements[name] = generated(bench, examples, task.max_new_tokens, name)
+                save()
     if "agreement" in arguments.only:
         for kind in AGREEMENT_TASKS:
             # Other prompts than those of the first measurement.
@@ -341,16 +413,7 @@ def main() -> None:
             examples = list(task.examples(arguments.agreement_prompts, arguments.length))
             name = f"agreement: {kind}, {arguments.length} tokens"
             measurements[name] = generated(bench, examples, arguments.answer_tokens, name)
-    results = {
-        "about": describe(arguments, bench),
-        "seconds": time.monotonic() - started,
-        "measurements": measurements,
-    }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    text = report(results, bench)
-    arguments.out.with_suffix(".md").write_text(text)
-    print(text)
+    print(save())
 
 
 if __name__ == "__main__":

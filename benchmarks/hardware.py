@@ -16,6 +16,8 @@ def describe() -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             versions[package] = "source tree"
+    if not torch.cuda.is_available():
+        return {"cpu": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
     properties = torch.cuda.get_device_properties(0)
     return {
         "gpu": properties.name,

@@ -1,7 +1,8 @@
 """Cheap long-context inference for Hugging Face models.
 
-Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT, and does nothing else: no model class,
-attention function or cache of transformers is changed. Public names are imported on first use.
+Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT and the ``two_stage_gptq`` quantisation
+method with transformers, and does nothing else: no model class, attention function or cache of transformers is
+changed. Public names are imported on first use.
 """
 
 import importlib
@@ -15,6 +16,8 @@ _PUBLIC = {
     "LookaheadKVModel": "lkq_hf.adapter",
     "LookaheadTrainer": "lkq_hf.training",
     "LookaheadTrainingArguments": "lkq_hf.training",
+    "TwoStageGPTQConfig": "lkq_hf.quantization",
+    "TwoStageQuantizer": "lkq_hf.quantization",
     "prepare_model_for_eviction": "lkq_hf.cache",
 }
 
@@ -24,6 +27,8 @@ __all__ = [
     "LookaheadKVModel",
     "LookaheadTrainer",
     "LookaheadTrainingArguments",
+    "TwoStageGPTQConfig",
+    "TwoStageQuantizer",
     "__version__",
     "prepare_model_for_eviction",
 ]
@@ -31,6 +36,7 @@ __all__ = [
 if TYPE_CHECKING:
     from lkq_hf.adapter import LookaheadKVConfig, LookaheadKVModel
     from lkq_hf.cache import LookaheadCache, prepare_model_for_eviction
+    from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments
 
 
@@ -40,7 +46,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-importlib.import_module("lkq_hf.adapter")
+for _registers in ("lkq_hf.adapter", "lkq_hf.quantization"):
+    importlib.import_module(_registers)
 
 
 def __dir__() -> list[str]:

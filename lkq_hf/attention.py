@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], None]
@@ -68,9 +69,10 @@ def _wrap(original: Callable[..., Any] | None) -> Callable[..., Any]:
     return observed_attention
 
 
-def start_observing(decoder: nn.Module, observer: Observer) -> Callable[[], None]:
+def start_observing(decoder: PreTrainedModel, observer: Observer) -> Callable[[], None]:
     """Shows every attention of ``decoder`` in this thread to ``observer`` until the returned function is called."""
-    registry, implementation = attention_registry(decoder), decoder.config._attn_implementation
+    registry: Any = attention_registry(decoder)
+    implementation: str = decoder.config._attn_implementation
     identity = (id(registry), implementation)
     with _lock:
         if identity in _observed:
@@ -100,7 +102,7 @@ def start_observing(decoder: nn.Module, observer: Observer) -> Callable[[], None
 
 
 @contextmanager
-def observe_attention(decoder: nn.Module, observer: Observer) -> Iterator[None]:
+def observe_attention(decoder: PreTrainedModel, observer: Observer) -> Iterator[None]:
     """Context manager over :func:`start_observing`."""
     stop = start_observing(decoder, observer)
     try:

@@ -1,7 +1,7 @@
 """The LOOKAHEAD_KV tuner: attaches adapters to a model, and checks what is loaded into them."""
 
 import re
-from typing import Any, ClassVar
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig
@@ -45,20 +45,20 @@ class LookaheadKVModel(BaseTuner):
     prefix = "lookahead_kv_"
     tuner_layer_cls = LookaheadKVLayer
     # None means every linear module of the decoder's layers, so no list of architectures is needed.
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012
 
-    def _prepare_adapter_config(self, peft_config: LookaheadKVConfig, model_config: dict[str, Any]) -> PeftConfig:
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config
 
-    def _prepare_model(self, peft_config: LookaheadKVConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         decoder = get_decoder(model)
-        _check_shape(peft_config, decoder)
+        _check_shape(cast(LookaheadKVConfig, peft_config), decoder)
         prepare_model_for_eviction(model)
         self._decoder_name = next(name for name, module in model.named_modules() if module is decoder)
         self._last_layer = f"{_layers_name(self._decoder_name, decoder)}.{decoder.config.num_hidden_layers - 1}."
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        config: LookaheadKVConfig = self.peft_config[adapter_name]
+        config = cast(LookaheadKVConfig, self.peft_config[adapter_name])
         if config.target_modules == []:
             self._prepare_model(config, model)
             for parameter in model.parameters():
@@ -90,7 +90,7 @@ class LookaheadKVModel(BaseTuner):
         in_layers = key.startswith(self._last_layer.rstrip("0123456789.") + ".")
         return in_layers and _is_linear(self.model.get_submodule(key))
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: LookaheadKVConfig,
         adapter_name: str,

@@ -41,6 +41,7 @@ class LookaheadCache(Cache):
 
     def __init__(self, budget: int | float, scorer: str | Scorer = "lookahead") -> None:
         super().__init__(layers=[])
+        self.layers: list[Any]
         self.budget = _check_budget(budget)
         self.scorer = get_scorer(scorer)
         self._records_past = False
@@ -113,8 +114,12 @@ class LookaheadCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of the stored keys and values."""
-        tensors = (tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer in self.layers
+            for tensor in (layer.keys, layer.values)
+            if tensor is not None
+        )
 
     def summary(self) -> dict[str, Any]:
         """What the cache holds: tokens read, entries stored per KV head of the compressed layers, bytes, and the bytes

@@ -1,5 +1,7 @@
 """Cache layers that take part in one compressing prefill and are ordinary dynamic layers afterwards."""
 
+from collections.abc import Callable
+
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -18,6 +20,9 @@ class EvictedLayer(DynamicLayer):
             None if nothing was evicted.
         tokens_seen: logical length, padding included.
     """
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +110,7 @@ class EvictedLayer(DynamicLayer):
         super().reset()
         self.__init__()  # type: ignore[misc]
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
 
@@ -117,7 +122,7 @@ class EvictedLayer(DynamicLayer):
         super().batch_select_indices(indices)
         self._map_batch(lambda tensor: tensor[indices])
 
-    def _map_batch(self, change) -> None:
+    def _map_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.kept_indices is not None:
             self.kept_indices = change(self.kept_indices)
         if self._deferred is not None:
@@ -126,6 +131,9 @@ class EvictedLayer(DynamicLayer):
 
 class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
     """A sliding-window layer: already bounded, so left alone, but for the tokens appended during the prefill."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)

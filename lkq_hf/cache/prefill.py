@@ -8,7 +8,6 @@ layer's entries are scored and evicted; after the forward, the suffix is cut off
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
 from inspect import signature
 from typing import Any
 
@@ -82,7 +81,7 @@ def get_decoder(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: the model has none.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     if not isinstance(decoder, PreTrainedModel):
         raise TypeError(
@@ -95,7 +94,7 @@ def get_decoder(model: nn.Module) -> PreTrainedModel:
 class _Prefill:
     """A compressing forward under way."""
 
-    decoder: nn.Module
+    decoder: PreTrainedModel
     cache: LookaheadCache
     scorer: Scorer
     length: int
@@ -163,17 +162,13 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-@lru_cache
-def _parameter_names(decoder_class: type) -> list[str]:
-    return list(signature(decoder_class.forward).parameters)[1:]
-
-
-def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if _thread.prefill is not None:
         # Left behind by an interrupt (Ctrl-C), which does not run forward hooks.
         _thread.prefill.finish()
     if args:
-        kwargs = dict(zip(_parameter_names(type(decoder)), args, strict=False)) | kwargs
+        names = list(signature(type(decoder).forward).parameters)[1:]
+        kwargs = dict(zip(names, args, strict=False)) | kwargs
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, LookaheadCache) or cache.has_prompt:
         return None
@@ -195,7 +190,7 @@ def _before_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     return (), kwargs
 
 
-def _after_forward(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     prefill = _thread.prefill
     if prefill is None or prefill.decoder is not decoder:
         return None
@@ -241,7 +236,7 @@ def _padding_mask(attention_mask: Any, length: int) -> torch.Tensor | None:
 
 
 def _append_suffix(
-    decoder: nn.Module, kwargs: dict[str, Any], suffix: torch.Tensor | None, length: int
+    decoder: PreTrainedModel, kwargs: dict[str, Any], suffix: torch.Tensor | None, length: int
 ) -> tuple[dict[str, Any], int]:
     """The decoder's inputs with the suffix behind the prompt, at the positions that follow it."""
     if suffix is None:
@@ -254,7 +249,7 @@ def _append_suffix(
     kwargs = dict(kwargs)
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
-        embeds = decoder.get_input_embeddings()(kwargs.pop("input_ids"))  # type: ignore[operator]
+        embeds = decoder.get_input_embeddings()(kwargs.pop("input_ids"))
     suffix = suffix.to(embeds).expand(embeds.shape[0], -1, -1)
     suffix_length = suffix.shape[1]
     kwargs["inputs_embeds"] = torch.cat([embeds, suffix], dim=1)

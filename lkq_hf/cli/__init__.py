@@ -6,7 +6,9 @@ from typing import Annotated
 import typer
 
 from lkq_hf import __version__
+from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
+from lkq_hf.cli.quantize import quantize
 from lkq_hf.cli.train import train
 
 app = typer.Typer(
@@ -18,6 +20,8 @@ app = typer.Typer(
 )
 app.command("generate-targets")(generate_targets)
 app.command("train")(train)
+app.command("quantize")(quantize)
+app.command("export")(export)
 
 _debug = False
 

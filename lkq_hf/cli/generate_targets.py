@@ -1,7 +1,7 @@
 """``lkq-hf generate-targets``: prompts from documents, and the model's own responses to them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,13 +10,17 @@ from lkq_hf.cli.options import Device, Dtype, Model, load_model
 
 def generate_targets(
     model: Model,
-    documents: Annotated[
-        list[Path], typer.Option(help="Documents: jsonl or jsonl.gz with a 'text' each, or plain text files.")
-    ],
     out: Annotated[Path, typer.Option(help="Directory for the training and validation sets.")],
+    documents: Annotated[
+        list[Path] | None, typer.Option(help="Documents: jsonl or jsonl.gz with a 'text' each, or plain text files.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Your own prompts instead: jsonl with 'messages' (a chat) or 'text' each."),
+    ] = None,
     count: Annotated[int, typer.Option(help="Training prompts to make.")] = 8000,
     validation_count: Annotated[int, typer.Option(help="Validation prompts, from documents held out whole.")] = 256,
-    validation_fraction: Annotated[float, typer.Option(help="Share of the documents that is held out.")] = 0.05,
+    validation_fraction: Annotated[float, typer.Option(help="Share of documents (or prompts) held out.")] = 0.05,
     min_length: Annotated[int, typer.Option(help="Shortest prompt, in tokens.")] = 512,
     max_length: Annotated[int, typer.Option(help="Longest prompt, in tokens.")] = 8192,
     length_step: Annotated[int, typer.Option(help="Prompt lengths are multiples of this.")] = 256,
@@ -35,20 +39,20 @@ def generate_targets(
     """
     from accelerate import PartialState
 
-    from lkq_hf.text.documents import read_documents
-    from lkq_hf.training.prompts import PromptMix, build_prompts_in_parallel, split_documents
     from lkq_hf.training.targets import generate_targets as respond
 
+    if (documents is None) == (prompts is None):
+        raise ValueError("pass either --documents, to make prompts from, or --prompts")
     state = PartialState()
     causal_lm, tokenizer = load_model(model, dtype, device or str(state.device))
-    train, validation = split_documents(read_documents(documents), validation_fraction, seed)
-    for name, part, size, part_seed in (
-        ("validation", validation, validation_count, seed + 1),
-        ("train", train, count, seed),
-    ):
-        mix = PromptMix(min_length=min_length, max_length=max_length, length_step=length_step, seed=part_seed)
-        prompts = build_prompts_in_parallel(part, tokenizer, size, mix, workers)
-        rows = [{"input_ids": prompt["input_ids"], "kind": prompt["kind"]} for prompt in prompts]
+    if prompts is not None:
+        sets = _own_prompts(prompts, tokenizer, validation_fraction, seed)
+    else:
+        mix = {"min_length": min_length, "max_length": max_length, "length_step": length_step}
+        sets = _built_prompts(
+            documents or [], tokenizer, count, validation_count, validation_fraction, seed, workers, mix
+        )
+    for name, rows in sets.items():
         targets = respond(
             causal_lm,
             rows,
@@ -60,3 +64,38 @@ def generate_targets(
             num_processes=state.num_processes,
         )
         typer.echo(f"{name}: {len(targets)} prompts with responses in {out / name}")
+
+
+def _built_prompts(
+    documents: list[Path],
+    tokenizer: Any,
+    count: int,
+    validation_count: int,
+    validation_fraction: float,
+    seed: int,
+    workers: int,
+    mix: dict[str, Any],
+) -> dict[str, list[dict[str, Any]]]:
+    from lkq_hf.text.documents import read_documents
+    from lkq_hf.training.prompts import PromptMix, build_prompts_in_parallel, split_documents
+
+    train, validation = split_documents(read_documents(documents), validation_fraction, seed)
+    sets = {}
+    for name, part, size, part_seed in (
+        ("validation", validation, validation_count, seed + 1),
+        ("train", train, count, seed),
+    ):
+        built = build_prompts_in_parallel(part, tokenizer, size, PromptMix(**mix, seed=part_seed), workers)
+        sets[name] = [{"input_ids": prompt["input_ids"], "kind": prompt["kind"]} for prompt in built]
+    return sets
+
+
+def _own_prompts(path: Path, tokenizer: Any, validation_fraction: float, seed: int) -> dict[str, list[dict[str, Any]]]:
+    import random
+
+    from lkq_hf.text.documents import read_prompts
+
+    rows = [{"input_ids": ids} for ids in read_prompts(path, tokenizer)]
+    random.Random(seed).shuffle(rows)
+    held_out = max(1, round(validation_fraction * len(rows)))
+    return {"validation": rows[:held_out], "train": rows[held_out:]}

@@ -21,5 +21,5 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype not in dtypes:
         raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(dtypes)}")
-    causal_lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtypes[dtype])
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtypes[dtype])
     return causal_lm.to(device).eval(), AutoTokenizer.from_pretrained(model)

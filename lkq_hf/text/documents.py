@@ -1,10 +1,14 @@
-"""Reading documents from files."""
+"""Reading documents and prompts from files."""
 
 import gzip
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from lkq_hf.text.chat import encode_chat
 
 
 def read_documents(paths: Iterable[Path]) -> list[dict[str, Any]]:
@@ -16,15 +20,48 @@ def read_documents(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """
     documents: list[dict[str, Any]] = []
     for path in paths:
-        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         if ".jsonl" not in path.suffixes:
-            documents.append({"document": path.name, "text": content.decode()})
+            documents.append({"document": path.name, "text": _read(path)})
             continue
-        for number, line in enumerate(content.decode().splitlines(), start=1):
-            row = json.loads(line)
-            if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        for number, row in _rows(path):
+            if not isinstance(row.get("text"), str):
                 raise ValueError(f'{path}, line {number}: expected a JSON object with a string "text"')
             documents.append({"document": f"{path.name}:{number}", **row})
     if not any(document["text"].strip() for document in documents):
         raise ValueError(f"no text found in {', '.join(map(str, paths))}")
     return documents
+
+
+def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of prompts from jsonl or jsonl.gz: ``"messages"``, a chat that the tokenizer's own template turns into
+    a prompt, or ``"text"``, as it is; ``"answer_prefix"`` may add what the answer starts with.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: a line is neither, or there are fewer than two prompts.
+    """
+    prompts = []
+    for number, row in _rows(path):
+        if not isinstance(row.get("messages"), list) and not isinstance(row.get("text"), str):
+            raise ValueError(f'{path}, line {number}: expected "messages" (a chat) or "text"')
+        prefix = row.get("answer_prefix", "") if "messages" in row else row["text"]
+        prompts.append(encode_chat(row.get("messages", []), prefix, tokenizer))
+    if len(prompts) < 2:
+        raise ValueError(f"{path} holds {len(prompts)} prompts; at least two are needed, one of them for validation")
+    return prompts
+
+
+def _read(path: Path) -> str:
+    content = path.read_bytes()
+    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in enumerate(_read(path).splitlines(), start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        yield number, row

@@ -21,7 +21,7 @@ class LookaheadTrainingArguments(TrainingArguments):
     """
 
     learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})  # type: ignore[assignment]
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Learning rate schedule."})
     warmup_steps: float = field(default=0.02, metadata={"help": "Warm-up, in steps or as a share of all steps."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The data set's columns are all used."})
     train_sampling_strategy: str = field(

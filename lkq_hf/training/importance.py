@@ -96,7 +96,7 @@ def response_importance(
 
     def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
         if module.layer_idx in layers:
-            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, response_mask)  # type: ignore[arg-type]
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, response_mask)
 
     with torch.no_grad(), observe_attention(decoder, observe):
         decoder(**prompt.inputs(response_ids, response_mask), input_ids=response_ids, use_cache=True)
@@ -122,7 +122,7 @@ def lookahead_importance(
 
     def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
         if module.layer_idx in layers:
-            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, None)  # type: ignore[arg-type]
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, None)
 
     batch = next(layer.keys.shape[0] for layer in prompt.layers if layer.keys is not None)  # type: ignore[union-attr]
     embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)

@@ -115,7 +115,7 @@ def _respond(
         batch = TargetCollator()([{**rows[index], "response_ids": [0]} for index in indices])
         input_ids = batch["input_ids"].to(model.device)
         with torch.no_grad():
-            output = model.generate(
+            output: Any = model.generate(  # type: ignore[operator]
                 input_ids=input_ids,
                 attention_mask=batch["attention_mask"].long().to(model.device),
                 max_new_tokens=max_new_tokens,

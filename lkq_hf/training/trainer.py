@@ -115,8 +115,8 @@ class LookaheadTrainer(Trainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._recalls = {}
         output = super().evaluation_loop(*args, **kwargs)
-        prefix = kwargs.get("metric_key_prefix", "eval")
+        prefix, metrics = kwargs.get("metric_key_prefix", "eval"), dict(output.metrics or {})
         for budget, recalls in self._recalls.items():
             gathered = self.accelerator.gather_for_metrics(torch.cat(recalls))
-            output.metrics[f"{prefix}_recall@{budget}"] = gathered.mean().item()
-        return output
+            metrics[f"{prefix}_recall@{budget}"] = gathered.mean().item()
+        return output._replace(metrics=metrics)

@@ -1,0 +1,57 @@
+"""``lkq-hf quantize``: a quantised checkpoint from a base model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lkq_hf.cli.options import Device, Model
+
+
+def quantize(
+    model: Model,
+    dataset: Annotated[str, typer.Option(help="Calibration data: a text or .jsonl file, or a dataset id on the Hub.")],
+    out: Annotated[Path, typer.Option(help="Directory for the checkpoint; must not exist or be empty.")],
+    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Input features that share a scale; -1 for a whole row.")] = 128,
+    sym: Annotated[bool, typer.Option("--sym/--no-sym", help="Symmetric zero points.")] = True,
+    preset: Annotated[str, typer.Option(help="default (the strongest measured) or paper (as published).")] = "default",
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
+    model_seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Windows that run through a block at once.")] = 8,
+    seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
+    text_column: Annotated[str, typer.Option(help="Field of the texts.")] = "text",
+    modules_to_not_convert: Annotated[
+        list[str] | None, typer.Option(help="Name or part of a name to leave alone; may be repeated.")
+    ] = None,
+    block_by_block: Annotated[
+        bool, typer.Option("--block-by-block", help="Read one block at a time: for models larger than memory.")
+    ] = False,
+    dtype: Annotated[str, typer.Option(help="Data type of all other weights; auto for the base model's.")] = "auto",
+    device: Device = None,
+) -> None:
+    """Quantise a causal language model and save it with its tokenizer.
+
+    A run that was stopped goes on after its last finished block when it is started again.
+    """
+    from lkq_hf.quantization import TwoStageQuantizer
+
+    quantizer = TwoStageQuantizer.from_pretrained(model, dtype=dtype)
+    quantizer.quantize(
+        out,
+        block_by_block=block_by_block,
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+        preset=preset,
+        dataset=dataset,
+        num_samples=num_samples,
+        model_seqlen=model_seqlen,
+        batch_size=batch_size,
+        seed=seed,
+        text_column=text_column,
+        modules_to_not_convert=modules_to_not_convert,
+        device=device,
+    )
+    report = quantizer.report
+    typer.echo(f"{out}: {report.seconds:.0f} s on {report.device}, peak memory {report.peak_memory / 2**30:.2f} GiB")

@@ -1,0 +1,92 @@
+"""Unpacking inside Triton kernels.
+
+A packed *row* of the GPTQ layout is the shortest run of input features that fills whole words: 16, 32, 8 or 4 features
+(*fields*) at 2, 3, 4 or 8 bits, in three words at 3 bits and in one otherwise.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.constexpr_function
+def row_features(bits):
+    """Input features in a packed row."""
+    return {2: 16, 3: 32, 4: 8, 8: 4}[bits]
+
+
+@triton.constexpr_function
+def row_words(bits):
+    """Words in a packed row."""
+    return 3 if bits == 3 else 1
+
+
+@triton.jit
+def field_value(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """One field of packed rows, int32 of the words' shape. ``word1`` and ``word2`` are read only at 3 bits."""
+    OFFSET: tl.constexpr = FIELD * BITS % 32
+    word, above = _words_of(word0, word1, word2, FIELD, BITS)
+    value = word >> OFFSET
+    if OFFSET + BITS > 32:
+        value = (value & ((1 << (32 - OFFSET)) - 1)) | (above << (32 - OFFSET))
+    return value & (2**BITS - 1)
+
+
+@triton.constexpr_function
+def subnormal_scale(field, bits):
+    """What an activation is multiplied by before it meets :func:`subnormal_field`, so that products are 2**-64 q x.
+
+    Activations stay below 2**127 up to a magnitude of 2**42, and products are normal numbers down to 2**-62.
+    """
+    return 2.0 ** (149 - 64 - _position(field, bits))
+
+
+@triton.jit
+def subnormal_field(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """One field of packed rows as a float32 ``q * 2**(position - 149)``: a bit mask and no conversion.
+
+    The bit pattern of an integer below 2**24 is that of the float32 which is 2**-149 times as large (a subnormal
+    number, or one of the smallest normal ones). So fields in the lower 24 bits need only be cut out, and one shift
+    serves the others. GPUs multiply subnormal numbers at full speed.
+    """
+    POSITION: tl.constexpr = _position(FIELD, BITS)
+    OFFSET: tl.constexpr = FIELD * BITS % 32
+    if OFFSET + BITS > 32:
+        return field_value(word0, word1, word2, FIELD, BITS).to(tl.float32, bitcast=True)
+    word, _ = _words_of(word0, word1, word2, FIELD, BITS)
+    if POSITION != OFFSET:
+        word = word >> (OFFSET - POSITION)
+    return (word & ((2**BITS - 1) << POSITION)).to(tl.float32, bitcast=True)
+
+
+@triton.constexpr_function
+def _position(field, bits):
+    """The bit to which :func:`subnormal_field` brings a field's lowest bit."""
+    offset = field * bits % 32
+    if offset + bits <= 24:
+        return offset
+    return 0 if offset + bits > 32 else offset - 16
+
+
+@triton.jit
+def _words_of(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
+    """The word in which a field begins, and the one above it."""
+    if FIELD * BITS < 32:
+        return word0, word1
+    elif FIELD * BITS < 64:
+        return word1, word2
+    else:
+        return word2, word2
+
+
+@triton.jit
+def load_zeros(qzeros, group, column, mask, columns, BITS: tl.constexpr):
+    """Zero points of ``(group, column)`` pairs as float32; ``group``, ``column`` and ``mask`` broadcast together."""
+    bit = column * BITS
+    offset = bit % 32
+    pointers = qzeros + group * (columns * BITS // 32) + bit // 32
+    value = tl.load(pointers, mask=mask, other=0) >> offset
+    if BITS == 3:
+        known = (32 - offset) & 31
+        above = tl.load(pointers + 1, mask=mask & (offset > 29), other=0)
+        value = tl.where(offset > 29, (value & ((1 << known) - 1)) | (above << known), value)
+    return (value & (2**BITS - 1)).to(tl.float32)

@@ -1,0 +1,155 @@
+"""Activations times a group-wise quantised weight in the GPTQ layout."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lkq_hf.kernels.autotune import run_fastest
+from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
+from lkq_hf.kernels.dispatch import use_triton
+
+KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
+
+# From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
+_DEQUANTIZE_ROWS = 1024
+# Rows up to which the float32 units can keep up with reading the weight.
+_GEMV_ROWS = 4
+
+# Features per chunk, chunks and columns per thread block, thread blocks per column, warps.
+_GEMV_CHUNK = {2: 128, 3: 64, 4: 64, 8: 32}
+_GEMV_TILES = (
+    (32, 32, 1, 8),
+    (64, 32, 1, 16),
+    (16, 64, 1, 8),
+    (64, 16, 1, 8),
+    (16, 32, 2, 4),
+    (16, 32, 4, 4),
+    (8, 64, 4, 4),
+    (8, 128, 4, 8),
+)
+# Regroup the activations, columns and packed rows per tile, thread blocks per output tile, warps, stages: for at most
+# 16 rows, and for more.
+_GEMM_TILES_FEW_ROWS = (
+    (True, 64, 16, 4, 4, 3),
+    (True, 128, 16, 4, 4, 3),
+    (True, 128, 16, 2, 8, 3),
+    (True, 32, 16, 2, 4, 4),
+    (False, 64, 16, 4, 4, 3),
+    (False, 128, 16, 8, 4, 2),
+)
+_GEMM_TILES = (
+    (True, 128, 16, 1, 4, 3),
+    (True, 128, 16, 2, 4, 3),
+    (True, 64, 16, 2, 4, 3),
+    (True, 128, 16, 1, 8, 2),
+    (True, 256, 16, 1, 8, 2),
+)
+
+
+def quantized_matmul_reference(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool
+) -> Tensor:
+    """The definition of :func:`quantized_matmul`."""
+    return x @ dequantize_reference(qweight, qzeros, scales, bits, group_size, sym, x.dtype)
+
+
+@torch.library.custom_op("lkq_hf::quantized_matmul", mutates_args=())
+def quantized_matmul(
+    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool
+) -> Tensor:
+    """``x @ w`` for the packed weight ``w``, with float32 accumulation; differentiable with respect to ``x``.
+
+    Args:
+        x: `[..., in_features]`, floating point.
+        qweight: int32 `[in_features * bits / 32, out_features]`.
+        qzeros: int32 `[groups, out_features * bits / 32]`; not read when ``sym``.
+        scales: float16 `[groups, out_features]`.
+        bits: 2, 3, 4 or 8.
+        group_size: input features that share a scale.
+        sym: whether every zero point is ``2**(bits - 1)``.
+
+    Returns:
+        `[..., out_features]` in the dtype of ``x``.
+    """
+    weight = (qweight, qzeros, scales, bits, group_size, sym)
+    rows = x.numel() // x.shape[-1]
+    if rows == 0 or rows > _DEQUANTIZE_ROWS or group_size % 32 or not use_triton(x, *weight[:3], dtypes=KERNEL_DTYPES):
+        return x @ dequantize(*weight, x.dtype)
+    flat = x.reshape(rows, -1).contiguous()
+    # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
+    bucket = 1 << (rows - 1).bit_length()
+    key = (x.device, x.dtype, bits, group_size, sym, *qweight.shape, bucket)
+    y = run_fastest(key, _candidates(flat, weight, bucket))
+    return y.view(*x.shape[:-1], -1)
+
+
+def _candidates(
+    x: Tensor, weight: tuple[Tensor, Tensor, Tensor, int, int, bool], bucket: int
+) -> list[Callable[[], Tensor]]:
+    """Every way worth trying to multiply `[rows, in_features]` activations, ``rows`` rounded up to ``bucket``."""
+    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm
+    from lkq_hf.kernels.quantized_gemv_triton import quantized_gemv
+
+    *_, bits, group_size, _sym = weight
+    candidates: list[Callable[[], Tensor]] = []
+    if bucket <= _GEMV_ROWS:
+        chunk = max(
+            size for size in (32, 64, _GEMV_CHUNK[bits]) if size <= _GEMV_CHUNK[bits] and group_size % size == 0
+        )
+        candidates += [
+            partial(
+                quantized_gemv,
+                x,
+                *weight,
+                chunk_features=chunk,
+                block_chunks=block_chunks,
+                block_n=block_n,
+                split_k=split_k,
+                num_warps=num_warps,
+            )
+            for block_chunks, block_n, split_k, num_warps in _GEMV_TILES
+        ]
+    if bucket > 1:
+        candidates += [
+            partial(
+                quantized_gemm,
+                x,
+                *weight,
+                regroup=regroup,
+                block_m=min(max(bucket, 16), 128),
+                block_n=block_n,
+                block_rows=block_rows,
+                split_k=split_k,
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+            for regroup, block_n, block_rows, split_k, num_warps, num_stages in (
+                _GEMM_TILES_FEW_ROWS if bucket <= 16 else _GEMM_TILES
+            )
+        ]
+    if bucket >= 64:
+        candidates.append(lambda: x @ dequantize(*weight, x.dtype))
+    return candidates
+
+
+@quantized_matmul.register_fake
+def _(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], qweight.shape[1]))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, qweight, qzeros, scales, ctx.bits, ctx.group_size, ctx.sym = inputs
+    ctx.save_for_backward(qweight, qzeros, scales)
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    # The weight is dequantised again rather than kept: one layer's weight at a time is in memory.
+    qweight, qzeros, scales = ctx.saved_tensors
+    weight = dequantize(qweight, qzeros, scales, ctx.bits, ctx.group_size, ctx.sym, grad_output.dtype)
+    return grad_output @ weight.t(), None, None, None, None, None, None
+
+
+quantized_matmul.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,35 @@
+"""The second stage of kernels that share a sum between thread blocks: a fixed order, so the result is reproducible."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+def split_buffer(x: Tensor, columns: int, splits: int) -> Tensor:
+    """Where thread blocks put their parts of a result: `[splits, rows, columns]`, in float32 if there are several."""
+    dtype = x.dtype if splits == 1 else torch.float32
+    return torch.empty(splits, x.shape[0], columns, dtype=dtype, device=x.device)
+
+
+def split_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """Sum over the splits of :func:`split_buffer`: `[rows, columns]` in ``dtype``."""
+    splits, rows, columns = partial.shape
+    if splits == 1:
+        return partial[0]
+    total = torch.empty(rows, columns, dtype=dtype, device=partial.device)
+    block = 256
+    _split_sum_kernel[(triton.cdiv(rows * columns, block),)](
+        partial, total, rows * columns, SPLITS=splits, BLOCK=block
+    )
+    return total
+
+
+@triton.jit
+def _split_sum_kernel(partial, total, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < size
+    value = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.static_range(SPLITS):
+        value += tl.load(partial + split * size + index, mask=mask, other=0.0)
+    tl.store(total + index, value.to(total.dtype.element_ty), mask=mask)

@@ -1,0 +1,116 @@
+"""A base model whose blocks stay on disk until their turn, so that it may be larger than memory."""
+
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from lkq_hf.quantization.blocks import find_blocks
+
+
+class BaseWeights:
+    """The tensors of a safetensors checkpoint, read one module at a time.
+
+    Args:
+        path: a directory, or a Hub id, which is downloaded.
+        dtype: of the tensors handed out; `None` for the stored one.
+
+    Raises:
+        FileNotFoundError: there is no safetensors file.
+    """
+
+    def __init__(self, path: str | Path, dtype: torch.dtype | None = None, revision: str | None = None) -> None:
+        directory = Path(path)
+        if not directory.is_dir():
+            directory = Path(
+                snapshot_download(str(path), revision=revision, allow_patterns=["*.safetensors", "*.json"])
+            )
+        self.directory = directory
+        self.dtype = dtype
+        self._file_of: dict[str, Path] = {}
+        for file in sorted(directory.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                self._file_of.update(dict.fromkeys(tensors.keys(), file))
+        if not self._file_of:
+            raise FileNotFoundError(
+                f"{directory} has no .safetensors file; blocks can only be loaded from safetensors"
+            )
+
+    def read(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors by their names, floating ones in `dtype`.
+
+        Raises:
+            KeyError: the checkpoint has no such tensor.
+        """
+        by_file: dict[Path, list[str]] = defaultdict(list)
+        for name in names:
+            by_file[self._file_of[name]].append(name)
+        tensors = {}
+        for file, inside in by_file.items():
+            with safe_open(file, framework="pt") as opened:
+                for name in inside:
+                    tensor = opened.get_tensor(name)
+                    tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+        return tensors
+
+    def load(self, prefix: str, module: nn.Module) -> None:
+        """Fills `module`, which the checkpoint knows as `prefix`, from disk.
+
+        Raises:
+            ValueError: the checkpoint's names are not the model's.
+        """
+        names = [f"{prefix}.{name}" for name in module.state_dict()]
+        module.load_state_dict(
+            {name.removeprefix(f"{prefix}."): t for name, t in self._named(names).items()}, assign=True
+        )
+
+    def _named(self, names: list[str]) -> dict[str, Tensor]:
+        missing = [name for name in names if name not in self._file_of]
+        if missing:
+            raise ValueError(
+                f"the checkpoint has no tensor {missing[0]} ({len(missing)} such names): its layout is converted when "
+                "transformers loads it, so it cannot be read block by block; quantise it in memory instead"
+            )
+        return self.read(names)
+
+
+def open_base(
+    path: str | Path, dtype: torch.dtype | None = None, block_name: str | None = None, **config_kwargs: Any
+) -> tuple[PreTrainedModel, BaseWeights]:
+    """A model with everything but its blocks loaded, and the weights from which its blocks can be.
+
+    Args:
+        dtype: of the model; `None` for the one in its config.
+        block_name: the list of blocks, where structure alone does not tell.
+
+    Returns:
+        The model, its blocks on the meta device, and the source for `quantize_blocks(load_block=source.load)`.
+    """
+    revision = config_kwargs.get("revision")
+    config = AutoConfig.from_pretrained(path, **config_kwargs)
+    dtype = dtype or config.dtype or torch.float32
+    weights = BaseWeights(path, dtype, revision)
+    # Buffers are made for real: those that no checkpoint holds (rotary frequencies) are only computed here.
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.name_or_path = config.name_or_path = str(path)
+    list_name, _ = find_blocks(model, block_name)
+    tied = set(model.all_tied_weights_keys)
+    outside = [name for name in model.state_dict() if not name.startswith(f"{list_name}.") and name not in tied]
+    for name, tensor in weights._named(outside).items():
+        module_name, _, leaf = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if leaf in module._buffers:
+            module._buffers[leaf] = tensor
+        else:
+            module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=False))
+    model.tie_weights()
+    if (weights.directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(weights.directory)
+    return model.eval(), weights

@@ -1,0 +1,88 @@
+"""From a model in memory and a configuration to the quantised model: what every front end calls."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lkq_hf import __version__
+from lkq_hf.quantization.blocks import check_names, layers_to_quantize
+from lkq_hf.quantization.calibration_data import calibration_tokens
+from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.walk import WalkReport, quantize_blocks
+
+
+def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
+    """The block list and the layers that `config` selects in `model` (see `layers_to_quantize`)."""
+    return layers_to_quantize(
+        model,
+        config.bits,
+        config.group_size,
+        config.block_name_to_quantize,
+        config.modules_in_block_to_quantize,
+        config.modules_to_not_convert or (),
+    )
+
+
+def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: Any = None) -> WalkReport:
+    """Quantises `model` in place and writes the recipe into `config.meta`.
+
+    Args:
+        model: on the CPU or one device; blocks may be on the meta device if `load_block` fills them.
+        config: with `dataset`; `tokenizer` defaults to the one beside the base model.
+
+    Raises:
+        ValueError: no data, or a model or layer that cannot be quantised; nothing has been changed if it is found
+            before the first block, and a message names the layer if it is found later.
+    """
+    if config.dataset is None:
+        raise ValueError(
+            "quantising needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
+            "text or .jsonl file, or a Hub dataset id)"
+        )
+    check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
+    list_name, layers = find_layers(model, config)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and config.model_seqlen > longest:
+        raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")
+    tokenizer = _tokenizer(model, config)
+    tokens, recipe = calibration_tokens(
+        config.dataset, tokenizer, config.num_samples, config.model_seqlen, config.seed, config.text_column
+    )
+    if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
+        raise ValueError("the tokenizer gives ids beyond the model's vocabulary; pass the model's own tokenizer")
+    training = model.training
+    model.eval()
+    report = quantize_blocks(
+        model,
+        list_name,
+        layers,
+        tokens,
+        config.solver_settings(),
+        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        batch_size=config.batch_size,
+        true_sequential=config.true_sequential,
+        offload=config.offload,
+        resume_dir=config.resume_dir,
+        load_block=load_block,
+    )
+    model.train(training)
+    config.block_name_to_quantize = list_name
+    config.meta = {
+        **copy.deepcopy(config.meta),
+        "quantizer": [f"lkq-hf:{__version__}"],
+        "calibration": recipe.to_dict(),
+    }
+    return report
+
+
+def _tokenizer(model: PreTrainedModel, config: TwoStageGPTQConfig) -> PreTrainedTokenizerBase:
+    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
+        return config.tokenizer
+    name = config.tokenizer or model.name_or_path
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"no tokenizer was found at {name!r}; pass tokenizer= to TwoStageGPTQConfig") from error

@@ -1,0 +1,222 @@
+"""Calibration tokens: texts from wherever they are, packed to windows of one length with a seed."""
+
+import gzip
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    import datasets
+
+CalibrationSource: TypeAlias = Union[
+    str, Path, Sequence[str], Sequence[dict[str, Any]], "datasets.Dataset", "datasets.IterableDataset"
+]
+
+# A long text is cut into pieces of this many characters per token of a window before the pieces are shuffled, so that
+# a seed also draws different windows from a single file.
+CHARACTERS_PER_TOKEN = 8
+# Of a large dataset this many times the characters that are probably needed are read, not all of it.
+OVERSAMPLING = 4
+
+
+@dataclass(frozen=True)
+class CalibrationRecipe:
+    """How the calibration tokens came to be: goes into a checkpoint's `meta`."""
+
+    dataset: str
+    tokenizer: str
+    samples: int
+    length: int
+    seed: int
+    tokens_sha256: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def calibration_tokens(
+    source: CalibrationSource,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int = 128,
+    length: int = 2048,
+    seed: int = 0,
+    text_column: str = "text",
+) -> tuple[Tensor, CalibrationRecipe]:
+    """Tokenises texts and packs them into windows without padding.
+
+    Texts are shuffled with `seed`, joined (with the end-of-text token between them, where the tokenizer has one) and
+    cut into windows. Where the tokenizer starts a text with a begin-of-text token, every window starts with it.
+
+    Args:
+        source: a list of texts, a list of dicts with `input_ids`, a `datasets` dataset with a column `text_column` or
+            `input_ids`, a text file, a `.jsonl` file with a field `text_column` (either may be gzipped), or a Hub
+            dataset id (`"id"` or `"id:configuration"`, split `train`, streamed).
+        samples: number of windows.
+        length: tokens in a window.
+
+    Returns:
+        Token ids, int64 `[samples, length]`, and the recipe.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        TypeError: a source of another kind.
+        ValueError: an empty source, a missing column, or too little text; nothing is padded or repeated.
+    """
+    if samples < 1 or length < 2:
+        raise ValueError(f"calibration needs samples >= 1 and length >= 2, found samples={samples}, length={length}")
+    start = _window_start(tokenizer)
+    body = length - len(start)
+    enough = samples * length * CHARACTERS_PER_TOKEN * OVERSAMPLING
+    shuffler = random.Random(seed)
+    documents = _documents(source, text_column, enough, shuffler)
+    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    pieces: list[str | list[int]] = []
+    for document in documents:
+        pieces.extend(_cut(document, CHARACTERS_PER_TOKEN * length) if isinstance(document, str) else [document])
+    if not pieces:
+        raise ValueError(f"the calibration dataset ({_describe(source)}) contains no text")
+    shuffler.shuffle(pieces)
+    stream: list[int] = []
+    for piece in pieces:
+        ids = tokenizer(piece, add_special_tokens=False)["input_ids"] if isinstance(piece, str) else piece
+        stream.extend(ids)
+        stream.extend(separator)
+        if len(stream) >= samples * body:
+            break
+    if len(stream) < samples * body:
+        raise ValueError(
+            f"the calibration dataset ({_describe(source)}) is too short: {samples} windows of {length} tokens need "
+            f"{samples * length} tokens and it has {len(stream)}; give more text, or lower num_samples or model_seqlen"
+        )
+    windows = torch.tensor(stream[: samples * body], dtype=torch.int64).view(samples, body)
+    tokens = torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), windows], dim=1)
+    recipe = CalibrationRecipe(
+        dataset=_describe(source),
+        tokenizer=Path(tokenizer.name_or_path).name,
+        samples=samples,
+        length=length,
+        seed=seed,
+        tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+    )
+    return tokens, recipe
+
+
+def _window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-text token where the tokenizer itself adds one: such models see no text without it."""
+    ids = tokenizer("a")["input_ids"]
+    return [ids[0]] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
+
+
+def _documents(source: Any, text_column: str, enough: int, shuffler: random.Random) -> Iterable[str | list[int]]:
+    if isinstance(source, str | Path) and _is_file_name(source):
+        return _read_file(Path(source), text_column)
+    if isinstance(source, str):
+        from datasets import load_dataset
+
+        name, _, configuration = source.partition(":")
+        source = load_dataset(name, configuration or None, split="train", streaming=True)
+    if _is_dataset(source):
+        if isinstance(source, dict):
+            raise TypeError(f"expected one split, found a dict of {sorted(source)}; pass for example dataset['train']")
+        shuffled = source.shuffle(seed=shuffler.randrange(2**31))
+        return _take((_field(row, text_column) for row in shuffled), enough)
+    if isinstance(source, Sequence):
+        return [_field(row, text_column) for row in source]
+    raise TypeError(
+        "calibration data must be a list of texts, a datasets.Dataset, a text or .jsonl file, or a Hub dataset id; "
+        f"found {type(source).__name__}"
+    )
+
+
+def _is_dataset(value: Any) -> bool:
+    """Whether a value is of the datasets library, which takes seconds to import and is not needed for plain texts."""
+    library = sys.modules.get("datasets")
+    if library is None:
+        return False
+    return isinstance(
+        value,
+        (library.Dataset, library.IterableDataset, library.DatasetDict, library.IterableDatasetDict),
+    )
+
+
+def _is_file_name(source: str | Path) -> bool:
+    path = Path(source)
+    if path.is_file():
+        return True
+    if isinstance(source, Path) or path.suffix in {".jsonl", ".json", ".txt", ".md", ".gz"}:
+        raise FileNotFoundError(f"the calibration file {path} does not exist")
+    return False
+
+
+def _read_file(path: Path, text_column: str) -> Iterator[str | list[int]]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as lines:
+        if not {".jsonl", ".json"} & set(path.suffixes):
+            yield lines.read()
+            return
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path.name}, line {number}: not JSON ({error.msg}); expected one object a line"
+                ) from None
+            yield _field(row, text_column)
+
+
+def _field(row: Any, text_column: str) -> str | list[int]:
+    if isinstance(row, str):
+        return row
+    if isinstance(row, dict):
+        if isinstance(row.get(text_column), str):
+            return row[text_column]
+        if "input_ids" in row:
+            return torch.as_tensor(row["input_ids"]).flatten().tolist()
+        raise ValueError(
+            f"a calibration row has neither a text in {text_column!r} nor 'input_ids'; its fields are {sorted(row)}. "
+            "Name the field with text_column"
+        )
+    raise TypeError(f"a calibration row must be a text or a dict, found {type(row).__name__}")
+
+
+def _take(documents: Iterable[str | list[int]], enough: int) -> Iterator[str | list[int]]:
+    read = 0
+    for document in documents:
+        yield document
+        read += len(document) if isinstance(document, str) else len(document) * CHARACTERS_PER_TOKEN
+        if read >= enough:
+            return
+
+
+def _cut(text: str, size: int) -> list[str]:
+    """Pieces of about `size` characters that end at line ends; blank pieces are dropped."""
+    lines = (line[i : i + size] for line in text.splitlines(keepends=True) for i in range(0, len(line), size))
+    pieces, piece = [], ""
+    for line in lines:
+        if piece and len(piece) + len(line) > size:
+            pieces.append(piece)
+            piece = ""
+        piece += line
+    return [piece for piece in [*pieces, piece] if piece.strip()]
+
+
+def _describe(source: Any) -> str:
+    if isinstance(source, Path) or (isinstance(source, str) and Path(source).is_file()):
+        return f"file {Path(source).name}"
+    if isinstance(source, str):
+        return source
+    if _is_dataset(source):
+        info = source.info
+        return f"datasets.Dataset {info.dataset_name or ''} {info.config_name or ''}".strip()
+    return f"list of {len(source)} texts"

@@ -1,0 +1,258 @@
+"""`TwoStageGPTQConfig`: what a user says, and what a checkpoint's config.json says."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lkq_hf.quantization.activations import OFFLOADS
+from lkq_hf.quantization.calibration_data import CalibrationSource
+from lkq_hf.quantization.packing import checkpoint_format as format_for
+from lkq_hf.quantization.solve import SolverSettings
+
+QUANT_METHOD = "two_stage_gptq"
+BITS = (2, 3, 4, 8)
+GROUP_SIZES = (32, 64, 128, -1)
+STAGES = ("stage1", "stage2", "descent")
+SCALE_SEARCHES = ("minmax", "mse")
+
+# What each preset sets; an explicit argument wins. The default is the strongest method measured
+# (benchmarks/quantization.py), "paper" the published two stages around plain GPTQ.
+PRESETS: dict[str, dict[str, Any]] = {
+    "default": {
+        "stages": ("stage1", "descent"),
+        "act_group_aware": True,
+        "corrected_target": True,
+        "alpha": 0.25,
+        "sweeps": 3,
+    },
+    "paper": {
+        "stages": ("stage1", "stage2"),
+        "act_group_aware": False,
+        "corrected_target": False,
+        "alpha": 0.25,
+        "sweeps": 1,
+    },
+}
+
+
+class TwoStageGPTQConfig(QuantizationConfigMixin):
+    """Two-stage group-wise GPTQ: quantises a model while `from_pretrained` loads it.
+
+    ```python
+    config = TwoStageGPTQConfig(bits=3, group_size=64, sym=False, dataset="calibration.jsonl", tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+    model.save_pretrained("out")
+    ```
+
+    The names are those of `transformers.GPTQConfig` and `optimum.gptq.GPTQQuantizer` where the meaning is the same.
+    `dataset`, `tokenizer` and the fields after `meta` steer a calibration and are not part of a checkpoint; the recipe
+    of the calibration goes into `meta`.
+
+    Args:
+        bits (`int`, defaults to 4): 2, 3, 4 or 8.
+        dataset: calibration data: a list of texts, a `datasets` dataset, a text or `.jsonl` file, or a Hub dataset id
+            (see `calibration_tokens`). Needed to quantise, not to load.
+        tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
+        group_size (`int`, defaults to 128): input features that share a scale: 32, 64, 128, or -1 for a whole row.
+        damp_percent (`float`, defaults to 0.01): damping of the Hessian, as a part of its mean diagonal.
+        sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
+        preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, or `"paper"`, the
+            method as published (arXiv 2602.02126). It sets those of the next five fields that are not given.
+        stages (`tuple[str, ...]`, *optional*): what is done besides GPTQ, any of `"stage1"` (scales searched by their
+            effect on the output), `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined
+            together after GPTQ). `()` is plain GPTQ.
+        act_group_aware (`bool`, *optional*): quantise important columns first, without splitting a group.
+        corrected_target (`bool`, *optional*): GPTQ aims at `w + alpha w R H^-1` instead of `w`.
+        alpha (`float`, *optional*): weight of the deviation `R` between full-precision and quantised inputs; 0 to 1.
+        sweeps (`int`, *optional*): passes of stage 2 and of the descent.
+        scale_search (`str`, defaults to `"minmax"`): scales where stage 1 is off: `"minmax"`, or `"mse"` for the
+            range of least squared weight error.
+        round_to_nearest (`bool`, defaults to `False`): no GPTQ: each weight goes to the nearest grid point.
+        true_sequential (`bool`, defaults to `True`): quantise a block's layers in the order in which they run.
+        block_name_to_quantize (`str`, *optional*): the list of blocks, where structure alone does not tell.
+        modules_in_block_to_quantize (`list`, *optional*): only these layers of each block; a list, or Optimum's list
+            of lists. Their order is always the one in which they run.
+        modules_to_not_convert (`list[str]`, *optional*): names or parts of names that stay in full precision. The
+            language model head and embeddings always do.
+        meta (`dict`, *optional*): where the checkpoint comes from; filled in by a calibration.
+        num_samples (`int`, defaults to 128): calibration windows.
+        model_seqlen (`int`, defaults to 2048): tokens in a window.
+        batch_size (`int`, defaults to 8): windows that run through a block at once.
+        seed (`int`, defaults to 0): draws the windows.
+        text_column (`str`, defaults to `"text"`): column or field of the texts.
+        device (`str`, *optional*): where a calibration computes, block by block; by default a GPU if there is one.
+        offload (`str`, defaults to `"auto"`): where activations wait: `"auto"`, `"cpu"` or `"disk"`.
+        resume_dir (`str`, *optional*): keeps finished blocks, so that a killed calibration goes on where it stopped.
+
+    Raises:
+        TypeError: a field of the wrong type, or an unknown one.
+        ValueError: a value that is not offered.
+    """
+
+    # Not part of a checkpoint: they steer one calibration.
+    CALIBRATION_FIELDS = (
+        "dataset",
+        "tokenizer",
+        "num_samples",
+        "model_seqlen",
+        "batch_size",
+        "seed",
+        "text_column",
+        "device",
+        "offload",
+        "resume_dir",
+    )
+
+    def __init__(
+        self,
+        bits: int = 4,
+        dataset: CalibrationSource | None = None,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        group_size: int = 128,
+        damp_percent: float = 0.01,
+        sym: bool = True,
+        preset: str = "default",
+        stages: Sequence[str] | None = None,
+        act_group_aware: bool | None = None,
+        corrected_target: bool | None = None,
+        alpha: float | None = None,
+        sweeps: int | None = None,
+        scale_search: str = "minmax",
+        round_to_nearest: bool = False,
+        true_sequential: bool = True,
+        block_name_to_quantize: str | None = None,
+        modules_in_block_to_quantize: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        modules_to_not_convert: Sequence[str] | None = None,
+        meta: dict[str, Any] | None = None,
+        num_samples: int = 128,
+        model_seqlen: int = 2048,
+        batch_size: int = 8,
+        seed: int = 0,
+        text_column: str = "text",
+        device: str | None = None,
+        offload: str = "auto",
+        resume_dir: str | Path | None = None,
+        **stored: Any,
+    ) -> None:
+        if preset not in PRESETS:
+            _refuse("preset", preset, f"one of {list(PRESETS)}")
+        defaults = PRESETS[preset]
+        self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enumeration is closed to us
+        self.bits = bits
+        self.dataset = dataset
+        self.tokenizer = tokenizer
+        self.group_size = group_size
+        self.damp_percent = damp_percent
+        self.sym = sym
+        self.preset = preset
+        self.stages = tuple(defaults["stages"] if stages is None else stages)
+        self.act_group_aware = defaults["act_group_aware"] if act_group_aware is None else act_group_aware
+        self.corrected_target = defaults["corrected_target"] if corrected_target is None else corrected_target
+        self.alpha = defaults["alpha"] if alpha is None else alpha
+        self.sweeps = defaults["sweeps"] if sweeps is None else sweeps
+        self.scale_search = scale_search
+        self.round_to_nearest = round_to_nearest
+        self.true_sequential = true_sequential
+        self.block_name_to_quantize = block_name_to_quantize
+        self.modules_in_block_to_quantize = _flat(modules_in_block_to_quantize)
+        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.meta = dict(meta or {})
+        self.num_samples = num_samples
+        self.model_seqlen = model_seqlen
+        self.batch_size = batch_size
+        self.seed = seed
+        self.text_column = text_column
+        self.device = device
+        self.offload = offload
+        self.resume_dir = resume_dir
+        self.post_init()
+        self._check_stored(stored)
+
+    def post_init(self) -> None:
+        """Checks every field."""
+        for name in ("sym", "act_group_aware", "corrected_target", "round_to_nearest", "true_sequential"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
+        if self.bits not in BITS:
+            _refuse("bits", self.bits, f"one of {list(BITS)}")
+        if self.group_size not in GROUP_SIZES and not (isinstance(self.group_size, int) and self.group_size > 0):
+            _refuse("group_size", self.group_size, "a positive number (32, 64, 128) or -1 for a whole row")
+        for name, low, high in (("damp_percent", 0, 1), ("alpha", 0, 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not low <= value <= high:
+                _refuse(name, value, f"a number from {low} to {high}")
+        for name in ("sweeps", "num_samples", "model_seqlen", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                _refuse(name, value, "a positive whole number")
+        if len(set(self.stages)) != len(self.stages) or not set(self.stages) <= set(STAGES):
+            _refuse("stages", self.stages, f"a selection of {list(STAGES)}, each once")
+        if self.scale_search not in SCALE_SEARCHES:
+            _refuse("scale_search", self.scale_search, f"one of {list(SCALE_SEARCHES)}")
+        if self.offload not in OFFLOADS:
+            _refuse("offload", self.offload, f"one of {list(OFFLOADS)}")
+        if not isinstance(self.meta, dict):
+            raise TypeError(f"meta must be a dict, found {type(self.meta).__name__}")
+
+    def _check_stored(self, stored: dict[str, Any]) -> None:
+        """Fields that a checkpoint carries for other readers, and that follow from ours."""
+        stored.pop("quant_method", None)
+        for name, expected in self._derived().items():
+            found = stored.pop(name, expected)
+            if found != expected:
+                _refuse(name, found, f"{expected!r} with bits={self.bits}, sym={self.sym}")
+        if stored:
+            raise TypeError(f"TwoStageGPTQConfig has no field {', '.join(map(repr, sorted(stored)))}")
+
+    def _derived(self) -> dict[str, Any]:
+        return {
+            "checkpoint_format": format_for(self.sym),
+            "desc_act": False,
+            "lm_head": False,
+            "pack_dtype": "int32",
+        }
+
+    def solver_settings(self) -> SolverSettings:
+        """The part of the configuration that decides how one layer is solved."""
+        return SolverSettings(
+            bits=self.bits,
+            group_size=self.group_size,
+            sym=self.sym,
+            stages=self.stages,
+            scale_search=self.scale_search,
+            round_to_nearest=self.round_to_nearest,
+            act_group_aware=self.act_group_aware,
+            damp_percent=self.damp_percent,
+            alpha=self.alpha,
+            corrected_target=self.corrected_target,
+            sweeps=self.sweeps,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json holds: no calibration data, tokenizer or local path."""
+        values = {name: value for name, value in self.__dict__.items() if name not in self.CALIBRATION_FIELDS}
+        values["stages"] = list(self.stages)
+        return copy.deepcopy({**values, **self._derived()})
+
+    def __iter__(self) -> Any:
+        yield from self.to_dict().items()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TwoStageGPTQConfig":
+        # from_pretrained copies a model's config; the calibration data in it must not be copied along.
+        new = copy.copy(self)
+        new.meta = copy.deepcopy(self.meta, memo)
+        return new
+
+
+def _flat(names: Any) -> list[str] | None:
+    if names is None:
+        return None
+    return [name for entry in names for name in ([entry] if isinstance(entry, str) else entry)]
+
+
+def _refuse(name: str, found: Any, expected: str) -> NoReturn:
+    raise ValueError(f"{name} must be {expected}, found {found!r}")

@@ -1,0 +1,118 @@
+"""What a calibration walk has finished, on disk, so that a killed run goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lkq_hf.quantization.blocks import linear_weight
+from lkq_hf.quantization.solve import SolverSettings, resolve_group_size
+from lkq_hf.quantization.weight import QuantizedWeight
+
+
+def walk_fingerprint(
+    model: PreTrainedModel,
+    layers: dict[str, nn.Module],
+    tokens: Tensor,
+    settings: SolverSettings,
+    true_sequential: bool,
+    batch_size: int,
+) -> str:
+    """A digest of everything a walk's result depends on, except the weights, which are checked block by block."""
+    contents = {
+        "model": type(model).__name__,
+        "dtype": str(model.dtype),
+        "layers": {name: list(linear_weight(layer).shape) for name, layer in layers.items()},
+        "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
+        "settings": asdict(settings),
+        "true_sequential": true_sequential,
+        "batch_size": batch_size,
+    }
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """Finished blocks, one safetensors file each, written whole or not at all.
+
+    Args:
+        directory: created if need be; `None` for a journal that keeps nothing.
+        fingerprint: of this walk (`walk_fingerprint`).
+        settings: of this walk.
+
+    Raises:
+        ValueError: the directory holds another walk's blocks.
+    """
+
+    def __init__(self, directory: str | Path | None, fingerprint: str, settings: SolverSettings) -> None:
+        self.directory = None if directory is None else Path(directory)
+        self.settings = settings
+        if self.directory is None:
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
+        note = self.directory / "walk.json"
+        if note.exists() and json.loads(note.read_text())["fingerprint"] != fingerprint:
+            raise ValueError(
+                f"{self.directory} holds blocks of a quantisation with other settings, calibration tokens or model; "
+                "delete it or name another directory"
+            )
+        temporary = note.with_suffix(".tmp")
+        temporary.write_text(json.dumps({"fingerprint": fingerprint}))
+        os.replace(temporary, note)
+
+    def _path(self, index: int) -> Path | None:
+        return None if self.directory is None else self.directory / f"block-{index:05d}.safetensors"
+
+    def write(self, index: int, checksums: dict[str, str], weights: dict[str, QuantizedWeight]) -> None:
+        """Keeps a finished block: its layers' quantised weights and the checksums of what they were made from."""
+        path = self._path(index)
+        if path is None:
+            return
+        tensors: dict[str, Tensor] = {}
+        for name, weight in weights.items():
+            tensors[f"{name}.integers"] = weight.integers.to(torch.uint8).cpu().contiguous()
+            tensors[f"{name}.zeros"] = weight.zeros.to(torch.uint8).cpu().contiguous()
+            tensors[f"{name}.scales"] = weight.scales.cpu().contiguous()
+        temporary = path.with_suffix(".tmp")
+        save_file(tensors, temporary, metadata=checksums)
+        os.replace(temporary, path)
+
+    def read(self, index: int, checksums: dict[str, str]) -> dict[str, QuantizedWeight] | None:
+        """A block finished earlier, or `None`.
+
+        Raises:
+            ValueError: it was made from other base weights.
+        """
+        path = self._path(index)
+        if path is None or not path.exists():
+            return None
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}) != checksums:
+                raise ValueError(f"{path} was made from other base weights; delete its directory or name another one")
+            weights = {}
+            for name in checksums:
+                integers = file.get_tensor(f"{name}.integers").to(torch.int32)
+                weights[name] = QuantizedWeight(
+                    integers=integers,
+                    scales=file.get_tensor(f"{name}.scales"),
+                    zeros=file.get_tensor(f"{name}.zeros").to(torch.int32),
+                    bits=self.settings.bits,
+                    group_size=resolve_group_size(integers.shape[1], self.settings.group_size),
+                    sym=self.settings.sym,
+                )
+        return weights
+
+
+def weight_checksums(layers: dict[str, nn.Module]) -> dict[str, str]:
+    """Per layer the float64 sums of its weight's entries and of their magnitudes, exact as text."""
+    sums = {}
+    for name, layer in layers.items():
+        weight = linear_weight(layer).detach().to("cpu", torch.float64)
+        sums[name] = f"{float(weight.sum()).hex()} {float(weight.abs().sum()).hex()}"
+    return sums

@@ -1,0 +1,168 @@
+"""The packed Linear: a drop-in for `torch.nn.Linear` whose weight is in the GPTQ layout."""
+
+from collections.abc import Callable
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import Tensor, nn
+
+from lkq_hf.kernels.dequantize import dequantize
+from lkq_hf.kernels.quantized_matmul import quantized_matmul
+from lkq_hf.quantization.packing import group_index, pack_weight, packed_shapes, unpack_weight, unpack_zeros
+from lkq_hf.quantization.weight import QuantizedWeight
+
+
+class QuantizedLinear(nn.Linear):
+    """`y = x w^T + bias` with a group-wise quantised `w` (see :mod:`lkq_hf.quantization.packing` for its tensors).
+
+    It is an `nn.Linear` to whoever asks, so that PEFT puts LoRA on it with an ordinary `LoraConfig`; gradients reach
+    the input. Its `weight` is None: LoRA cannot be merged into packed integers, and PEFT's `merge` fails rather than
+    lose the update. The scales stay float16 under `.to(dtype)`, since they are part of the stored format; the output
+    has the input's dtype.
+
+    Args:
+        in_features: a multiple of 32.
+        out_features: a multiple of 32.
+        bits: 2, 3, 4 or 8.
+        group_size: input features that share a scale; divides `in_features`. `in_features` for one scale a row.
+        sym: whether every zero point is `2**(bits - 1)`.
+        bias: whether there is a bias.
+        dtype: of the bias.
+        device: of all buffers; their content is uninitialised until a state dict is loaded.
+
+    Raises:
+        ValueError: the sizes do not pack.
+    """
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        sym: bool,
+        bias: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would allocate a weight
+        self.in_features = in_features
+        self.out_features = out_features
+        self.bits = bits
+        self.group_size = group_size
+        self.sym = sym
+        self.register_parameter("weight", None)
+        for name, (shape, buffer_dtype) in self._shapes().items():
+            self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
+        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    @classmethod
+    def from_quantized_weight(
+        cls, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Self:
+        """Pack `weight`; `bias` (`[out_features]`) is stored in `dtype`, by default its own."""
+        out_features, in_features = weight.integers.shape
+        module = cls(
+            in_features,
+            out_features,
+            bits=weight.bits,
+            group_size=weight.group_size,
+            sym=weight.sym,
+            device="meta",
+        )
+        for name, tensor in pack_weight(weight).items():
+            setattr(module, name, tensor)
+        if bias is not None:
+            module.register_buffer("bias", bias.detach().to(device=weight.integers.device, dtype=dtype or bias.dtype))
+        return module
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = quantized_matmul(x, self.qweight, self.qzeros, self.scales, self.bits, self.group_size, self.sym)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out_features, in_features]`, computed in float32 and rounded once to `dtype`."""
+        weight = dequantize(self.qweight, self.qzeros, self.scales, self.bits, self.group_size, self.sym, dtype)
+        return weight.t().contiguous()
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """The unpacked integers, scales and zero points: the inverse of :meth:`from_quantized_weight`."""
+        return unpack_weight(
+            self.qweight, self.qzeros, self.scales, bits=self.bits, group_size=self.group_size, sym=self.sym
+        )
+
+    def validate(self) -> None:
+        """Check loaded tensors against the configuration this module was made from.
+
+        Raises:
+            ValueError: a tensor has the wrong shape or dtype, `g_idx` is not `k // group_size`, scales are not finite
+                and positive, or symmetric weights have other zero points than `2**(bits - 1)`.
+        """
+        made_for = f"{self.bits} bits, group_size {self.group_size}, {'symmetric' if self.sym else 'asymmetric'}"
+        advice = f"The configuration says {made_for}: the checkpoint was written with another one, or is damaged."
+        for name, (shape, dtype) in self._shapes().items():
+            tensor = getattr(self, name)
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise ValueError(
+                    f"{name} should be {dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}. {advice}"
+                )
+        if self.bias is not None and tuple(self.bias.shape) != (self.out_features,):
+            raise ValueError(f"bias should be [{self.out_features}], found {list(self.bias.shape)}. {advice}")
+        if self.qweight.is_meta:
+            return
+        if not torch.equal(self.g_idx, group_index(self.in_features, self.group_size, self.g_idx.device)):
+            raise ValueError(
+                "g_idx should be k // group_size; groups of columns that are not neighbours (act-order, desc_act) "
+                f"cannot be read. {advice}"
+            )
+        if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
+            raise ValueError(f"scales should be finite and positive. {advice}")
+        if self.sym and not bool((unpack_zeros(self.qzeros, self.bits, self.sym) == 2 ** (self.bits - 1)).all()):
+            raise ValueError(f"symmetric zero points should all be {2 ** (self.bits - 1)}. {advice}")
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
+            f"group_size={self.group_size}, sym={self.sym}, bias={self.bias is not None}"
+        )
+
+    def reset_parameters(self) -> NoReturn:
+        raise NotImplementedError("A QuantizedLinear is filled from a QuantizedWeight or a state dict.")
+
+    def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return packed_shapes(self.in_features, self.out_features, self.bits, self.group_size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        scales = self.scales
+        super()._apply(fn, recurse)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        known = len(missing_keys) + len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if len(missing_keys) + len(error_msgs) == known:
+            try:
+                self.validate()
+            except ValueError as error:
+                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")

@@ -1,0 +1,165 @@
+"""`TwoStageQuantizer`: the Optimum way to a quantised checkpoint."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from optimum.quantization_base import OptimumQuantizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lkq_hf.quantization.base_weights import open_base
+from lkq_hf.quantization.calibrate import calibrate
+from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
+from lkq_hf.quantization.walk import WalkReport
+
+
+class TwoStageQuantizer(OptimumQuantizer):
+    """Quantises a causal language model and writes a checkpoint, in one call.
+
+    ```python
+    quantizer = TwoStageQuantizer.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
+    quantizer.quantize("out", bits=3, group_size=64, sym=False, dataset="calibration.jsonl")
+    ```
+
+    Args:
+        model: a model in memory, or the directory or Hub id of one.
+        dtype: in which a model is loaded; `"auto"` for the checkpoint's own.
+        loading: further arguments of `AutoModelForCausalLM.from_pretrained`.
+    """
+
+    def __init__(self, model: PreTrainedModel | str | Path, dtype: str | torch.dtype = "auto", **loading: Any) -> None:
+        self.model = model
+        self.dtype = dtype
+        self.loading = loading
+        self.report = WalkReport()
+
+    @classmethod
+    def from_pretrained(
+        cls, model_or_path: PreTrainedModel | str | Path, file_name: str | None = None, **loading: Any
+    ) -> Self:
+        """Names the model to quantise; its weights are loaded by `quantize`.
+
+        Args:
+            model_or_path: a model in memory, or the directory or Hub id of one.
+            file_name: not used: a model is a directory of safetensors files.
+        """
+        if file_name is not None:
+            raise ValueError(
+                f"a model is a directory of safetensors files, not one file; found file_name={file_name!r}"
+            )
+        return cls(model_or_path, **loading)
+
+    def quantize(
+        self,
+        save_dir: str | Path,
+        file_prefix: str | None = None,
+        *,
+        config: TwoStageGPTQConfig | None = None,
+        block_by_block: bool = False,
+        **config_kwargs: Any,
+    ) -> PreTrainedModel:
+        """Quantises the model and saves it with its tokenizer: completely, or not at all.
+
+        A killed run leaves its finished blocks in `<save_dir>.partial`, and the same call goes on from there.
+
+        Args:
+            save_dir: a directory that does not exist yet, or is empty.
+            file_prefix: not used.
+            config: the configuration; or give its fields as further arguments.
+            block_by_block: read one block at a time from the safetensors files, for models larger than memory.
+
+        Returns:
+            The quantised model, on the CPU unless a model on another device was given.
+
+        Raises:
+            FileExistsError: `save_dir` is not empty.
+            ValueError: a configuration, dataset or model that cannot be used.
+        """
+        if file_prefix is not None:
+            raise ValueError(f"a checkpoint's file names are fixed; found file_prefix={file_prefix!r}")
+        if config is not None and config_kwargs:
+            raise ValueError(f"give either config or its fields, found both (fields {sorted(config_kwargs)})")
+        config = config or TwoStageGPTQConfig(**config_kwargs)
+        target = Path(save_dir)
+        check_free(target)
+        partial = Path(config.resume_dir or target.with_name(target.name + ".partial"))
+        run = TwoStageGPTQConfig(**{**config.__dict__, "resume_dir": partial})
+        tokenizer = self._tokenizer(run)
+        run.tokenizer = tokenizer
+        load_block = None
+        if isinstance(self.model, PreTrainedModel):
+            if block_by_block:
+                raise ValueError("block_by_block reads a checkpoint; this model is already in memory")
+            model = self.model
+        elif block_by_block:
+            dtype = None if self.dtype == "auto" else torch_dtype(self.dtype)
+            model, weights = open_base(self.model, dtype, run.block_name_to_quantize, **self.loading)
+            load_block = weights.load
+        else:
+            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **self.loading)
+        self.report = calibrate(model, run, load_block)
+        mark_quantized(model, run)
+        with new_directory(target) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        shutil.rmtree(partial)
+        return model
+
+    def _tokenizer(self, config: TwoStageGPTQConfig) -> PreTrainedTokenizerBase:
+        if isinstance(config.tokenizer, PreTrainedTokenizerBase):
+            return config.tokenizer
+        name = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else self.model
+        return AutoTokenizer.from_pretrained(config.tokenizer or name)
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype or the name of one, found {dtype!r}")
+    return found
+
+
+def mark_quantized(model: PreTrainedModel, config: TwoStageGPTQConfig) -> None:
+    """Tells a model whose layers have been replaced that it is quantised, so that it saves itself as such."""
+    model.hf_quantizer = TwoStageGPTQHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    model.config.quantization_config = config
+    model.config._is_quantized = True
+
+
+def check_free(directory: Path) -> None:
+    """Refuses a directory that has contents.
+
+    Raises:
+        FileExistsError: it is a file or not empty.
+    """
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not an empty directory; choose another one or remove it")
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A temporary directory beside `target` that takes its place when the block ends without an error."""
+    check_free(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield temporary
+        # mkdtemp is private to its owner; a checkpoint has the permissions of any other new directory.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

@@ -1,0 +1,165 @@
+"""The `HfQuantizer`: what `from_pretrained` and `save_pretrained` do for two-stage GPTQ checkpoints."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import dispatch_model, infer_auto_device_map
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.quantizers.base import HfQuantizer
+
+from lkq_hf.quantization.blocks import linear_weight
+from lkq_hf.quantization.calibrate import calibrate, find_layers
+from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.solve import resolve_group_size
+
+SAFETENSORS_DTYPES = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+class TwoStageGPTQHfQuantizer(HfQuantizer):
+    """Calibrates on load where the checkpoint is not quantised, and loads packed weights where it is."""
+
+    requires_calibration = False
+    quantization_config: TwoStageGPTQConfig
+
+    def __init__(self, quantization_config: TwoStageGPTQConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.requested_device_map: Any = None
+        self.report: Any = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        if not self.pre_quantized and self.quantization_config.dataset is None:
+            raise ValueError(
+                "the checkpoint is not quantised, and to quantise it TwoStageGPTQConfig needs dataset= (a list of "
+                "texts, a dataset, a text or .jsonl file, or a Hub dataset id)"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        if self.pre_quantized:
+            return device_map
+        # The walk takes one block after another to its device: the model itself waits in main memory until it is
+        # small, and only then goes where it was asked for.
+        self.requested_device_map = device_map
+        return {"": "cpu"}
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        if not self.pre_quantized:
+            return
+        packed = replace_by_packed(model, self.quantization_config)
+        if checkpoint_files:
+            check_checkpoint(packed, checkpoint_files, model.base_model_prefix)
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        if self.pre_quantized:
+            for name, module in model.named_modules():
+                if isinstance(module, QuantizedLinear):
+                    try:
+                        module.validate()
+                    except ValueError as error:
+                        raise ValueError(f"{name}: {error}") from None
+            return
+        self.report = calibrate(model, self.quantization_config)
+        place(model, self.requested_device_map)
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        return restore_linear(model, dtype or model.dtype)
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+
+def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dict[str, QuantizedLinear]:
+    """Puts an empty `QuantizedLinear` in the place of every layer that `config` selects, on the layer's device."""
+    _, layers = find_layers(model, config)
+    packed = {}
+    for name, layer in layers.items():
+        weight = linear_weight(layer)
+        out_features, in_features = weight.shape
+        packed[name] = QuantizedLinear(
+            in_features,
+            out_features,
+            bits=config.bits,
+            group_size=resolve_group_size(in_features, config.group_size),
+            sym=config.sym,
+            bias=layer.bias is not None,
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        _set_module(model, name, packed[name])
+    return packed
+
+
+def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Replaces every `QuantizedLinear` of `model` by an `nn.Linear` with its dequantised weight in `dtype`."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
+            linear.weight = nn.Parameter(module.dequantize(dtype))
+            if module.bias is not None:
+                linear.bias = nn.Parameter(module.bias.to(dtype))
+            _set_module(model, name, linear)
+    model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers' wrapper hides nn.Module's signature
+    return model
+
+
+def check_checkpoint(packed: dict[str, QuantizedLinear], files: Sequence[str], base: str = "") -> None:
+    """Compares the headers of safetensors files with what the configuration expects, before anything is loaded.
+
+    Transformers only warns about missing tensors, and would go on with whatever was in memory. `base` is the model's
+    `base_model_prefix`, which one of model and checkpoint may have and the other not.
+
+    Raises:
+        ValueError: a packed tensor is missing or has another shape or type, or a file is truncated.
+    """
+    found: dict[str, tuple[tuple[int, ...], str]] = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dict
+                    header = file.get_slice(key)
+                    found[key] = (tuple(header.get_shape()), header.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or truncated ({error}); download or write it again") from error
+    for name, module in packed.items():
+        for buffer, tensor in module.named_buffers():
+            expected = (tuple(tensor.shape), SAFETENSORS_DTYPES.get(tensor.dtype))
+            key = f"{name}.{buffer}"
+            actual = next((found[k] for k in (key, f"{base}.{key}", key.removeprefix(f"{base}.")) if k in found), None)
+            if actual is None:
+                raise ValueError(
+                    f"the checkpoint has no {key}: it is incomplete, or its config.json (bits, group_size, "
+                    "modules_to_not_convert) belongs to another one"
+                )
+            if actual[0] != expected[0] or (buffer != "bias" and actual[1] != expected[1]):
+                raise ValueError(
+                    f"{key} has shape {list(actual[0])} and type {actual[1]}, but config.json (bits="
+                    f"{module.bits}, group_size={module.group_size}) implies {list(expected[0])} and {expected[1]}"
+                )
+
+
+def place(model: PreTrainedModel, device_map: Any) -> None:
+    """Puts a model that was quantised in main memory where `device_map` asked for."""
+    if device_map is None:
+        return
+    if isinstance(device_map, str) and device_map in {"auto", "balanced", "balanced_low_0", "sequential"}:
+        device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or ()))
+    if not isinstance(device_map, dict):
+        device_map = {"": device_map}
+    if len(set(device_map.values())) == 1:
+        model.to(next(iter(device_map.values())))
+        return
+    dispatch_model(model, device_map)
+
+
+def _set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

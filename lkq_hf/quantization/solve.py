@@ -1,0 +1,168 @@
+"""One layer from its weight and input moments to integers, scales and zero points: the stages put together."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lkq_hf.quantization.descent import joint_descent
+from lkq_hf.quantization.gptq import gptq, group_aware_order
+from lkq_hf.quantization.grid import LARGEST_SCALE, SCALE_DTYPE, minmax_grid, nearest, reconstruct
+from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
+from lkq_hf.quantization.precision import full_float32
+from lkq_hf.quantization.stage1 import search_scales
+from lkq_hf.quantization.stage2 import refine_scales
+from lkq_hf.quantization.weight import QuantizedWeight
+
+# Each failed factorisation multiplies the damping by this; float32 Hessians of nearly collinear inputs need it.
+DAMPING_GROWTH = 10.0
+DAMPING_ATTEMPTS = 4
+
+
+@dataclass(frozen=True)
+class SolverSettings:
+    """How one layer is quantised; `TwoStageGPTQConfig` documents the fields and checks their values."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    stages: tuple[str, ...]
+    scale_search: str
+    round_to_nearest: bool
+    act_group_aware: bool
+    damp_percent: float
+    alpha: float
+    corrected_target: bool
+    sweeps: int
+
+    @property
+    def needs_deviation(self) -> bool:
+        """Whether any step uses `R = E[(X - X~) X~^T]`."""
+        return self.alpha != 0 and (self.corrected_target or "stage2" in self.stages or "descent" in self.stages)
+
+
+@dataclass(frozen=True)
+class Solution:
+    """A quantised weight and its error per row after each step, in the order in which the steps ran.
+
+    `losses[step]` is `(t - w^) H (t - w^)^T`, float32 `[out]`, and `energy` is `w H w^T`, to read it against.
+    """
+
+    weight: QuantizedWeight
+    losses: dict[str, Tensor]
+    energy: Tensor
+
+
+def resolve_group_size(in_features: int, group_size: int) -> int:
+    """The group size as a positive number: -1 means the whole row.
+
+    Raises:
+        ValueError: no whole number of groups fits.
+    """
+    if group_size == -1:
+        return in_features
+    if in_features % group_size:
+        fitting = [size for size in (32, 64, 128) if in_features % size == 0]
+        raise ValueError(
+            f"in_features={in_features} is not a multiple of group_size={group_size}; group sizes that fit: "
+            f"{', '.join(map(str, [*fitting, -1]))} (-1: one group a row), or leave the layer out with "
+            "modules_to_not_convert"
+        )
+    return group_size
+
+
+def quantize_weight(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> Solution:
+    """Quantises one weight, `[out, in]` of any float dtype, on the device of `moments`.
+
+    Rows are independent, so layers that share their input can be solved as one weight with their rows concatenated.
+
+    Raises:
+        ValueError: non-finite weights or moments, a group size that does not fit, scales beyond float16, or a Hessian
+            that stays singular however much it is damped.
+    """
+    with full_float32():
+        return _solve(weight, moments, settings)
+
+
+def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> Solution:
+    hessian = moments.hessian
+    w = weight.detach().to(hessian.device, torch.float32)
+    bits, sym = settings.bits, settings.sym
+    group_size = resolve_group_size(w.shape[1], settings.group_size)
+    if not bool(torch.isfinite(w).all()):
+        raise ValueError("the weight contains NaN or infinity; the base checkpoint is damaged")
+    if not bool(torch.isfinite(hessian).all()):
+        raise ValueError("the calibration inputs contain NaN or infinity; run the base model in bfloat16 or float32")
+    if float(w.abs().max()) > LARGEST_SCALE:
+        raise ValueError(f"weights beyond {LARGEST_SCALE:g} have no float16 scale; leave the layer out")
+
+    if "stage1" in settings.stages:
+        scales, zeros = search_scales(w, bits, group_size, sym, hessian)
+    elif settings.scale_search == "mse":
+        scales, zeros = search_scales(w, bits, group_size, sym)
+    else:
+        scales, zeros = minmax_grid(w, bits, group_size, sym)
+
+    order, factor = None, None
+    target = w
+    if not settings.round_to_nearest or settings.needs_deviation:
+        order = torch.arange(w.shape[1], device=w.device)
+        if settings.act_group_aware:
+            order = group_aware_order(hessian.diagonal(), group_size)
+        factor = _damped_inverse_factor(hessian[order][:, order], settings.damp_percent)
+        if settings.needs_deviation and moments.deviation is not None:
+            target = corrected_target(w, moments.deviation, factor, order, settings.alpha)
+
+    losses: dict[str, Tensor] = {}
+
+    def record(step: str) -> None:
+        error = target - reconstruct(integers, scales, zeros, group_size)
+        losses[step] = ((error @ hessian) * error).sum(1)
+
+    integers = nearest(w, scales, zeros, bits, group_size)
+    record("nearest")
+    if not settings.round_to_nearest and factor is not None:
+        goal = target if settings.corrected_target else w
+        integers = gptq(goal, factor, scales, zeros, bits, group_size, order)
+        record("gptq")
+    if "stage2" in settings.stages:
+        scales = refine_scales(target, hessian, integers, scales, zeros, group_size, settings.sweeps)
+        record("stage2")
+    if "descent" in settings.stages:
+        integers, scales = joint_descent(
+            target, hessian, integers, scales, zeros, bits, group_size, sweeps=settings.sweeps
+        )
+        record("descent")
+    quantized = QuantizedWeight(
+        integers=integers.to(torch.int32),
+        scales=scales.to(SCALE_DTYPE),
+        zeros=zeros.to(torch.int32),
+        bits=bits,
+        group_size=group_size,
+        sym=sym,
+    )
+    return Solution(quantized, losses, ((w @ hessian) * w).sum(1))
+
+
+def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, alpha: float) -> Tensor:
+    """`w + alpha w R H^-1`, `[out, in]`: what a layer should compute on inputs that earlier layers already disturbed.
+
+    For `alpha = 1` it is the least-squares answer to `w X` by a weight that sees `X~`; smaller values hold back the
+    part that fits this calibration set only. `factor` is `U` with `H^-1 = U^T U`, in `order`.
+    """
+    correction = (weight @ deviation)[:, order] @ factor.T @ factor
+    target = weight.clone()
+    target[:, order] += alpha * correction
+    return target
+
+
+def _damped_inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    for attempt in range(DAMPING_ATTEMPTS):
+        try:
+            return inverse_factor(damped(hessian, damping * DAMPING_GROWTH**attempt))
+        except torch.linalg.LinAlgError:
+            continue
+    raise ValueError(
+        f"the input moments stay singular with damp_percent={damping * DAMPING_GROWTH ** (DAMPING_ATTEMPTS - 1):g}; "
+        "use more calibration tokens or a larger damp_percent"
+    )

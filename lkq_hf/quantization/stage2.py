@@ -1,0 +1,67 @@
+"""Stage 2: group scales refined after GPTQ, integers frozen (arXiv 2602.02126)."""
+
+import torch
+from torch import Tensor
+
+from lkq_hf.quantization.grid import levels, stored
+
+# Floats of the quadratic form kept at once; more rows than fit are refined piece by piece.
+PIECE = 1 << 28
+
+
+def refine_scales(
+    target: Tensor, hessian: Tensor, integers: Tensor, scales: Tensor, zeros: Tensor, group_size: int, sweeps: int = 1
+) -> Tensor:
+    """Coordinate descent over the scales of each row, in closed form.
+
+    With `v_i = q_i - z_i` the objective `(t - w^) H (t - w^)^T` is `s^T A s - 2 b^T s + const`, where
+    `A[i, j] = v_i H_ij v_j^T` and `b[i] = [t H]_i v_i^T`. One sweep minimises it exactly over one scale after another.
+    Each scale is rounded to its stored value before the next one is fitted, so later groups absorb the rounding, and
+    since a group's current scale is a stored value too, the nearest stored value to the optimum never raises the
+    objective.
+
+    Args:
+        target: float32 `[out, in]`; with the deviation term, `t = w + alpha w R H^-1`.
+        hessian: float32 `[in, in]`.
+        integers: float32 `[out, in]`.
+        scales: stored values, float32 `[out, groups]`.
+        zeros: float32 `[out, groups]`.
+
+    Returns:
+        Scales (stored values), float32 `[out, groups]`: a row whose objective did not fall keeps its old ones.
+    """
+    groups = scales.shape[1]
+    rows = max(1, PIECE // (groups * groups + 2 * target.shape[1]))
+    pieces = zip(target.split(rows), integers.split(rows), scales.split(rows), zeros.split(rows), strict=True)
+    return torch.cat([_refine(t, hessian, q, s, z, group_size, sweeps) for t, q, s, z in pieces])
+
+
+def _refine(
+    target: Tensor, hessian: Tensor, integers: Tensor, scales: Tensor, zeros: Tensor, group_size: int, sweeps: int
+) -> Tensor:
+    level = levels(integers, zeros, group_size)
+    rows, groups, _ = level.shape
+    linear = ((target @ hessian).view_as(level) * level).sum(-1)
+    # [groups, groups, rows]: what one coordinate step reads is contiguous.
+    quadratic = torch.empty(groups, groups, rows, device=target.device)
+    for i in range(groups):
+        product = level[:, i] @ hessian[i * group_size : (i + 1) * group_size]
+        quadratic[i] = (product.view_as(level) * level).sum(-1).T
+    own = quadratic.diagonal().T.contiguous()  # [groups, rows]
+    # A group whose levels are all 0, or see no input, leaves its scale undetermined.
+    free = own > torch.finfo(own.dtype).eps * own.amax(0, keepdim=True)
+    step = torch.where(free, 1 / torch.where(free, own, 1.0), 0.0)
+
+    current = scales.T.contiguous()
+    residual = linear.T - torch.einsum("ijr,jr->ir", quadratic, current)
+    start = residual.clone()
+    for _ in range(sweeps):
+        for i in range(groups):
+            wanted = torch.addcmul(current[i], residual[i], step[i])
+            new = torch.where((wanted > 0) & free[i], stored(wanted), current[i])
+            change = new - current[i]
+            residual.addcmul_(quadratic[i], change.unsqueeze(0), value=-1)
+            current[i] = new
+    # f(s) - f(s_old) = -(s - s_old)^T (r_old + r): positive gain means that the objective fell.
+    gain = ((current - scales.T) * (start + residual)).sum(0)
+    return torch.where((gain > 0).unsqueeze(1), current.T, scales)

@@ -1,0 +1,285 @@
+"""The calibration walk: block after block, and inside a block in the order in which its layers run."""
+
+import copy
+import logging
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from lkq_hf.quantization.activations import Activations
+from lkq_hf.quantization.blocks import linear_weight
+from lkq_hf.quantization.capture import BlockCall, InputGroup, capture_block_calls, layer_inputs, observe_order
+from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.journal import Journal, walk_fingerprint, weight_checksums
+from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
+from lkq_hf.quantization.weight import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer's error after each step, relative to the energy of its output: `(t - w^) H (t - w^)^T / w H w^T`."""
+
+    name: str
+    losses: dict[str, float]
+    tokens: int
+
+
+@dataclass
+class WalkReport:
+    """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    device: str = "cpu"
+    resumed_blocks: int = 0
+    seconds: float = 0.0
+    peak_memory: int = 0
+
+
+@torch.no_grad()
+def quantize_blocks(
+    model: PreTrainedModel,
+    list_name: str,
+    layers: dict[str, nn.Module],
+    tokens: Tensor,
+    settings: SolverSettings,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 8,
+    true_sequential: bool = True,
+    offload: str = "auto",
+    resume_dir: str | Path | None = None,
+    load_block: Callable[[str, nn.Module], None] | None = None,
+) -> WalkReport:
+    """Replaces `layers` of `model` by `QuantizedLinear` modules, calibrated on `tokens`.
+
+    Two sets of hidden states travel through the blocks: `X`, of the full-precision model, and `X~`, of the model
+    quantised so far (`X` only where the settings use it). In every block, layers that share their input are solved
+    together from the moments of that input, written back, and only then the next layers' inputs are taken. On the
+    compute device are one block, its full-precision twin, and one group's moments.
+
+    Args:
+        model: on one device, usually the CPU; blocks may be on the meta device if `load_block` fills them.
+        list_name: name of the block list (`blocks.find_blocks`).
+        layers: the layers to replace, by full name (`blocks.layers_to_quantize`).
+        tokens: int64 `[samples, length]`.
+        device: where the arithmetic runs, one block at a time.
+        batch_size: samples that run through a block at once.
+        true_sequential: `False` takes all inputs of a block before its first layer is quantised.
+        offload: where hidden states are kept, see `Activations`.
+        resume_dir: finished blocks are written here, and found again when the same walk starts anew; quantised
+            weights only, since the hidden states follow from them.
+        load_block: called with a block and its name before its weights are needed.
+
+    Raises:
+        ValueError: a layer that cannot be quantised, by name, or a `resume_dir` of another walk.
+    """
+    start = time.perf_counter()
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    blocks = list(model.get_submodule(list_name).children())
+    fingerprint = walk_fingerprint(model, layers, tokens, settings, true_sequential, batch_size)
+    journal = Journal(resume_dir, fingerprint, settings)
+    loaded: set[int] = set()
+
+    def ensure_loaded(index: int) -> None:
+        if load_block is not None and index not in loaded:
+            load_block(f"{list_name}.{index}", blocks[index])
+            loaded.add(index)
+
+    # The capture makes one real call per class of block, which needs that block's weights.
+    kinds = [type(block) for block in blocks]
+    for first in {kinds.index(kind) for kind in kinds}:
+        ensure_loaded(first)
+    home = model.get_input_embeddings().weight.device
+    hidden, calls = capture_block_calls(model, blocks, [batch.to(home) for batch in tokens.split(batch_size)])
+    size = sum(state.numel() * state.element_size() for state in hidden)
+    quantized = Activations(device, offload, size)
+    full = Activations(device, offload, size) if settings.needs_deviation else None
+    for state in hidden:
+        quantized.append(state)
+        if full is not None:
+            full.append(state)
+    del hidden
+
+    report = WalkReport(device=str(device))
+    progress = tqdm(range(len(blocks)), desc="quantising", unit="block")
+    for index in progress:
+        ensure_loaded(index)
+        block, call = blocks[index], calls[index]
+        prefix = f"{list_name}.{index}."
+        names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
+        block.to(device)
+        twin = copy.deepcopy(block) if full is not None else None
+        checksums = weight_checksums({name: block.get_submodule(name) for name in names})
+        weights = journal.read(index, checksums)
+        if weights is None:
+            paths = _Paths(block, twin, call, quantized, full)
+            weights, reports = _quantize_block(paths, names, prefix, settings, true_sequential)
+            journal.write(index, checksums, weights)
+            report.layers.extend(reports)
+            progress.set_postfix_str(_summary(reports))
+        else:
+            report.resumed_blocks += 1
+            for name, weight in weights.items():
+                _write_back(block.get_submodule(name), weight)
+        if index < len(blocks) - 1:
+            for batch in range(len(quantized)):
+                quantized.replace(batch, call.run(block, quantized.get(batch), batch))
+                if full is not None and twin is not None:
+                    full.replace(batch, call.run(twin, full.get(batch), batch))
+        del twin
+        block.to(home)
+        for name, weight in weights.items():
+            _install(block, name, weight)
+        call.arguments.clear()
+    report.seconds = time.perf_counter() - start
+    report.peak_memory = _peak_memory(device)
+    logger.info(
+        "quantised %d layers in %.0f s on %s, peak memory %.2f GiB",
+        len(layers),
+        report.seconds,
+        device,
+        report.peak_memory / 2**30,
+    )
+    return report
+
+
+@dataclass(frozen=True)
+class _Paths:
+    """A block as it is being quantised, its full-precision twin, and the hidden states that enter them."""
+
+    block: nn.Module
+    twin: nn.Module | None
+    call: BlockCall
+    quantized: Activations
+    full: Activations | None
+
+
+def _quantize_block(
+    paths: _Paths, names: Sequence[str], prefix: str, settings: SolverSettings, true_sequential: bool
+) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
+    """Quantises the layers `names` of a block; afterwards the block computes with the quantised weights."""
+    weights: dict[str, QuantizedWeight] = {}
+    reports: list[LayerReport] = []
+    groups = observe_order(paths.block, names, paths.call, paths.quantized.get(0)) if names else []
+    for step in [[group] for group in groups] if true_sequential else [groups]:
+        for group, moments in zip(step, _input_moments(paths, step, settings), strict=True):
+            modules = {name: paths.block.get_submodule(name) for name in group.names}
+            if moments.tokens == 0:
+                logger.warning("%s saw no calibration token and is rounded to nearest", prefix + group.names[0])
+            solution = _solve_group(modules, moments, prefix, settings)
+            rows = [linear_weight(module).shape[0] for module in modules.values()]
+            for (name, module), part in zip(modules.items(), _split(solution, rows), strict=True):
+                weights[name] = part.weight
+                _write_back(module, part.weight)
+                reports.append(_layer_report(prefix + name, part, moments.tokens))
+    return weights, reports
+
+
+def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: SolverSettings) -> list[InputMoments]:
+    device = paths.quantized.device
+    sizes = [linear_weight(paths.block.get_submodule(group.names[0])).shape[1] for group in groups]
+    moments = [InputMoments(size, device, settings.needs_deviation) for size in sizes]
+    for batch in range(len(paths.quantized)):
+        hidden = paths.quantized.get(batch)
+        seen = layer_inputs(paths.block, groups, paths.call, hidden, batch)
+        if paths.full is None or paths.twin is None:
+            pairs: list[list[Tensor | None]] = [[None] * len(inputs) for inputs in seen]
+        else:
+            pairs = [list(x) for x in layer_inputs(paths.twin, groups, paths.call, paths.full.get(batch), batch)]
+        tokens = hidden.shape[0] * hidden.shape[1]
+        for accumulated, quantized_inputs, full_inputs in zip(moments, seen, pairs, strict=True):
+            # A layer that sees only some tokens (an expert) may see other ones in the full-precision model: then
+            # its two inputs have no common rows, and it is quantised without the deviation term.
+            sizes_agree = len(quantized_inputs) == len(full_inputs)
+            if not sizes_agree or any(x.numel() != tokens * x.shape[-1] for x in quantized_inputs):
+                accumulated.deviation = None
+            for position, x in enumerate(quantized_inputs):
+                accumulated.add(x, full_inputs[position] if accumulated.deviation is not None else None)
+    return moments
+
+
+def _solve_group(
+    modules: dict[str, nn.Module], moments: InputMoments, prefix: str, settings: SolverSettings
+) -> Solution:
+    for name, module in modules.items():
+        if not bool(torch.isfinite(linear_weight(module)).all()):
+            raise ValueError(f"{prefix}{name}: the weight contains NaN or infinity; the base checkpoint is damaged")
+    rows = torch.cat([linear_weight(module).float() for module in modules.values()])
+    try:
+        return quantize_weight(rows, moments, settings)
+    except ValueError as error:
+        raise ValueError(f"{prefix}{', '.join(modules)}: {error}") from error
+
+
+def _split(solution: Solution, rows: Sequence[int]) -> list[Solution]:
+    whole = solution.weight
+    parts = zip(whole.integers.split(rows), whole.scales.split(rows), whole.zeros.split(rows), strict=True)
+    losses = {step: loss.split(rows) for step, loss in solution.losses.items()}
+    return [
+        Solution(
+            QuantizedWeight(integers, scales, zeros, whole.bits, whole.group_size, whole.sym),
+            {step: loss[index] for step, loss in losses.items()},
+            solution.energy.split(rows)[index],
+        )
+        for index, (integers, scales, zeros) in enumerate(parts)
+    ]
+
+
+def _layer_report(name: str, solution: Solution, tokens: int) -> LayerReport:
+    energy = max(float(solution.energy.sum()), torch.finfo(torch.float32).tiny)
+    losses = {step: float(loss.sum()) / energy for step, loss in solution.losses.items()}
+    logger.info("%s: relative error %s", name, ", ".join(f"{step} {loss:.3g}" for step, loss in losses.items()))
+    return LayerReport(name, losses, tokens)
+
+
+def _summary(reports: Sequence[LayerReport]) -> str:
+    if not reports:
+        return ""
+    steps = reports[0].losses
+    means = (f"{step} {sum(report.losses[step] for report in reports) / len(reports):.3g}" for step in steps)
+    return "relative error: " + ", ".join(means)
+
+
+def _write_back(module: nn.Module, weight: QuantizedWeight) -> None:
+    linear_weight(module).copy_(weight.dequantize())
+
+
+def _install(block: nn.Module, name: str, weight: QuantizedWeight) -> None:
+    module = block.get_submodule(name)
+    parameter = linear_weight(module)
+    bias = getattr(module, "bias", None)
+    home = parameter.device
+    packed = QuantizedLinear.from_quantized_weight(
+        QuantizedWeight(
+            weight.integers.to(home),
+            weight.scales.to(home),
+            weight.zeros.to(home),
+            weight.bits,
+            weight.group_size,
+            weight.sym,
+        ),
+        bias=None if bias is None else bias.detach(),
+        dtype=parameter.dtype,
+    )
+    parent, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(parent), leaf, packed)
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,143 @@
+"""Packed weights in matmul and dequantisation: Triton (in its interpreter without a GPU) against the reference."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+
+from lkq_hf.kernels.bit_stream import pack
+from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
+from lkq_hf.kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BITS = (2, 3, 4, 8)
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+needs_triton = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETING,
+    reason="needs a GPU or TRITON_INTERPRET=1; test_kernels_in_the_interpreter runs it in a process of its own",
+)
+
+
+def packed(bits: int, group_size: int, sym: bool, in_features: int, out_features: int) -> tuple:
+    generator = torch.Generator().manual_seed(bits + in_features + out_features)
+    integers = torch.randint(0, 2**bits, (out_features, in_features), dtype=torch.int32, generator=generator)
+    groups = in_features // group_size
+    zeros = torch.randint(0, 2**bits, (groups, out_features), dtype=torch.int32, generator=generator)
+    scales = (torch.rand(groups, out_features, generator=generator) * 0.05 + 0.01).half()
+    tensors = (pack(integers, bits).t().contiguous(), pack(zeros, bits), scales)
+    return (*(tensor.to(DEVICE) for tensor in tensors), bits, group_size, sym)
+
+
+def activations(*shape: int, dtype: torch.dtype) -> Tensor:
+    # A mean far from zero: it shows what accumulating offsets of the packed integers would lose.
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(0)) + 1).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_reference_is_the_formula(bits: int, sym: bool) -> None:
+    qweight, qzeros, scales, *layout = packed(bits, 64, sym, 128, 32)
+    weight = dequantize_reference(qweight, qzeros, scales, *layout, torch.float64)
+    stream = lambda words: [  # noqa: E731
+        sum(((int(words[(i * bits + b) // 32]) >> ((i * bits + b) % 32)) & 1) << b for b in range(bits))
+        for i in range(len(words) * 32 // bits)
+    ]
+    for column in (0, 10, 21, 31):
+        zeros = [2 ** (bits - 1) if sym else stream(row)[column] for row in qzeros.tolist()]
+        for k, q in enumerate(stream(qweight[:, column].tolist())):
+            expected = scales[k // 64, column].double().item() * (q - zeros[k // 64])
+            assert weight[k, column].item() == pytest.approx(expected, rel=1e-6)
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("rows", "in_features", "out_features", "group_size", "dtype"),
+    [
+        (1, 192, 96, 64, torch.float16),
+        (1, 192, 96, 64, torch.bfloat16),
+        (3, 128, 32, 128, torch.float16),
+        (4, 96, 160, 32, torch.bfloat16),
+        (8, 192, 96, 64, torch.float16),
+        (16, 96, 32, 96, torch.bfloat16),
+        (16, 96, 32, 96, torch.float16),
+        (40, 256, 64, 128, torch.float16),
+    ],
+)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_kernels_agree_with_reference(
+    bits: int, sym: bool, rows: int, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
+) -> None:
+    if INTERPRETING and dtype == torch.bfloat16 and rows > 4:
+        pytest.skip("Triton's interpreter takes the bits of bfloat16 operands of tl.dot for integers")
+    weight = packed(bits, group_size, sym, in_features, out_features)
+    x = activations(rows, in_features, dtype=dtype)
+    exact = dequantize_reference(*weight, torch.float64)
+    actual = quantized_matmul(x, *weight)
+    assert actual.dtype == dtype
+    # The tensor cores multiply weights rounded to the activations' dtype; the interpreter cuts bfloat16 off.
+    bound = torch.finfo(dtype).eps * (x.double().abs() @ exact.abs()) * 2
+    assert ((actual.double() - x.double() @ exact).abs() <= bound).all()
+
+
+@needs_triton
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_dequantize_kernel_is_exact(bits: int, sym: bool) -> None:
+    weight = packed(bits, 32, sym, 96, 160)
+    # The interpreter cuts bfloat16 off instead of rounding it.
+    for dtype in (torch.float16, torch.float32, *((torch.bfloat16,) if DEVICE == "cuda" else ())):
+        assert torch.equal(dequantize(*weight, dtype), dequantize_reference(*weight, dtype))
+
+
+@needs_triton
+def test_every_candidate_agrees() -> None:
+    from lkq_hf.kernels.quantized_matmul import _candidates
+
+    weight = packed(4, 64, False, 192, 96)
+    for rows in (2, 20, 70):
+        x = activations(rows, 192, dtype=torch.float16)
+        expected = quantized_matmul_reference(x.double(), *weight)
+        for candidate in _candidates(x, weight, 1 << (rows - 1).bit_length()):
+            torch.testing.assert_close(candidate().double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
+@pytest.mark.skipif(INTERPRETING, reason="already in the interpreter")
+def test_kernels_in_the_interpreter() -> None:
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "LKQ_KERNELS": "triton"}
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+
+
+@pytest.mark.skipif(INTERPRETING, reason="the interpreter has no gradients to compare")
+@pytest.mark.parametrize("bits", BITS)
+def test_gradient_and_registration(bits: int) -> None:
+    weight = packed(bits, 64, False, 128, 64)
+    x = torch.randn(2, 3, 128, device=DEVICE, requires_grad=True)
+    torch.library.opcheck(quantized_matmul, (x, *weight))
+    grad_output = torch.randn(2, 3, 64, device=DEVICE)
+    (grad,) = torch.autograd.grad(quantized_matmul(x, *weight), x, grad_output)
+    torch.testing.assert_close(grad, grad_output @ dequantize_reference(*weight, torch.float32).t())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("rows", [1, 16, 100])
+def test_cuda_graph_replays_and_is_deterministic(rows: int) -> None:
+    weight = packed(4, 128, False, 1024, 512)
+    x = activations(rows, 1024, dtype=torch.bfloat16)
+    expected = quantized_matmul(x, *weight)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = quantized_matmul(x, *weight)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(y, expected)

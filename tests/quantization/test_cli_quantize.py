@@ -1,0 +1,45 @@
+"""`lkq-hf quantize` from a shell's point of view."""
+
+import json
+
+import pytest
+import typer
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from lkq_hf.cli.quantize import quantize
+from lkq_hf.quantization import QuantizedLinear
+
+
+@pytest.fixture
+def files(tmp_path, tiny_llama, tokenizer, texts):
+    tiny_llama.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    return tmp_path
+
+
+def run(files, *options):
+    app = typer.Typer()
+    app.command()(quantize)
+    arguments = [str(files / "base"), "--dataset", str(files / "texts.jsonl"), "--out", str(files / "out")]
+    shape = ["--num-samples", "4", "--model-seqlen", "32", "--device", "cpu"]
+    return CliRunner().invoke(app, [*arguments, *shape, *options])
+
+
+@pytest.mark.parametrize("extra", [[], ["--block-by-block"]])
+def test_a_checkpoint_comes_out(files, extra):
+    result = run(files, "--bits", "3", "--group-size", "64", "--no-sym", "--preset", "paper", *extra)
+    assert result.exit_code == 0, result.output
+    assert "peak memory" in result.output
+    model = AutoModelForCausalLM.from_pretrained(files / "out")
+    assert any(isinstance(module, QuantizedLinear) for module in model.modules())
+    stored = json.loads((files / "out" / "config.json").read_text())["quantization_config"]
+    assert (stored["bits"], stored["group_size"], stored["sym"], stored["preset"]) == (3, 64, False, "paper")
+    assert stored["meta"]["calibration"]["dataset"] == "file texts.jsonl"
+
+
+def test_errors_reach_the_user(files):
+    result = run(files, "--bits", "5")
+    assert isinstance(result.exception, ValueError) and "bits must be one of" in str(result.exception)
+    assert not (files / "out").exists()

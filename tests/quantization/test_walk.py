@@ -1,0 +1,348 @@
+"""The calibration walk over decoders of different construction."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MixtralConfig,
+    MixtralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+)
+
+from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig
+from lkq_hf.quantization import walk as walk_module
+from lkq_hf.quantization.activations import Activations
+from lkq_hf.quantization.blocks import find_blocks, layers_to_quantize
+from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.capture import capture_block_calls, observe_order
+from lkq_hf.quantization.walk import quantize_blocks
+
+COMMON = {"vocab_size": 128, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
+
+
+def gemma3():
+    return Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **COMMON,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            sliding_window=8,
+            layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            initializer_range=0.2,
+        )
+    )
+
+
+def gpt2():
+    return GPT2LMHeadModel(
+        GPT2Config(**COMMON, n_positions=128, n_embd=64, n_layer=2, n_head=2, initializer_range=0.2)
+    )
+
+
+def opt():
+    return OPTForCausalLM(
+        OPTConfig(
+            **COMMON, hidden_size=64, ffn_dim=96, num_hidden_layers=2, num_attention_heads=2, word_embed_proj_dim=64
+        )
+    )
+
+
+def phi3():
+    return Phi3ForCausalLM(
+        Phi3Config(**COMMON, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2)
+    )
+
+
+def mixtral():
+    return MixtralForCausalLM(
+        MixtralConfig(
+            **COMMON,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+        )
+    )
+
+
+def built(make):
+    torch.manual_seed(0)
+    return make().eval()
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.randint(2, 128, (7, 24), generator=torch.Generator().manual_seed(0))
+
+
+def config(**changes):
+    return TwoStageGPTQConfig(**{"bits": 4, "group_size": 32, "sym": False, **changes})
+
+
+def walk(model, tokens, settings=None, **changes):
+    settings = settings or config()
+    list_name, layers = find_layers(model, settings)
+    changes = {"batch_size": 3, **changes}
+    return quantize_blocks(model, list_name, layers, tokens, settings.solver_settings(), **changes)
+
+
+def packed(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("make", [gemma3, gpt2, opt, phi3])
+def test_captured_calls_reproduce_the_models_own_hidden_states(make, tokens):
+    model = built(make)
+    blocks = list(find_blocks(model)[1])
+    hidden, calls = capture_block_calls(model, blocks, tokens.split(3))
+    expected = []
+    hooks = [block.register_forward_hook(lambda _, __, output: expected.append(output)) for block in blocks]
+    with torch.no_grad():
+        model(input_ids=tokens[:3], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        state = hidden[0]
+        for block, call, output in zip(blocks, calls, expected, strict=True):
+            state = call.run(block, state, 0)
+            assert torch.equal(state, output[0] if isinstance(output, tuple) else output)
+    assert [len(call.arguments) for call in calls] == [3] * len(blocks)
+
+
+def test_arguments_that_batches_share_are_kept_once(tokens):
+    model = built(gemma3)
+    _, calls = capture_block_calls(model, list(find_blocks(model)[1]), tokens[:6].split(3))
+    tensors = [
+        value
+        for call in calls
+        for _, kwargs in call.arguments
+        for value in kwargs.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    assert len(tensors) > 6 and len({id(tensor) for tensor in tensors}) <= 3  # positions, a mask per layer type
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (
+            gemma3,
+            [
+                {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"},
+                {"self_attn.o_proj"},
+                {"mlp.gate_proj", "mlp.up_proj"},
+                {"mlp.down_proj"},
+            ],
+        ),
+        (gpt2, [{"attn.c_attn"}, {"attn.c_proj"}, {"mlp.c_fc"}, {"mlp.c_proj"}]),
+        (phi3, [{"self_attn.qkv_proj"}, {"self_attn.o_proj"}, {"mlp.gate_up_proj"}, {"mlp.down_proj"}]),
+    ],
+)
+def test_the_order_inside_a_block_is_that_of_execution(make, expected, tokens):
+    model = built(make)
+    name, blocks = find_blocks(model)
+    _, layers = layers_to_quantize(model, 4, 32)
+    names = sorted(layer.removeprefix(f"{name}.0.") for layer in layers if layer.startswith(f"{name}.0."))
+    hidden, calls = capture_block_calls(model, list(blocks), [tokens])
+    groups = observe_order(blocks[0], names, calls[0], hidden[0])
+    assert [set(group.names) for group in groups] == expected
+    assert all(group.called_once for group in groups)
+
+
+@pytest.mark.parametrize("make", [gemma3, gpt2, opt, phi3])
+def test_decoders_of_other_construction_are_quantised_and_stay_close(make, tokens):
+    model = built(make)
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        report = walk(model, tokens, config(bits=8))
+        after = model(input_ids=tokens).logits
+    layers = packed(model)
+    linears = [n for n, m in built(make).named_modules() if type(m) is nn.Linear or type(m).__name__ == "Conv1D"]
+    assert set(layers) == {name for name in linears if "lm_head" not in name and "project" not in name}
+    assert [entry.name for entry in report.layers] and len(report.layers) == len(layers)
+    assert (after - before).norm() / before.norm() < 0.05
+    assert all(entry.losses["descent"] <= entry.losses["gptq"] * 1.001 for entry in report.layers)
+
+
+def test_the_deviation_is_zero_before_anything_is_quantised_and_not_after(tokens, monkeypatch, tiny_llama):
+    seen = []
+    original = walk_module.quantize_weight
+
+    def spy(weight, moments, settings):
+        seen.append(float(moments.deviation.abs().max() / moments.hessian.abs().max()))
+        return original(weight, moments, settings)
+
+    monkeypatch.setattr(walk_module, "quantize_weight", spy)
+    walk(tiny_llama, tokens)
+    assert seen[0] == 0 and all(value > 0 for value in seen[1:]) and len(seen) == 8
+
+
+def test_moments_are_those_of_the_network_quantised_so_far(tokens, monkeypatch, tiny_llama):
+    """The moments of the second block's up projection against hooks on the finished model."""
+    found = []
+    original = walk_module.quantize_weight
+
+    def spy(weight, moments, settings):
+        found.append((moments.hessian.clone(), moments.deviation.clone()))
+        return original(weight, moments, settings)
+
+    monkeypatch.setattr(walk_module, "quantize_weight", spy)
+    full = copy.deepcopy(tiny_llama)
+    walk(tiny_llama, tokens)
+    inputs = []
+    for model in (full, tiny_llama):
+        up = model.model.layers[1].mlp.up_proj
+        hook = up.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1)))
+        with torch.no_grad():
+            model(input_ids=tokens)
+        hook.remove()
+    x, x_tilde = inputs
+    hessian, deviation = found[6]  # q/k/v, o, gate/up, down of the first block; then q/k/v, o, gate/up
+    torch.testing.assert_close(hessian, x_tilde.T @ x_tilde / len(x), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(deviation, (x - x_tilde).T @ x_tilde / len(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"true_sequential": False}])
+def test_a_killed_walk_resumes_to_the_same_result(tokens, tmp_path, changes, monkeypatch):
+    sequential = changes.pop("true_sequential", True)
+    settings = config(**changes)
+    whole = built(gemma3)
+    walk(whole, tokens, settings, true_sequential=sequential)
+
+    calls = 0
+    original = walk_module._quantize_block
+
+    def killed(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise KeyboardInterrupt
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(walk_module, "_quantize_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        walk(built(gemma3), tokens, settings, true_sequential=sequential, resume_dir=tmp_path)
+    resumed = built(gemma3)
+    report = walk(resumed, tokens, settings, true_sequential=sequential, resume_dir=tmp_path)
+    assert report.resumed_blocks == 2
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_resuming_something_else_is_refused(tokens, tmp_path):
+    walk(built(gemma3), tokens, resume_dir=tmp_path)
+    with pytest.raises(ValueError, match="other settings, calibration tokens or model"):
+        walk(built(gemma3), tokens, config(bits=3), resume_dir=tmp_path)
+    with pytest.raises(ValueError, match="other settings, calibration tokens or model"):
+        walk(built(gemma3), tokens.flip(0), resume_dir=tmp_path)
+    other = built(gemma3)
+    with torch.no_grad():
+        other.model.layers[1].mlp.up_proj.weight[0, 0] += 1
+    with pytest.raises(ValueError, match="other base weights"):
+        walk(other, tokens, resume_dir=tmp_path)
+
+
+def test_offloading_to_disk_changes_nothing_and_the_walk_is_deterministic(tokens):
+    states = []
+    for offload in ("auto", "cpu", "disk"):
+        model = built(gemma3)
+        walk(model, tokens, offload=offload)
+        states.append(model.state_dict())
+    for state in states[1:]:
+        assert all(torch.equal(value, states[0][name]) for name, value in state.items())
+
+
+def test_activations_on_disk_are_mapped_files_that_disappear():
+    store = Activations(torch.device("cpu"), "disk")
+    store.append(torch.arange(6.0).view(1, 2, 3))
+    store.replace(0, torch.ones(1, 2, 3))
+    assert torch.equal(store.get(0), torch.ones(1, 2, 3))
+    directory = store._directory.name
+    import os
+
+    assert os.path.getsize(os.path.join(directory, "0")) == 24
+    del store
+    assert not os.path.exists(directory)
+
+
+def test_fused_experts_are_refused_by_name_unless_left_out(tokens):
+    model = built(mixtral)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.experts\.\w+ .* fused experts") as error:
+        find_layers(model, config())
+    suggested = str(error.value).split("modules_to_not_convert=[")[1].split("]")[0].strip("'")
+    report = walk(model, tokens, config(modules_to_not_convert=[suggested]))
+    assert {entry.name.split(".")[-1] for entry in report.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_shared_weights_are_refused_by_name(tiny_llama):
+    tiny_llama.model.layers[1].mlp.up_proj.weight = tiny_llama.model.layers[0].mlp.up_proj.weight
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.mlp\.up_proj and model\.layers\.1\.mlp\.up_proj share one weight"
+    ):
+        find_layers(tiny_llama, config())
+
+
+def test_a_repeated_block_is_refused(tiny_llama):
+    tiny_llama.model.layers[1] = tiny_llama.model.layers[0]
+    with pytest.raises(ValueError, match="share one weight"):
+        find_layers(tiny_llama, config())
+
+
+def test_tied_embeddings_stay_as_they_are(tokens):
+    model = built(gemma3)
+    before = model.get_input_embeddings().weight.clone()
+    walk(model, tokens)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+def test_dead_channels_give_finite_weights(tokens, tiny_llama):
+    layer = tiny_llama.model.layers[0]
+    with torch.no_grad():
+        layer.input_layernorm.weight[:40] = 0
+        layer.mlp.gate_proj.weight[:] = 0  # down_proj sees nothing but zeros
+        walk(tiny_llama, tokens, config(bits=2))
+        assert torch.isfinite(tiny_llama(input_ids=tokens).logits).all()
+
+
+def test_activations_that_overflow_are_refused_by_layer_name(tokens, tiny_llama):
+    with torch.no_grad():
+        tiny_llama.model.layers[1].post_attention_layernorm.weight.fill_(torch.inf)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj.*calibration inputs contain NaN or infinity"):
+        walk(tiny_llama, tokens)
+
+
+@pytest.mark.real_model
+@pytest.mark.slow
+def test_on_smollm2_the_default_beats_the_paper_and_the_paper_beats_gptq():
+    from lkq_hf.evaluation.models import load_smollm2
+
+    model, tokenizer = load_smollm2()
+    model.model.layers = model.model.layers[:3]
+    text = "The package manager resolves dependencies before it installs anything. " * 4
+    tokens = tokenizer(" ".join(f"{text} Case {i}: {i * i}." for i in range(200)), return_tensors="pt").input_ids
+    tokens = tokens[0, : 8 * 256].view(8, 256)
+    losses = {}
+    for name, changes in {
+        "default": {},
+        "paper": {"preset": "paper"},
+        "gptq": {"preset": "paper", "stages": ()},
+    }.items():
+        report = walk(copy.deepcopy(model), tokens, config(bits=2, group_size=64, **changes), batch_size=8)
+        losses[name] = sum(list(entry.losses.values())[-1] for entry in report.layers)
+    assert losses["default"] < losses["paper"] < losses["gptq"]
