@@ -41,6 +41,17 @@ class LookaheadKVLayer(BaseTunerLayer):
         return active[0] if active else None
 
 
+def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
+    """The parameters of one LOOKAHEAD_KV adapter by their name in the model."""
+    return {
+        f"{module_name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
+        for module_name, module in model.named_modules()
+        if isinstance(module, LookaheadKVLayer)
+        for attribute in module.adapter_layer_names
+        if adapter_name in getattr(module, attribute)
+    }
+
+
 class LookaheadTokens(nn.Module, LookaheadKVLayer):
     """The learned tokens, ``[num_lookahead_tokens, hidden]`` for each adapter; attached to the decoder."""
 
@@ -51,15 +62,16 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         super().__init__()
         self.lookahead_kv_tokens = nn.ParameterDict()
         self.pooling_kernel_sizes: dict[str, int] = {}
+        self._complete: set[str] = set()
         # In a tuple, so that it is not registered as a submodule and saved twice.
         self._embedding = (embedding,)
 
     def update_layer(self, adapter_name: str, config: LookaheadKVConfig, hidden_size: int) -> None:
         """Adds an adapter's tokens, drawn to look like the model's own embeddings."""
-        self.lookahead_kv_tokens[adapter_name] = nn.Parameter(
-            _initial_tokens(self._embedding[0], config.num_lookahead_tokens, hidden_size)
-        )
+        tokens = _initial_tokens(self._embedding[0], config.num_lookahead_tokens, hidden_size)
+        self.lookahead_kv_tokens[adapter_name] = _parameter(tokens, config)
         self.pooling_kernel_sizes[adapter_name] = config.pooling_kernel_size
+        self._complete.discard(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _require_active(self) -> str:
@@ -71,6 +83,26 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
                 'no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
             )
         return name
+
+    def check_complete(self, decoder: nn.Module) -> None:
+        """Refuses an active adapter whose weights were not all loaded; looks at each adapter once.
+
+        ``model.load_adapter`` of transformers only warns about missing tensors and does not look at values.
+
+        Raises:
+            ValueError: a weight is not finite, as all are that loading should have replaced.
+        """
+        name = self._require_active()
+        if name in self._complete:
+            return
+        broken = [key for key, value in adapter_parameters(decoder, name).items() if not torch.isfinite(value).all()]
+        if broken:
+            raise ValueError(
+                f"{len(broken)} tensors of the LOOKAHEAD_KV adapter {name!r} ({', '.join(broken[:3])}, ...) were "
+                "missing from its file or hold values that are not finite. The file is damaged, or it belongs to "
+                f"another model or config: remove the adapter with model.delete_adapter({name!r}) and load an intact one."
+            )
+        self._complete.add(name)
 
     def active_tokens(self) -> torch.Tensor:
         """The active adapter's tokens, ``[1, num_lookahead_tokens, hidden]``.
@@ -117,8 +149,8 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         """Adds an adapter's matrices ``A [r, in_features]`` and ``B [out_features, r]``; their product starts at 0."""
         down = torch.empty(config.r, self.in_features)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
-        self.lookahead_kv_A[adapter_name] = nn.Parameter(down)
-        self.lookahead_kv_B[adapter_name] = nn.Parameter(torch.zeros(self.out_features, config.r))
+        self.lookahead_kv_A[adapter_name] = _parameter(down, config)
+        self.lookahead_kv_B[adapter_name] = _parameter(torch.zeros(self.out_features, config.r), config)
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -142,6 +174,11 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
 
     def __repr__(self) -> str:
         return "lookahead_kv." + super().__repr__()
+
+
+def _parameter(initial: torch.Tensor, config: LookaheadKVConfig) -> nn.Parameter:
+    """A weight to train from ``initial``, or one to load, which is not a number until something was loaded into it."""
+    return nn.Parameter(torch.full_like(initial, torch.nan) if config.inference_mode else initial)
 
 
 def _initial_tokens(embedding: nn.Module, count: int, hidden_size: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lkq_hf.adapter.config import LookaheadKVConfig
-from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens
+from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
 from lkq_hf.cache.prefill import get_decoder, prepare_model_for_eviction
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
@@ -140,17 +140,6 @@ class LookaheadKVModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         _check_state_dict(adapter_parameters(model, adapter_name), remapped)
         return remapped
-
-
-def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
-    """The parameters of one LOOKAHEAD_KV adapter by their name in the model."""
-    return {
-        f"{module_name}.{attribute}.{adapter_name}": getattr(module, attribute)[adapter_name]
-        for module_name, module in model.named_modules()
-        if isinstance(module, LookaheadKVLayer)
-        for attribute in module.adapter_layer_names
-        if adapter_name in getattr(module, attribute)
-    }
 
 
 def _check_state_dict(parameters: dict[str, nn.Parameter], state_dict: dict[str, torch.Tensor]) -> None:

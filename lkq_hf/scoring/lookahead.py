@@ -35,6 +35,7 @@ class LookaheadScorer(Scorer):
 
     def bind(self, decoder: nn.Module) -> Scorer:
         tokens = self._adapter_tokens(decoder)
+        tokens.check_complete(decoder)
         return self if self.kernel_size is not None else replace(self, kernel_size=tokens.pooling_kernel_size())
 
     def suffix(self, decoder: nn.Module) -> torch.Tensor:

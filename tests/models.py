@@ -1,0 +1,201 @@
+"""Tiny random models, and plain computations to compare the package's results with."""
+
+import copy
+from contextlib import contextmanager
+
+import torch
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lkq_hf import LookaheadKVConfig
+from lkq_hf.adapter.model import adapter_parameters
+from lkq_hf.cache.prefill import get_decoder
+
+ARCHITECTURES = ("llama", "qwen3", "mistral", "phi3", "gemma3")
+
+SIZES = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    # Ten times the usual spread, so that attention is far from uniform.
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+PARTICULAR = {
+    "mistral": {"sliding_window": None},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+}
+
+
+def tiny_config(architecture="llama", **changes):
+    values = SIZES | PARTICULAR.get(architecture, {}) | changes
+    config = AutoConfig.for_model(values.pop("model_type", architecture), **values)
+    config._name_or_path = f"tiny-{architecture}"
+    return config
+
+
+def tiny_model(architecture="llama", attention="eager", seed=0, **changes):
+    """A random model in eval mode whose generation never ends early."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(tiny_config(architecture, **changes), attn_implementation=attention)
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model.eval()
+
+
+def add_lookahead(model, name="default", seed=1, **config):
+    """Adds a LOOKAHEAD_KV adapter whose LoRA changes something, as after training."""
+    torch.manual_seed(seed)
+    model.add_adapter(LookaheadKVConfig(**{"num_lookahead_tokens": 5, "r": 4} | config), adapter_name=name)
+    randomise_adapter(model, name)
+    return model
+
+
+def randomise_adapter(model, name="default", seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter_name, parameter in adapter_parameters(model, name).items():
+            if "lookahead_kv_B" in parameter_name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+
+
+def lookahead_model(architecture="llama", attention="eager", **changes):
+    return add_lookahead(tiny_model(architecture, attention, **changes))
+
+
+def prompt_ids(batch, length, seed=0, vocabulary=SIZES["vocab_size"]):
+    return torch.randint(3, vocabulary, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def left_padded(rows):
+    """Token ids and mask of rows of different lengths."""
+    length = max(len(row) for row in rows)
+    ids = torch.stack([F.pad(row, (length - len(row), 0)) for row in rows])
+    mask = torch.stack([F.pad(torch.ones_like(row), (length - len(row), 0)) for row in rows])
+    return ids, mask
+
+
+def full_layers(model):
+    config = get_decoder(model).config
+    types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [index for index, kind in enumerate(types) if kind == "full_attention"]
+
+
+def positions(mask):
+    return (mask.cumsum(-1) - 1).clamp(min=0)
+
+
+@contextmanager
+def _hooks(handles):
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def lookahead_attention(base, adapted, ids, mask=None, name="default"):
+    """Attention of an adapter's tokens to the prompt, ``{layer: [batch, heads, n, length]}``, by definition.
+
+    One eager forward of the untouched base over prompt and tokens; the LoRA is added by hooks that know nothing of
+    the package's layers.
+    """
+    parameters = {key: value.detach() for key, value in adapter_parameters(adapted, name).items()}
+    tokens = next(value for key, value in parameters.items() if "lookahead_kv_tokens" in key)
+    config = adapted.peft_config[name]
+    count, length = tokens.shape[0], ids.shape[1]
+    handles = []
+    for key, down in parameters.items():
+        if "lookahead_kv_A" in key:
+            up = parameters[key.replace("lookahead_kv_A", "lookahead_kv_B")]
+            module = base.get_submodule(key.partition(".lookahead_kv_A")[0])
+
+            def add(module, args, output, down=down, up=up):
+                output = output.clone()
+                output[:, -count:] += config.lora_alpha / config.r * (args[0][:, -count:] @ down.T @ up.T)
+                return output
+
+            handles.append(module.register_forward_hook(add))
+    mask = torch.ones_like(ids) if mask is None else mask
+    mask = F.pad(mask, (0, count), value=1)
+    embeds = base.get_input_embeddings()(ids)
+    embeds = torch.cat([embeds, tokens.expand(ids.shape[0], -1, -1)], dim=1)
+    with torch.no_grad(), _hooks(handles):
+        output = base(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions(mask),
+            output_attentions=True,
+            use_cache=False,
+        )
+    return {index: output.attentions[index][:, :, length:, :length] for index in full_layers(base)}
+
+
+def scores_of(attention, kv_heads=SIZES["num_key_value_heads"]):
+    """``[batch, kv_heads, length]`` from ``[batch, heads, n, length]``."""
+    return attention.mean(2).unflatten(1, (kv_heads, -1)).mean(2)
+
+
+def top_entries(scores, budget, mask=None):
+    """Sorted indices of the highest scores, real tokens first."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask.bool()[:, None], -torch.inf)
+    return scores.topk(budget, dim=-1).indices.sort(dim=-1).values
+
+
+def kept_entries(cache):
+    """``{layer: [batch, kv_heads, budget]}`` of the layers that were cut."""
+    return {
+        index: layer.kept_indices
+        for index, layer in enumerate(cache.layers)
+        if getattr(layer, "kept_indices", None) is not None
+    }
+
+
+def evicted_logits(base, ids, mask, kept, prompt_length):
+    """Logits of an eager model that keeps its whole cache and masks, head by head, what was evicted.
+
+    Positions from ``prompt_length`` on see only the entries ``kept`` of the prompt; the prompt sees itself in full.
+    """
+
+    def hide(layer):
+        def change(module, args, kwargs):
+            attention_mask = kwargs["attention_mask"]
+            indices = kept[layer]
+            visible = torch.zeros(*indices.shape[:2], ids.shape[1], dtype=torch.bool)
+            visible.scatter_(-1, indices, True)
+            visible[..., prompt_length:] = True
+            heads = module.config.num_attention_heads
+            visible = visible.repeat_interleave(heads // indices.shape[1], dim=1)[:, :, None, :]
+            late = torch.arange(ids.shape[1])[:, None] >= prompt_length
+            full = attention_mask.expand(-1, heads, -1, -1)
+            hidden = full.masked_fill(late & ~visible, torch.finfo(full.dtype).min)
+            return args, kwargs | {"attention_mask": hidden}
+
+        return change
+
+    decoder = get_decoder(base)
+    handles = [
+        decoder.layers[layer].self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True) for layer in kept
+    ]
+    mask = torch.ones_like(ids) if mask is None else F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    with torch.no_grad(), _hooks(handles):
+        return base(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+
+
+def base_and_adapted(architecture="llama", **changes):
+    """The same random model twice: untouched, and with an adapter."""
+    base = tiny_model(architecture, **changes)
+    return base, add_lookahead(copy.deepcopy(base))

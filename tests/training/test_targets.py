@@ -1,0 +1,117 @@
+import pytest
+import torch
+from models import prompt_ids, tiny_model
+from transformers import DynamicCache
+
+from lkq_hf.training import TargetCollator, generate_targets, load_targets
+from lkq_hf.training import targets as targets_module
+
+
+def prompts(lengths=(9, 4, 12, 6, 7)):
+    return [
+        {"input_ids": prompt_ids(1, length, seed=index)[0].tolist(), "kind": f"kind{index}"}
+        for index, length in enumerate(lengths)
+    ]
+
+
+def test_responses_are_the_models_greedy_answers(tmp_path):
+    model = tiny_model()
+    rows = prompts()
+    made = generate_targets(model, rows, tmp_path, max_new_tokens=6, shard_size=2)
+    assert made["kind"] == [row["kind"] for row in rows]
+    for row, found in zip(rows, made, strict=True):
+        ids = torch.tensor([row["input_ids"]])
+        expected = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=DynamicCache())
+        assert found["input_ids"] == row["input_ids"]
+        assert found["response_ids"] == expected[0, ids.shape[1] :].tolist()
+
+
+def test_a_response_ends_with_its_end_token(tmp_path):
+    model = tiny_model()
+    rows = prompts()
+    free = generate_targets(model, rows, tmp_path / "free", max_new_tokens=8)["response_ids"]
+    model.generation_config.eos_token_id = [free[0][2], free[1][5]]
+    stops = set(model.generation_config.eos_token_id)
+    ended = generate_targets(model, rows, tmp_path / "ended", max_new_tokens=8)["response_ids"]
+    for whole, found in zip(free, ended, strict=True):
+        end = next((index + 1 for index, token in enumerate(whole) if token in stops), len(whole))
+        assert found == whole[:end]
+    assert len(ended[0]) <= 3
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    model, rows = tiny_model(), prompts()
+    whole = generate_targets(model, rows, tmp_path / "whole", max_new_tokens=4, shard_size=2)
+    respond, made = targets_module._respond, []
+
+    def stop_at_the_second(model, rows, *args):
+        if len(made) == 1:
+            raise KeyboardInterrupt
+        made.append(len(rows))
+        return respond(model, rows, *args)
+
+    monkeypatch.setattr(targets_module, "_respond", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        generate_targets(model, rows, tmp_path / "stopped", max_new_tokens=4, shard_size=2)
+    assert len(load_targets(tmp_path / "stopped")) == 2
+
+    def count(model, rows, *args):
+        made.append(len(rows))
+        return respond(model, rows, *args)
+
+    monkeypatch.setattr(targets_module, "_respond", count)
+    resumed = generate_targets(model, rows, tmp_path / "stopped", max_new_tokens=4, shard_size=2)
+    assert made == [2, 2, 1]
+    assert resumed.to_list() == whole.to_list()
+    assert not list((tmp_path / "stopped").glob(".partial-*"))
+
+
+def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
+    model = tiny_model()
+    generate_targets(model, prompts(), tmp_path, max_new_tokens=4)
+    with pytest.raises(ValueError, match="another directory"):
+        generate_targets(model, prompts(), tmp_path, max_new_tokens=5)
+    with pytest.raises(ValueError, match="another directory"):
+        generate_targets(model, prompts()[:3], tmp_path, max_new_tokens=4)
+
+
+def test_processes_share_the_work(tmp_path):
+    model, rows = tiny_model(), prompts()
+    whole = generate_targets(model, rows, tmp_path / "one", max_new_tokens=4, shard_size=1)
+    for index in range(2):
+        shared = generate_targets(
+            model, rows, tmp_path / "two", max_new_tokens=4, shard_size=1, process_index=index, num_processes=2
+        )
+        assert len(shared) == (3, 5)[index]
+    assert shared.to_list() == whole.to_list()
+
+
+def test_without_prompts_or_shards_there_is_a_message(tmp_path):
+    with pytest.raises(ValueError, match="no prompts"):
+        generate_targets(tiny_model(), [], tmp_path)
+    with pytest.raises(FileNotFoundError, match="generate_targets"):
+        load_targets(tmp_path)
+
+
+def test_the_collator_pads_prompts_left_and_responses_right():
+    batch = TargetCollator(pad_token_id=7)(
+        [{"input_ids": [1, 2, 3], "response_ids": [4]}, {"input_ids": [5], "response_ids": [8, 9]}]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 3], [7, 7, 5]]
+    assert batch["attention_mask"].tolist() == [[True] * 3, [False, False, True]]
+    assert batch["response_ids"].tolist() == [[4, 7], [8, 9]]
+    assert batch["response_mask"].tolist() == [[True, False], [True, True]]
+
+
+def test_the_collator_cuts_the_middle_of_prompts_and_the_end_of_responses():
+    batch = TargetCollator(max_prompt_length=5, max_response_length=2)(
+        [{"input_ids": list(range(1, 10)), "response_ids": [4, 5, 6]}]
+    )
+    assert batch["input_ids"].tolist() == [[1, 2, 7, 8, 9]]
+    assert batch["response_ids"].tolist() == [[4, 5]]
+
+
+@pytest.mark.parametrize("row", [{"input_ids": [], "response_ids": [1]}, {"input_ids": [1], "response_ids": []}])
+def test_the_collator_refuses_empty_rows(row):
+    with pytest.raises(ValueError, match="at least one token"):
+        TargetCollator()([row])
