@@ -100,7 +100,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
             raise ValueError(
                 f"{len(broken)} tensors of the LOOKAHEAD_KV adapter {name!r} ({', '.join(broken[:3])}, ...) were "
                 "missing from its file or hold values that are not finite. The file is damaged, or it belongs to "
-                f"another model or config: remove the adapter with model.delete_adapter({name!r}) and load an intact one."
+                f"another model or config: call model.delete_adapter({name!r}) and load an intact one."
             )
         self._complete.add(name)
 
