@@ -78,8 +78,8 @@ def layers_to_quantize(
         The name of the block list, and the layers.
 
     Raises:
-        ValueError: no list of blocks or no layer is found; weights that would silently stay out (fused experts); blocks
-            or layers that share one weight; sizes that no group fits or that do not pack.
+        ValueError: no list of blocks or no layer is found; weights that would silently stay out (fused experts);
+            blocks or layers that share one weight; sizes that no group fits or that do not pack.
     """
     exclude = list(exclude)
     list_name, blocks = find_blocks(model, block_name)
