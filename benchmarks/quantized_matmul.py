@@ -2,27 +2,36 @@
 
     python benchmarks/quantized_matmul.py --out benchmarks/results/quantized_matmul.json
 
-Every timing runs in a CUDA graph that goes through several copies of the weight, more than the L2 cache holds. The copy
-bandwidth is measured in the same run. Each variant is checked against the reference before it is timed.
+Every timing runs in a CUDA graph that goes through several copies of the weight, more than the L2 cache holds. The
+copy bandwidth is measured in the same run. Each variant is checked against the reference before it is timed.
 """
 
 import argparse
+import contextlib
+import importlib.util
 import json
+import os
 import platform
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from lkq_hf.kernels import autotune
-from lkq_hf.kernels.bit_stream import pack
+from lkq_hf.kernels.bit_stream import pack, unpack
 from lkq_hf.kernels.dequantize import dequantize
-from lkq_hf.kernels.quantized_matmul import quantized_matmul
+from lkq_hf.kernels.quantized_matmul import _candidates, quantized_matmul
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # out_features, in_features in Llama-3.1-8B
 ROWS = (1, 2, 4, 8, 16, 64, 256)
+Layer = Callable[[Tensor], Tensor]
 L2_BYTES = 256 * 2**20  # what the copies of a weight together exceed: five times the L2 cache of an H200
 
 
@@ -74,39 +83,81 @@ def check(name: str, actual: Tensor, expected: Tensor) -> None:
         raise SystemExit(f"{name}: wrong result, largest error {error:.3g} of the largest value")
 
 
-def gemlite_layers(weight: tuple, dtype: torch.dtype) -> list[Callable[[Tensor], Tensor]]:
+def gemlite_layers(weight: tuple, count: int, dtype: torch.dtype) -> list[Layer]:
     from gemlite.core import DType, GemLiteLinear
 
-    qweight, _, scales, bits, group_size, _ = weight
-    from lkq_hf.kernels.bit_stream import unpack
-
+    qweight, qzeros, scales, bits, group_size, sym = weight
     integers = unpack(qweight.t(), bits)
     out_features, in_features = integers.shape
     kind = DType.BF16 if dtype == torch.bfloat16 else DType.FP16
+    zeros: Tensor | int = 2 ** (bits - 1) if sym else unpack(qzeros, bits).t().contiguous().to(dtype)
     layers = []
-    for _ in range(max(2, L2_BYTES // (qweight.numel() * 4) + 1)):
-        layer = GemLiteLinear(
-            bits, group_size=group_size, in_features=in_features, out_features=out_features, input_dtype=kind, output_dtype=kind
-        )
-        zeros = torch.full((out_features, in_features // group_size), 2 ** (bits - 1), device="cuda", dtype=dtype)
+    for _ in range(count):
+        layer = GemLiteLinear(bits, group_size, in_features, out_features, input_dtype=kind, output_dtype=kind)
         layer.pack(integers.to(torch.uint8), scales.t().contiguous().to(dtype), zeros, None)
         layers.append(layer)
     return layers
 
 
-def measure(bits: int, group_size: int, sym: bool, dtype: torch.dtype, bandwidth: float, peers: bool) -> list[dict]:
-    rows_of_results = []
+def humming_layers(weight: tuple, count: int, dtype: torch.dtype) -> list[Layer]:
+    from humming.layer import HummingLayer
+
+    qweight, qzeros, scales, bits, group_size, sym = weight
+    in_features, out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    config = {"quant_method": "gptq", "bits": bits, "group_size": group_size, "desc_act": False, "sym": sym}
+    tensors = {
+        "qweight": qweight,
+        "qzeros": qzeros,
+        "scales": scales.to(dtype),
+        "g_idx": torch.arange(in_features, dtype=torch.int32, device="cuda") // group_size,
+    }
+    layers = []
+    for _ in range(count):
+        layer = HummingLayer(
+            shape_n=out_features, shape_k=in_features, weight_config=dict(config), torch_dtype=dtype
+        ).cuda()
+        layer.load_from_tensors(tensors)
+        layer.transform()
+        layers.append(layer)
+    return layers
+
+
+PEERS = {"gemlite": gemlite_layers, "humming": humming_layers}
+
+
+def peer_layers(weight: tuple, count: int, x: Tensor, expected: Tensor) -> dict[str, list[Layer]]:
+    """The peers that are installed, take this format and compute the right thing; the others say why not."""
+    found = {}
+    for name, build in PEERS.items():
+        if importlib.util.find_spec(name) is None:
+            continue
+        try:
+            layers = build(weight, count, x.dtype)
+            check(name, layers[0](x), expected)
+        except Exception as error:  # whatever a peer raises, the others are still to be measured
+            print(f"{name} W{weight[3]}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
+        else:
+            found[name] = layers
+    return found
+
+
+def measure(bits: int, group_size: int, sym: bool, dtype: torch.dtype, bandwidth: float) -> list[dict]:
+    results = []
     for out_features, in_features in SHAPES:
         weights = copies(packed_weight(bits, group_size, sym, out_features, in_features))
-        quantised_bytes = sum(tensor.numel() * tensor.element_size() for tensor in weights[0][: 2 if sym else 3])
-        dense = dequantize(*weights[0], dtype)
-        dense_copies = [dense.t().contiguous() for _ in range(max(2, L2_BYTES // (dense.numel() * 2) + 1))]
-        gemlite = gemlite_layers((*weights[0][:5], True), dtype) if peers and bits != 3 else []
+        quantised_bytes = sum(t.numel() * t.element_size() for t in (weights[0][0], weights[0][2]))
+        quantised_bytes += 0 if sym else weights[0][1].numel() * weights[0][1].element_size()
+        dense = dequantize(*weights[0], dtype).t().contiguous()
+        dense_copies = [dense.clone() for _ in range(max(2, L2_BYTES // (dense.numel() * 2) + 1))]
+        peers: dict[str, list[Layer]] | None = None
         for rows in ROWS:
             x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
-            check("quantised matmul", quantized_matmul(x, *weights[0]), x.double() @ dense.double())
-            ours = microseconds([lambda w=w: quantized_matmul(x, *w) for w in weights])
-            cublas = microseconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense_copies])
+            expected = x.double() @ dense.double().t()
+            check("quantised matmul", quantized_matmul(x, *weights[0]), expected)
+            if peers is None:
+                peers = peer_layers(weights[0], len(weights), x, expected)
+            ours = microseconds([partial(quantized_matmul, x, *weight) for weight in weights])
+            cublas = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense_copies])
             result = {
                 "bits": bits,
                 "group_size": group_size,
@@ -119,19 +170,32 @@ def measure(bits: int, group_size: int, sym: bool, dtype: torch.dtype, bandwidth
                 "cublas_us": cublas,
                 "speedup": cublas / ours,
                 "share_of_copy_bandwidth": quantised_bytes / (ours * 1e-6) / bandwidth,
+                **{f"{name}_us": microseconds([partial(layer, x) for layer in peers[name]]) for name in peers},
             }
-            if gemlite:
-                if sym:
-                    check("gemlite", gemlite[0](x), x.double() @ dense.double())
-                result["gemlite_us"] = microseconds([lambda g=g: g(x) for g in gemlite])
-            rows_of_results.append(result)
-            peer = f"  gemlite {result['gemlite_us']:7.1f} us" if gemlite else ""
+            results.append(result)
             print(
-                f"W{bits} {out_features:>5}x{in_features:<5} M={rows:<4} {ours:7.1f} us  cuBLAS {cublas:7.1f} us  "
-                f"x{result['speedup']:4.2f}  {result['share_of_copy_bandwidth']:4.0%} of copy{peer}",
+                f"W{bits} {out_features:>5}x{in_features:<5} M={rows:<3} {ours:7.1f} us  cuBLAS {cublas:6.1f} us  "
+                f"x{result['speedup']:4.2f} {result['share_of_copy_bandwidth']:4.0%} of copy"
+                + "".join(f"  {name} {result[f'{name}_us']:6.1f} us" for name in peers),
                 flush=True,
             )
-    return rows_of_results
+    return results
+
+
+def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: torch.dtype) -> None:
+    """Run every candidate once, so that Triton's cache on disk has its kernel."""
+    for out_features, in_features in SHAPES:
+        weight = packed_weight(bits, group_size, sym, out_features, in_features)
+        for candidate in _candidates(torch.randn(rows, in_features, device="cuda", dtype=dtype), weight, rows):
+            with contextlib.suppress(OutOfResources):
+                candidate()
+
+
+def compile_in_parallel(all_bits: list[int]) -> None:
+    """Compilation would be most of the time of this script; processes of their own share it."""
+    commands = [[sys.executable, *sys.argv, "--compile", str(bits), str(rows)] for bits in all_bits for rows in ROWS]
+    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+        list(pool.map(partial(subprocess.run, check=True), commands))
 
 
 def main() -> None:
@@ -140,24 +204,31 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--peers", action="store_true", help="include gemlite (must be installed)")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--compile", type=int, nargs=2, metavar=("BITS", "ROWS"), help="only compile these kernels")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
+    if arguments.compile:
+        compile_kernels(*arguments.compile, arguments.group_size, arguments.sym, dtype)
+        return
+    compile_in_parallel(arguments.bits)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     results = []
     for bits in arguments.bits:
-        results += measure(
-            bits, arguments.group_size, arguments.sym, getattr(torch, arguments.dtype), bandwidth, arguments.peers
-        )
+        results += measure(bits, arguments.group_size, arguments.sym, dtype, bandwidth)
     if arguments.out:
         report = {
             "device": torch.cuda.get_device_name(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__},
+            "versions": {
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+            },
             "copy_bytes_per_second": bandwidth,
             "results": results,
-            "choices": [[list(map(str, key)), choice] for key, choice in autotune.choices().items()],
+            "choices": {str(key): choice for key, choice in autotune.choices().items()},
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -13,7 +13,9 @@ from lkq_hf.kernels.packed_fields_triton import field_value, load_zeros, row_fea
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
-@triton.jit(do_not_specialize=["m_rows"])
+# Specialising these would compile again for another number of rows and gain nothing. (That packed_rows and
+# rows_per_split are multiples of 16 must be known: only then are the activations loaded 16 bytes at a time.)
+@triton.jit(do_not_specialize=["m_rows", "rows_per_group"])
 def _gemm_kernel(
     x,
     qweight,
@@ -77,6 +79,7 @@ def quantized_gemm(
     group_size: int,
     sym: bool,
     *,
+    regroup: bool,
     block_m: int,
     block_n: int,
     block_rows: int,
@@ -87,6 +90,7 @@ def quantized_gemm(
     """``x`` `[rows, in_features]`, contiguous, times the packed weight: `[rows, out_features]`.
 
     Args:
+        regroup: bring the activations of each field together first. It costs a launch, and lets their loads be wide.
         block_m: activation rows of a thread block.
         block_n: output columns of a thread block.
         block_rows: packed rows of a tile, at least 16.
@@ -98,8 +102,7 @@ def quantized_gemm(
     columns = qweight.shape[1]
     features = row_features(bits)
     packed_rows = in_features // features
-    if block_m > 16:
-        # With many rows the activations are no longer small change: bring those of a field together once.
+    if regroup:
         x = x.view(m_rows, packed_rows, features).transpose(1, 2).contiguous()
         x_stride_row, x_stride_field = 1, packed_rows
     else:

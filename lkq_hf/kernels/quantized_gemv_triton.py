@@ -1,8 +1,9 @@
 """A few activation rows times a packed weight, at the speed of reading the weight.
 
-Every thread owns a few neighbouring output columns and some chunks of input features: it loads 16 bytes of neighbouring
-columns at a time, multiplies on the float32 units, and applies scale and zero point once a chunk, to sums. A thread
-block covers all chunks of its columns, or a fixed share of them, so that the result does not depend on timing.
+Every thread owns a few neighbouring output columns and some chunks of input features: it loads 16 bytes of
+neighbouring columns at a time, multiplies on the float32 units, and applies scale and zero point once a chunk, to
+sums. A thread block covers all chunks of its columns, or a fixed share of them, so that the result does not depend on
+timing. Triton has no lists: what there is for each activation row is kept in tuples that are made anew.
 """
 
 import triton
@@ -13,7 +14,8 @@ from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_wo
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
-@triton.jit
+# Specialising these sizes would compile again for another layer and gain nothing.
+@triton.jit(do_not_specialize=["chunks", "chunks_per_group", "chunks_per_split"])
 def _gemv_kernel(
     x,
     qweight,
@@ -59,7 +61,7 @@ def _gemv_kernel(
                 for m in tl.static_range(M):
                     value = tl.load(features + m * x_stride + (row * FEATURES + field)).to(tl.float32)
                     scaled = tl.broadcast_to(value * subnormal_scale(field, BITS), level.shape)
-                    new_level_sum = new_level_sum + (tl.fma(level, scaled, level_sum[m]),)  # type: ignore[assignment]
+                    new_level_sum = new_level_sum + (tl.fma(level, scaled, level_sum[m]),)  # type: ignore[assignment]  # noqa: RUF005
                 level_sum = new_level_sum
         group = (chunk // chunks_per_group)[:, None]
         scale = tl.load(scales + group * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -71,7 +73,8 @@ def _gemv_kernel(
         for m in tl.static_range(M):
             x_chunk = tl.load(features + m * x_stride + tl.arange(0, CHUNK)[None, :]).to(tl.float32)
             x_sum = tl.sum(x_chunk, axis=1)[:, None]
-            new_total = new_total + (total[m] + scale * (level_sum[m] * 2.0**64 - zero * x_sum),)  # type: ignore[assignment]
+            result = total[m] + scale * (level_sum[m] * 2.0**64 - zero * x_sum)
+            new_total = new_total + (result,)  # type: ignore[assignment]  # noqa: RUF005
         total = new_total
     for m in tl.static_range(M):
         result = tl.sum(total[m], axis=0).to(partial.dtype.element_ty)

@@ -30,21 +30,22 @@ _GEMV_TILES = (
     (8, 64, 4, 4),
     (8, 128, 4, 8),
 )
-# Columns and packed rows per tile, thread blocks per output tile, warps, stages: for at most 16 rows, and for more.
+# Regroup the activations, columns and packed rows per tile, thread blocks per output tile, warps, stages: for at most
+# 16 rows, and for more.
 _GEMM_TILES_FEW_ROWS = (
-    (64, 16, 4, 4, 3),
-    (128, 16, 4, 4, 3),
-    (128, 16, 8, 4, 2),
-    (64, 16, 2, 4, 4),
-    (32, 16, 2, 4, 4),
-    (128, 16, 2, 8, 3),
+    (True, 64, 16, 4, 4, 3),
+    (True, 128, 16, 4, 4, 3),
+    (True, 128, 16, 2, 8, 3),
+    (True, 32, 16, 2, 4, 4),
+    (False, 64, 16, 4, 4, 3),
+    (False, 128, 16, 8, 4, 2),
 )
 _GEMM_TILES = (
-    (128, 16, 1, 4, 3),
-    (128, 16, 2, 4, 3),
-    (64, 16, 2, 4, 3),
-    (128, 16, 1, 8, 3),
-    (256, 16, 1, 8, 2),
+    (True, 128, 16, 1, 4, 3),
+    (True, 128, 16, 2, 4, 3),
+    (True, 64, 16, 2, 4, 3),
+    (True, 128, 16, 1, 8, 2),
+    (True, 256, 16, 1, 8, 2),
 )
 
 
@@ -117,6 +118,7 @@ def _candidates(
                 quantized_gemm,
                 x,
                 *weight,
+                regroup=regroup,
                 block_m=min(max(bucket, 16), 128),
                 block_n=block_n,
                 block_rows=block_rows,
@@ -124,7 +126,7 @@ def _candidates(
                 num_warps=num_warps,
                 num_stages=num_stages,
             )
-            for block_n, block_rows, split_k, num_warps, num_stages in (
+            for regroup, block_n, block_rows, split_k, num_warps, num_stages in (
                 _GEMM_TILES_FEW_ROWS if bucket <= 16 else _GEMM_TILES
             )
         ]

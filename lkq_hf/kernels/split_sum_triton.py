@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def split_buffer(x: Tensor, columns: int, splits: int) -> Tensor:
-    """Where thread blocks put their parts of `[rows, columns]`: `[splits, rows, columns]`, float32 if there are several."""
+    """Where thread blocks put their parts of a result: `[splits, rows, columns]`, in float32 if there are several."""
     dtype = x.dtype if splits == 1 else torch.float32
     return torch.empty(splits, x.shape[0], columns, dtype=dtype, device=x.device)
 

@@ -16,9 +16,9 @@ class QuantizedLinear(nn.Linear):
     """`y = x w^T + bias` with a group-wise quantised `w` (see :mod:`lkq_hf.quantization.packing` for its tensors).
 
     It is an `nn.Linear` to whoever asks, so that PEFT puts LoRA on it with an ordinary `LoraConfig`; gradients reach
-    the input. Its `weight` is None: LoRA cannot be merged into packed integers, and PEFT's `merge` fails rather than lose
-    the update. The scales stay float16 under `.to(dtype)`, since they are part of the stored format; the output has the
-    input's dtype.
+    the input. Its `weight` is None: LoRA cannot be merged into packed integers, and PEFT's `merge` fails rather than
+    lose the update. The scales stay float16 under `.to(dtype)`, since they are part of the stored format; the output
+    has the input's dtype.
 
     Args:
         in_features: a multiple of 32.

@@ -12,13 +12,13 @@ For a Linear with `K` input features, `N` output features, `b` bits and `G` grou
 so that `w[n, k] = scales[g, n] * (q[k, n] - z[g, n])`. Packing is a little-endian stream of bits
 (:mod:`lkq_hf.kernels.bit_stream`).
 
-Two versions of the layout differ in `qzeros`. Version 2 (`checkpoint_format: "gptq_v2"`) stores the zero points.
-Version 1 (`"gptq"`) stores them less one, for historical reasons, in a particular way: from each 32-bit *word* it
-subtracts the word that packed ones would give, modulo 2**32. Where a zero point is 0 this borrows from its neighbour
-in the word, so that neither field by itself reads as `z - 1`; at 3 bits, where zero points 10 and 21 of 32 lie across
-two words, a borrow out of a word is lost and does not reach the other part. Adding the same words back restores every
-zero point; adding one field by field does not. None of this can happen to symmetric weights, whose zero points are
-`2**(b - 1)`. Hence the rule: symmetric is written as version 1, which every engine reads, asymmetric as version 2.
+Two versions of the layout differ in `qzeros`. Version 2 (`checkpoint_format: "gptq_v2"`) stores the zero points `z`.
+Version 1 (`"gptq"`) stores `z - 1`, for historical reasons, and a reader adds the one back; but a zero point 0 has no
+`z - 1` among unsigned fields. Some tools convert between the versions by subtracting packed ones from each whole
+32-bit word. That is the same while nothing borrows; but a zero point 0 borrows from its neighbour in the word, and at
+3 bits, where zero points 10 and 21 of 32 lie across two words, even `4 - 1` borrows, and the borrow is lost. So the
+fields are what counts (today's readers of 3-bit checkpoints agree), and the rule is: symmetric weights, whose zero
+points are `2**(b - 1)`, are written as version 1, which every engine reads, and asymmetric ones as version 2.
 """
 
 import torch
@@ -99,17 +99,10 @@ def unpack_weight(
 
 def pack_zeros(zeros: Tensor, bits: int, sym: bool) -> Tensor:
     """Zero points int32 `[out_features, groups]` to `qzeros` `[groups, out_features * bits / 32]`."""
-    words = pack(zeros.t(), bits)
-    return words - packed_ones(words, bits) if sym else words
+    return pack((zeros - 1 if sym else zeros).t(), bits)
 
 
 def unpack_zeros(qzeros: Tensor, bits: int, sym: bool) -> Tensor:
     """`qzeros` `[groups, out_features * bits / 32]` to zero points int32 `[out_features, groups]`."""
-    words = qzeros + packed_ones(qzeros, bits) if sym else qzeros
-    return unpack(words, bits).t().contiguous()
-
-
-def packed_ones(words: Tensor, bits: int) -> Tensor:
-    """What version 1 subtracts from each word along the last axis of `words`: int32, of that axis's length."""
-    ones = torch.ones(words.shape[-1] * 32 // bits, dtype=torch.int32, device=words.device)
-    return pack(ones, bits)
+    stored = unpack(qzeros, bits).t().contiguous()
+    return stored + 1 if sym else stored

@@ -54,16 +54,26 @@ def test_reference_is_the_formula(bits: int, sym: bool) -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(
-    ("rows", "in_features", "out_features", "group_size"),
-    [(1, 192, 96, 64), (3, 128, 32, 128), (4, 96, 160, 32), (8, 192, 96, 64), (16, 96, 32, 96), (40, 256, 64, 128)],
+    ("rows", "in_features", "out_features", "group_size", "dtype"),
+    [
+        (1, 192, 96, 64, torch.float16),
+        (1, 192, 96, 64, torch.bfloat16),
+        (3, 128, 32, 128, torch.float16),
+        (4, 96, 160, 32, torch.bfloat16),
+        (8, 192, 96, 64, torch.float16),
+        (16, 96, 32, 96, torch.bfloat16),
+        (16, 96, 32, 96, torch.float16),
+        (40, 256, 64, 128, torch.float16),
+    ],
 )
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", BITS)
 def test_kernels_agree_with_reference(
     bits: int, sym: bool, rows: int, in_features: int, out_features: int, group_size: int, dtype: torch.dtype
 ) -> None:
+    if INTERPRETING and dtype == torch.bfloat16 and rows > 4:
+        pytest.skip("Triton's interpreter takes the bits of bfloat16 operands of tl.dot for integers")
     weight = packed(bits, group_size, sym, in_features, out_features)
     x = activations(rows, in_features, dtype=dtype)
     exact = dequantize_reference(*weight, torch.float64)
@@ -101,7 +111,7 @@ def test_every_candidate_agrees() -> None:
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")
     environment = {**os.environ, "TRITON_INTERPRET": "1", "LKQ_KERNELS": "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", __file__]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
     assert " passed" in result.stdout

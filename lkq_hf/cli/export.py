@@ -1,0 +1,23 @@
+"""``lkq-hf export``: a quantised checkpoint for other engines."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class ExportFormat(StrEnum):
+    gptq = "gptq"
+    compressed_tensors = "compressed-tensors"
+
+
+def export(
+    source: Annotated[Path, typer.Argument(help="Directory of a quantised checkpoint.", exists=True, file_okay=False)],
+    format: Annotated[ExportFormat, typer.Option(help="Format of the new checkpoint.")],
+    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint; must not exist.")],
+) -> None:
+    """Write a quantised checkpoint as plain GPTQ, or as compressed-tensors pack-quantized."""
+    from lkq_hf.quantization.export import export_checkpoint
+
+    typer.echo(f"Wrote {export_checkpoint(source, out, format.value)}")

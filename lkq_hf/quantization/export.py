@@ -1,0 +1,192 @@
+"""Checkpoints of ours for other engines: plain GPTQ, and compressed-tensors `pack-quantized`.
+
+Ours already is in the GPTQ tensor layout, so the first export only writes the configuration that other readers of GPTQ
+know. The second is a transpose of every tensor. Neither rounds anything. Whole files are converted one at a time.
+"""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from lkq_hf import __version__
+from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.packing import checkpoint_format
+from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
+
+FORMATS = ("gptq", "compressed-tensors")
+
+# A model card of ours would tell the reader of an export to import lkq_hf, which it does not need.
+_NOT_COPIED = {"config.json", "quantize_config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME}
+
+
+def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
+    """Write a checkpoint of ours in another format.
+
+    Args:
+        source: directory of a checkpoint that `save_pretrained` wrote.
+        out: directory to write; it appears whole or not at all.
+        format: `"gptq"`: GPTQ version 1 if symmetric, 2 if asymmetric, for GPTQModel, transformers' and vLLM's `gptq`.
+            `"compressed-tensors"`: `pack-quantized`, for the compressed-tensors library, transformers and vLLM.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileExistsError: `out` exists.
+        FileNotFoundError: `source` has no config.json or no safetensors file.
+        ImportError: compressed-tensors is needed and not installed.
+        ValueError: an unknown format, a checkpoint that is not ours, or tensors that disagree with its configuration.
+    """
+    source, out = Path(source), Path(out)
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}; found {format!r}")
+    if out.exists():
+        raise FileExistsError(f"{out} exists; give a new directory, or remove it")
+    config = json.loads((source / "config.json").read_text())
+    settings = config.get("quantization_config") or {}
+    if settings.get("quant_method") != QUANT_METHOD:
+        raise ValueError(
+            f"{source} is not a checkpoint of ours: its config.json should have quant_method {QUANT_METHOD!r}, found "
+            f"{settings.get('quant_method')!r}"
+        )
+    ours = TwoStageGPTQConfig.from_dict(dict(settings))
+    files = sorted(source.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{source} has no .safetensors file; only safetensors checkpoints can be exported")
+    packed, dense = _linear_names(source, ours, files)
+
+    convert: Callable[[str, Tensor], dict[str, Tensor]]
+    if format == "gptq":
+        config["quantization_config"] = _gptq_config(ours, dense)
+
+        def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
+            return {name: tensor}
+    else:
+        config["quantization_config"] = _compressed_tensors_config(ours, dense)
+
+        def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
+            module, _, kind = name.rpartition(".")
+            return _transpose(module, kind, tensor, ours) if module in packed else {name: tensor}
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write(source, files, staging, convert)
+        (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if format == "gptq":
+            text = json.dumps(config["quantization_config"], indent=2, sort_keys=True)
+            (staging / "quantize_config.json").write_text(text + "\n")
+        staging.chmod(0o755)  # mkdtemp's directories are private
+        staging.rename(out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return out
+
+
+def _linear_names(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -> tuple[set[str], list[str]]:
+    """Names of the packed Linears and of those left in floating point, after comparing files and configuration."""
+    model_config = AutoConfig.from_pretrained(source)
+    del model_config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    packed = replace_by_packed(model, config)
+    check_checkpoint(packed, [str(file) for file in files])
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
+    return set(packed), dense
+
+
+def _gptq_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "quant_method": "gptq",
+        "bits": config.bits,
+        "group_size": config.group_size,
+        "desc_act": False,
+        "sym": config.sym,
+        "lm_head": False,
+        "checkpoint_format": checkpoint_format(config.sym),
+        "pack_dtype": "int32",
+        "meta": {**config.meta, "quantizer": [f"lkq-hf:{__version__}"]},
+    }
+    # The language model head is known not to be quantised; other exceptions are told by name, as in GPTQModel.
+    exceptions = [name for name in dense if name != "lm_head"]
+    if exceptions:
+        settings["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in exceptions}
+    return settings
+
+
+def _compressed_tensors_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]:
+    try:
+        from compressed_tensors import CompressionFormat
+        from compressed_tensors.quantization import (
+            QuantizationArgs,
+            QuantizationConfig,
+            QuantizationScheme,
+            QuantizationStatus,
+            QuantizationStrategy,
+        )
+    except ImportError as error:
+        raise ImportError(
+            "the compressed-tensors export needs compressed-tensors; install it with: pip install lkq-hf[export]"
+        ) from error
+    whole_row = config.group_size == -1
+    weights = QuantizationArgs(
+        num_bits=config.bits,
+        symmetric=config.sym,
+        strategy=QuantizationStrategy.CHANNEL if whole_row else QuantizationStrategy.GROUP,
+        group_size=None if whole_row else config.group_size,
+    )
+    settings = QuantizationConfig(
+        config_groups={
+            "group_0": QuantizationScheme(
+                targets=["Linear"], weights=weights, format=CompressionFormat.pack_quantized.value
+            )
+        },
+        format=CompressionFormat.pack_quantized.value,
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=dense,
+    )
+    return json.loads(settings.model_dump_json())
+
+
+def _transpose(module: str, kind: str, tensor: Tensor, config: TwoStageGPTQConfig) -> dict[str, Tensor]:
+    """A tensor of a packed Linear in compressed-tensors' names and orientation; nothing for those it does without."""
+    if kind == "qweight":
+        shape = torch.tensor([tensor.shape[1], tensor.shape[0] * 32 // config.bits])
+        return {f"{module}.weight_packed": tensor.t().contiguous(), f"{module}.weight_shape": shape}
+    if kind == "scales":
+        return {f"{module}.weight_scale": tensor.t().contiguous()}
+    if kind == "qzeros":
+        return {} if config.sym else {f"{module}.weight_zero_point": tensor.t().contiguous()}
+    if kind == "g_idx":
+        return {}
+    return {f"{module}.{kind}": tensor}
+
+
+def _write(source: Path, files: list[Path], target: Path, convert: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
+    """Convert the weight files one by one, write their index if there are several, and copy the other files."""
+    weight_map: dict[str, str] = {}
+    total_size = 0
+    for path in files:
+        converted: dict[str, Tensor] = {}
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                converted.update(convert(name, file.get_tensor(name)))
+        save_file(converted, target / path.name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(converted, path.name))
+        total_size += sum(tensor.numel() * tensor.element_size() for tensor in converted.values())
+    if [path.name for path in files] != [SAFE_WEIGHTS_NAME]:
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    for path in source.iterdir():
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
+            shutil.copy2(path, target / path.name)

@@ -1,0 +1,183 @@
+"""Exports, judged by the readers of their formats."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+
+from lkq_hf.quantization import TwoStageGPTQConfig
+from lkq_hf.quantization.export import export_checkpoint
+from lkq_hf.quantization.linear import QuantizedLinear
+
+KEPT_DENSE = "model.layers.1.mlp.up_proj"
+SETTINGS = [(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
+
+
+@pytest.fixture
+def checkpoint(tiny_llama, tokenizer, texts, tmp_path):
+    """Quantises the tiny model: bits, sym and group_size to a directory and the model."""
+
+    def make(bits: int, sym: bool, group_size: int = 32, shard: str = "5GB") -> tuple[Path, PreTrainedModel]:
+        tiny_llama.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        config = TwoStageGPTQConfig(
+            bits=bits,
+            group_size=group_size,
+            sym=sym,
+            dataset=texts,
+            tokenizer=tokenizer,
+            num_samples=4,
+            model_seqlen=32,
+            stages=(),
+            modules_to_not_convert=[KEPT_DENSE],
+        )
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()
+        model.save_pretrained(tmp_path / "ours", max_shard_size=shard)
+        tokenizer.save_pretrained(tmp_path / "ours")
+        return tmp_path / "ours", model
+
+    return make
+
+
+def packed_layers(model: PreTrainedModel) -> dict[str, QuantizedLinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
+
+
+@pytest.mark.parametrize(("bits", "sym"), SETTINGS)
+def test_compressed_tensors_decompresses_bit_for_bit(checkpoint, bits: int, sym: bool, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+
+    ours, model = checkpoint(bits, sym)
+    out = export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = quantization.QuantizationConfig.model_validate(config).config_groups["group_0"]
+    tensors = load_file(out / "model.safetensors")
+    assert sorted(config["ignore"]) == ["lm_head", KEPT_DENSE]
+    for name, layer in packed_layers(model).items():
+        mine = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name}
+        weight = PackedQuantizationCompressor.decompress(mine, scheme)["weight"]
+        assert torch.equal(weight, layer.dequantize(weight.dtype))
+
+
+@pytest.mark.parametrize(("bits", "sym"), SETTINGS)
+def test_transformers_loads_compressed_tensors(checkpoint, bits: int, sym: bool, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    ours, model = checkpoint(bits, sym)
+    out = export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    for name, layer in packed_layers(model).items():
+        # The scales are float16, and compressed-tensors multiplies in their dtype.
+        rounded = layer.dequantize(torch.float16).float()
+        assert torch.equal(theirs.get_submodule(name).weight, rounded)
+        parent, _, leaf = name.rpartition(".")
+        linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        linear.weight.data = rounded
+        if layer.bias is not None:
+            linear.bias.data = layer.bias.float()
+        setattr(model.get_submodule(parent), leaf, linear)
+    ids = torch.arange(24).view(1, -1)
+    assert torch.equal(theirs(ids).logits, model(ids).logits)
+
+
+def test_transformers_runs_compressed_tensors_packed(checkpoint, tmp_path: Path) -> None:
+    # Asymmetric ones need dequantize=True: compressed-tensors 0.20 leaves zero points unpacked on the meta device.
+    pytest.importorskip("compressed_tensors")
+    ours, model = checkpoint(4, True)
+    out = export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    ids = torch.arange(24).view(1, -1)
+    torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(("bits", "sym"), SETTINGS)
+def test_gptq_keeps_the_tensors(checkpoint, bits: int, sym: bool, tmp_path: Path) -> None:
+    ours, _ = checkpoint(bits, sym)
+    out = export_checkpoint(ours, tmp_path / "export", "gptq")
+    before, after = load_file(ours / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config == json.loads((out / "quantize_config.json").read_text())
+    assert config["quant_method"] == "gptq"
+    assert config["checkpoint_format"] == ("gptq" if sym else "gptq_v2")
+    assert (out / "tokenizer.json").read_text() == (ours / "tokenizer.json").read_text()
+
+
+def test_whole_row_groups_and_shards(checkpoint, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+
+    ours, model = checkpoint(3, False, group_size=-1, shard="20KB")
+    assert (ours / "model.safetensors.index.json").is_file()
+    out = export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = quantization.QuantizationConfig.model_validate(config).config_groups["group_0"]
+    index = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    for name, layer in packed_layers(model).items():
+        kinds = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+        mine = {kind: load_file(out / index[f"{name}.{kind}"])[f"{name}.{kind}"] for kind in kinds}
+        weight = PackedQuantizationCompressor.decompress(mine, scheme)["weight"]
+        assert torch.equal(weight, layer.dequantize(weight.dtype))
+
+
+def test_bad_sources_write_nothing(checkpoint, tmp_path: Path) -> None:
+    ours, _ = checkpoint(4, True)
+    out = tmp_path / "export"
+    with pytest.raises(ValueError, match="format must be one of gptq, compressed-tensors"):
+        export_checkpoint(ours, out, "awq")
+    with pytest.raises(ValueError, match="not a checkpoint of ours"):
+        export_checkpoint(tmp_path / "base", out, "gptq")
+    with pytest.raises(FileExistsError, match="exists"):
+        export_checkpoint(ours, tmp_path / "base", "gptq")
+    tensors = load_file(ours / "model.safetensors")
+    del tensors["model.layers.0.mlp.down_proj.scales"]
+    save_file(tensors, ours / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"no model\.layers\.0\.mlp\.down_proj\.scales"):
+        export_checkpoint(ours, out, "gptq")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "ours"]
+
+
+GPTQMODEL_READER = """
+import sys
+import torch
+from gptqmodel import BACKEND, GPTQModel
+from safetensors.torch import load_file, save_file
+
+model = GPTQModel.load(sys.argv[1], backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16)
+weights = {}
+for name, module in model.model.named_modules():
+    if hasattr(module, "qweight"):
+        module.post_init() if not hasattr(module, "wf_unsqueeze_zero") else None
+        weights[name] = module.dequantize_weight().t().contiguous().cpu()
+assert weights, "GPTQModel loaded no packed layer"
+save_file(weights, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "sym"), SETTINGS)
+def test_gptqmodel_reads_the_same_weights(checkpoint, bits: int, sym: bool, tmp_path: Path) -> None:
+    python = os.environ.get("GPTQMODEL_PYTHON")
+    if python is None and importlib.util.find_spec("gptqmodel") is None:
+        pytest.skip("GPTQModel is not installed here, and GPTQMODEL_PYTHON names no interpreter that has it")
+    ours, model = checkpoint(bits, sym)
+    out = export_checkpoint(ours, tmp_path / "export", "gptq")
+    command = [python or sys.executable, "-c", GPTQMODEL_READER, str(out), str(tmp_path / "read.safetensors")]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    read = load_file(tmp_path / "read.safetensors")
+    layers = packed_layers(model)
+    assert read.keys() == layers.keys()
+    for name, weight in read.items():
+        assert torch.equal(weight, layers[name].dequantize(weight.dtype)), name
