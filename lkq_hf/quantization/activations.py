@@ -35,7 +35,8 @@ class Activations:
         return len(self._batches)
 
     def get(self, index: int) -> Tensor:
-        return self._batches[index].to(self.device)
+        """A copy of a batch on the compute device: blocks may write into their input."""
+        return self._batches[index].to(self.device, copy=True)
 
     def append(self, value: Tensor) -> None:
         self._batches.append(self._keep(len(self._batches), value))
@@ -46,12 +47,6 @@ class Activations:
             self._batches[index].copy_(value)
         else:
             self._batches[index] = self._keep(index, value)
-
-    def copy(self, offload: str, expected_bytes: int) -> "Activations":
-        other = Activations(self.device, offload, expected_bytes)
-        for batch in self._batches:
-            other.append(batch.clone() if self._directory is None else batch)
-        return other
 
     def _keep(self, index: int, value: Tensor) -> Tensor:
         if self._directory is None:

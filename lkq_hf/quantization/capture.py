@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
+PROBE_TOKENS = 8
+
+
 class Stop(Exception):
     """Ends a forward pass once everything that is wanted from it has been seen."""
 
@@ -65,8 +68,8 @@ def capture_block_calls(
 
     The model prepares masks, rotary embeddings and whatever else each block is given, per layer type where it has
     several; a passed-over block returns its input, so the pass costs next to nothing and needs no block's weights.
-    Only one real call per class of blocks is made, to see whether it returns a tensor or a tuple. Nothing is known
-    about the model beyond that a block's first argument and result are the hidden states.
+    Only one real call per class of blocks is made, on a few tokens, to see whether it returns a tensor or a tuple.
+    Nothing is known about the model beyond that a block's first argument and result are the hidden states.
 
     Returns:
         The first block's hidden states, `[batch, length, hidden]` per batch, and one `BlockCall` per block.
@@ -104,25 +107,38 @@ def capture_block_calls(
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.enter_context(_replaced_forward(block, pass_over(index, block, block.forward)))
+        # A few tokens first, for the real calls; what they leave behind is not wanted.
+        _run_to_last_block(model, batches[0][:1, :PROBE_TOKENS])
+        hidden_states.clear()
+        for call in calls:
+            call.arguments.clear()
         for batch in batches:
-            try:
-                model(input_ids=batch, use_cache=False)
-            except Stop:
-                continue
-            raise ValueError(
-                "the model's forward did not reach its last block; name the list of blocks with block_name_to_quantize"
-            )
+            _run_to_last_block(model, batch)
     return hidden_states, calls
+
+
+def _run_to_last_block(model: PreTrainedModel, input_ids: Tensor) -> None:
+    try:
+        model(input_ids=input_ids, use_cache=False)
+    except Stop:
+        return
+    raise ValueError(
+        "the model's forward did not reach its last block; name the list of blocks with block_name_to_quantize"
+    )
 
 
 @contextmanager
 def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     # On the instance: its class, which other models share, stays untouched.
+    before = module.__dict__.get("forward")
     module.forward = forward
     try:
         yield
     finally:
-        del module.forward
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from lkq_hf.quantization.solve import SolverSettings
 
 QUANT_METHOD = "two_stage_gptq"
 BITS = (2, 3, 4, 8)
-GROUP_SIZES = (32, 64, 128, -1)
 STAGES = ("stage1", "stage2", "descent")
 SCALE_SEARCHES = ("minmax", "mse")
 
@@ -57,7 +56,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         dataset: calibration data: a list of texts, a `datasets` dataset, a text or `.jsonl` file, or a Hub dataset id
             (see `calibration_tokens`). Needed to quantise, not to load.
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
-        group_size (`int`, defaults to 128): input features that share a scale: 32, 64, 128, or -1 for a whole row.
+        group_size (`int`, defaults to 128): input features that share a scale, usually 32, 64 or 128; -1
+            for a whole row.
         damp_percent (`float`, defaults to 0.01): damping of the Hessian, as a part of its mean diagonal.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, or `"paper"`, the
@@ -177,9 +177,9 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         for name in ("sym", "act_group_aware", "corrected_target", "round_to_nearest", "true_sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
-        if self.bits not in BITS:
+        if type(self.bits) is not int or self.bits not in BITS:
             _refuse("bits", self.bits, f"one of {list(BITS)}")
-        if self.group_size not in GROUP_SIZES and not (isinstance(self.group_size, int) and self.group_size > 0):
+        if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
             _refuse("group_size", self.group_size, "a positive number (32, 64, 128) or -1 for a whole row")
         for name, low, high in (("damp_percent", 0, 1), ("alpha", 0, 1)):
             value = getattr(self, name)
