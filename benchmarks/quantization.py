@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from gptq_checkpoint import load_gptq
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -139,7 +140,7 @@ def main() -> None:
     parser.add_argument("--texts", required=True, nargs="+", type=Path, help="texts to measure on, likewise")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--schemes", nargs="+", choices=["asym", "sym"], default=["asym"])
-    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration windows")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=32, help="calibration windows")
@@ -148,6 +149,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--checkpoints", nargs="+", default=[], metavar="NAME=DIR", help="GPTQ checkpoints of other tools"
+    )
     parser.add_argument("--out", required=True, type=Path)
     arguments = parser.parse_args()
 
@@ -216,6 +220,22 @@ def main() -> None:
                     }
                     seconds = time.perf_counter() - start
                     print(f"{bits} bits {scheme} seed {seed} {method}: {increase} ({seconds:.0f} s)", flush=True)
+    for name, _, source in (checkpoint.partition("=") for checkpoint in arguments.checkpoints):
+        quantization = json.loads((Path(source) / "config.json").read_text())["quantization_config"]
+        if (name, quantization["bits"]) in {(run["method"], run["bits"]) for run in results["runs"]}:
+            continue
+        other = load_gptq(source, dtype=model.dtype).to(arguments.device).eval()
+        results["runs"].append(
+            {
+                "method": name,
+                "bits": quantization["bits"],
+                "sym": quantization["sym"],
+                "seed": None,
+                "losses": {text: window_losses(other, w, evaluation_batch) for text, w in windows.items()},
+                "environment": environment(arguments.device),
+            }
+        )
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
     table = markdown(results)
     arguments.out.with_suffix(".md").write_text(table)
     print(table)
