@@ -19,6 +19,7 @@ def train(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 8,
     lora_alpha: Annotated[float, typer.Option(help="The LoRA's update is scaled by lora_alpha / rank.")] = 32,
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the lookahead positions beside the tokens.")] = True,
+    row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 1.0,
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
     importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 0.5,
@@ -51,6 +52,7 @@ def train(
         num_lookahead_tokens=num_lookahead_tokens,
         r=rank,
         lora_alpha=lora_alpha,
+        row_power=row_power,
         pooling_kernel_size=pooling_kernel_size,
         target_modules=None if lora else [],
     )
