@@ -32,7 +32,7 @@ class BaseModel:
     """A base model, and what a card inherits from its card."""
 
     id: str
-    license: dict[str, str]
+    license: dict[str, Any]
     language: str | list[str] | None = None
 
 
@@ -102,6 +102,18 @@ def render_card(
         training=_training(contents),
         results=results,
     )
+
+
+def write_training_record(directory: Path, options: dict[str, Any], metrics: dict[str, float]) -> None:
+    """Writes what an adapter's card says about its training beside the adapter.
+
+    Args:
+        directory: of the adapter.
+        options: by name; they appear in the card.
+        metrics: of the evaluation after the training.
+    """
+    record = json.dumps({"options": options, "metrics": metrics}, indent=2)
+    (directory / TRAINING).write_text(record + "\n", encoding="utf-8")
 
 
 def write_card(

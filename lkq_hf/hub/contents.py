@@ -117,8 +117,8 @@ def check_complete(contents: Contents) -> None:
     """
     if pickles := [name for name in contents.shared_files() if name.endswith(PICKLES)]:
         raise ValueError(
-            f"{contents.directory} holds {', '.join(pickles)}: a pickle can run code on the computer that loads it, and "
-            "is not shared. Save the weights as safetensors, and remove it"
+            f"{contents.directory} holds {', '.join(pickles)}: a pickle can run code on the computer that loads it, "
+            "and is not shared. Save the weights as safetensors, and remove it"
         )
     tensors = {name: shape for path in contents.weight_files for name, shape in _shapes(path)}
     if contents.adapter is not None:
@@ -138,8 +138,8 @@ def _check_adapter(contents: Contents, tensors: dict[str, list[int]]) -> None:
     tokens = [shape for name, shape in tensors.items() if name.endswith("lookahead_kv_tokens")]
     if [shape[0] for shape in tokens] != [config.num_lookahead_tokens]:
         raise ValueError(
-            f"{contents.directory / ADAPTER_WEIGHTS} should hold {config.num_lookahead_tokens} lookahead tokens, found "
-            f"tensors of shape {tokens}; the file is damaged, or belongs to another config"
+            f"{contents.directory / ADAPTER_WEIGHTS} should hold {config.num_lookahead_tokens} lookahead tokens, "
+            f"found tensors of shape {tokens}; the file is damaged, or belongs to another config"
         )
 
 

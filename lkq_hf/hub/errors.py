@@ -15,6 +15,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+# Of httpx or httpx2, whichever this huggingface_hub is built on.
+HTTPError: type[Exception] = HfHubHTTPError.__bases__[0]
+
 LOG_IN = "log in with `hf auth login`, or pass a token from your account's settings"
 
 
@@ -46,8 +49,8 @@ def explained(repo_id: str, token: str | bool | None = None, revision: str | Non
         raise PermissionError(f"{repo_id} needs a token: {LOG_IN}") from error
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise ConnectionError(
-            f"the Hub cannot be reached for {repo_id}, and the cache does not hold it: check the connection, HF_ENDPOINT "
-            "and HF_HUB_OFFLINE"
+            f"the Hub cannot be reached for {repo_id}, and the cache does not hold it: check the connection, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
     except HFValidationError as error:
         raise ValueError(f"{repo_id!r} is not the id of a repository, such as name/model") from error
@@ -58,8 +61,10 @@ def explained(repo_id: str, token: str | bool | None = None, revision: str | Non
             what = "the token is not valid" if has_token(token) else "a token is needed"
             raise PermissionError(f"{repo_id}: {what} ({said}): {LOG_IN}") from error
         if status == 403:
-            raise PermissionError(f"{repo_id}: this token may not do that ({said}): use one with write access") from error
+            raise PermissionError(f"{repo_id}: no right to do that ({said}); use a token that has it") from error
         raise ConnectionError(f"the Hub refused a request about {repo_id} ({said}); try again") from error
+    except HTTPError as error:
+        raise ConnectionError(f"the Hub cannot be reached for {repo_id} ({error}); check the connection") from error
 
 
 def has_token(token: str | bool | None) -> bool:

@@ -82,8 +82,8 @@ def _check_base_model(contents: Contents, repo_id: str, token: str | bool | None
     where = contents.directory / "adapter_config.json"
     if contents.checkpoint is not None:
         raise ValueError(
-            f"{where} names {name!r} as the base model, which transformers would load in place of the checkpoint beside "
-            f'it; set "base_model_name_or_path" to "{repo_id}" there'
+            f"{where} names {name!r} as the base model, which transformers would load in place of the checkpoint "
+            f'beside it; set "base_model_name_or_path" to "{repo_id}" there'
         )
     if find_base_model(contents, token) is None:
         raise FileNotFoundError(

@@ -25,9 +25,8 @@ def read_results(path: str | Path) -> list[EvalResult]:
     """Results for the ``model-index`` of a card.
 
     Args:
-        path: what ``lkq-hf evaluate`` wrote (a JSON object with ``rows``), or the metrics of a training (an object of
-            numbers, whose ``eval_recall@N`` are read). Rows of other scorers than the adapter's are baselines, and left
-            out.
+        path: what ``lkq-hf evaluate`` wrote (a JSON object with ``rows``), or the metrics of a training (numbers,
+            of which ``eval_recall@N`` are read). Rows of other scorers than the adapter's are baselines and left out.
 
     Raises:
         ValueError: the file holds no results.
@@ -40,8 +39,8 @@ def read_results(path: str | Path) -> list[EvalResult]:
     results = list(_results(values)) if isinstance(values, dict) else []
     if not results:
         raise ValueError(
-            f"{path} holds no results: expected the JSON file of lkq-hf evaluate (rows with {', '.join(METRICS)}) or the "
-            "metrics of a training"
+            f"{path} holds no results: expected the JSON file of lkq-hf evaluate (rows with {', '.join(METRICS)}) or "
+            "the metrics of a training"
         )
     return results
 

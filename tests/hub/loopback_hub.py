@@ -180,7 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(answer.body)
 
-    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _respond  # noqa: N815
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _respond
 
     def _body(self) -> bytes:
         if "chunked" in self.headers.get("Transfer-Encoding", ""):
@@ -304,9 +304,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def paths_info(self, body: bytes, repo_id: str, revision: str) -> Answer:
         commit = self._repository(repo_id).resolve(revision)
-        wanted = (
-            json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
-        )
+        wanted = json.loads(body)["paths"] if body.startswith(b"{") else parse_qs(body.decode()).get("paths", [])
         return Answer(200, [self._entry(path, commit.files[path]) for path in wanted if path in commit.files])
 
     def refs(self, body: bytes, repo_id: str) -> Answer:
@@ -376,7 +374,10 @@ class _Handler(BaseHTTPRequestHandler):
                     multipart = True
                     count = -(-size // PART_SIZE)
                     urls = {f"{part:05d}": f"{upload['href']}?part={part}" for part in range(1, count + 1)}
-                    upload = {"href": f"{self.hub.url}/complete/{oid}", "header": {"chunk_size": str(PART_SIZE)} | urls}
+                    upload = {
+                        "href": f"{self.hub.url}/complete/{oid}",
+                        "header": {"chunk_size": str(PART_SIZE)} | urls,
+                    }
                 entry["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify/{oid}"}}
             objects.append(entry)
         return Answer(200, {"transfer": "multipart" if multipart else "basic", "objects": objects})

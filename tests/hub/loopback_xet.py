@@ -1,8 +1,8 @@
 """The content-addressed store behind the Hub's large files: what the xet client sends, and asks back.
 
 The client cuts files into chunks and uploads *xorbs* (many chunks in a row) and *shards* (which chunks make up which
-file). Here both are kept as they come; a shard is parsed for its files, and a download is answered with the byte ranges
-of the xorbs that hold its chunks.
+file). Here xorbs are kept as they come; a shard is parsed for its files, and a download is answered with the byte
+ranges of the xorbs that hold its chunks.
 """
 
 import struct
