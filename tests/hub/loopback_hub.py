@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from loopback_xet import XetStore
 
-LFS_SUFFIXES = (".safetensors", ".bin", ".bin.gz")
-PART_SIZE = 5 * 2**20
+LFS_SUFFIXES = (".safetensors", ".bin")
 
 
 class Answer(Exception):
@@ -98,7 +98,7 @@ class LoopbackHub:
     def __init__(self, port: int = 0) -> None:
         self.tokens = {"hf_alice": ("alice", "write"), "hf_bob": ("bob", "write"), "hf_reader": ("alice", "read")}
         self.xet = True
-        self.multipart_above = 2 * PART_SIZE
+        self.part_size = 64 * 1024  # of uploads in parts; the real one's is larger than our test models
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.objects: dict[str, bytes] = {}
@@ -134,6 +134,12 @@ class LoopbackHub:
         content = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
         repository.add("refs/heads/main", "initial commit", {".gitattributes": self.keep(content)})
         return repository
+
+    def publish(self, repo_id: str, directory: Path, **kind: bool) -> None:
+        """A repository with the files of a directory, as if somebody had pushed it."""
+        repository = self.create(repo_id, **kind)
+        files = {path.name: self.keep(path.read_bytes()) for path in directory.iterdir() if path.is_file()}
+        repository.add("refs/heads/main", "files", files)
 
     def keep(self, content: bytes) -> File:
         file = File(git_oid(content), len(content))
@@ -370,13 +376,13 @@ class _Handler(BaseHTTPRequestHandler):
             entry: dict[str, Any] = {"oid": oid, "size": size}
             if oid not in self.hub.objects:
                 upload: dict[str, Any] = {"href": f"{self.hub.content_url}/objects/{oid}"}
-                if size > self.hub.multipart_above:
+                if size > 2 * self.hub.part_size:
                     multipart = True
-                    count = -(-size // PART_SIZE)
+                    count = -(-size // self.hub.part_size)
                     urls = {f"{part:05d}": f"{upload['href']}?part={part}" for part in range(1, count + 1)}
                     upload = {
                         "href": f"{self.hub.url}/complete/{oid}",
-                        "header": {"chunk_size": str(PART_SIZE)} | urls,
+                        "header": {"chunk_size": str(self.hub.part_size)} | urls,
                     }
                 entry["actions"] = {"upload": upload, "verify": {"href": f"{self.hub.url}/verify/{oid}"}}
             objects.append(entry)
