@@ -6,17 +6,18 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from huggingface_hub import CommitInfo, EvalResult, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard
+from huggingface_hub.utils import filter_repo_objects
 
 from lkq_hf import __version__
 from lkq_hf.hub.cards import CARD, find_base_model, is_unfilled, write_card
-from lkq_hf.hub.contents import NOT_SHARED, Contents, check_complete, read_contents
+from lkq_hf.hub.contents import Contents, check_complete, read_contents
 from lkq_hf.hub.errors import explained
 
 logger = logging.getLogger(__name__)
 
-# A model that had one file before and has several now would be loaded from the old one.
 _REPLACED = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
+"""Names of a checkpoint's weights, in one file or several."""
 
 
 def push_to_hub(
@@ -64,15 +65,23 @@ def push_to_hub(
             api.create_branch(repo_id, branch=revision, exist_ok=True)
         if not _has_card(api, repo_id, revision):
             write_card(contents.directory, repo_id, results, token)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=contents.directory,
-            revision=revision,
-            create_pr=create_pr,
-            commit_message=commit_message or f"Upload {'adapter' if contents.checkpoint is None else 'checkpoint'}",
-            ignore_patterns=NOT_SHARED,
-            delete_patterns=None if contents.checkpoint is None else _REPLACED,
-        )
+        # One commit, so that others find all of it or nothing.
+        kind = "adapter" if contents.checkpoint is None else "checkpoint"
+        additions = [CommitOperationAdd(name, contents.directory / name) for name in contents.shared_files()]
+        replaced = _replaced_files(api, contents, repo_id, revision)
+        try:
+            return api.create_commit(
+                repo_id,
+                [*additions, *map(CommitOperationDelete, replaced)],
+                commit_message=commit_message or f"Upload {kind}",
+                revision=revision,
+                create_pr=create_pr,
+            )
+        except (RuntimeError, ConnectionError) as error:
+            cause = getattr(error.__cause__, "server_message", None) or error.__cause__ or error
+            raise ConnectionError(
+                f"the upload to {repo_id} was interrupted ({cause}); push again, and it goes on where it was"
+            ) from error
 
 
 def _check_base_model(contents: Contents, repo_id: str, token: str | bool | None) -> None:
@@ -90,6 +99,14 @@ def _check_base_model(contents: Contents, repo_id: str, token: str | bool | None
             f"{where} names {name!r} as the base model, and the Hub shows no model of that name to this token; set "
             '"base_model_name_or_path" there to the id under which others find it'
         )
+
+
+def _replaced_files(api: HfApi, contents: Contents, repo_id: str, revision: str | None) -> list[str]:
+    """Weights of an earlier push that transformers would load instead of, or confuse with, the new ones."""
+    if contents.checkpoint is None:
+        return []
+    earlier = filter_repo_objects(api.list_repo_files(repo_id, revision=revision), allow_patterns=_REPLACED)
+    return sorted(set(earlier) - set(contents.shared_files()))
 
 
 def _has_card(api: HfApi, repo_id: str, revision: str | None) -> bool:

@@ -98,7 +98,7 @@ class LoopbackHub:
     def __init__(self, port: int = 0) -> None:
         self.tokens = {"hf_alice": ("alice", "write"), "hf_bob": ("bob", "write"), "hf_reader": ("alice", "read")}
         self.xet = True
-        self.part_size = 64 * 1024  # of uploads in parts; the real one's is larger than our test models
+        self.part_size = 16 * 1024  # of uploads in parts; the real one's is larger than our test models
         self.repositories: dict[str, Repository] = {}
         self.blobs: dict[str, bytes] = {}
         self.objects: dict[str, bytes] = {}
@@ -516,7 +516,7 @@ def _front_matter(text: str) -> dict[str, Any]:
     return yaml.safe_load(found[1]) or {} if found else {}
 
 
-_ID = r"([\w.-]+/[\w.-]+)"
+_ID = r"([\w.-]+(?:/[\w.-]+)?)"
 _R = rf"/api/models/{_ID}"
 ROUTES = [
     (("GET",), r"/api/whoami-v2", _Handler.whoami),

@@ -35,7 +35,9 @@ def tokens_of(model):
 
 
 def saved_tokens(directory):
-    return next(value for name, value in load_file(directory / "adapter_model.safetensors").items() if "tokens" in name)
+    return next(
+        value for name, value in load_file(directory / "adapter_model.safetensors").items() if "tokens" in name
+    )
 
 
 def logits(model):
@@ -194,7 +196,9 @@ def test_weights_in_one_file_replace_those_in_several(hub, saved_checkpoint, tmp
     for directory, several in ((saved_checkpoint, False), (tmp_path / "sharded", True), (saved_checkpoint, False)):
         push_to_hub(shutil.copytree(directory, tmp_path / f"copy-{len(hub.log)}"), "alice/w4")
         weights = {name for name in hub.files("alice/w4") if name.endswith(".safetensors")}
-        assert ("model.safetensors" not in weights and len(weights) > 1) if several else weights == {"model.safetensors"}
+        assert (
+            ("model.safetensors" not in weights and len(weights) > 1) if several else weights == {"model.safetensors"}
+        )
         assert ("model.safetensors.index.json" in hub.files("alice/w4")) == several
 
 
