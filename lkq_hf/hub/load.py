@@ -37,12 +37,12 @@ def load_adapter(
         ValueError: another kind of repository or adapter, or one for another base model.
     """
     adapter_config(source, revision=revision, subfolder=subfolder, token=token)
-    options = {"revision": revision, "subfolder": subfolder, "token": token}
+    options = {"revision": revision, "subfolder": subfolder or None, "token": token}
     with explained(str(source), token, revision):
         model.load_adapter(
             str(source),
             adapter_name=adapter_name,
-            adapter_kwargs={name: value for name, value in options.items() if value},
+            adapter_kwargs={name: value for name, value in options.items() if value is not None},
         )
 
 

@@ -1,7 +1,11 @@
 """Pushing and loading by id, through the real client of the Hub and the protocol it speaks."""
 
+import copy
+import hashlib
 import json
+import pickle
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadCache
 from lkq_hf.adapter.model import adapter_parameters
+from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.hub import load_adapter, push_to_hub
 from lkq_hf.quantization import QuantizedLinear
 
@@ -38,6 +43,10 @@ def saved_tokens(directory):
     return next(
         value for name, value in load_file(directory / "adapter_model.safetensors").items() if "tokens" in name
     )
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def logits(model):
@@ -167,12 +176,15 @@ def test_an_interrupted_upload_goes_on(hub, transfer, saved_checkpoint, tmp_path
     model = AutoModelForCausalLM.from_pretrained(saved_checkpoint)
     model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
     AutoTokenizer.from_pretrained(saved_checkpoint).save_pretrained(tmp_path / "sharded")
-    where = "/cas/v1/shards" if transfer == "xet" else "part=2"
+    shards = {sha256(path) for path in (tmp_path / "sharded").glob("*.safetensors")}
+    first = sha256(tmp_path / "sharded" / "model-00001-of-00002.safetensors")
+    where = "/cas/v1/shards" if transfer == "xet" else f"{first}?part=2"
     hub.failure = lambda method, path: where in path
     with pytest.raises(ConnectionError, match=r"the upload to alice/w4 was interrupted.*push again"):
         push_to_hub(tmp_path / "sharded", "alice/w4")
     assert hub.files("alice/w4") == set()
     stored = set(hub.objects)
+    assert stored == (shards - {first} if transfer == "lfs" else set())
     hub.failure = None
     hub.log.clear()
     push_to_hub(tmp_path / "sharded", "alice/w4")
@@ -253,3 +265,27 @@ def test_a_trainers_state_stays_at_home(hub, adapter):
 def test_the_adapters_config_holds_no_path_of_this_computer(hub, adapter):
     push_to_hub(adapter, "alice/adapter")
     assert json.loads(hub.text("alice/adapter", "adapter_config.json"))["base_model_name_or_path"] == BASE
+
+
+def test_a_model_that_was_saved_is_copied_and_pickled_as_before(checkpoint, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    model.save_pretrained(tmp_path / "saved")
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin._upload_modified_files.__self__ is twin
+        torch.testing.assert_close(logits(twin), logits(model))
+
+
+@pytest.mark.real_model
+def test_the_adapter_of_smollm2(hub, transfer, tmp_path):
+    model, tokenizer = load_smollm2()
+    published = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-lookahead"
+    adapter = shutil.copytree(published, tmp_path / "adapter")
+    (adapter / "README.md").unlink()
+    hub.create("HuggingFaceTB/SmolLM2-135M-Instruct")
+    push_to_hub(adapter, "alice/smollm2-lookahead")
+    assert ModelCard.load("alice/smollm2-lookahead").data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    load_adapter(model, "alice/smollm2-lookahead")
+    torch.testing.assert_close(tokens_of(model), saved_tokens(adapter))
+    inputs = tokenizer("The fox keeps its key under the third stone. " * 40, return_tensors="pt")
+    cache = LookaheadCache(budget=64)
+    model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
