@@ -12,7 +12,9 @@ def push(
     directory: Annotated[
         Path, typer.Argument(help="Directory of an adapter, a quantised checkpoint, or both.", metavar="DIR")
     ],
-    repo_id: Annotated[str, typer.Argument(help="Repository, such as name/model; made if there is none.")],
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository, such as name/model; made if there is none.", metavar="REPO_ID")
+    ],
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Who sees a new repository; by default your settings.")
     ] = None,

@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents
 from lkq_hf.hub.results import read_results
+from lkq_hf.quantization.config import QUANT_METHOD
 
 CARD = "README.md"
 TRAINING = "training.json"
@@ -97,7 +98,7 @@ def render_card(
         adapter=contents.adapter,
         adapter_size=_size(contents.directory / ADAPTER_WEIGHTS) if contents.adapter is not None else None,
         quantization=_describe_quantization(contents) if contents.checkpoint is not None else None,
-        own_format=method == "two_stage_gptq",
+        own_format=method == QUANT_METHOD,
         format=QUANT_METHODS.get(str(method)),
         training=_training(contents),
         results=results,

@@ -7,15 +7,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lkq_hf.adapter.config import LookaheadKVConfig
+from lkq_hf.adapter.registration import NAME as PEFT_TYPE
+from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
-PEFT_TYPE = "LOOKAHEAD_KV"
-QUANT_METHODS = {"two_stage_gptq": "lkq-hf", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
+QUANT_METHODS = {QUANT_METHOD: "lkq-hf", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
 """Formats of quantised checkpoints that we write, and their names."""
 
 NOT_SHARED = [".*", "*/.*", "checkpoints/*", "runs/*", "__pycache__/*"]
@@ -132,8 +138,6 @@ def check_complete(contents: Contents) -> None:
 
 
 def _check_adapter(contents: Contents, tensors: dict[str, list[int]]) -> None:
-    from lkq_hf.adapter.config import LookaheadKVConfig
-
     config = LookaheadKVConfig.from_pretrained(str(contents.directory))
     tokens = [shape for name, shape in tensors.items() if name.endswith("lookahead_kv_tokens")]
     if [shape[0] for shape in tokens] != [config.num_lookahead_tokens]:
@@ -144,14 +148,8 @@ def _check_adapter(contents: Contents, tensors: dict[str, list[int]]) -> None:
 
 
 def _check_checkpoint(contents: Contents) -> None:
-    if contents.quantization["quant_method"] != "two_stage_gptq":
+    if contents.quantization["quant_method"] != QUANT_METHOD:
         return  # exports: their own libraries know what belongs into them
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from lkq_hf.quantization.config import TwoStageGPTQConfig
-    from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
-
     config = AutoConfig.from_pretrained(contents.directory)
     settings = TwoStageGPTQConfig.from_dict(dict(contents.quantization))
     del config.quantization_config

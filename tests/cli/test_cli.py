@@ -111,11 +111,15 @@ def test_quantize_and_export_as_json(run, base, texts, tmp_path):
     assert (code, json.loads(out)) == (0, {"checkpoint": str(tmp_path / "gptq"), "format": "gptq"})
 
 
-def test_a_checkpoint_records_no_path_of_this_computer(run, base, texts, tmp_path):
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_checkpoint_records_no_path_of_this_computer(run, base, texts, tmp_path, monkeypatch, relative):
+    monkeypatch.chdir(base.parent)
     shape = ["--num-samples", "4", "--model-seqlen", "32", "--group-size", "32", "--device", "cpu"]
-    code, out, _ = run("quantize", base, *shape, "--dataset", texts, "--out", tmp_path / "w4")
+    directory = base.name if relative else base
+    code, out, _ = run("quantize", directory, *shape, "--dataset", texts, "--out", tmp_path / "w4")
     assert code == 0 and "peak memory" in out
-    assert str(tmp_path) not in (tmp_path / "w4" / "config.json").read_text()
+    stored = (tmp_path / "w4" / "config.json").read_text()
+    assert str(tmp_path) not in stored and "base_model" not in json.loads(stored)["quantization_config"]["meta"]
 
 
 def test_training_as_json(run, base, texts, tmp_path):

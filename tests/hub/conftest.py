@@ -1,7 +1,7 @@
 """A Hub on loopback, a tiny base model on it, and an adapter and a quantised checkpoint to share."""
 
-import json
 import os
+import shutil
 from urllib.parse import urlsplit
 
 import pytest
@@ -10,13 +10,11 @@ from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 from models import randomise_adapter, tiny_model
 from peft import get_peft_model
+from sharing import BASE, base_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from lkq_hf import LookaheadKVConfig, TwoStageQuantizer
-from lkq_hf.hub import load_adapter  # noqa: F401  # transformers and our modules are imported before any test's clock
-
-BASE = "alice/base"
 
 
 @pytest.fixture(scope="session")
@@ -63,12 +61,6 @@ def base_directory(tmp_path_factory, tokenizer):
     return directory
 
 
-def base_model(directory):
-    model = AutoModelForCausalLM.from_pretrained(directory)
-    model.name_or_path = model.config._name_or_path = BASE
-    return model
-
-
 @pytest.fixture(scope="session")
 def saved_adapter(tmp_path_factory, base_directory):
     directory = tmp_path_factory.mktemp("saved") / "adapter"
@@ -98,5 +90,13 @@ def saved_checkpoint(tmp_path_factory, base_directory):
     return directory
 
 
-def edit_json(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+@pytest.fixture
+def adapter(saved_adapter, tmp_path):
+    """A copy to push, damage or edit."""
+    return shutil.copytree(saved_adapter, tmp_path / "adapter")
+
+
+@pytest.fixture
+def checkpoint(saved_checkpoint, tmp_path):
+    """A copy to push, damage or edit."""
+    return shutil.copytree(saved_checkpoint, tmp_path / "checkpoint")

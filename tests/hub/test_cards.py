@@ -7,23 +7,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import BASE, edit_json
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
+from sharing import BASE, base_model, edit_json
 
 from lkq_hf.hub import push_to_hub, read_contents, read_results, render_card, write_card, write_training_record
 from lkq_hf.hub.cards import BaseModel, is_unfilled
 from lkq_hf.quantization.export import export_checkpoint
-
-
-@pytest.fixture
-def adapter(saved_adapter, tmp_path):
-    return shutil.copytree(saved_adapter, tmp_path / "adapter")
-
-
-@pytest.fixture
-def checkpoint(saved_checkpoint, tmp_path):
-    return shutil.copytree(saved_checkpoint, tmp_path / "checkpoint")
 
 
 def run_snippet(hub, tmp_path, repo_id):
@@ -55,8 +45,7 @@ def test_the_snippet_of_a_pushed_card_runs(hub, adapter, checkpoint, tmp_path, k
     done = run_snippet(hub, tmp_path, "alice/shared")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    if kind in ("adapter", "both"):
-        assert "LookaheadCache" in done.stdout or kind == "both"
+    assert ("LookaheadCache" in done.stdout) == (kind == "adapter")
 
 
 def test_metadata_of_an_adapters_card(hub, adapter):
@@ -168,8 +157,6 @@ def test_cards_have_no_gaps(hub, adapter, checkpoint, tmp_path):
 
 
 def test_peft_models_still_load_what_has_our_card(hub, adapter, base_directory):
-    from conftest import base_model
-
     push_to_hub(adapter, "alice/adapter")
     PeftModel.from_pretrained(base_model(base_directory), "alice/adapter").save_pretrained(adapter)
     assert "lookahead adapter" in (adapter / "README.md").read_text()

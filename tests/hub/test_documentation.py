@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BASE
+from sharing import BASE
 
 from lkq_hf.cli import main
 

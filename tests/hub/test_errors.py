@@ -1,26 +1,14 @@
 """What a user is told when a repository, a token or a directory is not what it should be."""
 
-import shutil
-
 import pytest
 import torch
-from conftest import BASE, base_model, edit_json
 from huggingface_hub import constants
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from sharing import BASE, base_model, edit_json
 
 from lkq_hf import LookaheadCache
 from lkq_hf.hub import adapter_config, load_adapter, push_to_hub, read_contents
-
-
-@pytest.fixture
-def adapter(saved_adapter, tmp_path):
-    return shutil.copytree(saved_adapter, tmp_path / "adapter")
-
-
-@pytest.fixture
-def checkpoint(saved_checkpoint, tmp_path):
-    return shutil.copytree(saved_checkpoint, tmp_path / "checkpoint")
 
 
 @pytest.fixture

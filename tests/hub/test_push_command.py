@@ -2,17 +2,11 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 from huggingface_hub import ModelCard
-
-
-@pytest.fixture
-def adapter(saved_adapter, tmp_path):
-    return shutil.copytree(saved_adapter, tmp_path / "adapter")
 
 
 def push(hub, tmp_path, *arguments, token=None):

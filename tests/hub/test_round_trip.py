@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BASE, base_model, edit_json
 from huggingface_hub import HfApi, ModelCard, constants
 from models import prompt_ids
 from peft import PeftModel
 from safetensors.torch import load_file
+from sharing import BASE, base_model, edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadCache
@@ -23,16 +23,6 @@ from lkq_hf.hub import load_adapter, push_to_hub
 from lkq_hf.quantization import QuantizedLinear
 
 IDS = prompt_ids(1, 60)
-
-
-@pytest.fixture
-def adapter(saved_adapter, tmp_path):
-    return shutil.copytree(saved_adapter, tmp_path / "adapter")
-
-
-@pytest.fixture
-def checkpoint(saved_checkpoint, tmp_path):
-    return shutil.copytree(saved_checkpoint, tmp_path / "checkpoint")
 
 
 def tokens_of(model):
@@ -285,7 +275,7 @@ def test_the_adapter_of_smollm2(hub, transfer, tmp_path):
     push_to_hub(adapter, "alice/smollm2-lookahead")
     assert ModelCard.load("alice/smollm2-lookahead").data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
     load_adapter(model, "alice/smollm2-lookahead")
-    torch.testing.assert_close(tokens_of(model), saved_tokens(adapter))
+    torch.testing.assert_close(tokens_of(model), saved_tokens(adapter).float())
     inputs = tokenizer("The fox keeps its key under the third stone. " * 40, return_tensors="pt")
     cache = LookaheadCache(budget=64)
     model.generate(**inputs, past_key_values=cache, max_new_tokens=4, do_sample=False)
