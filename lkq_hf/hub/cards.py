@@ -132,11 +132,16 @@ def write_card(
         ValueError: the directory holds neither an adapter nor a quantised checkpoint.
     """
     contents = read_contents(directory)
-    path = contents.directory / CARD
-    if path.is_file() and not is_unfilled(ModelCard.load(path)):
+    if has_card(contents.directory):
         return False
-    render_card(contents, repo_id, find_base_model(contents, token), results).save(path)
+    render_card(contents, repo_id, find_base_model(contents, token), results).save(contents.directory / CARD)
     return True
+
+
+def has_card(directory: Path) -> bool:
+    """Whether the directory holds a card that somebody wrote."""
+    path = directory / CARD
+    return path.is_file() and not is_unfilled(ModelCard.load(path))
 
 
 def is_unfilled(card: ModelCard) -> bool:

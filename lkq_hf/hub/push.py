@@ -10,7 +10,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 from huggingface_hub.utils import filter_repo_objects
 
 from lkq_hf import __version__
-from lkq_hf.hub.cards import CARD, find_base_model, is_unfilled, write_card
+from lkq_hf.hub.cards import CARD, find_base_model, has_card, is_unfilled, render_card, write_card
 from lkq_hf.hub.contents import Contents, check_complete, read_contents
 from lkq_hf.hub.errors import explained
 
@@ -33,8 +33,8 @@ def push_to_hub(
 ) -> CommitInfo:
     """Uploads a directory with an adapter, a quantised checkpoint, or both, after checking that others can load it.
 
-    A directory without a card gets one, unless the repository has one already. What an interrupted or earlier push has
-    uploaded is not sent again.
+    A card is written for a repository that has none, unless there is one in the directory, which stays as it is. What
+    an interrupted or earlier push has uploaded is not sent again.
 
     Args:
         directory: what ``save_pretrained``, ``lkq-hf train``, ``lkq-hf quantize`` or ``lkq-hf export`` wrote.
@@ -63,11 +63,17 @@ def push_to_hub(
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None and not revision.startswith("refs/pr/") and not create_pr:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        if not _has_card(api, repo_id, revision):
-            write_card(contents.directory, repo_id, results, token)
+        files: dict[str, Path | bytes] = {name: contents.directory / name for name in contents.shared_files()}
+        if not has_card(contents.directory):
+            files.pop(CARD, None)
+            if not _repository_has_card(api, repo_id, revision):
+                card = render_card(contents, repo_id, find_base_model(contents, token), results)
+                files[CARD] = str(card).encode()
+        if results and not isinstance(files.get(CARD), bytes):
+            logger.warning("%s has a card already: the results were not added to it", repo_id)
         # One commit, so that others find all of it or nothing.
         kind = "adapter" if contents.checkpoint is None else "checkpoint"
-        additions = [CommitOperationAdd(name, contents.directory / name) for name in contents.shared_files()]
+        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         replaced = _replaced_files(api, contents, repo_id, revision)
         try:
             return api.create_commit(
@@ -109,8 +115,7 @@ def _replaced_files(api: HfApi, contents: Contents, repo_id: str, revision: str 
     return sorted(set(earlier) - set(contents.shared_files()))
 
 
-def _has_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Whether the repository has a card that somebody wrote."""
+def _repository_has_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     if not api.file_exists(repo_id, CARD, revision=revision):
         return False
     path = api.hf_hub_download(repo_id, CARD, revision=revision)

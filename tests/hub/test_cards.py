@@ -110,7 +110,7 @@ def test_the_forms_of_peft_and_transformers_are_replaced(hub, adapter):
     assert not is_unfilled(form)
 
 
-def test_results_of_an_evaluation_become_a_model_index(hub, adapter, tmp_path):
+def test_results_of_an_evaluation_become_a_model_index(hub, adapter, tmp_path, caplog):
     rows = [
         {"task": "needle", "length": 512, "scorer": "full cache", "budget": None, "nll": 0.5},
         {"task": "needle", "length": 512, "scorer": "snapkv", "budget": 64, "topk_recall": 0.4},
@@ -120,6 +120,8 @@ def test_results_of_an_evaluation_become_a_model_index(hub, adapter, tmp_path):
     results = read_results(tmp_path / "results.json")
     push_to_hub(adapter, "alice/adapter", results=results)
     card = ModelCard.load("alice/adapter")
+    push_to_hub(adapter, "alice/adapter", results=results)
+    assert "the results were not added" in caplog.text
     (found,) = card.data.eval_results
     assert (found.metric_type, found.metric_value, found.dataset_name) == ("topk_recall", 0.75, "needle, 512 tokens")
     assert "| needle, 512 tokens | Recall of the oracle's top entries at budget 64 | 0.75 |" in card.text
@@ -157,6 +159,7 @@ def test_cards_have_no_gaps(hub, adapter, checkpoint, tmp_path):
 
 
 def test_peft_models_still_load_what_has_our_card(hub, adapter, base_directory):
+    write_card(adapter, "alice/adapter")
     push_to_hub(adapter, "alice/adapter")
     PeftModel.from_pretrained(base_model(base_directory), "alice/adapter").save_pretrained(adapter)
-    assert "lookahead adapter" in (adapter / "README.md").read_text()
+    assert "A lookahead adapter for" in (adapter / "README.md").read_text()

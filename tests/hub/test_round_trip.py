@@ -107,10 +107,13 @@ def test_a_card_on_the_hub_survives_every_kind_of_push(hub, adapter, base_direct
     mine = "---\nlicense: mit\n---\n\n# Mine\n"
     push_to_hub(adapter, "alice/adapter")
     HfApi().upload_file(path_or_fileobj=mine.encode(), path_in_repo="README.md", repo_id="alice/adapter")
+    form = (adapter / "README.md").read_text()
+    push_to_hub(adapter, "alice/adapter")
+    assert hub.text("alice/adapter", "README.md") == mine
+    assert (adapter / "README.md").read_text() == form, "a push leaves the directory as it is"
     (adapter / "README.md").unlink()
     push_to_hub(adapter, "alice/adapter")
     assert hub.text("alice/adapter", "README.md") == mine
-    assert not (adapter / "README.md").exists()
     model = base_model(base_directory)
     model.load_adapter(str(adapter))
     model.push_to_hub("alice/adapter")
