@@ -68,7 +68,8 @@ def generate_targets(
         )
         written[name] = {"directory": out / name, "prompts": len(targets)}
     lines = [f"{name}: {made['prompts']} prompts with responses in {out / name}" for name, made in written.items()]
-    report("\n".join(lines), written)
+    if state.is_main_process:
+        report("\n".join(lines), written)
 
 
 def _built_prompts(

@@ -14,8 +14,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents
-from lkq_hf.hub.results import read_results
+from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents, read_json
+from lkq_hf.hub.results import find_results
 from lkq_hf.quantization.config import QUANT_METHOD
 
 CARD = "README.md"
@@ -73,10 +73,13 @@ def render_card(
     Raises:
         FileNotFoundError: weights are missing.
     """
-    results = [*results, *_training_results(contents)]
+    record = contents.directory / TRAINING
+    training = read_json(record) if record.is_file() else {}
+    results = [*results, *find_results(training)]
+    name = repo_id.rpartition("/")[2]
     inherited = base_model.license if base_model else {}
     data = ModelCardData(
-        model_name=repo_id.partition("/")[2] or repo_id,
+        model_name=name,
         base_model=base_model.id if base_model else None,
         base_model_relation=("adapter" if contents.checkpoint is None else "quantized") if base_model else None,
         library_name="peft" if contents.checkpoint is None else "transformers",
@@ -92,15 +95,15 @@ def render_card(
         data,
         template_str=files("lkq_hf.hub").joinpath("templates", template).read_text(encoding="utf-8"),
         repo_id=repo_id,
-        name=repo_id.rpartition("/")[2],
+        name=name,
         base_model=contents.base_model if contents.checkpoint is None else base_model and base_model.id,
-        license=inherited.get("license"),
+        license=inherited.get("license_name") or inherited.get("license"),
         adapter=contents.adapter,
         adapter_size=_size(contents.directory / ADAPTER_WEIGHTS) if contents.adapter is not None else None,
         quantization=_describe_quantization(contents) if contents.checkpoint is not None else None,
         own_format=method == QUANT_METHOD,
         format=QUANT_METHODS.get(str(method)),
-        training=_training(contents),
+        options=training.get("options", {}),
         results=results,
     )
 
@@ -178,12 +181,3 @@ def _size(path: Path) -> dict[str, int]:
     with safe_open(path, framework="pt") as file:
         count = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118  # not a dict
     return {"parameters": count, "bytes": path.stat().st_size}
-
-
-def _training(contents: Contents) -> dict[str, Any] | None:
-    path = contents.directory / TRAINING
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-
-
-def _training_results(contents: Contents) -> list[EvalResult]:
-    return read_results(contents.directory / TRAINING) if _training(contents) else []

@@ -72,7 +72,7 @@ class Contents:
             if (self.directory / MODEL_WEIGHTS).is_file() or not index.is_file():
                 names.append(MODEL_WEIGHTS)
             else:
-                names += sorted(set(_read_json(index)["weight_map"].values()))
+                names += sorted(set(read_json(index)["weight_map"].values()))
         if missing := [name for name in names if not (self.directory / name).is_file()]:
             raise FileNotFoundError(
                 f"{self.directory} is not complete: it should hold {', '.join(missing)}; save it again"
@@ -96,7 +96,7 @@ def read_contents(directory: str | Path) -> Contents:
     if not directory.is_dir():
         raise NotADirectoryError(f"{directory} is not a directory")
     configs = [directory / ADAPTER_CONFIG, directory / MODEL_CONFIG]
-    adapter, model = (_read_json(path) if path.is_file() else None for path in configs)
+    adapter, model = (read_json(path) if path.is_file() else None for path in configs)
     if adapter is not None and adapter.get("peft_type") != PEFT_TYPE:
         raise ValueError(
             f"{directory} holds an adapter of type {adapter.get('peft_type')}, expected {PEFT_TYPE}; share it with "
@@ -168,7 +168,12 @@ def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
         raise ValueError(f"{path} is damaged or truncated ({error}); save it again") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

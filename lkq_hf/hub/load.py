@@ -1,6 +1,5 @@
 """Loading adapters from the Hub, with errors that name what is there instead."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
-from lkq_hf.hub.contents import ADAPTER_CONFIG, MODEL_CONFIG, PEFT_TYPE
+from lkq_hf.hub.contents import ADAPTER_CONFIG, MODEL_CONFIG, PEFT_TYPE, read_json
 from lkq_hf.hub.errors import explained
 
 
@@ -68,7 +67,7 @@ def adapter_config(
             found = f"neither an {ADAPTER_CONFIG} nor a {MODEL_CONFIG}"
         where = f"{source}/{subfolder}" if subfolder else source
         raise ValueError(f"{where} should hold a {PEFT_TYPE} adapter; found {found}")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_json(path)
     if config.get("peft_type") != PEFT_TYPE:
         raise ValueError(
             f"{source} should hold a {PEFT_TYPE} adapter; found one of type {config.get('peft_type')} for "

@@ -36,7 +36,7 @@ def read_results(path: str | Path) -> list[EvalResult]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
-    results = list(_results(values)) if isinstance(values, dict) else []
+    results = list(find_results(values)) if isinstance(values, dict) else []
     if not results:
         raise ValueError(
             f"{path} holds no results: expected the JSON file of lkq-hf evaluate (rows with {', '.join(METRICS)}) or "
@@ -45,7 +45,8 @@ def read_results(path: str | Path) -> list[EvalResult]:
     return results
 
 
-def _results(values: dict[str, Any]) -> Iterator[EvalResult]:
+def find_results(values: dict[str, Any]) -> Iterator[EvalResult]:
+    """The results among the ``rows`` of an evaluation, or the ``metrics`` of a training."""
     for row in values.get("rows", []):
         if row.get("scorer") not in (None, LOOKAHEAD):
             continue

@@ -139,6 +139,12 @@ def test_perplexity_and_training_metrics_are_read(adapter, tmp_path):
     assert "| validation prompts | Recall of the oracle's top entries at budget 64 | 0.77 |" in text
 
 
+def test_a_training_without_recall_still_gives_a_card(hub, adapter):
+    write_training_record(adapter, {"steps": 3}, {"eval_loss": 0.1})
+    push_to_hub(adapter, "alice/adapter")
+    assert "| steps | 3 |" in hub.text("alice/adapter", "README.md")
+
+
 @pytest.mark.parametrize("content", ["[]", "{}", '{"rows": []}', "not json"])
 def test_a_file_without_results_is_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
