@@ -63,7 +63,6 @@ class Repository:
     gated: bool = False
     refs: dict[str, str] = field(default_factory=dict)
     commits: dict[str, Commit] = field(default_factory=dict)
-    requests: list[str] = field(default_factory=list)
 
     def resolve(self, revision: str) -> Commit:
         for name in (revision, f"refs/heads/{revision}", f"refs/tags/{revision}"):
@@ -234,7 +233,6 @@ class _Handler(BaseHTTPRequestHandler):
         if content and repository.gated and not owner:
             message = f"Access to model {repo_id} is restricted. Ask for access on its page."
             raise refusal(401 if user is None else 403, "GatedRepo", message)
-        repository.requests.append(f"{self.command} {self.path}")
         return repository
 
     def whoami(self, body: bytes) -> Answer:

@@ -35,10 +35,8 @@ class XetStore:
     xorbs: dict[str, bytes] = field(default_factory=dict)
     files: dict[str, list[Term]] = field(default_factory=dict)
     by_sha256: dict[str, str] = field(default_factory=dict)
-    received: int = 0
 
     def add_xorb(self, name: str, content: bytes) -> bool:
-        self.received += len(content)
         return self.xorbs.setdefault(name, content) is content
 
     def add_shard(self, shard: bytes) -> None:

@@ -1,6 +1,7 @@
 """Model cards: what the Hub reads in them, what people read in them, and their snippets, executed."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -23,7 +24,7 @@ def run_snippet(hub, tmp_path, repo_id):
     environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_alice", "HF_ENDPOINT": hub.url}
     return subprocess.run(
         [sys.executable, "-c", snippet],
-        env={**subprocess.os.environ, **environment},
+        env={**os.environ, **environment},
         cwd=tmp_path,
         capture_output=True,
         text=True,
