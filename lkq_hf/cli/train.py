@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lkq_hf.cli.options import Device, Dtype, Model, load_model
+from lkq_hf.cli.output import AsJson, report
 
 
 def train(
@@ -33,6 +34,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint."""
     from accelerate import PartialState
@@ -41,6 +43,7 @@ def train(
     from transformers.trainer_utils import get_last_checkpoint
 
     from lkq_hf.adapter import LookaheadKVConfig
+    from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
 
     state = PartialState(cpu=device == "cpu")
@@ -89,4 +92,16 @@ def train(
     trainer.save_metrics("eval", metrics)
     if state.is_main_process:
         peft_model.save_pretrained(str(out))
-        typer.echo(f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}")
+        options = {
+            "steps": trainer.state.global_step,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "importance_heads": importance_heads,
+            "importance_power": importance_power,
+            "seed": seed,
+            "dtype": dtype,
+        }
+        write_training_record(out, options, metrics)
+        report(
+            f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
+        )
