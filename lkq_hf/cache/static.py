@@ -1,0 +1,185 @@
+"""Layers with static shapes, for a decode that is compiled once and replayed as a CUDA graph.
+
+When the prompt has been read, its entries are copied to the front of tensors with room for the tokens to come. From
+then on nothing moves: a new entry is written into the next slot, and how many slots are filled is a number on the
+device, which a graph can read and raise. The slot of a token is its position less a constant, ``offset``, since
+whatever was dropped was dropped before; so transformers' own masks (causal, padding, sliding window), which get that
+offset, also hide the slots that nothing was written to yet.
+
+A sliding-window layer is laid out in the same way, its window followed by room for the new tokens: a few entries
+more than a ring would need, but neither a rotation in each step nor a counter that the graph would have to know.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import DynamicLayer as _Layer
+else:
+    _Layer = object
+
+# Few distinct sizes, so that prompts shorter than the budget seldom mean another compilation.
+SLOTS_MULTIPLE = 256
+
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Attention implementations that take a mask with one value for each slot."""
+
+
+class StaticStorage(_Layer):
+    """Mixed into a dynamic layer, whose own behaviour ends with the forward that reads the prompt.
+
+    Attributes:
+        keys, values: ``[batch, kv_heads, slots, head_dim]`` once the prompt is stored; slots not yet written are zero.
+    """
+
+    is_compileable = True
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, *args: int, max_new_tokens: int = 0) -> None:
+        super().__init__(*args)
+        self._max_new_tokens = max_new_tokens
+        self._filled: torch.Tensor | None = None  # slots written, a scalar on the device of the keys
+        self._offset = 0  # position of the token in slot 0
+
+    @property
+    def has_static_storage(self) -> bool:
+        """Whether the prompt has been stored, so that shapes and addresses do not change any more."""
+        return self._filled is not None
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._filled is None:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            if self.is_initialized:
+                self._lay_out()
+            return keys, values
+        count = key_states.shape[-2]
+        slots = torch.arange(count, device=self._filled.device) + self._filled
+        self._filled.add_(count)
+        self.keys.index_copy_(2, slots, key_states)
+        self.values.index_copy_(2, slots, value_states)
+        return self.keys, self.values
+
+    def _lay_out(self) -> None:
+        """Moves what the prompt left into static storage."""
+        stored = self.keys.shape[-2]
+        self._offset = int(super().get_seq_length()) - stored
+        self._filled = torch.tensor(stored, device=self.keys.device)
+        torch._dynamo.mark_static_address(self._filled)
+        self._allocate(self.keys, self.values, stored + self._max_new_tokens)
+
+    def _allocate(self, keys: torch.Tensor, values: torch.Tensor, slots: int) -> None:
+        """New storage of at least ``slots`` slots that begins with these entries."""
+        slots = -(-slots // SLOTS_MULTIPLE) * SLOTS_MULTIPLE
+        for name, entries in (("keys", keys), ("values", values)):
+            # Zeros, not garbage: a masked slot still takes part, with weight 0, and 0 times NaN is NaN.
+            storage = entries.new_zeros(*entries.shape[:2], slots, entries.shape[-1])
+            storage[:, :, : entries.shape[-2]] = entries
+            torch._dynamo.mark_static_address(storage)
+            setattr(self, name, storage)
+
+    def reserve(self, tokens: int) -> int:
+        """Makes room for ``tokens`` more, in twice the storage if they do not fit, and returns how many fit now.
+
+        Waits for the device. New storage means that a compiled decode is compiled again.
+        """
+        if self._filled is None:
+            return tokens
+        filled, slots = int(self._filled), self.keys.shape[-2]
+        if filled + tokens > slots:
+            first = self._first_needed_slot(filled)
+            self._allocate(
+                self.keys[:, :, first:filled], self.values[:, :, first:filled], max(2 * slots, filled - first + tokens)
+            )
+            self._offset += first
+            filled -= first
+            self._filled.fill_(filled)
+        return self.keys.shape[-2] - filled
+
+    def _first_needed_slot(self, filled: int) -> int:
+        return 0
+
+    def _first_croppable_length(self) -> int:
+        """Length of the text before which the cache cannot go back."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
+        """Logical length: after the prompt a scalar tensor, since a number would be a constant of the graph."""
+        return super().get_seq_length() if self._filled is None else self._filled + self._offset
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self._filled is None:
+            return super().get_mask_sizes(query_length)
+        return self.keys.shape[-2], self._offset
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens; see :meth:`EvictedLayer.crop`.
+
+        Raises:
+            ValueError: entries that the shorter text needs are gone.
+        """
+        if self._filled is None:
+            return super().crop(tokens_to_remove)
+        seen, amount = int(self.get_seq_length()), int(tokens_to_remove)
+        remove = max(seen - amount, 0) if amount > 0 else -amount
+        if seen - remove < self._first_croppable_length():
+            raise ValueError(
+                f"cannot remove {remove} of {seen} tokens: entries that the first {self._first_croppable_length()} "
+                "tokens need were dropped, so the cache cannot go back before them. Start again with a new "
+                "LookaheadCache."
+            )
+        self._filled.sub_(remove)
+        return None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        keys, values = self.keys, self.values
+        super().reorder_cache(beam_idx)
+        # Back to where a compiled decode expects them.
+        self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._mark_storage()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._mark_storage()
+
+    def _mark_storage(self) -> None:
+        torch._dynamo.mark_static_address(self.keys)
+        torch._dynamo.mark_static_address(self.values)
+
+    def reset(self) -> None:
+        max_new_tokens = self._max_new_tokens
+        super().reset()
+        self._max_new_tokens, self._filled, self._offset = max_new_tokens, None, 0
+
+
+class StaticEvictedLayer(StaticStorage, EvictedLayer):
+    """An :class:`EvictedLayer` with static storage after the prefill."""
+
+    def evict(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, budget: int, defer: bool) -> None:
+        super().evict(key, value, scores, budget, defer)
+        self._lay_out()
+
+    @property
+    def stored(self) -> int:
+        return super().stored if self._filled is None else int(self._filled)
+
+    def _first_croppable_length(self) -> int:
+        return self._evicted_length
+
+
+class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
+    """An :class:`UncompressedSlidingLayer` with static storage after the prefill."""
+
+    def _first_needed_slot(self, filled: int) -> int:
+        return max(filled - self.sliding_window + 1, 0)
+
+    def _first_croppable_length(self) -> int:
+        return self._offset + self.sliding_window - 1 if self._offset else 0
