@@ -1,5 +1,7 @@
 """The cache that a user passes to ``generate``."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
-from lkq_hf.cache.static import MASKED_ATTENTION, StaticEvictedLayer, StaticStorage, StaticSlidingLayer
+from lkq_hf.cache.static import MASKED_ATTENTION, StaticEvictedLayer, StaticSlidingLayer, StaticStorage
 from lkq_hf.scoring import Scorer, get_scorer
 
 
@@ -93,15 +95,19 @@ class LookaheadCache(Cache):
                 f"yet written; expected {' or '.join(MASKED_ATTENTION)}, found {config._attn_implementation}. Call "
                 'model.set_attn_implementation("sdpa"), or leave max_new_tokens out.'
             )
-        static = {"max_new_tokens": self.max_new_tokens} if self.is_compileable else None
+        room = self.max_new_tokens or 0
+        full: Callable[[], Any] = EvictedLayer
+        sliding: Callable[[int], Any] = UncompressedSlidingLayer
+        if self.is_compileable:
+            full = partial(StaticEvictedLayer, room)
+            sliding = partial(StaticSlidingLayer, room)
         layers: list[Any] = []
         for index, layer in enumerate(DynamicCache(config=config).layers):
             # Exact types: subclasses carry more state (recurrent, indexed), which eviction would leave inconsistent.
             if type(layer) is DynamicLayer:
-                layers.append(StaticEvictedLayer(**static) if static else EvictedLayer())
+                layers.append(full())
             elif type(layer) is DynamicSlidingWindowLayer:
-                window = layer.sliding_window
-                layers.append(StaticSlidingLayer(window, **static) if static else UncompressedSlidingLayer(window))
+                layers.append(sliding(layer.sliding_window))
             elif layer.__class__.__name__ == "DummyLayer":
                 layers.append(layer)
             else:
@@ -116,7 +122,7 @@ class LookaheadCache(Cache):
                 "already: there is nothing to evict. Generate without past_key_values for this model."
             )
         self.layers = layers
-        self._free_slots = self.max_new_tokens or 0
+        self._free_slots = room
         if self._records_past:
             super().activate_past_recording()
 
@@ -141,16 +147,21 @@ class LookaheadCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        # A forward announces its tokens here, and generate does so outside of what it compiles: the moment to make room.
+        # A forward announces its tokens here, and generate does so outside of what it compiles: here room is made.
         if self._has_static_storage and not torch.compiler.is_compiling():
             self._reserve(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
     def _reserve(self, query_length: int) -> None:
         """Makes room for a forward of ``query_length`` tokens, and, if that is a later prompt, for its answer."""
-        tokens = query_length + (self.max_new_tokens or 0 if query_length > 1 else 0)
+        tokens = query_length if query_length == 1 else query_length + (self.max_new_tokens or 0)
         if tokens > self._free_slots:
-            self._free_slots = min(layer.reserve(tokens) for layer in self.layers)
+            layers = [layer for layer in self.layers if isinstance(layer, StaticStorage)]
+            if tokens > min(layer.free_slots() for layer in layers):
+                # All at once, so that a compiled decode is compiled again once.
+                for layer in layers:
+                    layer.grow(tokens)
+            self._free_slots = min(layer.free_slots() for layer in layers)
         self._free_slots -= query_length
 
     def reset(self) -> None:

@@ -10,7 +10,7 @@ A sliding-window layer is laid out in the same way, its window followed by room 
 more than a ring would need, but neither a rotation in each step nor a counter that the graph would have to know.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -31,6 +31,10 @@ MASKED_ATTENTION = ("eager", "sdpa")
 class StaticStorage(_Layer):
     """Mixed into a dynamic layer, whose own behaviour ends with the forward that reads the prompt.
 
+    Args:
+        room: tokens to lay out room for, beyond what the prompt leaves.
+        *args: those of the dynamic layer.
+
     Attributes:
         keys, values: ``[batch, kv_heads, slots, head_dim]`` once the prompt is stored; slots not yet written are zero.
     """
@@ -38,22 +42,19 @@ class StaticStorage(_Layer):
     is_compileable = True
     keys: torch.Tensor
     values: torch.Tensor
+    _filled: torch.Tensor  # slots written, a scalar on the device of the keys
 
-    def __init__(self, *args: int, max_new_tokens: int = 0) -> None:
+    def __init__(self, room: int, *args: int) -> None:
         super().__init__(*args)
-        self._max_new_tokens = max_new_tokens
-        self._filled: torch.Tensor | None = None  # slots written, a scalar on the device of the keys
+        self._room, self._arguments = room, args
+        # Whether the prompt has been stored, so that shapes and addresses do not change any more.
+        self.has_static_storage = False
         self._offset = 0  # position of the token in slot 0
-
-    @property
-    def has_static_storage(self) -> bool:
-        """Whether the prompt has been stored, so that shapes and addresses do not change any more."""
-        return self._filled is not None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._filled is None:
+        if not self.has_static_storage:
             keys, values = super().update(key_states, value_states, *args, **kwargs)
             if self.is_initialized:
                 self._lay_out()
@@ -69,9 +70,10 @@ class StaticStorage(_Layer):
         """Moves what the prompt left into static storage."""
         stored = self.keys.shape[-2]
         self._offset = int(super().get_seq_length()) - stored
-        self._filled = torch.tensor(stored, device=self.keys.device)
+        self._filled = torch.full((), stored, device=self.keys.device)  # no wait for the device, unlike torch.tensor
         torch._dynamo.mark_static_address(self._filled)
-        self._allocate(self.keys, self.values, stored + self._max_new_tokens)
+        self._allocate(self.keys, self.values, stored + self._room)
+        self.has_static_storage = True
 
     def _allocate(self, keys: torch.Tensor, values: torch.Tensor, slots: int) -> None:
         """New storage of at least ``slots`` slots that begins with these entries."""
@@ -83,23 +85,18 @@ class StaticStorage(_Layer):
             torch._dynamo.mark_static_address(storage)
             setattr(self, name, storage)
 
-    def reserve(self, tokens: int) -> int:
-        """Makes room for ``tokens`` more, in twice the storage if they do not fit, and returns how many fit now.
+    def free_slots(self) -> int:
+        """How many tokens still fit. Waits for the device."""
+        return self.keys.shape[-2] - int(self._filled)
 
-        Waits for the device. New storage means that a compiled decode is compiled again.
-        """
-        if self._filled is None:
-            return tokens
-        filled, slots = int(self._filled), self.keys.shape[-2]
-        if filled + tokens > slots:
-            first = self._first_needed_slot(filled)
-            self._allocate(
-                self.keys[:, :, first:filled], self.values[:, :, first:filled], max(2 * slots, filled - first + tokens)
-            )
-            self._offset += first
-            filled -= first
-            self._filled.fill_(filled)
-        return self.keys.shape[-2] - filled
+    def grow(self, tokens: int) -> None:
+        """At least doubles the storage, so that ``tokens`` more fit; a compiled decode is then compiled again."""
+        filled = int(self._filled)
+        first = self._first_needed_slot(filled)
+        slots = max(2 * self.keys.shape[-2], filled - first + tokens)
+        self._allocate(self.keys[:, :, first:filled], self.values[:, :, first:filled], slots)
+        self._offset += first
+        self._filled.fill_(filled - first)
 
     def _first_needed_slot(self, filled: int) -> int:
         return 0
@@ -108,12 +105,12 @@ class StaticStorage(_Layer):
         """Length of the text before which the cache cannot go back."""
         raise NotImplementedError
 
-    def get_seq_length(self) -> int | torch.Tensor:  # type: ignore[override]
-        """Logical length: after the prompt a scalar tensor, since a number would be a constant of the graph."""
-        return super().get_seq_length() if self._filled is None else self._filled + self._offset
+    def get_seq_length(self) -> Any:
+        """Logical length; after the prompt a scalar tensor, as a number would be a constant of the compiled graph."""
+        return self._filled + self._offset if self.has_static_storage else super().get_seq_length()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self._filled is None:
+        if not self.has_static_storage:
             return super().get_mask_sizes(query_length)
         return self.keys.shape[-2], self._offset
 
@@ -123,7 +120,7 @@ class StaticStorage(_Layer):
         Raises:
             ValueError: entries that the shorter text needs are gone.
         """
-        if self._filled is None:
+        if not self.has_static_storage:
             return super().crop(tokens_to_remove)
         seen, amount = int(self.get_seq_length()), int(tokens_to_remove)
         remove = max(seen - amount, 0) if amount > 0 else -amount
@@ -155,9 +152,7 @@ class StaticStorage(_Layer):
         torch._dynamo.mark_static_address(self.values)
 
     def reset(self) -> None:
-        max_new_tokens = self._max_new_tokens
-        super().reset()
-        self._max_new_tokens, self._filled, self._offset = max_new_tokens, None, 0
+        self.__init__(self._room, *self._arguments)  # type: ignore[misc]
 
 
 class StaticEvictedLayer(StaticStorage, EvictedLayer):
@@ -169,7 +164,7 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
 
     @property
     def stored(self) -> int:
-        return super().stored if self._filled is None else int(self._filled)
+        return int(self._filled) if self.has_static_storage else super().stored
 
     def _first_croppable_length(self) -> int:
         return self._evicted_length
