@@ -15,8 +15,9 @@ Each cell is a cache and a batch size:
     lookahead, static
 
 A cache is filled with random entries, as a prefill would leave it, so that the prompt need not be read for every cell;
-``generate`` then goes on from it. Its steps are timed by CUDA events, the median counts; compiling happens in a run of
-its own before. With batch 1 the whole is timed too: a random prompt read and answered, by what is compiled already.
+``generate`` then goes on from it. Its steps are timed by CUDA events, the median counts. A run before that compiles
+(first_call_s, less where the compiler remembers an earlier cell or run). With batch 1 the whole is timed too: a random
+prompt read and answered, by what is compiled already.
 
 Every finished cell is written at once. When the time given by --minutes is over, the remaining cells are skipped and
 named; --batches and --cells choose some.
@@ -226,9 +227,9 @@ def measure(model: Any, method: Method, batch: int, sizes: Sizes) -> dict[str, A
 def generate(
     model: Any, method: Method, cache: Cache, batch: int, tokens: int, prompt: int | None = None
 ) -> tuple[torch.Tensor, list[float], float]:
-    """Token ids, milliseconds of each step, and seconds of the call, which reads ``prompt`` tokens into an empty cache.
+    """Token ids, milliseconds of each step, and seconds of the call.
 
-    Into a filled one it reads the one token that ``generate`` always expects to be new.
+    An empty cache first reads ``prompt`` tokens, a filled one the one new token that ``generate`` always expects.
     """
     length = int(cache.get_seq_length()) + 1 if prompt is None else prompt
     input_ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)

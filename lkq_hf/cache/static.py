@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-# Few distinct sizes, so that prompts shorter than the budget seldom mean another compilation.
-SLOTS_MULTIPLE = 256
+SLOTS_MULTIPLE = 64
+LEAST_GROWTH = 256  # slots; to compile again costs more than they do
 
 MASKED_ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask with one value for each slot."""
@@ -90,10 +90,13 @@ class StaticStorage(_Layer):
         return self.keys.shape[-2] - int(self._filled)
 
     def grow(self, tokens: int) -> None:
-        """At least doubles the storage, so that ``tokens`` more fit; a compiled decode is then compiled again."""
+        """At least doubles the storage, so that ``tokens`` more fit; a compiled decode is then compiled again.
+
+        Drops what has left a sliding window.
+        """
         filled = int(self._filled)
         first = self._first_needed_slot(filled)
-        slots = max(2 * self.keys.shape[-2], filled - first + tokens)
+        slots = max(2 * self.keys.shape[-2], filled - first + max(tokens, LEAST_GROWTH))
         self._allocate(self.keys[:, :, first:filled], self.values[:, :, first:filled], slots)
         self._offset += first
         self._filled.fill_(filled - first)
