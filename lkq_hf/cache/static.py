@@ -66,6 +66,7 @@ class StaticStorage(_Layer):
         self.values.index_copy_(2, slots, value_states)
         return self.keys, self.values
 
+    @torch.compiler.disable  # storage made by a graph would be overwritten by its next replay
     def _lay_out(self) -> None:
         """Moves what the prompt left into static storage."""
         stored = self.keys.shape[-2]

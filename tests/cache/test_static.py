@@ -172,6 +172,18 @@ def test_assisted_decoding_falls_back_to_growing_storage():
     assert not any(hasattr(layer, "has_static_storage") for layer in cache.layers)
 
 
+def test_storage_is_laid_out_outside_of_a_compiled_prefill(graphs):
+    model = lookahead_model("llama", "sdpa")
+    ids = prompt_ids(2, 40)
+    options = compiled_by(graphs)
+    options["compile_config"].fullgraph = False
+    found, expected = (
+        generate(model, ids, cache, prefill_chunk_size=20, **options)
+        for cache, options in ((static_cache(), options), (LookaheadCache(7), {}))
+    )
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("change", ["crop", "deepcopy", "repeat", "select"])
 def test_changes_of_the_cache_between_forwards(architecture, change):
