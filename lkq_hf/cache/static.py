@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     _Layer = object
 
-SLOTS_MULTIPLE = 64
+SLOTS_MULTIPLE = 64  # fewer distinct sizes to compile for, and rows that attention kernels like
 LEAST_GROWTH = 256  # slots; to compile again costs more than they do
 
 MASKED_ATTENTION = ("eager", "sdpa")
