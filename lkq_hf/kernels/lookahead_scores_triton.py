@@ -1,9 +1,9 @@
 """Triton kernels of :mod:`lkq_hf.kernels.lookahead_scores`.
 
 The keys are read twice. The first pass leaves each row's log-sum-exp over each split of the keys; the second combines
-the splits and sums exp(logit - log-sum-exp), or a power of it, down the columns. Keeping the logits instead of reading the
-keys again would move more bytes: for Llama-3.1-8B, 4 kB a position written and read back, against 2 kB. All query rows
-of a KV head share a tile, so that grouped-query heads fill the tensor cores. Logits are in base 2, as exp2 is one
+the splits and sums exp(logit - log-sum-exp), or a power of it, down the columns. Keeping the logits instead of reading
+the keys again would move more bytes: for Llama-3.1-8B, 4 kB a position written and read back, against 2 kB. All query
+rows of a KV head share a tile, so that grouped-query heads fill the tensor cores. Logits are in base 2, as exp2 is one
 instruction.
 """
 

@@ -83,6 +83,11 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def is_serializable(self, **kwargs: Any) -> bool:
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the decode of a model with packed layers."""
+        return True
+
 
 def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dict[str, QuantizedLinear]:
     """Puts an empty `QuantizedLinear` in the place of every layer that `config` selects, on the layer's device."""
