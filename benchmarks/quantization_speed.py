@@ -19,7 +19,7 @@ import transformers
 
 import lkq_hf
 from lkq_hf.quantization.descent import joint_descent
-from lkq_hf.quantization.gptq import gptq, group_aware_order
+from lkq_hf.quantization.gptq import costliest_first_order, gptq
 from lkq_hf.quantization.grid import minmax_grid
 from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
 from lkq_hf.quantization.precision import full_float32
@@ -79,7 +79,9 @@ def time_layer(
     both = InputMoments(columns, device)
     seconds["deviation"] = timed(lambda: both.add(x_tilde, x), device, repeats)[0] * passes - seconds["hessian"]
 
-    order = group_aware_order(hessian.diagonal(), group_size)
+    seconds["order"], order = timed(
+        lambda: costliest_first_order(inverse_factor(damped(hessian, 0.01))), device, repeats
+    )
     grid = minmax_grid(weight, bits, group_size, False)
 
     def plain_gptq() -> tuple[torch.Tensor, torch.Tensor]:
@@ -107,7 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--sweeps", type=int, default=3, help="of the joint descent")
+    parser.add_argument("--sweeps", type=int, default=8, help="of the joint descent")
     parser.add_argument("--tokens", type=int, default=128 * 2048, help="calibration tokens")
     parser.add_argument("--batch", type=int, default=8 * 2048, help="calibration tokens in one forward pass")
     parser.add_argument("--repeats", type=int, default=2)

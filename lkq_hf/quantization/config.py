@@ -17,20 +17,21 @@ QUANT_METHOD = "two_stage_gptq"
 BITS = (2, 3, 4, 8)
 STAGES = ("stage1", "stage2", "descent")
 SCALE_SEARCHES = ("minmax", "mse")
+COLUMN_ORDERS = ("stored", "group_aware", "costliest_first")
 
 # What each preset sets; an explicit argument wins. The default is the strongest method measured
 # (benchmarks/quantization.py), "paper" the published two stages around plain GPTQ.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "stages": ("stage1", "descent"),
-        "act_group_aware": True,
+        "column_order": "costliest_first",
         "corrected_target": True,
         "alpha": 0.25,
-        "sweeps": 3,
+        "sweeps": 8,
     },
     "paper": {
         "stages": ("stage1", "stage2"),
-        "act_group_aware": False,
+        "column_order": "stored",
         "corrected_target": False,
         "alpha": 0.25,
         "sweeps": 1,
@@ -65,7 +66,9 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         stages (`tuple[str, ...]`, *optional*): what is done besides GPTQ, any of `"stage1"` (scales searched by their
             effect on the output), `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined
             together after GPTQ). `()` is plain GPTQ.
-        act_group_aware (`bool`, *optional*): quantise important columns first, without splitting a group.
+        column_order (`str`, *optional*): the order in which GPTQ rounds columns: `"stored"`, `"group_aware"`
+            (important inputs first, one group after another) or `"costliest_first"` (first the columns whose error the
+            others can make up for least). The scales are fixed before, so every order gives the same format.
         corrected_target (`bool`, *optional*): GPTQ aims at `w + alpha w R H^-1` instead of `w`.
         alpha (`float`, *optional*): weight of the deviation `R` between full-precision and quantised inputs; 0 to 1.
         sweeps (`int`, *optional*): passes of stage 2 and of the descent.
@@ -117,7 +120,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         sym: bool = True,
         preset: str = "default",
         stages: Sequence[str] | None = None,
-        act_group_aware: bool | None = None,
+        column_order: str | None = None,
         corrected_target: bool | None = None,
         alpha: float | None = None,
         sweeps: int | None = None,
@@ -150,7 +153,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         self.sym = sym
         self.preset = preset
         self.stages = tuple(defaults["stages"] if stages is None else stages)
-        self.act_group_aware = defaults["act_group_aware"] if act_group_aware is None else act_group_aware
+        self.column_order = defaults["column_order"] if column_order is None else column_order
         self.corrected_target = defaults["corrected_target"] if corrected_target is None else corrected_target
         self.alpha = defaults["alpha"] if alpha is None else alpha
         self.sweeps = defaults["sweeps"] if sweeps is None else sweeps
@@ -174,7 +177,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Checks every field."""
-        for name in ("sym", "act_group_aware", "corrected_target", "round_to_nearest", "true_sequential"):
+        for name in ("sym", "corrected_target", "round_to_nearest", "true_sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
         if type(self.bits) is not int or self.bits not in BITS:
@@ -191,6 +194,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
                 _refuse(name, value, "a positive whole number")
         if len(set(self.stages)) != len(self.stages) or not set(self.stages) <= set(STAGES):
             _refuse("stages", self.stages, f"a selection of {list(STAGES)}, each once")
+        if self.column_order not in COLUMN_ORDERS:
+            _refuse("column_order", self.column_order, f"one of {list(COLUMN_ORDERS)}")
         if self.scale_search not in SCALE_SEARCHES:
             _refuse("scale_search", self.scale_search, f"one of {list(SCALE_SEARCHES)}")
         if self.offload not in OFFLOADS:
@@ -225,7 +230,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             stages=self.stages,
             scale_search=self.scale_search,
             round_to_nearest=self.round_to_nearest,
-            act_group_aware=self.act_group_aware,
+            column_order=self.column_order,
             damp_percent=self.damp_percent,
             alpha=self.alpha,
             corrected_target=self.corrected_target,

@@ -24,6 +24,22 @@ def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
     return (inside + torch.arange(grouped.shape[0], device=diagonal.device).unsqueeze(1) * group_size)[groups].view(-1)
 
 
+def costliest_first_order(factor: Tensor) -> Tensor:
+    """The order in which columns are quantised: first those whose error the others can make up for least.
+
+    With all other columns free to compensate, an error `e` in column `j` costs `e^2 / [H^-1]_jj`. The costs that
+    GPTQ meets, each with fewer columns left than the one before, multiply to `det H` in any order; taking the
+    columns that stay costly at the end, where nothing is left to compensate, first keeps their sum small.
+
+    Args:
+        factor: upper triangular `U` with `H^-1 = U^T U`, `[in, in]`, in the stored order.
+
+    Returns:
+        int64 `[in]`.
+    """
+    return factor.square().sum(0).argsort(stable=True)
+
+
 def gptq(
     target: Tensor,
     factor: Tensor,

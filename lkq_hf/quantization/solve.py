@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lkq_hf.quantization.descent import joint_descent
-from lkq_hf.quantization.gptq import gptq, group_aware_order
+from lkq_hf.quantization.gptq import costliest_first_order, gptq, group_aware_order
 from lkq_hf.quantization.grid import LARGEST_SCALE, SCALE_DTYPE, minmax_grid, nearest, reconstruct
 from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
 from lkq_hf.quantization.precision import full_float32
@@ -29,7 +29,7 @@ class SolverSettings:
     stages: tuple[str, ...]
     scale_search: str
     round_to_nearest: bool
-    act_group_aware: bool
+    column_order: str
     damp_percent: float
     alpha: float
     corrected_target: bool
@@ -106,9 +106,7 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
     order, factor = None, None
     target = w
     if not settings.round_to_nearest or settings.needs_deviation:
-        order = torch.arange(w.shape[1], device=w.device)
-        if settings.act_group_aware:
-            order = group_aware_order(hessian.diagonal(), group_size)
+        order = _column_order(hessian, group_size, settings)
         factor = _damped_inverse_factor(hessian[order][:, order], settings.damp_percent)
         if settings.needs_deviation and moments.deviation is not None:
             target = corrected_target(w, moments.deviation, factor, order, settings.alpha)
@@ -154,6 +152,14 @@ def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: T
     target = weight.clone()
     target[:, order] += alpha * correction
     return target
+
+
+def _column_order(hessian: Tensor, group_size: int, settings: SolverSettings) -> Tensor:
+    if settings.column_order == "costliest_first":
+        return costliest_first_order(_damped_inverse_factor(hessian, settings.damp_percent))
+    if settings.column_order == "group_aware":
+        return group_aware_order(hessian.diagonal(), group_size)
+    return torch.arange(hessian.shape[0], device=hessian.device)
 
 
 def _damped_inverse_factor(hessian: Tensor, damping: float) -> Tensor:

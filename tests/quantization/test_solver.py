@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lkq_hf.quantization.descent import joint_descent
-from lkq_hf.quantization.gptq import gptq, group_aware_order
+from lkq_hf.quantization.gptq import costliest_first_order, gptq, group_aware_order
 from lkq_hf.quantization.grid import minmax_grid, nearest, reconstruct, stored
 from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
 from lkq_hf.quantization.solve import SolverSettings, corrected_target, quantize_weight, resolve_group_size
@@ -36,7 +36,7 @@ def settings(**changes):
         "stages": ("stage1", "descent"),
         "scale_search": "minmax",
         "round_to_nearest": False,
-        "act_group_aware": True,
+        "column_order": "costliest_first",
         "damp_percent": 0.01,
         "alpha": 0.25,
         "corrected_target": True,
@@ -130,12 +130,16 @@ def naive_gptq(target, hessian, scales, zeros, bits, group_size, order):
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("aware", [False, True])
-def test_gptq_equals_the_naive_elimination(problem, bits, aware):
+@pytest.mark.parametrize("column_order", ["stored", "group_aware", "costliest_first"])
+def test_gptq_equals_the_naive_elimination(problem, bits, column_order):
     weight, moments, _, _ = problem
     hessian = damped(moments.hessian, 0.01)
     scales, zeros = minmax_grid(weight, bits, GROUP, False)
-    order = group_aware_order(hessian.diagonal(), GROUP) if aware else torch.arange(COLUMNS)
+    order = {
+        "stored": torch.arange(COLUMNS),
+        "group_aware": group_aware_order(hessian.diagonal(), GROUP),
+        "costliest_first": costliest_first_order(inverse_factor(hessian)),
+    }[column_order]
     found = gptq(weight, inverse_factor(hessian[order][:, order]), scales, zeros, bits, GROUP, order)
     reference = naive_gptq(weight, hessian, scales, zeros, bits, GROUP, order)
     # A value that lies on a rounding boundary may fall to either side, and changes what follows in its row.
@@ -152,6 +156,15 @@ def test_gptq_equals_the_naive_elimination(problem, bits, aware):
 def test_group_aware_order_keeps_groups_together_and_starts_with_the_most_important():
     diagonal = torch.tensor([1.0, 3.0, 9.0, 2.0, 5.0, 4.0])
     assert group_aware_order(diagonal, 2).tolist() == [2, 3, 4, 5, 1, 0]
+
+
+def test_costliest_first_order_sorts_by_the_diagonal_of_the_inverse(problem):
+    _, moments, _, _ = problem
+    hessian = damped(moments.hessian, 0.01)
+    order = costliest_first_order(inverse_factor(hessian))
+    costs = 1 / hessian.double().inverse().diagonal()[order]
+    assert (costs.diff() <= 1e-4 * costs[:-1]).all()
+    assert not torch.equal(order, torch.arange(len(order)))
 
 
 def naive_stage2(target, hessian, integers, scales, zeros, group_size, sweeps):
@@ -295,7 +308,7 @@ def test_every_step_lowers_the_loss_and_the_result_fits_the_format(problem, bits
 
 def test_stages_off_is_plain_gptq_and_nearest_is_nearest(problem):
     weight, moments, _, _ = problem
-    plain = settings(stages=(), act_group_aware=False, alpha=0.0, corrected_target=False)
+    plain = settings(stages=(), column_order="stored", alpha=0.0, corrected_target=False)
     scales, zeros = minmax_grid(weight, 3, GROUP, False)
     factor = inverse_factor(damped(moments.hessian, 0.01))
     expected = gptq(weight, factor, scales, zeros, 3, GROUP)
