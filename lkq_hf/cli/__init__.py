@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lkq_hf import __version__
+from lkq_hf.cli.evaluate import app as evaluate
 from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
 from lkq_hf.cli.quantize import quantize
@@ -22,6 +23,7 @@ app.command("generate-targets")(generate_targets)
 app.command("train")(train)
 app.command("quantize")(quantize)
 app.command("export")(export)
+app.add_typer(evaluate, name="evaluate")
 
 _debug = False
 
