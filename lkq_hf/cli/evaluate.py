@@ -61,7 +61,7 @@ def eviction(
     """Compare evicted caches with the full one, on prompts made from your texts.
 
     Every prompt is read once; from that, each scorer's cache at each budget is made, and answers. Writes results.json,
-    results.md and two plots. Under `accelerate launch`, the prompts are divided among the processes.
+    results.md and three plots. Under `accelerate launch`, the prompts are divided among the processes.
     """
     from lkq_hf.evaluation.environment import digests
     from lkq_hf.evaluation.eviction import check_budgets, check_scorers, evaluate_eviction, load_evaluator

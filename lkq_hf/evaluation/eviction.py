@@ -16,7 +16,7 @@ from lkq_hf.evaluation.decoding import Answers, answer_greedily, pad_left, score
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.journal import Journal
 from lkq_hf.evaluation.metrics import load_metric
-from lkq_hf.evaluation.prefill import ScoredAnswers, add_oracle, cache_bytes, kept_entries, read_prompts
+from lkq_hf.evaluation.prefill import ScoredAnswers, add_oracle, cache_bytes, kept_entries, read_prompts, stack_caches
 from lkq_hf.evaluation.tasks import Example, QuestionAnswering, Task
 from lkq_hf.scoring import SCORERS, Scorer, get_scorer
 
@@ -90,15 +90,21 @@ class EvictionEvaluator:
             for e in examples
         ]
         cells = {FULL: self._describe(answers, full.nll, full.chosen, answers, full_bytes)}
+        # The scorers of one budget answer together: a step costs little more for all of them than for one.
+        count = len(self.scorers)
+        logits, masks = prefill.logits.repeat(count, 1), mask.repeat(count, 1)
+        given = Answers(answers.ids.repeat(count, 1), answers.mask.repeat(count, 1))
         for budget in self.budgets:
-            for name in self.scorers:
-                cache = full.oracle[budget] if name == ORACLE else prefill.caches[name, budget]
-                size = cache_bytes(cache)
-                nll, chosen = score_answers(self.model, prefill.logits, mask, copy.deepcopy(cache), answers)
-                own = answer_greedily(self.model, prefill.logits, mask, copy.deepcopy(cache), max_new_tokens)
-                rows = self._describe(own, nll, chosen, answers, size)
-                for index, row in enumerate(rows):
-                    row |= self._attention(kept_entries(cache), kept_entries(full.oracle[budget]), full, index)
+            oracle = full.oracle[budget]
+            caches = [oracle if name == ORACLE else prefill.caches[name, budget] for name in self.scorers]
+            nll, chosen = score_answers(self.model, logits, masks, stack_caches(caches), given)
+            own = answer_greedily(self.model, logits, masks, stack_caches(caches), max_new_tokens)
+            for index, (name, cache) in enumerate(zip(self.scorers, caches, strict=True)):
+                here = slice(index * len(examples), (index + 1) * len(examples))
+                part = Answers(own.ids[here], own.mask[here])
+                rows = self._describe(part, nll[here], chosen[here], answers, cache_bytes(cache))
+                for prompt, row in enumerate(rows):
+                    row |= self._attention(kept_entries(cache), kept_entries(oracle), full, prompt)
                 cells[cell_name(name, budget)] = rows
         return [
             record | {"caches": {name: rows[index] for name, rows in cells.items()}}

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which people with any colour vision can tell apart; markers tell them apart in grey.
@@ -18,8 +17,14 @@ STYLES = {
     "oracle": ("#CC79A7", "D"),
 }
 FULL_STYLE: dict[str, Any] = {"color": "0.25", "linestyle": (0, (4, 3)), "linewidth": 1.2}
-QUALITY = {"answer_match": "right answers", "word_f1": "word F1 to the full cache's answer"}
-NLL_GAP = "NLL gap to the full cache (nats)"
+TITLES = {
+    "answer_match": "right answers",
+    "token_agreement": "tokens of the full cache's answer",
+    "word_f1": "word F1 to the full cache's answer",
+    "nll_gap": "NLL gap to the full cache (nats)",
+    "topk_recall": "recall of the oracle's entries",
+    "retained_attention_mass": "the answer's attention kept",
+}
 
 Row = Mapping[str, Any]
 
@@ -45,37 +50,47 @@ def require_matplotlib() -> None:
 
 
 def quality_metric(rows: Sequence[Row]) -> str:
-    """The metric by which a task is judged: right answers where it has any, else agreement with the full cache."""
-    return "answer_match" if all("answer_match" in row for row in rows) else "word_f1"
+    """The metric by which a task is judged: right answers where it has any, else the full cache's tokens matched."""
+    return "answer_match" if all("answer_match" in row for row in rows) else "token_agreement"
 
 
-def plot_quality(rows: Sequence[Row]) -> "Figure":
-    """Quality and NLL gap against the budget, a column of panels for each task and length.
+def plot_by_budget(rows: Sequence[Row], metric: str | None = None) -> "Figure":
+    """A metric against the budget, a panel for each task and length.
 
     Args:
         rows: see :func:`~lkq_hf.evaluation.eviction.summarise`.
+        metric: one of their columns; None for each task's :func:`quality_metric`.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     groups = _groups(rows)
-    figure = new_figure(max(4.6, 3.1 * len(groups) + 0.4), 5.6)
-    axes = figure.subplots(2, len(groups), squeeze=False, sharex="col", sharey="row")
-    for column, ((task, length), group) in enumerate(groups.items()):
-        metric = quality_metric(group)
-        top, bottom = axes[0, column], axes[1, column]
-        _lines(top, group, metric)
-        _lines(bottom, group, "nll_gap")
-        top.set_title(f"{task.replace('_', ' ')}, {length:,} tokens\n{QUALITY[metric]}", fontsize=9)
-        top.set_ylim(-0.04, 1.06)
+    columns = min(len(groups), 3)
+    lines = -(-len(groups) // columns)
+    figure = new_figure(max(5.2, 3.4 * columns), 2.7 * lines + 0.7)
+    axes = figure.subplots(lines, columns, squeeze=False, sharey=True)
+    for panel, ((task, length), group) in zip(axes.flat, groups.items(), strict=False):
+        shown = metric or quality_metric(group)
+        for scorer in dict.fromkeys(row["scorer"] for row in group):
+            own = [row for row in group if row["scorer"] == scorer]
+            if own[0]["budget"] is None:
+                panel.axhline(own[0][shown], label=scorer, zorder=0, **FULL_STYLE)
+                continue
+            color, marker = STYLES[scorer]
+            x, y = [row["budget"] for row in own], [row[shown] for row in own]
+            panel.plot(x, y, color=color, marker=marker, markersize=5, label=scorer)
+        panel.set_title(f"{task.replace('_', ' ')}, {length:,} tokens", fontsize=9)
+        panel.set_ylabel(TITLES[shown], fontsize=8)
         budgets = sorted({row["budget"] for row in group if row["budget"]})
-        bottom.set_xscale("log", base=2)
-        bottom.set_xticks(budgets, [str(budget) for budget in budgets])
-        bottom.minorticks_off()
-        bottom.set_xlabel("budget (entries per KV head)")
-    axes[0, 0].set_ylabel("quality")
-    axes[1, 0].set_ylabel(NLL_GAP, fontsize=8)
-    _finish(figure, axes)
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(budgets, [str(budget) for budget in budgets])
+        panel.minorticks_off()
+        if metric is None:
+            panel.set_ylim(-0.04, 1.06)
+    for panel in axes.flat[len(groups) :]:
+        panel.remove()
+    figure.supxlabel("budget (entries per KV head)", fontsize=9)
+    _finish(figure)
     return figure
 
 
@@ -114,7 +129,7 @@ def plot_pareto(rows: Sequence[Row]) -> "Figure":
         panel.set_xlabel("keys and values of one prompt (MiB)")
         panel.set_ylim(-0.04, 1.06)
     axes[0, 0].set_ylabel("quality (mean over tasks)")
-    _finish(figure, axes)
+    _finish(figure)
     return figure
 
 
@@ -147,12 +162,16 @@ def pareto_front(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
 
 
 def save_plots(rows: Sequence[Row], directory: str | os.PathLike[str]) -> list[Path]:
-    """Writes ``quality_by_budget.png`` and ``pareto.png``.
+    """Writes ``quality_by_budget.png``, ``nll_by_budget.png`` and ``pareto.png``, and returns their paths.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    figures = {"quality_by_budget": plot_quality(rows), "pareto": plot_pareto(rows)}
+    figures = {
+        "quality_by_budget": plot_by_budget(rows),
+        "nll_by_budget": plot_by_budget(rows, "nll_gap"),
+        "pareto": plot_pareto(rows),
+    }
     paths = [Path(directory) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=150)
@@ -166,28 +185,11 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     return groups
 
 
-def _lines(axes: "Axes", rows: Sequence[Row], metric: str) -> None:
-    for scorer in dict.fromkeys(row["scorer"] for row in rows):
-        own = [row for row in rows if row["scorer"] == scorer]
-        if own[0]["budget"] is None:
-            axes.axhline(own[0][metric], label=scorer, zorder=0, **FULL_STYLE)
-            continue
-        color, marker = STYLES[scorer]
-        axes.plot(
-            [row["budget"] for row in own],
-            [row[metric] for row in own],
-            color=color,
-            marker=marker,
-            markersize=5,
-            label=scorer,
-        )
-
-
-def _finish(figure: "Figure", axes: Any) -> None:
-    for panel in axes.flat:
+def _finish(figure: "Figure") -> None:
+    for panel in figure.axes:
         panel.grid(color="0.92", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
+    handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)

@@ -193,6 +193,22 @@ def add_oracle(model: PreTrainedModel, prefill: Prefill, answers: Answers, budge
     return ScoredAnswers(answers, nll, chosen, attention, caches)
 
 
+def stack_caches(caches: Sequence[LookaheadCache]) -> LookaheadCache:
+    """One cache that holds a copy of several along the batch, so that one forward serves them all.
+
+    Args:
+        caches: of one model, with the same budget, after prompts of the same length.
+    """
+    stacked = copy.deepcopy(caches[0])
+    for index, layer in enumerate(stacked.layers):
+        if layer.is_initialized:
+            layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
+            layer.values = torch.cat([cache.layers[index].values for cache in caches])
+        if isinstance(layer, EvictedLayer):
+            layer.kept_indices = torch.cat([cache.layers[index].kept_indices for cache in caches])
+    return stacked
+
+
 def kept_entries(cache: LookaheadCache) -> dict[int, torch.Tensor]:
     """For each compressed layer the positions of the kept entries, sorted, ``[batch, kv_heads, kept]``."""
     return {
