@@ -49,7 +49,7 @@ def main() -> None:
     """Runs the command line. Errors that a user can act on are one line, and the exit code is 1."""
     try:
         app()
-    except (ValueError, TypeError, OSError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
         if _debug:
             raise
         typer.echo(f"lkq-hf: {' '.join(str(error).split())}", err=True)

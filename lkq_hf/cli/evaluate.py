@@ -160,9 +160,11 @@ def perplexity(
 
 def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any, str]:
     """The model on this process's device, its tokenizer, and the data type that was chosen."""
+    import torch
     from accelerate import PartialState
 
-    state = PartialState(cpu=device == "cpu")
+    # Without an accelerator, several processes find each other only when told that they are on CPUs.
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
     place = device or str(state.device)
     if dtype == "auto":
         dtype = "bfloat16" if place.startswith("cuda") else "float32"
