@@ -7,7 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.real_model  # for SmolLM2's tokenizer; the models are tiny and random
 
-SETTING = ("--length", "200", "--budgets", "16,8", "--examples", "3", "--batch-size", "2")
+SETTING = ("--length", "320", "--budgets", "16,8", "--examples", "3", "--batch-size", "2")
 TASKS = "needle,needle_multi_value,variable_tracking,frequent_words,summarise"
 
 
@@ -32,20 +32,20 @@ def test_a_table_json_and_plots(checkpoint, text, tmp_path, run):
     rows = {(row["task"], row["scorer"], row["budget"]): row for row in found["rows"]}
     assert len(rows) == 5 * (1 + 2 * 4)
     for (task, scorer, budget), row in rows.items():
-        assert row["examples"] == 3 and row["length"] == 200
+        assert row["examples"] == 3 and row["length"] == 320
         assert ("answer_match" in row) == (task != "summarise")
         if scorer == "full cache":
             assert budget is None and row["nll_gap"] == 0 and row["word_f1"] == row["token_agreement"] == 1
-            assert row["kv_bytes"] == 200 * 3 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, head_dim, float32
+            assert row["kv_bytes"] == 320 * 3 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, head_dim, float32
             continue
         assert row["kv_bytes"] == budget * 3 * 2 * 2 * 16 * 4
-        assert 0 < row["topk_recall"] <= 1 and 0 < row["retained_attention_mass"] < 1
+        assert 0 <= row["topk_recall"] <= 1 and 0 < row["retained_attention_mass"] < 1
         if scorer == "oracle":
             assert row["topk_recall"] == 1
             others = [rows[task, other, budget] for other in ("lookahead", "snapkv", "streaming")]
             assert row["retained_attention_mass"] > max(other["retained_attention_mass"] for other in others)
     assert output.strip() == (tmp_path / "results.md").read_text().strip()
-    assert "| lookahead " in output and "summarise, 200 tokens, 3 prompts" in output
+    assert "| lookahead " in output and "summarise, 320 tokens, 3 prompts" in output
     for name in ("quality_by_budget", "nll_by_budget", "pareto"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
@@ -93,12 +93,12 @@ def test_results_do_not_depend_on_the_number_of_processes(checkpoint, text, tmp_
 
     assert run(*arguments(tmp_path / "one"))[0] == 0
     # What `accelerate launch` runs on GPUs; for CPUs alone it would need MPI.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0", "-m"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
     process = subprocess.run(
         [*launch, "lkq_hf.cli", *map(str, arguments(tmp_path / "two"))],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=120,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr
@@ -135,7 +135,7 @@ def test_json_on_the_terminal(checkpoint, text, tmp_path, run):
         (["--tasks", "riddles"], "unknown task 'riddles'"),
         (["--budgets", "64,many"], "--budgets expects whole numbers"),
         (["--budgets", "0"], "positive"),
-        (["--budgets", "200"], "evicts nothing"),
+        (["--budgets", "320"], "evicts nothing"),
         (["--dtype", "int3"], "unknown dtype"),
     ],
 )
@@ -147,7 +147,17 @@ def test_errors_are_one_line(checkpoint, text, tmp_path, run, more, message):
 
 
 def test_the_lookahead_scorer_needs_an_adapter(checkpoint, text, tmp_path, run):
-    arguments = ["evaluate", "eviction", checkpoint / "base", "--text", text, *SETTING, "--no-plots", "--device", "cpu"]
+    arguments = [
+        "evaluate",
+        "eviction",
+        checkpoint / "base",
+        "--text",
+        text,
+        *SETTING,
+        "--no-plots",
+        "--device",
+        "cpu",
+    ]
     code, _, error = run(*arguments, "--out", tmp_path / "a", "--scorers", "lookahead")
     assert code == 1 and "needs an adapter" in error
     assert run(*arguments, "--out", tmp_path / "b", "--tasks", "needle")[0] == 0

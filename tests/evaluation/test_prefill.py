@@ -94,16 +94,12 @@ def test_answers_are_those_of_generate(padded):
     expected = {}
     for (name, budget), cache in prefill.caches.items():
         alone = LookaheadCache(budget=budget, scorer=SCORERS[name])
-        generated = model.generate(
-            ids, attention_mask=mask, past_key_values=alone, max_new_tokens=6, do_sample=False
-        )
+        generated = model.generate(ids, attention_mask=mask, past_key_values=alone, max_new_tokens=6, do_sample=False)
         expected[name, budget] = generated[:, ids.shape[1] :]
         found = answer_greedily(model, prefill.logits, mask, copy.deepcopy(cache), 6)
         assert torch.equal(found.ids, expected[name, budget])
     six = [prefill.caches[name, 6] for name in SCORERS]
-    together = answer_greedily(
-        model, prefill.logits.repeat(3, 1), mask.repeat(3, 1), stack_caches(six), 6
-    )
+    together = answer_greedily(model, prefill.logits.repeat(3, 1), mask.repeat(3, 1), stack_caches(six), 6)
     assert torch.equal(together.ids, torch.cat([expected[name, 6] for name in SCORERS]))
     # Otherwise the comparisons above would say little.
     assert len({tuple(tokens.flatten().tolist()) for tokens in expected.values()}) > 1
