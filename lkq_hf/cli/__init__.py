@@ -9,6 +9,7 @@ from lkq_hf import __version__
 from lkq_hf.cli.evaluate import app as evaluate
 from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
+from lkq_hf.cli.inspect import inspect
 from lkq_hf.cli.quantize import quantize
 from lkq_hf.cli.train import train
 
@@ -24,6 +25,7 @@ app.command("train")(train)
 app.command("quantize")(quantize)
 app.command("export")(export)
 app.add_typer(evaluate, name="evaluate")
+app.command("inspect")(inspect)
 
 _debug = False
 
