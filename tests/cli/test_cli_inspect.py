@@ -1,6 +1,7 @@
 import html
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -11,8 +12,8 @@ pytestmark = pytest.mark.real_model  # for SmolLM2's tokenizer; the model is tin
 needs_chromium = pytest.mark.skipif(EXECUTABLE is None, reason="needs Chromium: apt-get install chromium")
 
 HOSTILE = (
-    "</script><script>document.title='owned'</script> <img src=x onerror=\"document.title='owned'\"> {{data}} {{style}}"
-    " <style>body{display:none}</style> <!-- ]]> &amp; &lt; ${1+1} \u202e reversed \u2028 \x00\x1b[31m \"quotes' "
+    "</script><script>document.title='owned'</script> <img src=x onerror=\"document.title='owned'\"> {{data}} "
+    "{{style}} <style>body{display:none}</style> <!-- ]]> &amp; &lt; ${1+1} \u202e reversed \u2028 \x00\x1b[31m \"quotes' "
     "日本🙂 end"
 )
 
@@ -115,6 +116,15 @@ def test_the_prompt_in_the_page_is_only_text(report):
         float(attributes["style"].removeprefix("--k:")) for name, attributes in elements if "style" in attributes
     ]
     assert shades == pytest.approx((inspection.counts("lookahead") / inspection.heads).sqrt().tolist(), abs=1e-3)
+
+
+def test_names_are_only_text_too(report):
+    from lkq_hf.inspection import render_report
+
+    inspection = report[1]
+    kept = {"</script><img src=x>": inspection.kept["snapkv"], "snapkv": inspection.kept["snapkv"]}
+    names = [name for name, _ in Elements(render_report(replace(inspection, model="<img>", kept=kept))).found]
+    assert names.count("script") == 2 and "img" not in names
 
 
 @needs_chromium

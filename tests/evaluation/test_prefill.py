@@ -72,10 +72,13 @@ def test_one_prefill_fills_the_cache_of_every_scorer_and_budget(architecture, pa
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_the_oracle_from_the_full_cache_is_the_oracle_of_a_prefill(architecture, padded):
     model = lookahead_model(architecture)
-    model.generation_config.eos_token_id = [5, 9]
     ids, mask = prompts(padded)
     prefill = read_prompts(model, ids, mask, SCORERS, BUDGETS)
+    free = answer_greedily(model, prefill.logits, mask, copy.deepcopy(prefill.full), 7)
+    # The first answer ends early, with a token that the second does not have.
+    model.generation_config.eos_token_id = next(t for t in free.ids[0, 1:].tolist() if t not in free.ids[1])
     answers = answer_greedily(model, prefill.logits, mask, copy.deepcopy(prefill.full), 7)
+    assert not answers.mask.all()
     full = add_oracle(model, prefill, answers, BUDGETS)
     assert full.nll.shape == answers.ids.shape
     # The full cache chose these tokens itself.
