@@ -59,7 +59,7 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 
 def _json(data: object) -> str:
     """JSON that cannot end the script element it stands in."""
-    return json.dumps(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return json.dumps(data).replace("<", "\\u003c")
 
 
 def _data(inspection: Inspection) -> dict[str, object]:
