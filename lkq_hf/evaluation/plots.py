@@ -76,9 +76,8 @@ def plot_by_budget(rows: Sequence[Row], metric: str | None = None) -> "Figure":
             if own[0]["budget"] is None:
                 panel.axhline(own[0][shown], label=scorer, zorder=0, **FULL_STYLE)
                 continue
-            color, marker = STYLES[scorer]
             x, y = [row["budget"] for row in own], [row[shown] for row in own]
-            panel.plot(x, y, color=color, marker=marker, markersize=5, label=scorer)
+            panel.plot(x, y, label=scorer, **_style(scorer))
         panel.set_title(f"{task.replace('_', ' ')}, {length:,} tokens", fontsize=9)
         panel.set_ylabel(TITLES[shown], fontsize=8)
         budgets = sorted({row["budget"] for row in group if row["budget"]})
@@ -89,7 +88,8 @@ def plot_by_budget(rows: Sequence[Row], metric: str | None = None) -> "Figure":
             panel.set_ylim(-0.04, 1.06)
     for panel in axes.flat[len(groups) :]:
         panel.remove()
-    figure.supxlabel("budget (entries per KV head)", fontsize=9)
+    for panel in axes.flat[max(0, len(groups) - columns) : len(groups)]:
+        panel.set_xlabel("budget (entries per KV head)", fontsize=9)
     _finish(figure)
     return figure
 
@@ -117,8 +117,7 @@ def plot_pareto(rows: Sequence[Row]) -> "Figure":
             if own[0]["budget"] is None:
                 panel.plot(x, y, "*", color="0.25", markersize=13, label=scorer)
                 continue
-            color, marker = STYLES[scorer]
-            panel.plot(x, y, marker, color=color, label=scorer, markersize=6)
+            panel.plot(x, y, label=scorer, **_style(scorer) | {"linestyle": "none"})
         front = pareto_front([point for point in points if point["scorer"] != "oracle"])
         panel.plot(
             [p["kv_bytes"] / 2**20 for p in front], [p["quality"] for p in front], color="0.6", linewidth=1, zorder=0
@@ -176,6 +175,19 @@ def save_plots(rows: Sequence[Row], directory: str | os.PathLike[str]) -> list[P
     for path, figure in zip(paths, figures.values(), strict=True):
         figure.savefig(path, dpi=150)
     return paths
+
+
+def _style(scorer: str) -> dict[str, Any]:
+    color, marker = STYLES[scorer]
+    # Hollow, and the first on top: points that coincide stay visible.
+    first = scorer == "lookahead"
+    return {
+        "color": color,
+        "marker": marker,
+        "markersize": 5 if first else 8,
+        "markerfacecolor": color if first else "none",
+        "zorder": 4 if first else 3,
+    }
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
