@@ -122,6 +122,21 @@ def test_questions_of_the_user(checkpoint, text, tmp_path, run):
     assert [record["reference"] for record in records] == [question["answers"]] * 3
 
 
+def test_quantised_checkpoints(checkpoint, text, tmp_path, run):
+    out = ["--bits", "4", "--group-size", "32", "--num-samples", "2", "--model-seqlen", "64", "--device", "cpu"]
+    assert run("quantize", checkpoint / "base", "--dataset", text, "--out", tmp_path / "quantised", *out)[0] == 0
+    model = tmp_path / "quantised"
+    small = ["--text", text, "--device", "cpu", "--out"]
+    assert run("evaluate", "perplexity", model, "--window", "64", "--max-windows", "2", *small, tmp_path / "p")[0] == 0
+    base = ["evaluate", "perplexity", checkpoint / "base", "--window", "64", "--max-windows", "2", *small]
+    assert run(*base, tmp_path / "b")[0] == 0
+    assert results(tmp_path / "p")["rows"] != results(tmp_path / "b")["rows"]
+    arguments = ["evaluate", "eviction", model, "--adapter", checkpoint / "adapter", *SETTING, "--no-plots", *small]
+    code, _, error = run(*arguments, tmp_path / "e", "--tasks", "needle")
+    assert code == 0, error
+    assert {row["scorer"] for row in results(tmp_path / "e")["rows"]} >= {"lookahead", "oracle"}
+
+
 def test_json_on_the_terminal(checkpoint, text, tmp_path, run):
     code, output, _ = run(*eviction(checkpoint, text, tmp_path, "--tasks", "needle", "--json"))
     assert code == 0
