@@ -1,8 +1,14 @@
 """Runs before any test module is imported."""
 
 import os
+import socket
 
 import torch
+
+# No test reaches the real Hub: tests/hub answers at this address, which huggingface_hub reads when it is imported.
+with socket.create_server(("127.0.0.1", 0)) as _free:
+    os.environ["HF_ENDPOINT"] = f"http://127.0.0.1:{_free.getsockname()[1]}"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 # Without a GPU, Triton kernels are tested in Triton's interpreter, which must be asked for before Triton is imported.
 # Only tests that force LKQ_KERNELS=triton run them: on the CPU the library itself chooses the torch references.

@@ -23,6 +23,8 @@ class LookaheadKVConfig(PeftConfig):
             every linear module of the decoder's layers. An empty list trains the tokens alone.
         last_layer_modules: names of the modules that keep their LoRA in the last layer, where only queries and keys
             can change the scores. None for the attention's query and key projections, ``"all"`` for no exception.
+        row_power: exponent of the power mean over the lookahead tokens' attention, in training and scoring: 1 for the
+            paper's mean, 2 for the root mean square.
         pooling_kernel_size: odd width of the pooling along the prompt that suits this adapter, 1 for none.
         base_model_shape: sizes of the model that the adapter was made for; filled in by the first model it is
             attached to, and checked by every later one.
@@ -40,6 +42,7 @@ class LookaheadKVConfig(PeftConfig):
     last_layer_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules with a LoRA in the last layer; None for queries and keys."}
     )
+    row_power: float = field(default=1.0, metadata={"help": "Exponent of the mean over lookahead tokens; 1: paper."})
     pooling_kernel_size: int = field(default=1, metadata={"help": "Odd width of the pooling of scores, 1 for none."})
     base_model_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Sizes of the base model; filled in when the adapter is attached."}
@@ -52,6 +55,8 @@ class LookaheadKVConfig(PeftConfig):
         _check_range("r", self.r, MAX_RANK)
         if not self.lora_alpha > 0:
             raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}")
+        if not 1 <= self.row_power <= 8:
+            raise ValueError(f"row_power must be from 1 to 8, got {self.row_power}")
         if self.pooling_kernel_size < 1 or self.pooling_kernel_size % 2 == 0:
             raise ValueError(f"pooling_kernel_size must be a positive odd number, got {self.pooling_kernel_size}")
         if isinstance(self.last_layer_modules, str) and self.last_layer_modules != "all":

@@ -56,12 +56,13 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
     """The learned tokens, ``[num_lookahead_tokens, hidden]`` for each adapter; attached to the decoder."""
 
     adapter_layer_names = ("lookahead_kv_tokens",)
-    other_param_names = ("pooling_kernel_sizes",)
+    other_param_names = ("pooling_kernel_sizes", "row_powers")
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.lookahead_kv_tokens = nn.ParameterDict()
         self.pooling_kernel_sizes: dict[str, int] = {}
+        self.row_powers: dict[str, float] = {}
         self._complete: set[str] = set()
         # In a tuple, so that it is not registered as a submodule and saved twice.
         self._embedding = (embedding,)
@@ -71,6 +72,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         tokens = _initial_tokens(self._embedding[0], config.num_lookahead_tokens, hidden_size)
         self.lookahead_kv_tokens[adapter_name] = _parameter(tokens, config)
         self.pooling_kernel_sizes[adapter_name] = config.pooling_kernel_size
+        self.row_powers[adapter_name] = config.row_power
         self._complete.discard(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -119,6 +121,14 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
             ValueError: no adapter, or more than one, is active.
         """
         return self.pooling_kernel_sizes[self._require_active()]
+
+    def row_power(self) -> float:
+        """Exponent of the active adapter's mean over its tokens.
+
+        Raises:
+            ValueError: no adapter, or more than one, is active.
+        """
+        return self.row_powers[self._require_active()]
 
     def get_base_layer(self) -> nn.Module:
         return self._embedding[0]

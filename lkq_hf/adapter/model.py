@@ -130,6 +130,14 @@ class LookaheadKVModel(BaseTuner):
         return super()._remove_adapter_name_from_key(key, adapter_name).replace(".base_layer.", ".")
 
     @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
+        # Runs while `model` is being saved: the one place where a tuner meets the object that may be pushed next.
+        from lkq_hf.hub.push import add_card_to_pushes
+
+        add_card_to_pushes(model)
+        return super()._get_adapter_state_dict(model, *args, **kwargs)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls,
         model: nn.Module,

@@ -1,5 +1,7 @@
 """The cache that a user passes to ``generate``."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,6 +9,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.cache.static import MASKED_ATTENTION, StaticEvictedLayer, StaticSlidingLayer, StaticStorage
 from lkq_hf.scoring import Scorer, get_scorer
 
 
@@ -27,24 +30,36 @@ class LookaheadCache(Cache):
         scorer: what decides: "lookahead" (needs a ``LOOKAHEAD_KV`` adapter on the model), "snapkv", "streaming",
             "random", or a :class:`~lkq_hf.scoring.Scorer`. For the scorers that need no adapter, a model without one
             is prepared once with :func:`~lkq_hf.cache.prepare_model_for_eviction`.
+        max_new_tokens: asks for static shapes: storage is laid out once, for what the prompt keeps and this many
+            tokens, and on a GPU ``generate`` then compiles the decode and replays it as a CUDA graph. The tokens are
+            the same; the first call compiles. Pass what you pass to ``generate``; if more tokens come, the storage
+            grows, which compiles again. None, the default, is storage that grows with every token, without compiling.
 
     Raises:
-        ValueError, TypeError: the budget or the scorer is not one of the above.
+        ValueError, TypeError: the budget, the scorer or max_new_tokens is not one of the above.
 
     Example:
 
         >>> model.load_adapter("username/my-model-lookahead")
         >>> model.generate(**inputs, past_key_values=LookaheadCache(budget=256))
+        >>> model.generate(  # the same, compiled
+        ...     **inputs, past_key_values=LookaheadCache(budget=256, max_new_tokens=512), max_new_tokens=512
+        ... )
 
     Source: LookaheadKV (arXiv 2603.10899).
     """
 
-    def __init__(self, budget: int | float, scorer: str | Scorer = "lookahead") -> None:
+    def __init__(
+        self, budget: int | float, scorer: str | Scorer = "lookahead", max_new_tokens: int | None = None
+    ) -> None:
         super().__init__(layers=[])
         self.layers: list[Any]
         self.budget = _check_budget(budget)
         self.scorer = get_scorer(scorer)
+        self.max_new_tokens = _check_max_new_tokens(max_new_tokens)
         self._records_past = False
+        # Slots that are free for certain; the exact number is on the device.
+        self._free_slots = 0
 
     def entries_to_keep(self, length: int) -> int:
         """Entries that a prompt of ``length`` tokens keeps per KV head, at most ``length``."""
@@ -55,21 +70,44 @@ class LookaheadCache(Cache):
     @property
     def has_prompt(self) -> bool:
         """Whether a prompt has been read, so that what comes next is appended."""
-        return self.get_seq_length() > 0
+        return self._has_static_storage or self.get_seq_length() > 0
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the decode; it asks before the prompt is read."""
+        return self.max_new_tokens is not None and not self._records_past
+
+    @property
+    def _has_static_storage(self) -> bool:
+        first = self.layers[0] if self.layers else None
+        return isinstance(first, StaticStorage) and first.has_static_storage
 
     def build_layers(self, config: PreTrainedConfig) -> None:
         """Creates the empty layers that a model with this config needs.
 
         Raises:
             NotImplementedError: the model has layers whose state cannot be cut to a set of entries.
+            ValueError: static shapes are asked for, and the model's attention cannot mask the slots not yet written.
         """
+        if self.is_compileable and config._attn_implementation not in MASKED_ATTENTION:
+            raise ValueError(
+                "LookaheadCache(max_new_tokens=...) has static shapes, of which the attention must mask what is not "
+                f"yet written; expected {' or '.join(MASKED_ATTENTION)}, found {config._attn_implementation}. Call "
+                'model.set_attn_implementation("sdpa"), or leave max_new_tokens out.'
+            )
+        room = self.max_new_tokens or 0
+        full: Callable[[], Any] = EvictedLayer
+        sliding: Callable[[int], Any] = UncompressedSlidingLayer
+        if self.is_compileable:
+            full = partial(StaticEvictedLayer, room)
+            sliding = partial(StaticSlidingLayer, room)
         layers: list[Any] = []
         for index, layer in enumerate(DynamicCache(config=config).layers):
             # Exact types: subclasses carry more state (recurrent, indexed), which eviction would leave inconsistent.
             if type(layer) is DynamicLayer:
-                layers.append(EvictedLayer())
+                layers.append(full())
             elif type(layer) is DynamicSlidingWindowLayer:
-                layers.append(UncompressedSlidingLayer(layer.sliding_window))
+                layers.append(sliding(layer.sliding_window))
             elif layer.__class__.__name__ == "DummyLayer":
                 layers.append(layer)
             else:
@@ -84,6 +122,7 @@ class LookaheadCache(Cache):
                 "already: there is nothing to evict. Generate without past_key_values for this model."
             )
         self.layers = layers
+        self._free_slots = room
         if self._records_past:
             super().activate_past_recording()
 
@@ -107,6 +146,24 @@ class LookaheadCache(Cache):
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        # A forward announces its tokens here, and generate does so outside of what it compiles: here room is made.
+        if self._has_static_storage and not torch.compiler.is_compiling():
+            self._reserve(query_length)
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    def _reserve(self, query_length: int) -> None:
+        """Makes room for a forward of ``query_length`` tokens, and, if that is a later prompt, for its answer."""
+        tokens = query_length if query_length == 1 else query_length + (self.max_new_tokens or 0)
+        if tokens > self._free_slots:
+            layers = [layer for layer in self.layers if isinstance(layer, StaticStorage)]
+            if tokens > min(layer.free_slots() for layer in layers):
+                # All at once, so that a compiled decode is compiled again once.
+                for layer in layers:
+                    layer.grow(tokens)
+            self._free_slots = min(layer.free_slots() for layer in layers)
+        self._free_slots -= query_length
+
     def reset(self) -> None:
         """Forgets everything that was read; the next prompt is compressed again."""
         self.layers = []
@@ -127,7 +184,7 @@ class LookaheadCache(Cache):
         layers = [_layer_summary(layer) for layer in self.layers]
         compressed = [row for row, layer in zip(layers, self.layers, strict=True) if isinstance(layer, EvictedLayer)]
         return {
-            "tokens_seen": self.get_seq_length(),
+            "tokens_seen": int(self.get_seq_length()),
             "entries_stored": max((row["entries_stored"] for row in compressed), default=0),
             "bytes": self.nbytes,
             "bytes_without_eviction": sum(row["bytes_without_eviction"] for row in layers),
@@ -145,11 +202,25 @@ class LookaheadCache(Cache):
 
 def _layer_summary(layer: Any) -> dict[str, int]:
     tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None and tensor.numel()]
-    stored = tensors[0].shape[-2] if tensors else 0
+    if not tensors:
+        return {"entries_stored": 0, "bytes": 0, "bytes_without_eviction": 0}
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    # Other layers than these lose nothing to eviction.
-    whole = size // stored * layer.tokens_seen if stored and isinstance(layer, EvictedLayer) else size
-    return {"entries_stored": stored, "bytes": size, "bytes_without_eviction": whole}
+    slots = tensors[0].shape[-2]
+    if not isinstance(layer, EvictedLayer):
+        # A window loses nothing to eviction.
+        return {"entries_stored": slots, "bytes": size, "bytes_without_eviction": size}
+    whole = size // slots * int(layer.get_seq_length())
+    return {"entries_stored": layer.stored, "bytes": size, "bytes_without_eviction": whole}
+
+
+def _check_max_new_tokens(max_new_tokens: int | None) -> int | None:
+    if max_new_tokens is None:
+        return None
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
+        raise TypeError(f"max_new_tokens must be a number of tokens (int) or None, got {max_new_tokens!r}")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}; pass None for storage that grows")
+    return max_new_tokens
 
 
 def _check_budget(budget: int | float) -> int | float:

@@ -74,12 +74,16 @@ class EvictedLayer(DynamicLayer):
             self.keys, self.values, self.kept_indices = select_compact(scores, key, value, budget)
             self._evicted_length = length
 
+    @property
+    def stored(self) -> int:
+        """Entries stored for each KV head."""
+        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+
     def get_seq_length(self) -> int:
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        stored = self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
-        return stored + query_length, self.tokens_seen - stored
+        return self.stored + query_length, self.tokens_seen - self.stored
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens.

@@ -8,6 +8,7 @@ layer's entries are scored and evicted; after the forward, the suffix is cut off
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from inspect import signature
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from lkq_hf.attention import start_observing, thread_state
@@ -22,17 +24,19 @@ from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.scoring import PrefillAttention, Scorer
 
+MASKS_ATTRIBUTE = "create_masks_for_generate"
+
 
 class EvictionHandle:
     """Undoes :func:`prepare_model_for_eviction`: call :meth:`remove`, or use as a context manager."""
 
-    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(self, undo: list[Callable[[], object]]) -> None:
+        self._undo = undo
 
     def remove(self) -> None:
         """Takes the hooks off the model again. Does nothing when called twice."""
-        while self._handles:
-            self._handles.pop().remove()
+        while self._undo:
+            self._undo.pop()()
 
     def __enter__(self) -> "EvictionHandle":
         return self
@@ -67,12 +71,32 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         )
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
         return EvictionHandle([])
-    return EvictionHandle(
-        [
-            decoder.register_forward_pre_hook(_before_forward, with_kwargs=True),
-            decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True),
-        ]
-    )
+    undo: list[Callable[[], object]] = [
+        decoder.register_forward_pre_hook(_before_forward, with_kwargs=True).remove,
+        decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,
+    ]
+    base: Any = _base_model(model)
+    if hasattr(base, "generate"):
+        create_masks = getattr(type(base), MASKS_ATTRIBUTE, create_masks_for_generate)
+        setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, create_masks))
+        undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
+    return EvictionHandle(undo)
+
+
+def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) -> Any:
+    """What ``generate`` calls, by the name that a model may define, to prepare masks for a compileable cache.
+
+    The mask of a prompt stays as it is: eviction has to see the padding, and a prefill, which is not compiled, makes
+    its masks by itself.
+    """
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, LookaheadCache) and not cache.has_prompt:
+        return kwargs.get("attention_mask")
+    return create_masks(**kwargs)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def get_decoder(model: nn.Module) -> PreTrainedModel:
@@ -81,7 +105,7 @@ def get_decoder(model: nn.Module) -> PreTrainedModel:
     Raises:
         TypeError: the model has none.
     """
-    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base: Any = _base_model(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     if not isinstance(decoder, PreTrainedModel):
         raise TypeError(

@@ -10,22 +10,29 @@ from lkq_hf.cli.evaluate import app as evaluate
 from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
 from lkq_hf.cli.inspect import inspect
+from lkq_hf.cli.push import push
 from lkq_hf.cli.quantize import quantize
 from lkq_hf.cli.train import train
 
 app = typer.Typer(
     name="lkq-hf",
     help="Cheap long-context inference for Hugging Face models: cache eviction and low-bit weights.",
+    epilog="Errors are one line (exit code 1; 2 for wrong options). `lkq-hf COMMAND --help` explains a command.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate-targets")(generate_targets)
 app.command("train")(train)
 app.command("quantize")(quantize)
 app.command("export")(export)
+app.command("push")(push)
 app.add_typer(evaluate, name="evaluate")
 app.command("inspect")(inspect)
+
+# What a user can act on is told by its text alone; the name of any other error is part of what happened.
+_EXPLAINED = (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError)
 
 _debug = False
 
@@ -48,11 +55,14 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line. Errors that a user can act on are one line, and the exit code is 1."""
+    """Runs the command line: exit code 0, 1 after an error (one line on stderr), 2 for wrong options."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
         if _debug:
             raise
-        typer.echo(f"lkq-hf: {' '.join(str(error).split())}", err=True)
+        text = " ".join(str(error).split())
+        if not isinstance(error, _EXPLAINED):
+            text = f"{type(error).__name__}: {text} (lkq-hf --debug shows where)"
+        typer.echo(f"lkq-hf: {text or type(error).__name__}", err=True)
         sys.exit(1)

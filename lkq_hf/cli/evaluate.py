@@ -1,12 +1,12 @@
 """``lkq-hf evaluate``: what evicted caches lose on tasks made from the user's texts, and perplexity."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lkq_hf.cli.options import Device, Model, load_model
+from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
     help="Measure a model on your own texts: what evicted caches lose, or its perplexity.", no_args_is_help=True
@@ -21,7 +21,6 @@ Precision = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")
 ]
 BatchSize = Annotated[int, typer.Option(help="Prompts or windows in a batch.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print the results as JSON instead of a table.")]
 
 
 @app.command()
@@ -110,7 +109,7 @@ def eviction(
     evaluator = load_evaluator(causal_lm, tokenizer, adapter, chosen, kept)
     results = evaluate_eviction(evaluator, built, lengths, examples, journal, batch_size)
     table = eviction_table(results["rows"])
-    if _write(out, results, table, as_json) and plots:
+    if _write(out, results, table) and plots:
         for path in save_plots(results["rows"], out):
             typer.echo(f"Wrote {path}", err=True)
 
@@ -155,7 +154,7 @@ def perplexity(
     )
     results = evaluate_perplexity(causal_lm, windows, journal, batch_size)
     titles = {"windows": "windows", "tokens": "tokens", "nll": "NLL", "perplexity": "perplexity"}
-    _write(out, results, table(results["rows"], titles), as_json)
+    _write(out, results, table(results["rows"], titles))
 
 
 def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any, str]:
@@ -171,7 +170,7 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any, str]:
     return *load_model(model, dtype, place), dtype
 
 
-def _write(out: Path, results: dict[str, Any], table: str, as_json: bool) -> bool:
+def _write(out: Path, results: dict[str, Any], table: str) -> bool:
     """Writes and prints the results, in one process only; returns whether this is the one."""
     from accelerate import PartialState
 
@@ -181,8 +180,7 @@ def _write(out: Path, results: dict[str, Any], table: str, as_json: bool) -> boo
         return False
     write_json(out / "results.json", results)
     (out / "results.md").write_text(table + "\n", encoding="utf-8")
-    shown = {name: value for name, value in results.items() if name != "records"}
-    typer.echo(json.dumps(shown, indent=1) if as_json else table)
+    report(table, {name: value for name, value in results.items() if name != "records"})
     typer.echo(f"Wrote {out / 'results.json'}", err=True)
     return True
 

@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lkq_hf.cli.output import AsJson, report
+
 
 class ExportFormat(StrEnum):
     gptq = "gptq"
@@ -16,8 +18,10 @@ def export(
     source: Annotated[Path, typer.Argument(help="Directory of a quantised checkpoint.", exists=True, file_okay=False)],
     format: Annotated[ExportFormat, typer.Option(help="Format of the new checkpoint.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint; must not exist.")],
+    as_json: AsJson = False,
 ) -> None:
     """Write a quantised checkpoint as plain GPTQ, or as compressed-tensors pack-quantized."""
     from lkq_hf.quantization.export import export_checkpoint
 
-    typer.echo(f"Wrote {export_checkpoint(source, out, format.value)}")
+    export_checkpoint(source, out, format.value)
+    report(f"Wrote {out}", {"checkpoint": out, "format": format.value})

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from lkq_hf.cli.options import Device, Dtype, Model, load_model
+from lkq_hf.cli.output import AsJson, report
 
 
 def generate_targets(
@@ -31,6 +32,7 @@ def generate_targets(
     workers: Annotated[int, typer.Option(help="Processes that build prompts.")] = 1,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Make training data for a lookahead adapter: prompts from documents, answered by the model itself.
 
@@ -52,6 +54,7 @@ def generate_targets(
         sets = _built_prompts(
             documents or [], tokenizer, count, validation_count, validation_fraction, seed, workers, mix
         )
+    written = {}
     for name, rows in sets.items():
         targets = respond(
             causal_lm,
@@ -63,7 +66,10 @@ def generate_targets(
             process_index=state.process_index,
             num_processes=state.num_processes,
         )
-        typer.echo(f"{name}: {len(targets)} prompts with responses in {out / name}")
+        written[name] = {"directory": out / name, "prompts": len(targets)}
+    lines = [f"{name}: {made['prompts']} prompts with responses in {out / name}" for name, made in written.items()]
+    if state.is_main_process:
+        report("\n".join(lines), written)
 
 
 def _built_prompts(

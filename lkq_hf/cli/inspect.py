@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lkq_hf.cli.options import Device, Model, load_model
+from lkq_hf.cli.output import AsJson, report
 
 
 def inspect(
@@ -23,6 +24,7 @@ def inspect(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, for --oracle.", min=1)] = 64,
     raw: Annotated[bool, typer.Option("--raw", help="Read the prompt as it is, without the chat template.")] = False,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: AsJson = False,
     device: Device = None,
 ) -> None:
     """Show which tokens of a prompt are kept, by layer and by head, in a page that needs no network."""
@@ -49,4 +51,14 @@ def inspect(
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render_report(inspection), encoding="utf-8")
     mebibytes = [f"{size / 2**20:.2f} MiB" for size in (inspection.kept_bytes, inspection.full_bytes)]
-    typer.echo(f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head, {' of '.join(mebibytes)}")
+    report(
+        f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head, {' of '.join(mebibytes)}",
+        {
+            "report": str(out),
+            "tokens": len(inspection.pieces),
+            "budget": inspection.budget,
+            "bytes": inspection.kept_bytes,
+            "bytes_without_eviction": inspection.full_bytes,
+            "answers": inspection.answers,
+        },
+    )

@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Argument(help="Model: a directory or an id on the Hub.")]
+Model = Annotated[str, typer.Argument(help="Model: a directory or an id on the Hub.", metavar="MODEL")]
 Dtype = Annotated[str, typer.Option(help="Data type of the model's weights: float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu; by default the best there is.")]
 

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lkq_hf.cli.options import Device, Model
+from lkq_hf.cli.output import AsJson, report
 
 
 def quantize(
@@ -28,7 +29,11 @@ def quantize(
         bool, typer.Option("--block-by-block", help="Read one block at a time: for models larger than memory.")
     ] = False,
     dtype: Annotated[str, typer.Option(help="Data type of all other weights; auto for the base model's.")] = "auto",
+    base_model_name: Annotated[
+        str | None, typer.Option(help="Name of the base model that the checkpoint records, if not MODEL.")
+    ] = None,
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Quantise a causal language model and save it with its tokenizer.
 
@@ -52,6 +57,10 @@ def quantize(
         text_column=text_column,
         modules_to_not_convert=modules_to_not_convert,
         device=device,
+        meta={"base_model": base_model_name} if base_model_name else None,
     )
-    report = quantizer.report
-    typer.echo(f"{out}: {report.seconds:.0f} s on {report.device}, peak memory {report.peak_memory / 2**30:.2f} GiB")
+    walk = quantizer.report
+    report(
+        f"{out}: {walk.seconds:.0f} s on {walk.device}, peak memory {walk.peak_memory / 2**30:.2f} GiB",
+        {"checkpoint": out, "seconds": walk.seconds, "device": walk.device, "peak_memory_bytes": walk.peak_memory},
+    )

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lkq_hf.cli.options import Device, Dtype, Model, load_model
+from lkq_hf.cli.output import AsJson, report
 
 
 def train(
@@ -19,6 +20,7 @@ def train(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 8,
     lora_alpha: Annotated[float, typer.Option(help="The LoRA's update is scaled by lora_alpha / rank.")] = 32,
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the lookahead positions beside the tokens.")] = True,
+    row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 1.0,
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
     importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 0.5,
@@ -32,6 +34,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
+    as_json: AsJson = False,
 ) -> None:
     """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint."""
     from accelerate import PartialState
@@ -40,6 +43,7 @@ def train(
     from transformers.trainer_utils import get_last_checkpoint
 
     from lkq_hf.adapter import LookaheadKVConfig
+    from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
 
     state = PartialState(cpu=device == "cpu")
@@ -51,6 +55,7 @@ def train(
         num_lookahead_tokens=num_lookahead_tokens,
         r=rank,
         lora_alpha=lora_alpha,
+        row_power=row_power,
         pooling_kernel_size=pooling_kernel_size,
         target_modules=None if lora else [],
     )
@@ -87,4 +92,16 @@ def train(
     trainer.save_metrics("eval", metrics)
     if state.is_main_process:
         peft_model.save_pretrained(str(out))
-        typer.echo(f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}")
+        options = {
+            "steps": trainer.state.global_step,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "importance_heads": importance_heads,
+            "importance_power": importance_power,
+            "seed": seed,
+            "dtype": dtype,
+        }
+        write_training_record(out, options, metrics)
+        report(
+            f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
+        )

@@ -19,6 +19,7 @@ def lookahead_scores(
     mask: Tensor | None = None,
     row_mask: Tensor | None = None,
     softcap: float | None = None,
+    row_power: float = 1.0,
     reduce_heads: bool = True,
 ) -> Tensor:
     """Mean attention of the last ``n`` positions to each of the ``length`` positions before them.
@@ -38,18 +39,23 @@ def lookahead_scores(
         mask: ``[batch, length]`` bool, True for a real token. Padding gets no attention and a score of ``-inf``.
         row_mask: ``[batch, n]`` bool, True for a row that counts in the mean (responses of a batch differ in length).
         softcap: soft capping of the logits, ``softcap * tanh(logits / softcap)`` (Gemma 2).
-        reduce_heads: average over the query heads of each KV head.
+        row_power: exponent of the power mean down a column, ``mean(p ** row_power) ** (1 / row_power)``. 1 is the
+            mean of the papers; 2, the root mean square, counts an entry that few rows need much for more than one
+            that all rows need a little.
+        reduce_heads: take the mean over the query heads of each KV head as well.
 
     Returns:
         float32 scores, ``[batch, kv_heads, length]``, or ``[batch, heads, length]`` without ``reduce_heads``. (float64
         for float64 inputs.)
 
     Raises:
-        ValueError: the shapes do not fit together.
+        ValueError: the shapes do not fit together, or ``row_power`` is not positive.
         TypeError: a mask is not boolean.
     """
     _check(query, key, mask, row_mask)
-    return _LookaheadScores.apply(query, key, mask, row_mask, scaling, softcap, reduce_heads)
+    if not row_power > 0:
+        raise ValueError(f"row_power must be positive, found {row_power}.")
+    return _LookaheadScores.apply(query, key, mask, row_mask, scaling, softcap, row_power, reduce_heads)
 
 
 class _LookaheadScores(torch.autograd.Function):
@@ -64,23 +70,24 @@ class _LookaheadScores(torch.autograd.Function):
         row_mask: Tensor | None,
         scaling: float,
         softcap: float | None,
+        row_power: float,
         reduce_heads: bool,
     ) -> Tensor:
         if use_triton(query, key):
             from lkq_hf.kernels.lookahead_scores_triton import lookahead_scores_triton
 
-            scores, partial_lse = lookahead_scores_triton(query, key, mask, row_mask, scaling, softcap, reduce_heads)
+            implementation = lookahead_scores_triton
         else:
-            scores, partial_lse = _reference(query, key, mask, row_mask, scaling, softcap, reduce_heads)
-        ctx.save_for_backward(query, key, mask, row_mask, partial_lse)
-        ctx.settings = (scaling, softcap, reduce_heads)
+            implementation = _reference
+        scores, partial_lse = implementation(query, key, mask, row_mask, scaling, softcap, row_power, reduce_heads)
+        ctx.save_for_backward(query, key, mask, row_mask, partial_lse, scores)
+        ctx.settings = (scaling, softcap, row_power, reduce_heads)
         return scores
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, mask, row_mask, partial_lse = ctx.saved_tensors
-        grad_query, grad_key = _reference_backward(grad, query, key, mask, row_mask, partial_lse, *ctx.settings)
-        return grad_query, grad_key, None, None, None, None, None
+        grad_query, grad_key = _reference_backward(grad, *ctx.saved_tensors, *ctx.settings)
+        return grad_query, grad_key, None, None, None, None, None, None
 
 
 def _reference(
@@ -90,6 +97,7 @@ def _reference(
     row_mask: Tensor | None,
     scaling: float,
     softcap: float | None,
+    row_power: float,
     reduce_heads: bool,
 ) -> tuple[Tensor, Tensor]:
     """The scores, and the log-sum-exp of each row over each split, ``[batch, kv_heads, splits, ratio * n]``."""
@@ -102,8 +110,11 @@ def _reference(
     scores = lse.new_empty(batch, kv_heads, heads // kv_heads, total - n)
     weights = _row_weights(query, row_mask)
     for chunk, logits in _logit_chunks(query, key, total - n, mask, scaling, softcap):
-        scores[..., chunk] = (logits.sub_(lse[..., None]).exp_() * weights[..., None]).sum(-2)
+        powers = logits.sub_(lse[..., None]).mul_(row_power).exp_()
+        scores[..., chunk] = (powers * weights[..., None]).sum(-2)
     scores = scores.mean(2) if reduce_heads else scores.flatten(1, 2)
+    if row_power != 1:
+        scores = scores.pow_(1 / row_power)
     return scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf), lse.flatten(2)[:, :, None]
 
 
@@ -114,30 +125,48 @@ def _reference_backward(
     mask: Tensor | None,
     row_mask: Tensor | None,
     partial_lse: Tensor,
+    scores: Tensor,
     scaling: float,
     softcap: float | None,
+    row_power: float,
     reduce_heads: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``query`` and ``key``: d logits = p * (g - sum p g), where g is the gradient of p."""
+    """Gradients of ``query`` and ``key``: d logits = p * (g - sum p g), where g is the gradient of p.
+
+    For a power mean s of exponent k, g holds the factor (p / s) ** (k - 1).
+    """
     batch, kv_heads, total, head_dim = key.shape
     heads, n = query.shape[1:3]
     ratio = heads // kv_heads
     if mask is not None:
         grad = grad.masked_fill(~mask[:, None], 0)
-    grad = grad[:, :, None] / ratio if reduce_heads else grad.unflatten(1, (kv_heads, ratio))
-    grad = torch.nn.functional.pad(grad, (0, n))  # the rows' own keys have no score
+
+    def per_row(columns: Tensor) -> Tensor:
+        """From a tensor of the scores' shape; the rows' own keys have no score."""
+        columns = columns[:, :, None] if reduce_heads else columns.unflatten(1, (kv_heads, ratio))
+        return torch.nn.functional.pad(columns, (0, n))[..., None, :]
+
+    grad = per_row(grad / ratio if reduce_heads else grad)
+    # In the exponent, where a large power of a small score is no trouble. A score of 0 has rows of 0 to go with it.
+    offset = None if row_power == 1 else per_row((row_power - 1) * scores.clamp(min=1e-30).log())
     weights = _row_weights(query, row_mask)[..., None]
     lse = partial_lse.logsumexp(2).unflatten(-1, (ratio, n))
 
+    def weighted(log_probability: Tensor, chunk: slice) -> Tensor:
+        """p * g."""
+        if offset is not None:
+            log_probability = log_probability * row_power - offset[..., chunk]
+        return log_probability.exp() * (grad[..., chunk] * weights)
+
     row_sum = torch.zeros_like(lse)
     for chunk, logits in _logit_chunks(query, key, total - n, mask, scaling, softcap):
-        probability = logits.sub_(lse[..., None]).exp_()
-        row_sum += (probability * grad[..., None, chunk] * weights).sum(-1)
+        row_sum += weighted(logits.sub_(lse[..., None]), chunk).sum(-1)
 
     rows = query.to(lse.dtype).reshape(batch, kv_heads, ratio * n, head_dim)
     grad_rows, grad_key = torch.zeros_like(rows), torch.empty_like(key)
     for chunk, logits in _logit_chunks(query, key, total, mask, scaling, softcap):
-        grad_logits = (logits - lse[..., None]).exp_() * (grad[..., None, chunk] * weights - row_sum[..., None])
+        log_probability = logits - lse[..., None]
+        grad_logits = weighted(log_probability, chunk) - log_probability.exp_() * row_sum[..., None]
         if softcap is not None:
             # A masked logit is -inf, and its gradient is zero already.
             grad_logits *= 1 - (logits.clamp(min=-softcap) / softcap) ** 2

@@ -1,9 +1,10 @@
 """Triton kernels of :mod:`lkq_hf.kernels.lookahead_scores`.
 
 The keys are read twice. The first pass leaves each row's log-sum-exp over each split of the keys; the second combines
-the splits and sums exp(logit - log-sum-exp) down the columns. Keeping the logits instead of reading the keys again
-would move more bytes: for Llama-3.1-8B, 4 kB a position written and read back, against 2 kB. All query rows of a KV
-head share a tile, so that grouped-query heads fill the tensor cores. Logits are in base 2, as exp2 is one instruction.
+the splits and sums exp(logit - log-sum-exp), or a power of it, down the columns. Keeping the logits instead of reading
+the keys again would move more bytes: for Llama-3.1-8B, 4 kB a position written and read back, against 2 kB. All query
+rows of a KV head share a tile, so that grouped-query heads fill the tensor cores. Logits are in base 2, as exp2 is one
+instruction.
 """
 
 import functools
@@ -26,6 +27,7 @@ def lookahead_scores_triton(
     row_mask: Tensor | None,
     scaling: float,
     softcap: float | None,
+    row_power: float,
     reduce_heads: bool,
 ) -> tuple[Tensor, Tensor]:
     """The scores, and the log-sum-exp of each row over each split, ``[batch, kv_heads, splits, ratio * n]``."""
@@ -83,9 +85,22 @@ def lookahead_scores_triton(
     with torch.cuda.device_of(key):
         _partial_lse_kernel[grid](*inputs, partial_lse, **constants)
         _column_mean_kernel[grid](
-            *inputs, partial_lse, row_offset, log2_divisor, scores, SPLITS=triton.next_power_of_2(splits), **constants
+            *inputs,
+            partial_lse,
+            row_offset,
+            log2_divisor,
+            row_power,
+            scores,
+            SPLITS=triton.next_power_of_2(splits),
+            HAS_POWER=row_power != 1,
+            **constants,
         )
-    return scores[0] if row_blocks == 1 else scores.sum(0), partial_lse
+    if row_blocks == 1:
+        return scores[0], partial_lse
+    scores = scores.sum(0)
+    if row_power != 1:
+        scores = torch.where(scores == -torch.inf, scores, scores.pow(1 / row_power))
+    return scores, partial_lse
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -280,8 +295,10 @@ def _column_mean_kernel(
     partial_lse,
     row_offset,
     log2_divisor,
+    row_power,
     scores,
     SPLITS: tl.constexpr,
+    HAS_POWER: tl.constexpr,
     KV_HEADS: tl.constexpr,
     RATIO: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -321,7 +338,10 @@ def _column_mean_kernel(
         other=float("-inf"),
     )
     maximum = tl.where(exists, tl.max(partial, 0), 0.0)
-    offset = maximum + tl.log2(tl.sum(tl.exp2(partial - maximum[None, :]), 0)) + log2_divisor
+    offset = maximum + tl.log2(tl.sum(tl.exp2(partial - maximum[None, :]), 0))
+    if HAS_POWER:
+        offset *= row_power
+    offset += log2_divisor
     if row_offset is not None:
         offset += tl.load(row_offset + batch * n + row % n)
     offset = tl.where(exists, offset, float("inf"))
@@ -338,7 +358,11 @@ def _column_mean_kernel(
         start = begin + (blocks - 1 - i) * BLOCK_KEYS
         block = _key_block(keys, start, stop, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_KEYS, False)
         logits = _cap(tl.dot(block, columns, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+        if HAS_POWER:
+            logits *= row_power
         score = tl.sum(tl.exp2(logits - offset[None, :]), 1)
+        if HAS_POWER and ROW_BLOCKS == 1:
+            score = tl.exp2(tl.log2(score) / row_power)
         inside = start + position < stop
         if mask is not None:
             real = tl.load(mask + batch * length + start + position, mask=inside, other=0)

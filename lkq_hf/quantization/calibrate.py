@@ -1,6 +1,7 @@
 """From a model in memory and a configuration to the quantised model: what every front end calls."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,11 +72,18 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     model.train(training)
     config.block_name_to_quantize = list_name
     config.meta = {
+        **_base_model(model),
         **copy.deepcopy(config.meta),
         "quantizer": [f"lkq-hf:{__version__}"],
         "calibration": recipe.to_dict(),
     }
     return report
+
+
+def _base_model(model: PreTrainedModel) -> dict[str, str]:
+    """The name under which the Hub knows the model; nothing for a directory, whose path concerns nobody else."""
+    name = model.name_or_path
+    return {"base_model": name} if name and not Path(name).exists() and name.count("/") <= 1 else {}
 
 
 def _tokenizer(model: PreTrainedModel, config: TwoStageGPTQConfig) -> PreTrainedTokenizerBase:

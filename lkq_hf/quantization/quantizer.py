@@ -66,6 +66,13 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         self.report = calibrate(model, self.quantization_config)
         place(model, self.requested_device_map)
 
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
+        # Runs while the model is being saved, which comes before every push.
+        from lkq_hf.hub.push import add_card_to_pushes
+
+        add_card_to_pushes(model)
+        return super().get_state_dict_and_metadata(model)
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         return restore_linear(model, dtype or model.dtype)
 
@@ -74,6 +81,11 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether ``generate`` may compile the decode of a model with packed layers."""
         return True
 
 

@@ -18,16 +18,18 @@ ADAPTER_ATTRIBUTE = "lookahead"
 class LookaheadScorer(Scorer):
     """Mean attention that the adapter's learned tokens, appended after the prompt, pay to each prompt key.
 
-    Needs a model with a ``LOOKAHEAD_KV`` adapter.
+    Needs a model with a ``LOOKAHEAD_KV`` adapter, whose config also says which mean it was trained for.
 
     Args:
         kernel_size: odd width of the pooling along the prompt, 1 for none. None takes what the adapter's config
             recommends.
         pooling: "max" or "avg".
+        row_power: exponent of the power mean over the learned tokens. None takes the adapter's.
     """
 
     kernel_size: int | None = None
     pooling: str = "max"
+    row_power: float | None = None
     uses_adapter = True
 
     def __post_init__(self) -> None:
@@ -36,7 +38,11 @@ class LookaheadScorer(Scorer):
     def bind(self, decoder: nn.Module) -> Scorer:
         tokens = self._adapter_tokens(decoder)
         tokens.check_complete(decoder)
-        return self if self.kernel_size is not None else replace(self, kernel_size=tokens.pooling_kernel_size())
+        return replace(
+            self,
+            kernel_size=tokens.pooling_kernel_size() if self.kernel_size is None else self.kernel_size,
+            row_power=tokens.row_power() if self.row_power is None else self.row_power,
+        )
 
     def suffix(self, decoder: nn.Module) -> torch.Tensor:
         return self._adapter_tokens(decoder).active_tokens()
@@ -59,5 +65,6 @@ class LookaheadScorer(Scorer):
             attention.scaling,
             mask=attention.mask,
             softcap=attention.softcap,
+            row_power=self.row_power or 1.0,
         )
         return pool_scores(scores, self.kernel_size or 1, self.pooling)

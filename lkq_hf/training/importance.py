@@ -104,7 +104,7 @@ def response_importance(
 
 
 def lookahead_importance(
-    model: nn.Module, decoder: PreTrainedModel, prompt: PromptCache, tokens: torch.Tensor
+    model: nn.Module, decoder: PreTrainedModel, prompt: PromptCache, tokens: torch.Tensor, row_power: float = 1.0
 ) -> dict[int, torch.Tensor]:
     """What the active adapter predicts for each prompt entry, with gradients.
 
@@ -113,6 +113,7 @@ def lookahead_importance(
         decoder: its stack of decoder layers.
         prompt: the prompt's cache.
         tokens: the adapter's lookahead tokens, ``[1, count, hidden]``.
+        row_power: exponent of the power mean over them.
 
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
@@ -122,7 +123,7 @@ def lookahead_importance(
 
     def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
         if module.layer_idx in layers:
-            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, None)
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, None, row_power)
 
     batch = next(layer.keys.shape[0] for layer in prompt.layers if layer.keys is not None)  # type: ignore[union-attr]
     embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
@@ -132,7 +133,12 @@ def lookahead_importance(
 
 
 def _per_head_scores(
-    query: torch.Tensor, key: torch.Tensor, options: dict, prompt: PromptCache, row_mask: torch.Tensor | None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    options: dict,
+    prompt: PromptCache,
+    row_mask: torch.Tensor | None,
+    row_power: float = 1.0,
 ) -> torch.Tensor:
     scaling = options.get("scaling")
     return lookahead_scores(
@@ -142,6 +148,7 @@ def _per_head_scores(
         mask=None if prompt.mask is None else prompt.mask.to(key.device),
         row_mask=row_mask,
         softcap=options.get("softcap"),
+        row_power=row_power,
         reduce_heads=False,
     )
 

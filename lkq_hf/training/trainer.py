@@ -83,7 +83,8 @@ class LookaheadTrainer(Trainer):
         decoder = get_decoder(unwrapped)
         prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"])
         targets = response_importance(decoder, prompt, inputs["response_ids"], inputs["response_mask"])
-        predicted = lookahead_importance(model, decoder, prompt, self._tokens(unwrapped).active_tokens())
+        tokens = self._tokens(unwrapped)
+        predicted = lookahead_importance(model, decoder, prompt, tokens.active_tokens(), tokens.row_power())
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
             targets, predicted = (

@@ -1,4 +1,5 @@
 import html
+import json
 import re
 import sys
 from dataclasses import replace
@@ -214,7 +215,8 @@ def test_the_command(checkpoint, text, tmp_path, run):
     # The chat template's tokens are there, and the oracle is not.
     assert html.escape("<|im_start|>user") in re.sub(r"</?span[^>]*>", "", source)
     assert "oracle" not in source.partition("<script")[0]
-    assert run(*arguments, "--out", tmp_path / "b.html", "--raw", "--oracle")[0] == 0
+    code, output, _ = run(*arguments, "--out", tmp_path / "b.html", "--raw", "--oracle", "--json")
+    assert code == 0 and list(json.loads(output)["answers"]) == ["full cache", "snapkv", "streaming", "oracle"]
     source = (tmp_path / "b.html").read_text(encoding="utf-8")
     assert "im_start" not in source and "sinks + recent" in source and "<h2>Answers</h2>" in source
     code, _, error = run(*arguments[:4], "--budget", 5000, "--out", tmp_path / "c.html", "--device", "cpu")

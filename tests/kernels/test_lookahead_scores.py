@@ -8,7 +8,7 @@ from lkq_hf.kernels.lookahead_scores import lookahead_scores
 SCALING = 0.2
 
 
-def definition(query, key, scaling, mask=None, row_mask=None, softcap=None, reduce_heads=True):
+def definition(query, key, scaling, mask=None, row_mask=None, softcap=None, row_power=1.0, reduce_heads=True):
     """The whole matrix of attention at once, in float64."""
     batch, heads, n, _ = query.shape
     kv_heads, total = key.shape[1:3]
@@ -20,14 +20,15 @@ def definition(query, key, scaling, mask=None, row_mask=None, softcap=None, redu
     if mask is not None:
         padding = torch.cat([~mask, mask.new_zeros(batch, n)], dim=-1)
         hidden = hidden | padding[:, None, None]
-    probabilities = logits.masked_fill(hidden, -torch.inf).softmax(-1)[..., : total - n]
+    probabilities = logits.masked_fill(hidden, -torch.inf).softmax(-1)[..., : total - n] ** row_power
     if row_mask is None:
         scores = probabilities.mean(2)
     else:
         scores = torch.stack([rows[:, real].mean(1) for rows, real in zip(probabilities, row_mask, strict=True)])
-    if mask is not None:
-        scores = scores.masked_fill(~mask[:, None], -torch.inf)
-    return scores.unflatten(1, (kv_heads, -1)).mean(2) if reduce_heads else scores
+    if reduce_heads:
+        scores = scores.unflatten(1, (kv_heads, -1)).mean(2)
+    scores = scores ** (1 / row_power)
+    return scores if mask is None else scores.masked_fill(~mask[:, None], -torch.inf)
 
 
 def make_inputs(device, batch=2, kv_heads=2, ratio=4, n=32, length=150, head_dim=64, dtype=torch.float32, spread=2.0):
@@ -90,6 +91,23 @@ def test_masks_and_softcap(device, use_kernels, implementation, reduce_heads, so
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("row_power", [2.0, 3.5])
+@pytest.mark.parametrize("ratio", [3, 12])  # 12 heads of 16 rows: more than one block of rows
+@pytest.mark.parametrize("reduce_heads", [True, False])
+def test_power_means(device, use_kernels, implementation, row_power, ratio, reduce_heads):
+    query, key = make_inputs(device, ratio=ratio, n=16, length=300)
+    options = {
+        "mask": left_padding(device, 300, [0, 250]),
+        "row_mask": torch.arange(16, device=device) < torch.tensor([16, 9], device=device)[:, None],
+        "row_power": row_power,
+        "reduce_heads": reduce_heads,
+    }
+    use_kernels(implementation)
+    scores = lookahead_scores(query, key, SCALING, **options)
+    torch.testing.assert_close(scores.double(), definition(query, key, SCALING, **options), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
 def test_a_padded_prompt_scores_as_it_does_alone(device, use_kernels, implementation):
     query, key = make_inputs(device, length=140)
     use_kernels(implementation)
@@ -137,8 +155,9 @@ def test_large_logits_do_not_overflow(device, use_kernels, implementation):
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("reduce_heads", [True, False])
+@pytest.mark.parametrize("row_power", [1.0, 2.0, 3.5])
 @pytest.mark.parametrize("chunk_bytes", [module._CHUNK_BYTES, 2**12])
-def test_gradients(monkeypatch, softcap, reduce_heads, chunk_bytes):
+def test_gradients(monkeypatch, softcap, reduce_heads, row_power, chunk_bytes):
     monkeypatch.setattr(module, "_CHUNK_BYTES", chunk_bytes)
     query, key = make_inputs("cpu", ratio=3, n=4, length=5, head_dim=3, dtype=torch.float64, spread=1.0)
     mask = left_padding("cpu", 5, [0, 3])
@@ -146,14 +165,22 @@ def test_gradients(monkeypatch, softcap, reduce_heads, chunk_bytes):
 
     def real_scores(query, key):
         scores = lookahead_scores(
-            query, key, 0.4, mask=mask, row_mask=row_mask, softcap=softcap, reduce_heads=reduce_heads
+            query,
+            key,
+            0.4,
+            mask=mask,
+            row_mask=row_mask,
+            softcap=softcap,
+            row_power=row_power,
+            reduce_heads=reduce_heads,
         )
         return scores.masked_fill(~mask[:, None], 0)
 
     assert torch.autograd.gradcheck(real_scores, (query.requires_grad_(), key.requires_grad_()))
 
 
-def test_gradients_through_the_kernel(device, use_kernels):
+@pytest.mark.parametrize("row_power", [1.0, 2.0])
+def test_gradients_through_the_kernel(device, use_kernels, row_power):
     query, key = make_inputs(device, ratio=3, n=16, length=300, spread=1.0)
     mask = left_padding(device, 300, [0, 250])
     weights = torch.randn(2, 6, 300, device=device)
@@ -161,7 +188,7 @@ def test_gradients_through_the_kernel(device, use_kernels):
     for implementation in ("torch", "triton"):
         use_kernels(implementation)
         inputs = query.clone().requires_grad_(), key.clone().requires_grad_()
-        scores = lookahead_scores(*inputs, SCALING, mask=mask, reduce_heads=False)
+        scores = lookahead_scores(*inputs, SCALING, mask=mask, row_power=row_power, reduce_heads=False)
         gradients[implementation] = torch.autograd.grad(scores, inputs, weights)
     torch.testing.assert_close(gradients["triton"], gradients["torch"], rtol=1e-3, atol=1e-6)
 
@@ -204,6 +231,7 @@ def test_cpu_tensors_use_the_reference_unless_forced(monkeypatch):
         ({"mask": torch.ones(2, 14, dtype=torch.bool)}, ValueError, r"\[2, 10\]"),
         ({"mask": torch.ones(2, 10)}, TypeError, "boolean"),
         ({"row_mask": torch.ones(2, 10, dtype=torch.bool)}, ValueError, r"\[2, 4\]"),
+        ({"row_power": 0.0}, ValueError, "row_power"),
     ],
 )
 def test_errors(change, error, message):

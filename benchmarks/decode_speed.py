@@ -1,0 +1,355 @@
+"""Decoding through ``generate`` after a long prompt: tokens per second and memory by cache, random weights.
+
+    python benchmarks/decode_speed.py                   # an 8B Llama on one CUDA GPU
+    python benchmarks/decode_speed.py --quantized 4     # also with packed 4-bit weights, against bf16
+    python benchmarks/decode_speed.py --small           # a smoke run on any machine
+
+Each cell is a cache and a batch size:
+
+    dynamic                   DynamicCache
+    static                    StaticCache, compiled
+    static, short prompt      StaticCache, compiled, after a prompt of as many tokens as the budget keeps
+    snapkv                    LookaheadCache, storage that grows
+    snapkv, static            LookaheadCache(max_new_tokens=...), compiled
+    lookahead                 the same two on a model with a LOOKAHEAD_KV adapter, which is idle while decoding
+    lookahead, static
+
+A cache is filled with random entries, as a prefill would leave it, so that the prompt need not be read for every cell;
+``generate`` then goes on from it. Its steps are timed by CUDA events, the median counts. A run before that compiles
+(first_call_s, less where the compiler remembers an earlier cell or run). With batch 1 the whole is timed too: a random
+prompt read and answered, by what is compiled already.
+
+Every finished cell is written at once. When the time given by --minutes is over, the remaining cells are skipped and
+named; --batches and --cells choose some.
+"""
+
+import argparse
+import copy
+import gc
+import json
+import statistics
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hardware import describe
+from peft import get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache, StoppingCriteria
+
+from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.packing import group_index, pack_zeros
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+    "max_position_embeddings": 262144,
+}
+SMALL = LLAMA_8B | {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
+GROUP_SIZE = 128
+TOKENS_TO_WARM_UP = 8  # two steps compile and record, the others show that nothing is compiled any more
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    prompt: int
+    budget: int
+    tokens: int  # timed, where the decode is compiled
+    tokens_uncompiled: int
+
+
+@dataclass(frozen=True)
+class Method:
+    empty_cache: Callable[[Any, Sizes], Cache]  # of a model's config
+    compiled: bool
+    adapted: bool = False
+    short: bool = False  # the prompt is as long as the budget
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true", help="a tiny model and short prompts, on any device")
+    parser.add_argument("--quantized", type=int, choices=(2, 3, 4, 8), metavar="BITS", help="also packed weights")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 4], help="in the order in which to run")
+    parser.add_argument("--cells", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+    parser.add_argument("--prompt", type=int, default=32_768, help="tokens")
+    parser.add_argument("--budget", type=int, default=1024, help="entries kept")
+    parser.add_argument("--minutes", type=float, default=4.0, help="after which no cell is begun")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "decode_speed.json")
+    options = parser.parse_args()
+    if DEVICE == "cpu" and not options.small:
+        parser.error("this benchmark needs a CUDA GPU, and torch finds none; --small runs anywhere")
+
+    started = time.perf_counter()
+    sizes = Sizes(options.prompt, options.budget, 128, 32)
+    if options.small:
+        sizes = Sizes(256, 32, 12, 12)
+    results: dict[str, Any] = {"hardware": describe(), "sizes": vars(sizes), "cells": [], "skipped": []}
+    print(json.dumps(results["hardware"]), flush=True)
+
+    model, adapted = build_models(SMALL if options.small else LLAMA_8B)
+    for batch in options.batches:
+        for name in options.cells:
+            run_cell(
+                results, options, started, "bf16", name, adapted if METHODS[name].adapted else model, batch, sizes
+            )
+    if options.quantized is not None:
+        del adapted
+        quantize_at_random(model, options.quantized)
+        for batch in options.batches:
+            for name in ("snapkv", "snapkv, static"):
+                run_cell(results, options, started, f"W{options.quantized}", name, model, batch, sizes)
+    print(f"written to {options.output}; {time.perf_counter() - started:.0f} s")
+
+
+def run_cell(
+    results: dict[str, Any],
+    options: argparse.Namespace,
+    started: float,
+    weights: str,
+    name: str,
+    model: Any,
+    batch: int,
+    sizes: Sizes,
+) -> None:
+    """Measures one cell and writes all results so far; an error is a result too."""
+    cell: dict[str, Any] = {"weights": weights, "batch": batch, "cache": name}
+    if time.perf_counter() - started > 60 * options.minutes:
+        results["skipped"].append(cell)
+    else:
+        try:
+            cell |= measure(model, METHODS[name], batch, sizes)
+        except Exception as error:  # a cell that fails, out of memory say, must not cost the others
+            cell["error"] = f"{type(error).__name__}: {error}"[:500]
+            traceback.print_exc()
+        results["cells"].append(cell)
+        print(json.dumps(cell), flush=True)
+        free_memory()
+    results["ratios"] = ratios(results["cells"])
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times the tokens per second of other caches, or of bf16 weights, with the same batch."""
+    speed = {
+        (cell["weights"], cell["batch"], cell["cache"]): cell["tokens_per_second"]
+        for cell in cells
+        if "tokens_per_second" in cell
+    }
+    return [
+        {"weights": weights, "batch": batch, "cache": name, "other_weights": other[0], "other": other[2]}
+        | {"ratio": speed[weights, batch, name] / speed[other]}
+        for weights, batch, name in speed
+        for other in (
+            ("bf16", batch, "dynamic"),
+            ("bf16", batch, "static, short prompt"),
+            ("bf16", batch, name.removesuffix(", static")),
+            ("bf16", batch, name),
+        )
+        if other in speed and other != (weights, batch, name)
+    ]
+
+
+# One cell
+
+
+class StepClock(StoppingCriteria):
+    """Never stops; takes the time whenever ``generate`` has chosen a token."""
+
+    def __init__(self) -> None:
+        self.marks: list[Any] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if DEVICE == "cuda":
+            self.marks.append(torch.cuda.Event(enable_timing=True))
+            self.marks[-1].record()
+        else:
+            self.marks.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def milliseconds(self) -> list[float]:
+        """Of each token but the first."""
+        synchronize()
+        pairs = list(zip(self.marks, self.marks[1:], strict=False))
+        if DEVICE == "cuda":
+            return [start.elapsed_time(end) for start, end in pairs]
+        return [1e3 * (end - start) for start, end in pairs]
+
+
+def measure(model: Any, method: Method, batch: int, sizes: Sizes) -> dict[str, Any]:
+    tokens = sizes.tokens if method.compiled else sizes.tokens_uncompiled
+    *_, first_call = generate(model, method, filled_cache(model, method, batch, sizes), batch, TOKENS_TO_WARM_UP)
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    cache = filled_cache(model, method, batch, sizes)
+    ids, steps, _ = generate(model, method, cache, batch, tokens)
+    steps.sort()
+    milliseconds = statistics.median(steps)
+    result = {
+        "tokens_per_second": 1e3 * batch / milliseconds,
+        "ms_per_step": milliseconds,
+        "ms_per_step_p10_p90": [steps[len(steps) // 10], steps[len(steps) * 9 // 10]],
+        "steps": len(steps),
+        "first_call_s": first_call,
+        "cache_gib": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 2**30,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None,
+        "first_tokens": ids[0, -tokens:][:8].tolist(),
+    }
+    if batch == 1:
+        del cache
+        prompt = sizes.budget if method.short else sizes.prompt
+        for answer in (TOKENS_TO_WARM_UP, sizes.tokens):
+            *_, seconds = generate(model, method, method.empty_cache(model.config, sizes), 1, answer, prompt)
+        result |= {"prompt": prompt, "answer": sizes.tokens, "prompt_and_answer_s": seconds}
+    return result
+
+
+def generate(
+    model: Any, method: Method, cache: Cache, batch: int, tokens: int, prompt: int | None = None
+) -> tuple[torch.Tensor, list[float], float]:
+    """Token ids, milliseconds of each step, and seconds of the call.
+
+    An empty cache first reads ``prompt`` tokens, a filled one the one new token that ``generate`` always expects.
+    """
+    length = int(cache.get_seq_length()) + 1 if prompt is None else prompt
+    input_ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)
+    clock = StepClock()
+    synchronize()
+    start = time.perf_counter()
+    ids = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        past_key_values=cache,
+        max_new_tokens=tokens,
+        do_sample=False,
+        stopping_criteria=[clock],
+        disable_compile=not method.compiled,
+    )
+    synchronize()
+    return ids, clock.milliseconds(), time.perf_counter() - start
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def free_memory() -> None:
+    """Also forgets what was compiled: each cell compiles for its own shapes, as in a process of its own."""
+    gc.collect()
+    torch.compiler.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+# Caches as a prefill leaves them
+
+
+def filled_cache(model: Any, method: Method, batch: int, sizes: Sizes) -> Cache:
+    """A cache that holds random entries; those of one batch size are equal in all caches of one kind."""
+    torch.manual_seed(batch)
+    config = model.config
+    cache = method.empty_cache(config, sizes)
+    length = sizes.budget if method.short else sizes.prompt
+    shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
+    if isinstance(cache, LookaheadCache):
+        cache.build_layers(config)
+    for index in range(config.num_hidden_layers):
+        key, value = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+        if isinstance(cache, LookaheadCache):
+            scores = torch.rand(shape[:3], device=DEVICE)
+            cache.layers[index].evict(key, value, scores, sizes.budget, defer=False)
+        else:
+            cache.update(key, value, index)
+    return cache
+
+
+def lookahead_cache(scorer: str, static: bool) -> Callable[[Any, Sizes], Cache]:
+    return lambda config, sizes: LookaheadCache(sizes.budget, scorer, max_new_tokens=sizes.tokens if static else None)
+
+
+def static_cache(config: Any, sizes: Sizes) -> Cache:
+    return StaticCache(config=config, max_cache_len=sizes.prompt + sizes.tokens)
+
+
+def short_static_cache(config: Any, sizes: Sizes) -> Cache:
+    return StaticCache(config=config, max_cache_len=sizes.budget + sizes.tokens)
+
+
+METHODS = {
+    "dynamic": Method(lambda config, sizes: DynamicCache(config=config), compiled=False),
+    "static, short prompt": Method(short_static_cache, compiled=True, short=True),
+    "snapkv": Method(lookahead_cache("snapkv", static=False), compiled=False),
+    "snapkv, static": Method(lookahead_cache("snapkv", static=True), compiled=True),
+    "static": Method(static_cache, compiled=True),
+    "lookahead": Method(lookahead_cache("lookahead", static=False), compiled=False, adapted=True),
+    "lookahead, static": Method(lookahead_cache("lookahead", static=True), compiled=True, adapted=True),
+}
+
+
+# Models
+
+
+def build_models(sizes: dict[str, Any]) -> tuple[Any, Any]:
+    """A model with random weights, and the same weights under an adapter."""
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16).eval()
+        shared = {id(parameter): parameter for parameter in model.parameters()}
+        adapted = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+        get_peft_model(adapted, LookaheadKVConfig())
+    for each in (model, adapted):
+        each.generation_config.eos_token_id = None
+        each.generation_config.pad_token_id = 0
+        each.requires_grad_(False)
+        prepare_model_for_eviction(each)
+    return model, adapted
+
+
+def quantize_at_random(model: Any, bits: int) -> None:
+    """Puts a packed Linear with random integers in the place of every linear module of the decoder's layers."""
+    for layer in model.get_decoder().layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                parent, _, attribute = name.rpartition(".")
+                setattr(layer.get_submodule(parent), attribute, random_packed(module, bits))
+    gc.collect()
+
+
+def random_packed(linear: nn.Linear, bits: int) -> QuantizedLinear:
+    packed = QuantizedLinear(
+        linear.in_features, linear.out_features, bits=bits, group_size=GROUP_SIZE, sym=True, device=DEVICE
+    )
+    zeros = torch.full((linear.out_features, linear.in_features // GROUP_SIZE), 2 ** (bits - 1), device=DEVICE)
+    packed.qweight.random_(-(2**31), 2**31 - 1)
+    packed.qzeros.copy_(pack_zeros(zeros.int(), bits, sym=True))
+    # The spread of the weights that it replaces.
+    packed.scales.fill_(float(linear.weight.std()) * 12**0.5 / 2**bits)
+    packed.g_idx.copy_(group_index(linear.in_features, GROUP_SIZE, DEVICE))
+    packed.validate()
+    return packed
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Layers with static shapes, for a decode that is compiled once and replayed as a CUDA graph.
+
+When the prompt has been read, its entries are copied to the front of tensors with room for the tokens to come. From
+then on nothing moves: a new entry is written into the next slot, and how many slots are filled is a number on the
+device, which a graph can read and raise. The slot of a token is its position less a constant, ``offset``, since
+whatever was dropped was dropped before; so transformers' own masks (causal, padding, sliding window), which get that
+offset, also hide the slots that nothing was written to yet.
+
+A sliding-window layer is laid out in the same way, its window followed by room for the new tokens: a few entries
+more than a ring would need, but neither a rotation in each step nor a counter that the graph would have to know.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import DynamicLayer as _Layer
+else:
+    _Layer = object
+
+SLOTS_MULTIPLE = 64  # fewer distinct sizes to compile for, and rows that attention kernels like
+LEAST_GROWTH = 256  # slots; to compile again costs more than they do
+
+MASKED_ATTENTION = ("eager", "sdpa")
+"""Attention implementations that take a mask with one value for each slot."""
+
+
+class StaticStorage(_Layer):
+    """Mixed into a dynamic layer, whose own behaviour ends with the forward that reads the prompt.
+
+    Args:
+        room: tokens to lay out room for, beyond what the prompt leaves.
+        *args: those of the dynamic layer.
+
+    Attributes:
+        keys, values: ``[batch, kv_heads, slots, head_dim]`` once the prompt is stored; slots not yet written are zero.
+    """
+
+    is_compileable = True
+    keys: torch.Tensor
+    values: torch.Tensor
+    _filled: torch.Tensor  # slots written, a scalar on the device of the keys
+
+    def __init__(self, room: int, *args: int) -> None:
+        super().__init__(*args)
+        self._room, self._arguments = room, args
+        # Whether the prompt has been stored, so that shapes and addresses do not change any more.
+        self.has_static_storage = False
+        self._offset = 0  # position of the token in slot 0
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_static_storage:
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            if self.is_initialized:
+                self._lay_out()
+            return keys, values
+        count = key_states.shape[-2]
+        slots = torch.arange(count, device=self._filled.device) + self._filled
+        self._filled.add_(count)
+        self.keys.index_copy_(2, slots, key_states)
+        self.values.index_copy_(2, slots, value_states)
+        return self.keys, self.values
+
+    @torch.compiler.disable  # storage made by a graph would be overwritten by its next replay
+    def _lay_out(self) -> None:
+        """Moves what the prompt left into static storage."""
+        stored = self.keys.shape[-2]
+        self._offset = int(super().get_seq_length()) - stored
+        self._filled = torch.full((), stored, device=self.keys.device)  # no wait for the device, unlike torch.tensor
+        torch._dynamo.mark_static_address(self._filled)
+        self._allocate(self.keys, self.values, stored + self._room)
+        self.has_static_storage = True
+
+    def _allocate(self, keys: torch.Tensor, values: torch.Tensor, slots: int) -> None:
+        """New storage of at least ``slots`` slots that begins with these entries."""
+        slots = -(-slots // SLOTS_MULTIPLE) * SLOTS_MULTIPLE
+        for name, entries in (("keys", keys), ("values", values)):
+            # Zeros, not garbage: a masked slot still takes part, with weight 0, and 0 times NaN is NaN.
+            storage = entries.new_zeros(*entries.shape[:2], slots, entries.shape[-1])
+            storage[:, :, : entries.shape[-2]] = entries
+            torch._dynamo.mark_static_address(storage)
+            setattr(self, name, storage)
+
+    def free_slots(self) -> int:
+        """How many tokens still fit. Waits for the device."""
+        return self.keys.shape[-2] - int(self._filled)
+
+    def grow(self, tokens: int) -> None:
+        """At least doubles the storage, so that ``tokens`` more fit; a compiled decode is then compiled again.
+
+        Drops what has left a sliding window.
+        """
+        filled = int(self._filled)
+        first = self._first_needed_slot(filled)
+        slots = max(2 * self.keys.shape[-2], filled - first + max(tokens, LEAST_GROWTH))
+        self._allocate(self.keys[:, :, first:filled], self.values[:, :, first:filled], slots)
+        self._offset += first
+        self._filled.fill_(filled - first)
+
+    def _first_needed_slot(self, filled: int) -> int:
+        return 0
+
+    def _first_croppable_length(self) -> int:
+        """Length of the text before which the cache cannot go back."""
+        raise NotImplementedError
+
+    def get_seq_length(self) -> Any:
+        """Logical length; after the prompt a scalar tensor, as a number would be a constant of the compiled graph."""
+        return self._filled + self._offset if self.has_static_storage else super().get_seq_length()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if not self.has_static_storage:
+            return super().get_mask_sizes(query_length)
+        return self.keys.shape[-2], self._offset
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens; see :meth:`EvictedLayer.crop`.
+
+        Raises:
+            ValueError: entries that the shorter text needs are gone.
+        """
+        if not self.has_static_storage:
+            return super().crop(tokens_to_remove)
+        seen, amount = int(self.get_seq_length()), int(tokens_to_remove)
+        remove = max(seen - amount, 0) if amount > 0 else -amount
+        if seen - remove < self._first_croppable_length():
+            raise ValueError(
+                f"cannot remove {remove} of {seen} tokens: entries that the first {self._first_croppable_length()} "
+                "tokens need were dropped, so the cache cannot go back before them. Start again with a new "
+                "LookaheadCache."
+            )
+        self._filled.sub_(remove)
+        return None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        keys, values = self.keys, self.values
+        super().reorder_cache(beam_idx)
+        # Back to where a compiled decode expects them.
+        self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._mark_storage()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._mark_storage()
+
+    def _mark_storage(self) -> None:
+        torch._dynamo.mark_static_address(self.keys)
+        torch._dynamo.mark_static_address(self.values)
+
+    def reset(self) -> None:
+        self.__init__(self._room, *self._arguments)  # type: ignore[misc]
+
+
+class StaticEvictedLayer(StaticStorage, EvictedLayer):
+    """An :class:`EvictedLayer` with static storage after the prefill."""
+
+    def evict(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, budget: int, defer: bool) -> None:
+        super().evict(key, value, scores, budget, defer)
+        self._lay_out()
+
+    @property
+    def stored(self) -> int:
+        return int(self._filled) if self.has_static_storage else super().stored
+
+    def _first_croppable_length(self) -> int:
+        return self._evicted_length
+
+
+class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
+    """An :class:`UncompressedSlidingLayer` with static storage after the prefill."""
+
+    def _first_needed_slot(self, filled: int) -> int:
+        return max(filled - self.sliding_window + 1, 0)
+
+    def _first_croppable_length(self) -> int:
+        return self._offset + self.sliding_window - 1 if self._offset else 0

@@ -1,0 +1,20 @@
+"""Sharing adapters and quantised checkpoints on the Hub: cards, pushing, and loading with clear errors."""
+
+from lkq_hf.hub.cards import render_card, write_card, write_training_record
+from lkq_hf.hub.contents import Contents, check_complete, read_contents
+from lkq_hf.hub.load import adapter_config, load_adapter
+from lkq_hf.hub.push import push_to_hub
+from lkq_hf.hub.results import read_results
+
+__all__ = [
+    "Contents",
+    "adapter_config",
+    "check_complete",
+    "load_adapter",
+    "push_to_hub",
+    "read_contents",
+    "read_results",
+    "render_card",
+    "write_card",
+    "write_training_record",
+]

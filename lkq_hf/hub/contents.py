@@ -1,0 +1,183 @@
+"""What a directory holds that can be shared, and whether it is all there."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.utils import filter_repo_objects
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lkq_hf.adapter.config import LookaheadKVConfig
+from lkq_hf.adapter.registration import NAME as PEFT_TYPE
+from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+
+QUANT_METHODS = {QUANT_METHOD: "lkq-hf", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
+"""Formats of quantised checkpoints that we write, and their names."""
+
+NOT_SHARED = [".*", "*/.*", "checkpoints/*", "runs/*", "__pycache__/*"]
+"""What stays at home: a trainer's state, logs, and hidden files."""
+
+PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """A directory with a LOOKAHEAD_KV adapter, a quantised checkpoint, or both.
+
+    Args:
+        directory: the directory.
+        adapter: its adapter_config.json, if it holds an adapter.
+        checkpoint: its config.json, if it holds a quantised checkpoint.
+    """
+
+    directory: Path
+    adapter: dict[str, Any] | None
+    checkpoint: dict[str, Any] | None
+
+    @property
+    def quantization(self) -> dict[str, Any]:
+        """The ``quantization_config`` of the checkpoint."""
+        return (self.checkpoint or {}).get("quantization_config") or {}
+
+    @property
+    def base_model(self) -> str | None:
+        """Name of the model that the contents were made from, as they record it."""
+        if self.checkpoint is not None:
+            return self.quantization.get("meta", {}).get("base_model")
+        return (self.adapter or {}).get("base_model_name_or_path")
+
+    @cached_property
+    def weight_files(self) -> list[Path]:
+        """The safetensors files of the adapter and the checkpoint.
+
+        Raises:
+            FileNotFoundError: one is missing.
+            ValueError: the checkpoint's index cannot be read.
+        """
+        names = []
+        if self.adapter is not None:
+            names.append(ADAPTER_WEIGHTS)
+        if self.checkpoint is not None:
+            index = self.directory / MODEL_INDEX
+            if (self.directory / MODEL_WEIGHTS).is_file() or not index.is_file():
+                names.append(MODEL_WEIGHTS)
+            else:
+                names += sorted(set(read_json(index)["weight_map"].values()))
+        if missing := [name for name in names if not (self.directory / name).is_file()]:
+            raise FileNotFoundError(
+                f"{self.directory} is not complete: it should hold {', '.join(missing)}; save it again"
+            )
+        return [self.directory / name for name in names]
+
+    def shared_files(self) -> list[str]:
+        """Paths in the directory of everything that a push uploads."""
+        found = (path.relative_to(self.directory).as_posix() for path in self.directory.rglob("*") if path.is_file())
+        return sorted(filter_repo_objects(found, ignore_patterns=NOT_SHARED))
+
+
+def read_contents(directory: str | Path) -> Contents:
+    """Finds out what a directory holds.
+
+    Raises:
+        NotADirectoryError: no such directory.
+        ValueError: it holds neither a LOOKAHEAD_KV adapter nor a quantised checkpoint.
+    """
+    directory = Path(directory)
+    if not directory.is_dir():
+        raise NotADirectoryError(f"{directory} is not a directory")
+    configs = [directory / ADAPTER_CONFIG, directory / MODEL_CONFIG]
+    adapter, model = (read_json(path) if path.is_file() else None for path in configs)
+    if adapter is not None and adapter.get("peft_type") != PEFT_TYPE:
+        raise ValueError(
+            f"{directory} holds an adapter of type {adapter.get('peft_type')}, expected {PEFT_TYPE}; share it with "
+            "PEFT's own push_to_hub"
+        )
+    method = ((model or {}).get("quantization_config") or {}).get("quant_method")
+    checkpoint = model if method in QUANT_METHODS else None
+    if adapter is None and checkpoint is None:
+        found = f"a model with quant_method {method!r}" if model is not None else "neither"
+        raise ValueError(
+            f"{directory} should hold a {PEFT_TYPE} adapter ({ADAPTER_CONFIG}) or a quantised checkpoint "
+            f"({MODEL_CONFIG} with quant_method {', '.join(QUANT_METHODS)}); found {found}"
+        )
+    return Contents(directory, adapter, checkpoint)
+
+
+def check_complete(contents: Contents) -> None:
+    """Checks that others can load what the directory holds.
+
+    Raises:
+        FileNotFoundError: weights or a tokenizer are missing.
+        ValueError: a config has values that no version of ours writes, a weight file is damaged or disagrees with its
+            config, or there are files that are not safetensors.
+    """
+    if pickles := [name for name in contents.shared_files() if name.endswith(PICKLES)]:
+        raise ValueError(
+            f"{contents.directory} holds {', '.join(pickles)}: a pickle can run code on the computer that loads it, "
+            "and is not shared. Save the weights as safetensors, and remove it"
+        )
+    tensors = {name: shape for path in contents.weight_files for name, shape in _shapes(path)}
+    if contents.adapter is not None:
+        _check_adapter(contents, tensors)
+    if contents.checkpoint is not None:
+        if not any((contents.directory / name).is_file() for name in TOKENIZER_FILES):
+            raise FileNotFoundError(
+                f"{contents.directory} has no tokenizer; save the base model's there with tokenizer.save_pretrained"
+            )
+        _check_checkpoint(contents)
+
+
+def _check_adapter(contents: Contents, tensors: dict[str, list[int]]) -> None:
+    config = LookaheadKVConfig.from_pretrained(str(contents.directory))
+    tokens = [shape for name, shape in tensors.items() if name.endswith("lookahead_kv_tokens")]
+    if [shape[0] for shape in tokens] != [config.num_lookahead_tokens]:
+        raise ValueError(
+            f"{contents.directory / ADAPTER_WEIGHTS} should hold {config.num_lookahead_tokens} lookahead tokens, "
+            f"found tensors of shape {tokens}; the file is damaged, or belongs to another config"
+        )
+
+
+def _check_checkpoint(contents: Contents) -> None:
+    if contents.quantization["quant_method"] != QUANT_METHOD:
+        return  # exports: their own libraries know what belongs into them
+    config = AutoConfig.from_pretrained(contents.directory)
+    settings = TwoStageGPTQConfig.from_dict(dict(contents.quantization))
+    del config.quantization_config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    files = [str(path) for path in contents.weight_files if path.name != ADAPTER_WEIGHTS]
+    check_checkpoint(replace_by_packed(model, settings), files, model.base_model_prefix)
+
+
+def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # not a dict
+                yield name, file.get_slice(name).get_shape()
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}); save it again") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); save it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold a JSON object, found {type(values).__name__}; save it again")
+    return values

@@ -1,0 +1,140 @@
+"""The command line as a shell and a program see it: help, exit codes, one-line errors, JSON."""
+
+import json
+import sys
+
+import pytest
+from models import tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import lkq_hf
+from lkq_hf.cli import app, main
+
+COMMANDS = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command line in this process; exit code, stdout and stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["lkq-hf", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        return ended.value.code or 0, captured.out, captured.err
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path):
+    core = Tokenizer(
+        models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(157)}, "<unk>")
+    )
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="</s>", pad_token="<unk>")
+    tokenizer.save_pretrained(tmp_path / "base")
+    tiny_model().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def texts(tmp_path):
+    path = tmp_path / "texts.jsonl"
+    rows = [" ".join(f"w{(7 * row + 3 * word) % 157}" for word in range(80)) for row in range(8)]
+    path.write_text("\n".join(json.dumps({"text": row}) for row in rows))
+    return path
+
+
+def test_help_names_every_command(run):
+    code, out, _ = run("--help")
+    assert code == 0
+    assert len(COMMANDS) >= 5 and all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", sorted(COMMANDS))
+def test_every_command_has_help(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0 and "Usage" in out
+
+
+def test_the_version(run):
+    assert run("--version") == (0, f"lkq-hf {lkq_hf.__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["nonsense"], ["quantize"], ["push", "--nonsense"], ["train", "m", "--rank", "x"]]
+)
+def test_wrong_usage_exits_with_2_and_writes_to_stderr(run, arguments):
+    code, out, err = run(*arguments)
+    assert code == 2
+    assert "Usage" in (out or err)
+    assert "Traceback" not in err
+
+
+def test_an_error_is_one_line_and_exits_with_1(run, tmp_path):
+    code, out, err = run("export", tmp_path, "--format", "gptq", "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert err.startswith("lkq-hf: ") and err.count("\n") == 1 and "config.json" in err
+
+
+def test_an_error_that_nobody_foresaw_is_named(run, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("inner")
+
+    monkeypatch.setattr("lkq_hf.quantization.export.export_checkpoint", broken)
+    code, _, err = run("export", tmp_path, "--format", "gptq", "--out", tmp_path / "out")
+    assert code == 1
+    assert err == "lkq-hf: KeyError: 'inner' (lkq-hf --debug shows where)\n"
+
+
+def test_debug_shows_the_traceback(monkeypatch, tmp_path):
+    arguments = ["--debug", "export", str(tmp_path), "--format", "gptq", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["lkq-hf", *arguments])
+    with pytest.raises(FileNotFoundError):
+        main()
+
+
+def test_quantize_and_export_as_json(run, base, texts, tmp_path):
+    shape = ["--num-samples", "4", "--model-seqlen", "32", "--group-size", "32", "--device", "cpu"]
+    options = [*shape, "--dataset", texts, "--out", tmp_path / "w4", "--base-model-name", "alice/base", "--json"]
+    code, out, _ = run("quantize", base, *options)
+    assert code == 0
+    result = json.loads(out)
+    assert result["checkpoint"] == str(tmp_path / "w4") and result["seconds"] > 0
+    stored = json.loads((tmp_path / "w4" / "config.json").read_text())["quantization_config"]
+    assert stored["meta"]["base_model"] == "alice/base"
+
+    code, out, _ = run("export", tmp_path / "w4", "--format", "gptq", "--out", tmp_path / "gptq", "--json")
+    assert (code, json.loads(out)) == (0, {"checkpoint": str(tmp_path / "gptq"), "format": "gptq"})
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_checkpoint_records_no_path_of_this_computer(run, base, texts, tmp_path, monkeypatch, relative):
+    monkeypatch.chdir(base.parent)
+    shape = ["--num-samples", "4", "--model-seqlen", "32", "--group-size", "32", "--device", "cpu"]
+    directory = base.name if relative else base
+    code, out, _ = run("quantize", directory, *shape, "--dataset", texts, "--out", tmp_path / "w4")
+    assert code == 0 and "peak memory" in out
+    stored = (tmp_path / "w4" / "config.json").read_text()
+    assert str(tmp_path) not in stored and "base_model" not in json.loads(stored)["quantization_config"]["meta"]
+
+
+def test_training_as_json(run, base, texts, tmp_path):
+    targets = ["--prompts", texts, "--max-new-tokens", "8", "--device", "cpu", "--dtype", "float32"]
+    code, out, _ = run("generate-targets", base, *targets, "--out", tmp_path / "targets", "--json")
+    assert code == 0
+    made = json.loads(out)
+    assert made["train"]["prompts"] == 7 and made["validation"]["prompts"] == 1
+
+    options = ["--targets", tmp_path / "targets", "--out", tmp_path / "adapter", "--base-model-name", "alice/base"]
+    shape = ["--max-steps", "1", "--num-lookahead-tokens", "4", "--device-batch-size", "2", "--batch-size", "2"]
+    code, out, err = run("train", base, *options, *shape, "--device", "cpu", "--dtype", "float32", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["adapter"] == str(tmp_path / "adapter") and result["metrics"]["eval_loss"] > 0
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert record["options"]["steps"] == 1 and record["metrics"] == result["metrics"]
+    assert str(tmp_path) not in json.dumps(record)
