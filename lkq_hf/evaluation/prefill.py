@@ -45,7 +45,7 @@ class Prefill:
 
 
 class _Recorder(Scorer):
-    """Fills a cache for each cell while the prompt passes. At most one scorer may append a suffix."""
+    """Fills a cache for each cell while the prompt passes. Scorers that append a suffix must append the same."""
 
     def __init__(self, scorers: Mapping[str, Scorer], budgets: Sequence[int], config: Any):
         self.scorers = dict(scorers)
@@ -66,9 +66,10 @@ class _Recorder(Scorer):
     def suffix(self, decoder: nn.Module) -> torch.Tensor | None:
         found = {name: scorer.suffix(decoder) for name, scorer in self.scorers.items()}
         found = {name: suffix for name, suffix in found.items() if suffix is not None}
-        if len(found) > 1:
-            raise ValueError(f"the scorers {', '.join(found)} each append tokens to the prompt: use one of them")
-        return next(iter(found.values()), None)
+        first = next(iter(found.values()), None)
+        if any(not torch.equal(suffix, first) for suffix in found.values()):
+            raise ValueError(f"the scorers {', '.join(found)} append different tokens to the prompt: use one of them")
+        return first
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         key, value, length = attention.key, attention.value, attention.length
@@ -103,13 +104,13 @@ def read_prompts(
         model: a causal language model, prepared for eviction (:func:`lkq_hf.prepare_model_for_eviction`, or by its
             adapter).
         input_ids, mask: ``[batch, length]``, padded on the left.
-        scorers: by name; at most one of them may append tokens to the prompt (so not the oracle: see
+        scorers: by name; those that append tokens to the prompt must append the same (so not the oracle: see
             :func:`add_oracle`).
         budgets: entries to keep per KV head, each below the length of the shortest prompt.
 
     Raises:
         ValueError: no budget or one that is not below the length of the shortest prompt, or two scorers that append
-            tokens.
+            different tokens.
     """
     shortest = int(mask.sum(-1).min())
     if not budgets or max(budgets) >= shortest:

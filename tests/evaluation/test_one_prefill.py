@@ -158,3 +158,16 @@ def test_prompts_are_padded_on_the_left():
     ids, mask = pad_left([[5, 6, 7], [8]], pad_token_id=3)
     assert ids.tolist() == [[5, 6, 7], [3, 3, 8]]
     assert mask.tolist() == [[1, 1, 1], [0, 0, 1]]
+
+
+def test_scorers_share_the_tokens_that_they_append():
+    model = lookahead_model("llama")
+    ids, mask = prompts(False)
+    poolings = {"none": LookaheadScorer(kernel_size=1), "3": LookaheadScorer(kernel_size=3)}
+    prefill = read_prompts(model, ids, mask, poolings, [6])
+    for name, scorer in poolings.items():
+        alone = LookaheadCache(budget=6, scorer=scorer)
+        read_alone(model, ids, mask, alone)
+        assert_same_cache(prefill.caches[name, 6], alone)
+    with pytest.raises(ValueError, match="append different tokens"):
+        read_prompts(model, ids, mask, {"a": LookaheadScorer(), "b": OracleScorer(prompt_ids(2, 4))}, [6])
