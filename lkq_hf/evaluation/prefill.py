@@ -64,10 +64,10 @@ class _Recorder(Scorer):
         return self
 
     def suffix(self, decoder: nn.Module) -> torch.Tensor | None:
-        found = {name: scorer.suffix(decoder) for name, scorer in self.scorers.items()}
-        found = {name: suffix for name, suffix in found.items() if suffix is not None}
+        every = {name: scorer.suffix(decoder) for name, scorer in self.scorers.items()}
+        found = {name: suffix for name, suffix in every.items() if suffix is not None}
         first = next(iter(found.values()), None)
-        if any(not torch.equal(suffix, first) for suffix in found.values()):
+        if first is not None and not all(torch.equal(suffix, first) for suffix in found.values()):
             raise ValueError(f"the scorers {', '.join(found)} append different tokens to the prompt: use one of them")
         return first
 
