@@ -69,6 +69,18 @@ def _wrap(original: Callable[..., Any] | None) -> Callable[..., Any]:
     return observed_attention
 
 
+class _Overrides(dict[str, Callable[..., Any]]):
+    """The entries local to a registry, which looks for a key before it reads it: an entry that another thread takes
+    out in between is read from the library-wide ones, and not missed."""
+
+    def __init__(self, registry: Any) -> None:
+        super().__init__(registry._local_mapping)
+        self._library_wide = registry._global_mapping
+
+    def __missing__(self, key: str) -> Callable[..., Any]:
+        return self._library_wide[key]
+
+
 def start_observing(decoder: PreTrainedModel, observer: Observer) -> Callable[[], None]:
     """Shows every attention of ``decoder`` in this thread to ``observer`` until the returned function is called."""
     registry: Any = attention_registry(decoder)
@@ -79,6 +91,8 @@ def start_observing(decoder: PreTrainedModel, observer: Observer) -> Callable[[]
             count, previous = _observed[identity]
         else:
             # The mapping local to the registry shadows the library-wide one: taking our entry out restores it.
+            if not isinstance(registry._local_mapping, _Overrides):
+                registry._local_mapping = _Overrides(registry)
             count, previous = 0, registry._local_mapping.get(implementation)
             registry[implementation] = _wrap(registry.get(implementation))
         _observed[identity] = count + 1, previous

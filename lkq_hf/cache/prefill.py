@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from lkq_hf.attention import start_observing, thread_state
 from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.scoring import PrefillAttention, Scorer
 
@@ -74,12 +75,14 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
     undo: list[Callable[[], object]] = [
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True).remove,
         decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,
+        guard_method(decoder, "forward", _forward_or_clean_up),
     ]
     base: Any = _base_model(model)
     if hasattr(base, "generate"):
         create_masks = getattr(type(base), MASKS_ATTRIBUTE, create_masks_for_generate)
         setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, create_masks))
         undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
+        undo.append(guard_method(base, "generate", refuse_chunked_prompts))
     return EvictionHandle(undo)
 
 
@@ -186,20 +189,40 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+def _forward_or_clean_up(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards the decoder's forward: hooks run after an error, but not after Ctrl-C (KeyboardInterrupt)."""
+    if torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    try:
+        return forward(*args, **kwargs)
+    except BaseException:
+        _abandon_prefill()
+        raise
+
+
+def _abandon_prefill() -> None:
+    prefill = _thread.prefill
+    if prefill is not None:
+        prefill.finish()
+        # What the layers hold is of no use, and the caller may want to try again.
+        prefill.cache.reset()
+
+
 def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if _thread.prefill is not None:
-        # Left behind by an interrupt (Ctrl-C), which does not run forward hooks.
-        _thread.prefill.finish()
+    # An interrupt may also come between this function and the forward that it prepares.
+    _abandon_prefill()
+    refuse_replica(decoder)
     if args:
         names = list(signature(type(decoder).forward).parameters)[1:]
         kwargs = dict(zip(names, args, strict=False)) | kwargs
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, LookaheadCache) or cache.has_prompt:
         return None
-    scorer = cache.scorer.bind(decoder)
-    cache.build_layers(decoder.config)
     inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     length = inputs.shape[1]
+    refuse_in(decoder, kwargs, length)
+    scorer = cache.scorer.bind(decoder)
+    cache.build_layers(decoder.config)
     if cache.entries_to_keep(length) == length:
         return None
     mask = _padding_mask(kwargs.get("attention_mask"), length)
@@ -218,11 +241,10 @@ def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
     prefill = _thread.prefill
     if prefill is None or prefill.decoder is not decoder:
         return None
-    prefill.finish()
-    if output is None:
-        # The forward raised: what the layers hold is of no use, and the caller may want to try again.
-        prefill.cache.reset()
+    if output is None:  # the forward raised
+        _abandon_prefill()
         return None
+    prefill.finish()
     prefill.check_all_layers_evicted()
     return _trim(output, prefill.length, prefill.length + prefill.suffix_length)
 
@@ -252,6 +274,11 @@ def _padding_mask(attention_mask: Any, length: int) -> torch.Tensor | None:
     mask = attention_mask.bool()
     if mask.all():
         return None
+    if not mask.any(-1).all():
+        raise ValueError(
+            f"row {int(mask.any(-1).int().argmin())} of the batch is padding only: every prompt needs at least one "
+            "token"
+        )
     if not mask[:, -1].all():
         raise ValueError(
             'the batch is padded on the right. Pad prompts on the left: tokenizer(..., padding_side="left").'
@@ -279,13 +306,39 @@ def _append_suffix(
     kwargs["inputs_embeds"] = torch.cat([embeds, suffix], dim=1)
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"] = F.pad(kwargs["attention_mask"], (0, suffix_length), value=1)
-    if kwargs.get("position_ids") is not None:
-        positions = kwargs["position_ids"]
-        following = torch.arange(1, suffix_length + 1, device=positions.device)
-        kwargs["position_ids"] = torch.cat([positions, positions[..., -1:] + following], dim=-1)
+    positions = kwargs.get("position_ids")
+    bound = _bound_of_positions(decoder.config, positions, length)
+    if positions is None and bound is not None:
+        positions = torch.arange(length, device=embeds.device)[None]
+    if positions is not None:
+        following = positions[..., -1:] + torch.arange(1, suffix_length + 1, device=positions.device)
+        kwargs["position_ids"] = torch.cat(
+            [positions, following if bound is None else following.clamp(max=bound)], dim=-1
+        )
     if kwargs.get("cache_position") is not None:
         kwargs["cache_position"] = torch.arange(length + suffix_length, device=embeds.device)
     return kwargs, suffix_length
+
+
+def _bound_of_positions(config: Any, positions: torch.Tensor | None, length: int) -> int | None:
+    """The last position that the suffix may have, lest it change how the prompt is read; None if any will do.
+
+    Some rotary embeddings choose the frequencies of a whole forward by the largest position in it.
+    """
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    bounds = []
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        kind = parameters.get("rope_type")
+        if kind not in ("dynamic", "longrope"):
+            continue
+        last = length - 1 if positions is None else int(positions.max())
+        if kind == "dynamic":
+            # Beyond the trained length, every longer text has frequencies of its own.
+            bounds.append(max(last, config.max_position_embeddings - 1))
+        elif last < (original := parameters.get("original_max_position_embeddings", config.max_position_embeddings)):
+            # One set of frequencies up to this length, another beyond.
+            bounds.append(original - 1)
+    return min(bounds, default=None)
 
 
 def _trim(value: Any, length: int, total: int) -> Any:

@@ -178,7 +178,7 @@ def test_storage_is_laid_out_outside_of_a_compiled_prefill(graphs):
     options = compiled_by(graphs)
     options["compile_config"].fullgraph = False
     found, expected = (
-        generate(model, ids, cache, prefill_chunk_size=20, **options)
+        generate(model, ids, cache, prefill_chunk_size=40, **options)
         for cache, options in ((static_cache(), options), (LookaheadCache(7), {}))
     )
     assert_same(found, expected)

@@ -1,0 +1,101 @@
+"""What eviction needs around two methods of a model, because a hook cannot do it.
+
+Both are set on the one object, as accelerate does for offloaded modules; the class stays as it is.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from lkq_hf.cache.cache import LookaheadCache
+
+
+def guard_method(owner: nn.Module, name: str, guard: Callable[..., Any]) -> Callable[[], None]:
+    """Makes ``owner.name(...)`` call ``guard(method, ...)``, and returns what undoes it."""
+    method = getattr(owner, name)
+    # A partial, unlike a closure, is copied and pickled with its owner.
+    guarded: Any = partial(guard, method)
+    guarded.__wrapped__ = method  # its signature
+    own = owner.__dict__.get(name)
+    owner.__dict__[name] = guarded
+
+    def undo() -> None:
+        if owner.__dict__.get(name) is guarded:
+            del owner.__dict__[name]
+            if own is not None:
+                owner.__dict__[name] = own
+
+    return undo
+
+
+def refuse_chunked_prompts(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards ``generate``, which alone knows that what looks like a prompt is a chunk of one.
+
+    Raises:
+        ValueError: ``prefill_chunk_size`` would split a prompt for a LookaheadCache.
+    """
+    if isinstance(kwargs.get("past_key_values"), LookaheadCache):
+        model: Any = generate.__self__  # type: ignore[attr-defined]
+        chunk_size = _prefill_chunk_size(model.generation_config, args, kwargs)
+        if chunk_size is not None and _prompt_length(args, kwargs) > chunk_size:
+            raise ValueError(
+                f"prefill_chunk_size={chunk_size} reads a prompt piece by piece, but LookaheadCache has to see it "
+                "whole to choose what to keep. Pass prefill_chunk_size=None: the prompt is then read in one forward, "
+                "during which no more than one layer's keys and values are held in full."
+            )
+    return generate(*args, **kwargs)
+
+
+def _prefill_chunk_size(defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    """What ``generate`` will use: its own argument, else that of the config passed to it, else the model's."""
+    if "prefill_chunk_size" in kwargs:
+        return kwargs["prefill_chunk_size"]
+    passed = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    found = None if passed is None else passed.prefill_chunk_size
+    return defaults.prefill_chunk_size if found is None else found
+
+
+def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    given = (args[0] if args else None, *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    return max((tensor.shape[1] for tensor in given if tensor is not None), default=1)
+
+
+def refuse_in(decoder: PreTrainedModel, kwargs: dict[str, Any], length: int) -> None:
+    """Raises what is to be said about a forward that cannot fill a LookaheadCache, before it does any work.
+
+    Args:
+        decoder: the stack of layers.
+        kwargs: what it is called with.
+        length: tokens of the prompt.
+
+    Raises:
+        ValueError, NotImplementedError: with what to do instead.
+    """
+    if length == 0:
+        raise ValueError(
+            "the prompt is empty: LookaheadCache needs at least one token. Pass a prompt, or leave input_ids out to "
+            "start from the model's beginning-of-sequence token."
+        )
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False and a LookaheadCache contradict each other: leave one of them out.")
+    if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
+        raise ValueError(
+            "gradient checkpointing in training mode takes the cache away from the layers. Call model.eval() or "
+            "model.gradient_checkpointing_disable() before reading a prompt into a LookaheadCache."
+        )
+
+
+def refuse_replica(decoder: nn.Module) -> None:
+    """Raises for a copy made by ``nn.DataParallel``, whose methods still belong to the original.
+
+    Raises:
+        NotImplementedError: ``decoder`` is such a copy.
+    """
+    if getattr(decoder, "_is_replica", False):
+        raise NotImplementedError(
+            "nn.DataParallel does not support a model that was prepared for LookaheadCache. Start one process for "
+            "each GPU (accelerate launch, torchrun), or spread one model over the GPUs with device_map."
+        )
