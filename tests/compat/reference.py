@@ -1,4 +1,4 @@
-"""What a generation with a LookaheadCache must equal, a full cache with the evicted entries masked, and leave behind."""
+"""What a generation with a LookaheadCache must equal (a full cache, evicted entries masked) and leave behind."""
 
 import torch
 from models import evicted_logits, kept_entries
