@@ -16,121 +16,62 @@ Writes OUT.json and OUT.md. ``--small`` is a smoke test for a CPU.
 """
 
 import argparse
-import gzip
-import hashlib
+import copy
 import json
-import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
-import transformers
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lkq_hf
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
+from lkq_hf.evaluation.decoding import Answers, answer_greedily, score_answers
+from lkq_hf.evaluation.environment import digests, environment
 from lkq_hf.evaluation.metrics import load_metric
 from lkq_hf.evaluation.models import smollm2_directory
+from lkq_hf.evaluation.prefill import Prefill, add_oracle, kept_entries, read_prompts, stack_caches
 from lkq_hf.evaluation.tasks import Corpus, Example, build_task
-from lkq_hf.scoring import (
-    LookaheadScorer,
-    OracleScorer,
-    PrefillAttention,
-    RandomScorer,
-    Scorer,
-    SnapKVScorer,
-    StreamingScorer,
-)
+from lkq_hf.scoring import LookaheadScorer, RandomScorer, Scorer, SnapKVScorer, StreamingScorer
+from lkq_hf.text.documents import read_documents
 
 LIKELIHOOD_TASKS = ("explain", "summarise", "continue")
 FACT_TASKS = ("needle", "needle_multi_key")
 AGREEMENT_TASKS = ("paragraph_question", "summarise")
-
-Methods = dict[str, Callable[["Answers"], Scorer]]
-
-
-@dataclass
-class Answers:
-    """The full cache's greedy answers to one batch: ``ids`` and ``mask`` are ``[batch, length]``, ending with EOS."""
-
-    ids: torch.Tensor
-    mask: torch.Tensor
+ORACLE = "oracle"
 
 
 def scorers(
     with_adapter: bool, lookahead_kernels: list[int], snapkv_kernels: list[int], snapkv_poolings: list[str]
-) -> Methods:
-    methods: Methods = {}
+) -> dict[str, Scorer]:
+    methods: dict[str, Scorer] = {}
     if with_adapter:
-        methods["lookahead, adapter's pooling"] = lambda _: LookaheadScorer()
+        methods["lookahead, adapter's pooling"] = LookaheadScorer()
         for kernel in lookahead_kernels:
             name = f"lookahead, max-pool {kernel}" if kernel > 1 else "lookahead, no pooling"
-            methods[name] = lambda _, kernel=kernel: LookaheadScorer(kernel_size=kernel)
+            methods[name] = LookaheadScorer(kernel_size=kernel)
     for kernel in snapkv_kernels:
         for pooling in snapkv_poolings if kernel > 1 else ["max"]:
             name = f"snapkv, {pooling}-pool {kernel}" if kernel > 1 else "snapkv, no pooling"
-            methods[name] = lambda _, kernel=kernel, pooling=pooling: SnapKVScorer(kernel_size=kernel, pooling=pooling)
-    methods["sinks + recent"] = lambda _: StreamingScorer()
-    methods["random"] = lambda _: RandomScorer()
-    methods["oracle"] = lambda answers: OracleScorer(answers.ids, answers.mask)
+            methods[name] = SnapKVScorer(kernel_size=kernel, pooling=pooling)
+    methods["sinks + recent"] = StreamingScorer()
+    methods["random"] = RandomScorer()
     return methods
 
 
-class ScoreRecorder(Scorer):
-    """Several scorers in one prefill, so that caches for any of them and any budget can be made from it.
-
-    The first scorer's suffix is appended; the others must need none.
-    """
-
-    def __init__(self, scorers: dict[str, Scorer]):
-        self.scorers = scorers
-        self.layers: dict[int, tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = {}
-
-    @property
-    def uses_adapter(self) -> bool:
-        return next(iter(self.scorers.values())).uses_adapter
-
-    def bind(self, decoder: Any) -> Scorer:
-        self.scorers = {name: scorer.bind(decoder) for name, scorer in self.scorers.items()}
-        return self
-
-    def suffix(self, decoder: Any) -> torch.Tensor | None:
-        return next(iter(self.scorers.values())).suffix(decoder)
-
-    def score(self, attention: PrefillAttention) -> torch.Tensor:
-        scores = {name: scorer.score(attention) for name, scorer in self.scorers.items()}
-        self.layers[attention.layer_index] = (attention.key, attention.value, scores)
-        return next(iter(scores.values()))
-
-    def cache(self, name: str, budget: int, config: Any) -> LookaheadCache:
-        """What ``LookaheadCache(budget, scorers[name])`` holds after the prefill."""
-        cache = LookaheadCache(budget=budget, scorer=self.scorers[name])
-        cache.build_layers(config)
-        if len(self.layers) != len(cache.layers):
-            raise NotImplementedError("sliding-window layers keep no record here: this model needs a prefill each")
-        for index, (key, value, scores) in self.layers.items():
-            cache.layers[index].evict(key, value, scores[name], budget, defer=False)
-        return cache
-
-
 class Bench:
-    """One model, its corpora, and the numbers so far."""
+    """One model and its scorers. Every batch of prompts is read once, for all scorers and budgets."""
 
     def __init__(self, arguments: argparse.Namespace):
-        self.device = torch.device(arguments.device)
-        dtype = getattr(torch, arguments.dtype)
         directory = arguments.model or smollm2_directory()
+        dtype = getattr(torch, arguments.dtype)
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(self.device).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(arguments.device).eval()
         if arguments.adapter:
             self.model.load_adapter(arguments.adapter)
         prepare_model_for_eviction(self.model)
-        self.end_tokens = torch.tensor(self.model.generation_config.eos_token_id, device=self.device).reshape(-1)
         self.budgets = arguments.budgets
         self.batch_size = arguments.batch_size
         with_adapter = bool(arguments.adapter)
@@ -138,44 +79,21 @@ class Bench:
         # Generating takes much longer than scoring: fewer poolings.
         self.generating_methods = scorers(with_adapter, [1, 3], arguments.snapkv_kernels, ["max"])
 
-    def batches(self, examples: list[Example]) -> Iterator[tuple[list[Example], torch.Tensor]]:
-        """Prompts have one length, so nothing is padded."""
-        for start in range(0, len(examples), self.batch_size):
+    def read(self, examples: list[Example], methods: dict[str, Scorer], description: str) -> Iterator[Prefill]:
+        """The prompts in batches. They have one length, so nothing is padded."""
+        for start in tqdm(range(0, len(examples), self.batch_size), desc=description):
             batch = examples[start : start + self.batch_size]
-            yield batch, torch.tensor([example["input_ids"] for example in batch], device=self.device)
+            input_ids = torch.tensor([example["input_ids"] for example in batch], device=self.model.device)
+            yield read_prompts(self.model, input_ids, torch.ones_like(input_ids), methods, self.budgets)
 
-    def generate(self, input_ids: torch.Tensor, cache: Any, new_tokens: int) -> Answers:
-        output = self.model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            past_key_values=cache,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=self.end_tokens[0].item(),
-        )
-        ids = output[:, input_ids.shape[1] :]
-        is_end = torch.isin(ids, self.end_tokens)
-        # Up to and including the first end token.
-        return Answers(ids, is_end.cumsum(1) - is_end.long() == 0)
+    def full_answers(self, prefill: Prefill, new_tokens: int) -> Answers:
+        return answer_greedily(self.model, prefill.logits, prefill.mask, copy.deepcopy(prefill.full), new_tokens)
 
-    def texts(self, answers: Answers) -> list[str]:
-        kept = [ids[mask].tolist() for ids, mask in zip(answers.ids, answers.mask, strict=True)]
-        return self.tokenizer.batch_decode(kept, skip_special_tokens=True)
-
-    def read(self, input_ids: torch.Tensor, cache: Any) -> torch.Tensor:
-        """Logits after the prompt, ``[batch, 1, vocabulary]``; the cache holds the prompt afterwards."""
-        return self.model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-
-    def score_answers(self, logits: torch.Tensor, answers: Answers, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """NLL of each answer token and the model's own choice at its place, both ``[batch, length]``.
-
-        ``logits`` are those after the prompt, which ``cache`` holds.
-        """
-        if answers.ids.shape[1] > 1:
-            following = self.model(answers.ids[:, :-1], past_key_values=cache, use_cache=True).logits
-            logits = torch.cat([logits, following], dim=1)
-        nll = torch.nn.functional.cross_entropy(logits.float().transpose(1, 2), answers.ids, reduction="none")
-        return nll, logits.argmax(-1)
+    def caches(self, prefill: Prefill, oracle: dict[int, LookaheadCache], budget: int) -> dict[str, LookaheadCache]:
+        """By method; the oracle last."""
+        return {name: cache for (name, size), cache in prefill.caches.items() if size == budget} | {
+            ORACLE: oracle[budget]
+        }
 
 
 @torch.no_grad()
@@ -186,31 +104,22 @@ def likelihood(bench: Bench, examples: list[Example], new_tokens: int) -> dict[s
     recalls: dict[str, list[torch.Tensor]] = {}
     reference: list[list[int]] = []
 
-    def record(row: str, nll: torch.Tensor, chosen: torch.Tensor, mask: torch.Tensor) -> None:
+    def record(row: str, scored: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> None:
+        nll, chosen = scored
         nlls.setdefault(row, []).extend(values[m].tolist() for values, m in zip(nll, mask, strict=True))
         tokens.setdefault(row, []).extend(values[m].tolist() for values, m in zip(chosen, mask, strict=True))
 
-    for _, input_ids in tqdm(list(bench.batches(examples)), desc="likelihood"):
-        answers = bench.generate(input_ids, DynamicCache(config=bench.model.config), new_tokens)
-        reference.extend(ids[m].tolist() for ids, m in zip(answers.ids, answers.mask, strict=True))
-        full = DynamicCache(config=bench.model.config)
-        logits = bench.read(input_ids, full)
-        record("full", *bench.score_answers(logits, answers, full), answers.mask)
-        # The oracle appends the answer to the prompt, all others the same lookahead tokens or nothing.
-        others = {name: scorer(answers) for name, scorer in bench.methods.items() if name != "oracle"}
-        recorders = [ScoreRecorder({"oracle": bench.methods["oracle"](answers)}), ScoreRecorder(others)]
-        for recorder in recorders:
-            bench.read(input_ids, LookaheadCache(budget=min(bench.budgets), scorer=recorder))
+    for prefill in bench.read(examples, bench.methods, "likelihood"):
+        answers = bench.full_answers(prefill, new_tokens)
+        reference.extend(answers.tokens())
+        full = add_oracle(bench.model, prefill, answers, bench.budgets)
+        record("full", (full.nll, full.chosen), answers.mask)
         for budget in bench.budgets:
-            best: list[torch.Tensor] = []
-            # The oracle first: the others are compared with it.
-            for source, name in [(each, name) for each in recorders for name in each.scorers]:
-                cache = source.cache(name, budget, bench.model.config)
-                record(f"{budget}/{name}", *bench.score_answers(logits, answers, cache), answers.mask)
-                kept = [_as_mask(layer, input_ids.shape[1]) for layer in cache.layers if _was_evicted(layer)]
-                best = best or kept
-                recall = torch.stack([(a & b).sum(-1) / b.sum(-1) for a, b in zip(kept, best, strict=True)])
-                recalls.setdefault(f"{budget}/{name}", []).append(recall.mean((0, 2)).cpu())
+            best = kept_entries(full.oracle[budget])
+            for name, cache in bench.caches(prefill, full.oracle, budget).items():
+                recalls.setdefault(f"{budget}/{name}", []).append(_recall(kept_entries(cache), best))
+                scored = score_answers(bench.model, prefill.logits, prefill.mask, cache, answers)
+                record(f"{budget}/{name}", scored, answers.mask)
 
     agreement, gap = load_metric("token_agreement"), load_metric("nll_gap")
     rows = {
@@ -222,79 +131,72 @@ def likelihood(bench: Bench, examples: list[Example], new_tokens: int) -> dict[s
         for row in nlls
     }
     for budget in bench.budgets:
-        best_snapkv = min(rows[f"{budget}/{name}"]["nll"] for name in bench.methods if name.startswith("snapkv"))
-        for name in bench.methods:
-            row = rows[f"{budget}/{name}"]
-            row["closes_gap"] = (best_snapkv - row["nll"]) / (best_snapkv - rows["full"]["nll"])
+        here = [name for name in rows if name.startswith(f"{budget}/")]
+        best_snapkv = min(rows[name]["nll"] for name in here if "snapkv" in name)
+        for name in here:
+            rows[name]["closes_gap"] = (best_snapkv - rows[name]["nll"]) / (best_snapkv - rows["full"]["nll"])
     return {"prompts": len(examples), "answer_tokens": sum(map(len, reference)), "rows": rows}
 
 
-def _was_evicted(layer: Any) -> bool:
-    return getattr(layer, "kept_indices", None) is not None
+def _recall(kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor]) -> torch.Tensor:
+    """Share of the oracle's entries that were kept, ``[batch]``; both hold ``[batch, kv_heads, budget]`` positions."""
+    shares = [torch.isin(_distinct(kept[layer]), _distinct(best[layer])).float().mean((1, 2)) for layer in best]
+    return torch.stack(shares).mean(0).cpu()
 
 
-def _as_mask(layer: Any, length: int) -> torch.Tensor:
-    """``[batch, kv_heads, length]``, True for entries of the prompt that were kept."""
-    kept = layer.kept_indices
-    return torch.zeros(*kept.shape[:2], length, dtype=torch.bool, device=kept.device).scatter_(-1, kept, True)
+def _distinct(positions: torch.Tensor) -> torch.Tensor:
+    """Positions numbered through all heads of all prompts, so that each is compared with its own head's alone."""
+    batch, heads, _ = positions.shape
+    offsets = torch.arange(batch * heads, device=positions.device).view(batch, heads, 1) * 2**32
+    return positions.long() + offsets
 
 
 @torch.no_grad()
 def generated(bench: Bench, examples: list[Example], new_tokens: int, description: str) -> dict[str, Any]:
     """Measurements 2 (examples with a reference) and 3: answers as each cache gives them."""
     texts: dict[str, list[str]] = {}
-    for _, input_ids in tqdm(list(bench.batches(examples)), desc=description):
-        full = bench.generate(input_ids, DynamicCache(config=bench.model.config), new_tokens)
-        texts.setdefault("full", []).extend(bench.texts(full))
+
+    def record(row: str, answers: list[list[int]]) -> None:
+        texts.setdefault(row, []).extend(bench.tokenizer.batch_decode(answers, skip_special_tokens=True))
+
+    for prefill in bench.read(examples, bench.generating_methods, description):
+        answers = bench.full_answers(prefill, new_tokens)
+        record("full", answers.tokens())
+        oracle = add_oracle(bench.model, prefill, answers, bench.budgets).oracle
         for budget in bench.budgets:
-            for name, scorer in bench.generating_methods.items():
-                cache = LookaheadCache(budget=budget, scorer=scorer(full))
-                answers = bench.generate(input_ids, cache, new_tokens)
-                texts.setdefault(f"{budget}/{name}", []).extend(bench.texts(answers))
+            # All methods answer together: a step costs little more for all of them than for one.
+            caches = bench.caches(prefill, oracle, budget)
+            repeated = [tensor.repeat(len(caches), 1) for tensor in (prefill.logits, prefill.mask)]
+            own = answer_greedily(bench.model, *repeated, stack_caches(list(caches.values())), new_tokens).tokens()
+            for index, name in enumerate(caches):
+                size = len(prefill.logits)
+                record(f"{budget}/{name}", own[index * size : (index + 1) * size])
     match, f1 = load_metric("answer_match"), load_metric("word_f1")
     references = [example["reference"] for example in examples]
     rows: dict[str, dict[str, float]] = {}
-    for row, answers in texts.items():
-        rows[row] = f1.compute(predictions=answers, references=texts["full"])
+    for row, found in texts.items():
+        rows[row] = f1.compute(predictions=found, references=texts["full"])
         if all(references):
-            accuracy = match.compute(predictions=answers, references=references)["answer_match"]
+            accuracy = match.compute(predictions=found, references=references)["answer_match"]
             rows[row]["accuracy"] = accuracy
             if rows["full"]["accuracy"]:
                 rows[row]["kept"] = accuracy / rows["full"]["accuracy"]
     return {"prompts": len(examples), "rows": rows}
 
 
-def read_documents(paths: list[Path]) -> list[dict[str, Any]]:
-    documents = []
-    for path in paths:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
-            documents += [json.loads(line) for line in lines]
-    return documents
-
-
 def describe(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
-    on_gpu = bench.device.type == "cuda"
-    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in arguments.texts}
-    weights = Path(arguments.adapter) / "adapter_model.safetensors" if arguments.adapter else None
+    files = [*arguments.texts, *([arguments.adapter] if arguments.adapter else [])]
     return {
-        "hardware": torch.cuda.get_device_name(bench.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "peft": peft.__version__,
-            "lkq_hf": lkq_hf.__version__,
-        },
+        **environment(bench.model.device),
         "model": bench.model.config._name_or_path if arguments.model else "HuggingFaceTB/SmolLM2-135M-Instruct",
         "adapter": Path(arguments.adapter).name if arguments.adapter else None,
-        "adapter_sha256": hashlib.sha256(weights.read_bytes()).hexdigest() if weights and weights.is_file() else None,
         "dtype": arguments.dtype,
-        "texts_sha256": digests,
+        "sha256": {Path(path).name: digest for path, digest in digests(files).items()},
         "seed": arguments.seed,
     }
 
 
-def table(budgets: list[int], methods: Methods, rows: dict[str, dict[str, float]], columns: dict[str, str]) -> str:
+def table(budgets: list[int], methods: list[str], rows: dict[str, dict[str, float]], columns: dict[str, str]) -> str:
     columns = {key: title for key, title in columns.items() if any(key in row for row in rows.values())}
     lines = [
         "| budget | method | " + " | ".join(columns.values()) + " |",
@@ -312,9 +214,10 @@ def table(budgets: list[int], methods: Methods, rows: dict[str, dict[str, float]
 def report(results: dict[str, Any], bench: Bench) -> str:
     about = results["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    hardware = about["hardware"]["name"]
     parts = [
         "# Quality of answers over an evicted cache",
-        f"{about['model']}, adapter: {about['adapter']}. {about['hardware']}, {about['dtype']}; {versions}. "
+        f"{about['model']}, adapter: {about['adapter']}. {hardware}, {about['dtype']}; {versions}. "
         f"{results['seconds']:.0f} s.",
     ]
     titles = {
@@ -328,7 +231,7 @@ def report(results: dict[str, Any], bench: Bench) -> str:
     }
     for name, measured in results["measurements"].items():
         parts.append(f"## {name} ({measured['prompts']} prompts)")
-        parts.append(table(bench.budgets, bench.methods, measured["rows"], titles))
+        parts.append(table(bench.budgets, [*bench.methods, ORACLE], measured["rows"], titles))
     return "\n\n".join(parts) + "\n"
 
 

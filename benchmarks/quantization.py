@@ -55,7 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "default, 20 sweeps": {"sweeps": 20},
     "default, group-aware order": {"column_order": "group_aware"},
     "default, stored order": {"column_order": "stored"},
-    "default, damping 0.05": {"damp_percent": 0.05},
+    "default, damping 0.01": {"damp_percent": 0.01},
+    "default, damping 0.3": {"damp_percent": 0.3},
     "default, stage 2 instead of descent": {"stages": ("stage1", "stage2")},
 }
 MODELS = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}

@@ -23,8 +23,8 @@ class LookaheadKVConfig(PeftConfig):
             every linear module of the decoder's layers. An empty list trains the tokens alone.
         last_layer_modules: names of the modules that keep their LoRA in the last layer, where only queries and keys
             can change the scores. None for the attention's query and key projections, ``"all"`` for no exception.
-        row_power: exponent of the power mean over the lookahead tokens' attention, in training and scoring: 1 for the
-            paper's mean, 2 for the root mean square.
+        row_power: exponent of the power mean over tokens that makes attention an importance, of the lookahead tokens
+            and, in training, of the response: 1 for the paper's mean, 2 for the root mean square.
         pooling_kernel_size: odd width of the pooling along the prompt that suits this adapter, 1 for none.
         base_model_shape: sizes of the model that the adapter was made for; filled in by the first model it is
             attached to, and checked by every later one.

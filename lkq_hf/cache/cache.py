@@ -180,20 +180,15 @@ class LookaheadCache(Cache):
 
     def summary(self) -> dict[str, Any]:
         """What the cache holds: tokens read, entries stored per KV head of the compressed layers, bytes, and the bytes
-        that the same text takes without eviction."""
-        evicted = [layer for layer in self.layers if isinstance(layer, EvictedLayer) and layer.is_initialized]
-        stored = max((layer.stored for layer in evicted), default=0)
-        saved = sum(
-            (int(layer.get_seq_length()) - layer.keys.shape[-2])
-            * sum(tensor.numel() // tensor.shape[-2] * tensor.element_size() for tensor in (layer.keys, layer.values))
-            for layer in evicted
-            if layer.keys.numel()
-        )
+        that the same text takes without eviction; ``"layers"`` lists the same for each layer."""
+        layers = [_layer_summary(layer) for layer in self.layers]
+        compressed = [row for row, layer in zip(layers, self.layers, strict=True) if isinstance(layer, EvictedLayer)]
         return {
             "tokens_seen": int(self.get_seq_length()),
-            "entries_stored": stored,
+            "entries_stored": max((row["entries_stored"] for row in compressed), default=0),
             "bytes": self.nbytes,
-            "bytes_without_eviction": self.nbytes + saved,
+            "bytes_without_eviction": sum(row["bytes_without_eviction"] for row in layers),
+            "layers": layers,
         }
 
     def __repr__(self) -> str:
@@ -203,6 +198,19 @@ class LookaheadCache(Cache):
             f"tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']}, "
             f"bytes={summary['bytes']:,} of {summary['bytes_without_eviction']:,})"
         )
+
+
+def _layer_summary(layer: Any) -> dict[str, int]:
+    tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None and tensor.numel()]
+    if not tensors:
+        return {"entries_stored": 0, "bytes": 0, "bytes_without_eviction": 0}
+    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    slots = tensors[0].shape[-2]
+    if not isinstance(layer, EvictedLayer):
+        # A window loses nothing to eviction.
+        return {"entries_stored": slots, "bytes": size, "bytes_without_eviction": size}
+    whole = size // slots * int(layer.get_seq_length())
+    return {"entries_stored": layer.stored, "bytes": size, "bytes_without_eviction": whole}
 
 
 def _check_max_new_tokens(max_new_tokens: int | None) -> int | None:

@@ -6,8 +6,10 @@ from typing import Annotated
 import typer
 
 from lkq_hf import __version__
+from lkq_hf.cli.evaluate import app as evaluate
 from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
+from lkq_hf.cli.inspect import inspect
 from lkq_hf.cli.push import push
 from lkq_hf.cli.quantize import quantize
 from lkq_hf.cli.train import train
@@ -26,6 +28,8 @@ app.command("train")(train)
 app.command("quantize")(quantize)
 app.command("export")(export)
 app.command("push")(push)
+app.add_typer(evaluate, name="evaluate")
+app.command("inspect")(inspect)
 
 # What a user can act on is told by its text alone; the name of any other error is part of what happened.
 _EXPLAINED = (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError)

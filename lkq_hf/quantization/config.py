@@ -24,6 +24,7 @@ COLUMN_ORDERS = ("stored", "group_aware", "costliest_first")
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "stages": ("stage1", "descent"),
+        "damp_percent": 0.1,
         "column_order": "costliest_first",
         "corrected_target": True,
         "alpha": 0.25,
@@ -31,6 +32,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "paper": {
         "stages": ("stage1", "stage2"),
+        "damp_percent": 0.01,
         "column_order": "stored",
         "corrected_target": False,
         "alpha": 0.25,
@@ -59,10 +61,12 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
         group_size (`int`, defaults to 128): input features that share a scale, usually 32, 64 or 128; -1
             for a whole row.
-        damp_percent (`float`, defaults to 0.01): damping of the Hessian, as a part of its mean diagonal.
+        damp_percent (`float`, *optional*): damping of the Hessian, as a part of its mean diagonal; every step
+            minimises the damped objective, which keeps it from fitting what is particular to the calibration data.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, or `"paper"`, the
-            method as published (arXiv 2602.02126). It sets those of the next five fields that are not given.
+            method as published (arXiv 2602.02126). It sets `damp_percent` and
+            those of the next five fields, where they are not given.
         stages (`tuple[str, ...]`, *optional*): what is done besides GPTQ, any of `"stage1"` (scales searched by their
             effect on the output), `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined
             together after GPTQ). `()` is plain GPTQ.
@@ -116,7 +120,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         dataset: CalibrationSource | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         group_size: int = 128,
-        damp_percent: float = 0.01,
+        damp_percent: float | None = None,
         sym: bool = True,
         preset: str = "default",
         stages: Sequence[str] | None = None,
@@ -149,7 +153,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.group_size = group_size
-        self.damp_percent = damp_percent
+        self.damp_percent = defaults["damp_percent"] if damp_percent is None else damp_percent
         self.sym = sym
         self.preset = preset
         self.stages = tuple(defaults["stages"] if stages is None else stages)

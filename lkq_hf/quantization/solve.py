@@ -14,9 +14,8 @@ from lkq_hf.quantization.stage1 import search_scales
 from lkq_hf.quantization.stage2 import refine_scales
 from lkq_hf.quantization.weight import QuantizedWeight
 
-# Each failed factorisation multiplies the damping by this; float32 Hessians of nearly collinear inputs need it.
-DAMPING_GROWTH = 10.0
-DAMPING_ATTEMPTS = 4
+# Tried one after another where the factorisation fails: float32 moments of nearly collinear inputs need it.
+EXTRA_DAMPING = (0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,8 @@ class SolverSettings:
 class Solution:
     """A quantised weight and its error per row after each step, in the order in which the steps ran.
 
-    `losses[step]` is `(t - w^) H (t - w^)^T`, float32 `[out]`, and `energy` is `w H w^T`, to read it against.
+    `losses[step]` is `(t - w^) H (t - w^)^T` with the damped `H`, float32 `[out]`, and `energy` is `w H w^T`, to
+    read it against.
     """
 
     weight: QuantizedWeight
@@ -85,14 +85,15 @@ def quantize_weight(weight: Tensor, moments: InputMoments, settings: SolverSetti
 
 
 def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> Solution:
-    hessian = moments.hessian
+    if not bool(torch.isfinite(moments.hessian).all()):
+        raise ValueError("the calibration inputs contain NaN or infinity; run the base model in bfloat16 or float32")
+    # Every step minimises the damped objective: calibration data is a sample, and what fits only it is lost elsewhere.
+    hessian = damped(moments.hessian, settings.damp_percent)
     w = weight.detach().to(hessian.device, torch.float32)
     bits, sym = settings.bits, settings.sym
     group_size = resolve_group_size(w.shape[1], settings.group_size)
     if not bool(torch.isfinite(w).all()):
         raise ValueError("the weight contains NaN or infinity; the base checkpoint is damaged")
-    if not bool(torch.isfinite(hessian).all()):
-        raise ValueError("the calibration inputs contain NaN or infinity; run the base model in bfloat16 or float32")
     if float(w.abs().max()) > LARGEST_SCALE:
         raise ValueError(f"weights beyond {LARGEST_SCALE:g} have no float16 scale; leave the layer out")
 
@@ -107,7 +108,7 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
     target = w
     if not settings.round_to_nearest or settings.needs_deviation:
         order = _column_order(hessian, group_size, settings)
-        factor = _damped_inverse_factor(hessian[order][:, order], settings.damp_percent)
+        factor = _inverse_factor(hessian[order][:, order])
         if settings.needs_deviation and moments.deviation is not None:
             target = corrected_target(w, moments.deviation, factor, order, settings.alpha)
 
@@ -156,19 +157,19 @@ def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: T
 
 def _column_order(hessian: Tensor, group_size: int, settings: SolverSettings) -> Tensor:
     if settings.column_order == "costliest_first":
-        return costliest_first_order(_damped_inverse_factor(hessian, settings.damp_percent))
+        return costliest_first_order(_inverse_factor(hessian))
     if settings.column_order == "group_aware":
         return group_aware_order(hessian.diagonal(), group_size)
     return torch.arange(hessian.shape[0], device=hessian.device)
 
 
-def _damped_inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    for attempt in range(DAMPING_ATTEMPTS):
+def _inverse_factor(hessian: Tensor) -> Tensor:
+    for damping in (0.0, *EXTRA_DAMPING):
         try:
-            return inverse_factor(damped(hessian, damping * DAMPING_GROWTH**attempt))
+            return inverse_factor(damped(hessian, damping))
         except torch.linalg.LinAlgError:
             continue
     raise ValueError(
-        f"the input moments stay singular with damp_percent={damping * DAMPING_GROWTH ** (DAMPING_ATTEMPTS - 1):g}; "
+        f"the input moments stay singular when damped by {EXTRA_DAMPING[-1]:g} of their mean; "
         "use more calibration tokens or a larger damp_percent"
     )

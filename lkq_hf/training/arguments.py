@@ -33,7 +33,7 @@ class LookaheadTrainingArguments(TrainingArguments):
         default="query", metadata={"help": "Heads whose importance is compared.", "choices": ["query", "kv"]}
     )
     importance_power: float = field(
-        default=0.5, metadata={"help": "Power of the importance that is compared; 1 as in the paper."}
+        default=1.0, metadata={"help": "Power of the importance that is compared; 1 as in the paper."}
     )
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
@@ -43,5 +43,5 @@ class LookaheadTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.importance_heads not in ("query", "kv"):
             raise ValueError(f'importance_heads must be "query" or "kv", got {self.importance_heads!r}')
-        if not 0 < self.importance_power <= 1:
-            raise ValueError(f"importance_power must be above 0 and at most 1, got {self.importance_power}")
+        if not 0 < self.importance_power <= 4:
+            raise ValueError(f"importance_power must be above 0 and at most 4, got {self.importance_power}")

@@ -79,6 +79,7 @@ def response_importance(
     prompt: PromptCache,
     response_ids: torch.Tensor,
     response_mask: torch.Tensor | None = None,
+    row_power: float = 1.0,
 ) -> dict[int, torch.Tensor]:
     """Mean attention of a response to each prompt entry: what an adapter learns to predict.
 
@@ -87,6 +88,7 @@ def response_importance(
         prompt: the prompt's cache.
         response_ids: ``[batch, response_length]``, padded on the right.
         response_mask: ``[batch, response_length]`` bool, True for real tokens; None if there is no padding.
+        row_power: exponent of the power mean over the response's tokens.
 
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
@@ -96,7 +98,7 @@ def response_importance(
 
     def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
         if module.layer_idx in layers:
-            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, response_mask)
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, response_mask, row_power)
 
     with torch.no_grad(), observe_attention(decoder, observe):
         decoder(**prompt.inputs(response_ids, response_mask), input_ids=response_ids, use_cache=True)
@@ -138,7 +140,7 @@ def _per_head_scores(
     options: dict,
     prompt: PromptCache,
     row_mask: torch.Tensor | None,
-    row_power: float = 1.0,
+    row_power: float,
 ) -> torch.Tensor:
     scaling = options.get("scaling")
     return lookahead_scores(
@@ -159,7 +161,7 @@ def importance_divergence(target: torch.Tensor, predicted: torch.Tensor, power: 
     Args:
         target, predicted: ``[batch, heads, length]``; minus infinity on padding.
         power: both are raised to it first. 1 is the paper's objective, in which the attention sink, most of the mass,
-            is most of the loss; below 1 the many small entries that eviction must rank count for more.
+            is most of the loss; below 1 the many small entries count for more, above 1 the few large ones.
 
     Returns:
         The mean over batch and heads, in nats (LookaheadKV, arXiv 2603.10899, training objective).

@@ -82,9 +82,11 @@ class LookaheadTrainer(Trainer):
         unwrapped = self.accelerator.unwrap_model(model)
         decoder = get_decoder(unwrapped)
         prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"])
-        targets = response_importance(decoder, prompt, inputs["response_ids"], inputs["response_mask"])
         tokens = self._tokens(unwrapped)
-        predicted = lookahead_importance(model, decoder, prompt, tokens.active_tokens(), tokens.row_power())
+        row_power = tokens.row_power()
+        response = inputs["response_ids"], inputs["response_mask"]
+        targets = response_importance(decoder, prompt, *response, row_power)
+        predicted = lookahead_importance(model, decoder, prompt, tokens.active_tokens(), row_power)
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
             targets, predicted = (

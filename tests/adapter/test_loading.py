@@ -10,6 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig
 from lkq_hf.adapter.model import adapter_parameters
+from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.scoring import LookaheadScorer
 
 WEIGHTS = "adapter_model.safetensors"
 A_KEY = "base_model.model.model.layers.0.mlp.up_proj.lookahead_kv_A"
@@ -21,7 +23,9 @@ def saved(tmp_path_factory):
     base_directory, directory = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("adapter")
     tiny_model().save_pretrained(base_directory)
     model = AutoModelForCausalLM.from_pretrained(base_directory, attn_implementation="eager")
-    peft_model = get_peft_model(model, LookaheadKVConfig(num_lookahead_tokens=5, r=4, pooling_kernel_size=3))
+    peft_model = get_peft_model(
+        model, LookaheadKVConfig(num_lookahead_tokens=5, r=4, pooling_kernel_size=3, row_power=2.0)
+    )
     randomise_adapter(peft_model)
     peft_model.save_pretrained(directory)
     return base_directory, directory, tensors(peft_model)
@@ -75,13 +79,23 @@ def test_every_route_loads_every_tensor(saved, route):
     model.generate(input_ids=prompt_ids(1, 40), past_key_values=cache, max_new_tokens=2)
     assert cache.layers[0].keys.shape[-2] == 7
     assert model.peft_config["default"].pooling_kernel_size == 3
+    scorer = LookaheadScorer().bind(get_decoder(model))
+    assert (scorer.kernel_size, scorer.row_power) == (3, 2.0)
 
 
 @pytest.mark.parametrize("route", ["PeftModel", "load_adapter", "AutoModel"])
 def test_saved_again_the_files_are_the_same(saved, tmp_path, route):
     ROUTES[route](saved, saved[1]).save_pretrained(tmp_path)
     assert_same(load_file(tmp_path / WEIGHTS), load_file(saved[1] / WEIGHTS))
-    for name in ("peft_type", "num_lookahead_tokens", "r", "lora_alpha", "pooling_kernel_size", "base_model_shape"):
+    for name in (
+        "peft_type",
+        "num_lookahead_tokens",
+        "r",
+        "lora_alpha",
+        "row_power",
+        "pooling_kernel_size",
+        "base_model_shape",
+    ):
         found, expected = (json.loads((d / "adapter_config.json").read_text())[name] for d in (tmp_path, saved[1]))
         assert found == expected
 

@@ -361,10 +361,26 @@ def test_the_summary_counts_bytes():
     assert cache.nbytes == 10 * entry
     assert cache.summary() == {
         "tokens_seen": 43, "entries_stored": 10, "bytes": 10 * entry, "bytes_without_eviction": 43 * entry,
+        "layers": [
+            {"entries_stored": 10, "bytes": 10 * entry // 3, "bytes_without_eviction": 43 * entry // 3}
+        ] * 3,
     }  # fmt: skip
     text = repr(cache)
     for part in ("budget=7", "tokens_seen=43", "entries_stored=10", f"{10 * entry:,} of {43 * entry:,}"):
         assert part in text
+
+
+def test_the_summary_lists_layers_with_a_sliding_window_as_they_are():
+    cache = LookaheadCache(budget=7)
+    generate(lookahead_model("gemma3"), prompt_ids(2, 40), cache, new_tokens=4)
+    summary = cache.summary()
+    # A window of 8 stores 7 entries between forwards.
+    assert [layer["entries_stored"] for layer in summary["layers"]] == [7, 10, 10]
+    assert summary["layers"][0]["bytes"] == summary["layers"][0]["bytes_without_eviction"]
+    assert summary["layers"][1]["bytes_without_eviction"] == summary["layers"][1]["bytes"] // 10 * 43
+    assert summary["entries_stored"] == 10
+    for key in ("bytes", "bytes_without_eviction"):
+        assert summary[key] == sum(layer[key] for layer in summary["layers"])
 
 
 def test_a_model_prepared_for_eviction_needs_no_adapter():

@@ -237,6 +237,8 @@ def test_the_summary_tells_entries_from_slots():
         generate(model, ids, cache)
     found, expected = static.summary(), growing.summary()
     assert found.pop("bytes") == static.nbytes > expected.pop("bytes")
+    for row in found["layers"] + expected["layers"]:
+        row.pop("bytes")
     assert found == expected
     assert "tokens_seen=51" in repr(static)
 

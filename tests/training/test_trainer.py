@@ -66,8 +66,13 @@ def padded_batch():
     return ids, mask, response, response_mask
 
 
+def power_mean(rows, power):
+    return rows.pow(power).mean(-2).pow(1 / power)
+
+
+@pytest.mark.parametrize("row_power", [1.0, 2.0])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_targets_are_those_of_one_plain_forward(architecture):
+def test_targets_are_those_of_one_plain_forward(architecture, row_power):
     model = tiny_model(architecture)
     ids, mask, response, response_mask = padded_batch()
     whole = torch.cat([mask, response_mask.long()], dim=1)
@@ -76,27 +81,30 @@ def test_targets_are_those_of_one_plain_forward(architecture):
             torch.cat([ids, response], 1), attention_mask=whole, position_ids=positions(whole), output_attentions=True
         ).attentions
     decoder = get_decoder(model)
-    found = response_importance(decoder, PromptCache(decoder, ids, mask), response, response_mask)
+    found = response_importance(decoder, PromptCache(decoder, ids, mask), response, response_mask, row_power)
     assert set(found) == set(full_layers(model))
     for layer, scores in found.items():
         rows_of_response = attentions[layer][:, :, 30:, :30]
-        expected = torch.stack([rows_of_response[0].mean(1), rows_of_response[1, :, :2].mean(1)])
+        expected = torch.stack(
+            [power_mean(rows_of_response[0], row_power), power_mean(rows_of_response[1, :, :2], row_power)]
+        )
         real = mask.bool()[:, None].expand_as(scores)
         torch.testing.assert_close(scores[real], expected[real], atol=1e-5, rtol=1e-5)
         assert (scores[~real] == -torch.inf).all()
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("padded", "row_power"), [(False, 1.0), (True, 1.0), (True, 2.0)])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_predictions_are_those_of_one_plain_forward(architecture, padded):
+def test_predictions_are_those_of_one_plain_forward(architecture, padded, row_power):
     base, adapted = base_and_adapted(architecture)
     ids, mask, *_ = padded_batch()
     if not padded:
         ids, mask = prompt_ids(2, 30), None
     decoder = get_decoder(adapted)
-    found = lookahead_importance(adapted, decoder, PromptCache(decoder, ids, mask), decoder.lookahead.active_tokens())
+    tokens = decoder.lookahead.active_tokens()
+    found = lookahead_importance(adapted, decoder, PromptCache(decoder, ids, mask), tokens, row_power)
     for layer, attention in lookahead_attention(base, adapted, ids, mask).items():
-        expected = attention.mean(2)
+        expected = power_mean(attention, row_power)
         real = (
             torch.ones_like(expected, dtype=torch.bool) if mask is None else mask.bool()[:, None].expand_as(expected)
         )
@@ -243,7 +251,7 @@ def test_a_model_without_an_adapter_is_refused(tmp_path):
         LookaheadTrainer(tiny_model(), arguments(tmp_path), train_dataset=rows(4))
 
 
-@pytest.mark.parametrize("values", [{"importance_heads": "all"}, {"importance_power": 0.0}, {"importance_power": 2.0}])
+@pytest.mark.parametrize("values", [{"importance_heads": "all"}, {"importance_power": 0.0}, {"importance_power": 5.0}])
 def test_arguments_out_of_range_are_refused(tmp_path, values):
     with pytest.raises(ValueError, match=next(iter(values))):
         arguments(tmp_path, **values)

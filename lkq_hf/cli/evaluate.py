@@ -1,0 +1,196 @@
+"""``lkq-hf evaluate``: what evicted caches lose on tasks made from the user's texts, and perplexity."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lkq_hf.cli.options import Device, Model, load_model
+from lkq_hf.cli.output import AsJson, report
+
+app = typer.Typer(
+    help="Measure a model on your own texts: what evicted caches lose, or its perplexity.", no_args_is_help=True
+)
+
+Text = Annotated[
+    list[Path],
+    typer.Option(help="Texts: plain files, or jsonl(.gz) with a 'text' each; repeatable.", exists=True),
+]
+Out = Annotated[Path, typer.Option(help="Directory for the results; a stopped run in it goes on.", file_okay=False)]
+Precision = Annotated[
+    str, typer.Option("--dtype", help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")
+]
+BatchSize = Annotated[int, typer.Option(help="Prompts or windows in a batch.")]
+
+
+@app.command()
+def eviction(
+    model: Model,
+    text: Text,
+    out: Out,
+    adapter: Annotated[str | None, typer.Option(help="Lookahead adapter: a directory or an id on the Hub.")] = None,
+    budgets: Annotated[str, typer.Option(help="Entries to keep per KV head, as in 64,128,256.")] = "64,128,256",
+    scorers: Annotated[
+        str | None,
+        typer.Option(
+            help="Of lookahead, snapkv, streaming, random, oracle. Default: all but random, and lookahead if there is "
+            "an adapter."
+        ),
+    ] = None,
+    tasks: Annotated[
+        str,
+        typer.Option(
+            help="Of needle, needle_multi_key, needle_multi_value, variable_tracking, frequent_words, "
+            "paragraph_question, explain, summarise, continue, question_answering."
+        ),
+    ] = "needle,needle_multi_key,needle_multi_value,variable_tracking,frequent_words,summarise",
+    questions: Annotated[
+        Path | None,
+        typer.Option(help="For question_answering: jsonl with 'question', 'context' and 'answers'.", exists=True),
+    ] = None,
+    length: Annotated[str, typer.Option(help="Tokens of the prompts, as in 1024,2048.")] = "2048",
+    examples: Annotated[int, typer.Option(help="Prompts of each task and length.", min=1)] = 20,
+    batch_size: BatchSize = 4,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
+    plots: Annotated[bool, typer.Option(help="Draw quality against budget and bytes (needs matplotlib).")] = True,
+    as_json: AsJson = False,
+    dtype: Precision = "auto",
+    device: Device = None,
+) -> None:
+    """Compare evicted caches with the full one, on prompts made from your texts.
+
+    Every prompt is read once; from that, each scorer's cache at each budget is made, and answers. Writes results.json,
+    results.md and three plots. Under `accelerate launch`, the prompts are divided among the processes.
+    """
+    from lkq_hf.evaluation.environment import digests
+    from lkq_hf.evaluation.eviction import check_budgets, check_scorers, evaluate_eviction, load_evaluator
+    from lkq_hf.evaluation.journal import Journal
+    from lkq_hf.evaluation.plots import require_matplotlib, save_plots
+    from lkq_hf.evaluation.tables import eviction_table
+    from lkq_hf.evaluation.tasks import Corpus, QuestionAnswering, build_task
+    from lkq_hf.text.documents import read_documents
+
+    if plots:
+        require_matplotlib()
+    default = "lookahead,snapkv,streaming,oracle" if adapter else "snapkv,streaming,oracle"
+    chosen = check_scorers(_names(scorers or default))
+    kept = check_budgets(_numbers("--budgets", budgets))
+    lengths = _numbers("--length", length)
+    kinds = _names(tasks)
+    if (QuestionAnswering.kind in kinds) != (questions is not None):
+        raise ValueError(f"--questions FILE and the task {QuestionAnswering.kind} go together: pass both or neither")
+    documents = read_documents(text)
+    causal_lm, tokenizer, dtype = _load(model, dtype, device)
+    journal = Journal(
+        out,
+        {
+            "command": "evaluate eviction",
+            "model": model,
+            "revision": getattr(causal_lm.config, "_commit_hash", None),
+            "adapter": adapter,
+            "budgets": kept,
+            "scorers": chosen,
+            "tasks": kinds,
+            "length": lengths,
+            "examples": examples,
+            "batch_size": batch_size,
+            "seed": seed,
+            "dtype": dtype,
+            "sha256": digests([*text, *([questions] if questions else []), *([adapter] if adapter else [])]),
+        },
+    )
+    corpus = Corpus(documents, tokenizer)
+    built = [
+        QuestionAnswering.from_jsonl(corpus, questions, seed)
+        if questions and kind == QuestionAnswering.kind
+        else build_task(kind, corpus, seed)
+        for kind in kinds
+    ]
+    evaluator = load_evaluator(causal_lm, tokenizer, adapter, chosen, kept)
+    results = evaluate_eviction(evaluator, built, lengths, examples, journal, batch_size)
+    table = eviction_table(results["rows"])
+    if _write(out, results, table) and plots:
+        for path in save_plots(results["rows"], out):
+            typer.echo(f"Wrote {path}", err=True)
+
+
+@app.command()
+def perplexity(
+    model: Model,
+    text: Text,
+    out: Out,
+    window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
+    max_windows: Annotated[int | None, typer.Option(help="At most so many windows, from the start.")] = None,
+    batch_size: BatchSize = 1,
+    as_json: AsJson = False,
+    dtype: Precision = "auto",
+    device: Device = None,
+) -> None:
+    """Perplexity on your texts, cut into windows that do not overlap.
+
+    Under `accelerate launch`, the windows are divided among the processes.
+    """
+    from lkq_hf.evaluation.environment import digests
+    from lkq_hf.evaluation.journal import Journal
+    from lkq_hf.evaluation.perplexity import evaluate_perplexity, text_windows
+    from lkq_hf.evaluation.tables import table
+    from lkq_hf.text.documents import read_documents
+
+    documents = read_documents(text)
+    causal_lm, tokenizer, dtype = _load(model, dtype, device)
+    windows = text_windows(documents, tokenizer, window, max_windows)
+    journal = Journal(
+        out,
+        {
+            "command": "evaluate perplexity",
+            "model": model,
+            "revision": getattr(causal_lm.config, "_commit_hash", None),
+            "window": window,
+            "max_windows": max_windows,
+            "batch_size": batch_size,
+            "dtype": dtype,
+            "sha256": digests(text),
+        },
+    )
+    results = evaluate_perplexity(causal_lm, windows, journal, batch_size)
+    titles = {"windows": "windows", "tokens": "tokens", "nll": "NLL", "perplexity": "perplexity"}
+    _write(out, results, table(results["rows"], titles))
+
+
+def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any, str]:
+    """The model on this process's device, its tokenizer, and the data type that was chosen."""
+    import torch
+    from accelerate import PartialState
+
+    # Without an accelerator, several processes find each other only when told that they are on CPUs.
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
+    place = device or str(state.device)
+    if dtype == "auto":
+        dtype = "bfloat16" if place.startswith("cuda") else "float32"
+    return *load_model(model, dtype, place), dtype
+
+
+def _write(out: Path, results: dict[str, Any], table: str) -> bool:
+    """Writes and prints the results, in one process only; returns whether this is the one."""
+    from accelerate import PartialState
+
+    from lkq_hf.evaluation.journal import write_json
+
+    if not PartialState().is_main_process:
+        return False
+    write_json(out / "results.json", results)
+    (out / "results.md").write_text(table + "\n", encoding="utf-8")
+    report(table, {name: value for name, value in results.items() if name != "records"})
+    typer.echo(f"Wrote {out / 'results.json'}", err=True)
+    return True
+
+
+def _names(text: str) -> list[str]:
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        return [int(number) for number in _names(text)]
+    except ValueError as error:
+        raise ValueError(f"{option} expects whole numbers parted by commas, as in 64,128; got {text!r}") from error

@@ -1,0 +1,64 @@
+"""``lkq-hf inspect``: one HTML page about what is kept of one prompt."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lkq_hf.cli.options import Device, Model, load_model
+from lkq_hf.cli.output import AsJson, report
+
+
+def inspect(
+    model: Model,
+    prompt: Annotated[Path, typer.Option(help="Text file with the user's message.", exists=True, dir_okay=False)],
+    out: Annotated[Path, typer.Option(help="HTML file to write.", dir_okay=False)],
+    adapter: Annotated[
+        str | None,
+        typer.Option(help="Lookahead adapter: a directory or an id on the Hub. Without one, SnapKV is shown."),
+    ] = None,
+    budget: Annotated[int, typer.Option(help="Entries to keep per KV head.", min=1)] = 128,
+    oracle: Annotated[
+        bool, typer.Option("--oracle", help="Compare with what the full cache's own answer attends to, and answer.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, for --oracle.", min=1)] = 64,
+    raw: Annotated[bool, typer.Option("--raw", help="Read the prompt as it is, without the chat template.")] = False,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    as_json: AsJson = False,
+    device: Device = None,
+) -> None:
+    """Show which tokens of a prompt are kept, by layer and by head, in a page that needs no network."""
+    from accelerate import PartialState
+
+    from lkq_hf.inspection import inspect_eviction, render_report
+    from lkq_hf.text.chat import render_chat
+
+    message = prompt.read_text(encoding="utf-8")
+    causal_lm, tokenizer = load_model(model, dtype, device or str(PartialState().device))
+    if adapter is not None:
+        causal_lm.load_adapter(adapter)
+    inspection = inspect_eviction(
+        causal_lm,
+        tokenizer,
+        message if raw else render_chat([{"role": "user", "content": message}], "", tokenizer),
+        budget,
+        scorers=["lookahead", "snapkv"] if adapter else ["snapkv", "streaming"],
+        oracle=oracle,
+        max_new_tokens=max_new_tokens,
+        adapter=adapter and Path(adapter).name,
+        add_special_tokens=raw or not tokenizer.chat_template,
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render_report(inspection), encoding="utf-8")
+    mebibytes = [f"{size / 2**20:.2f} MiB" for size in (inspection.kept_bytes, inspection.full_bytes)]
+    report(
+        f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head, {' of '.join(mebibytes)}",
+        {
+            "report": str(out),
+            "tokens": len(inspection.pieces),
+            "budget": inspection.budget,
+            "bytes": inspection.kept_bytes,
+            "bytes_without_eviction": inspection.full_bytes,
+            "answers": inspection.answers,
+        },
+    )

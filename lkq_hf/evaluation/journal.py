@@ -1,0 +1,67 @@
+"""Finished pieces of a run, on disk, so that a stopped run goes on where it was."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+class Journal:
+    """Finished pieces of work, one JSON file each, written whole or not at all.
+
+    Several processes may share a journal: all of them begin with the same arguments, and each writes its own pieces.
+
+    Args:
+        directory: the run's output directory; created if need be.
+        arguments: everything the results depend on, as JSON.
+
+    Raises:
+        ValueError: the directory holds a run with other arguments, or files of something else.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
+        self.directory = Path(directory)
+        self._pieces = self.directory / "journal"
+        # What JSON makes of it (tuples become lists), to compare with what was read from a file.
+        self.arguments: dict[str, Any] = json.loads(json.dumps(arguments))
+        note = self.directory / "run.json"
+        if note.exists():
+            self._check(json.loads(note.read_text(encoding="utf-8")))
+        elif self._pieces.exists():
+            raise ValueError(f"{self.directory} has a journal but no run.json: name another directory")
+        self._pieces.mkdir(parents=True, exist_ok=True)
+        write_json(note, self.arguments)
+
+    def _check(self, found: dict[str, Any]) -> None:
+        names = [name for name in {**found, **self.arguments} if found.get(name) != self.arguments.get(name)]
+        if names:
+            changes = "; ".join(f"{name} was {found.get(name)!r}, now {self.arguments.get(name)!r}" for name in names)
+            raise ValueError(
+                f"{self.directory} holds a run with other arguments ({changes}). The same arguments go on with it; "
+                "for others, name another output directory."
+            )
+
+    def _path(self, name: str) -> Path:
+        return self._pieces / f"{name}.json"
+
+    def __contains__(self, name: str) -> bool:
+        return self._path(name).exists()
+
+    def write(self, name: str, piece: Any) -> None:
+        """Keeps a finished piece."""
+        write_json(self._path(name), piece)
+
+    def read(self, name: str) -> Any:
+        """A piece that was finished.
+
+        Raises:
+            FileNotFoundError: it was not.
+        """
+        return json.loads(self._path(name).read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,108 @@
+"""Perplexity of a model on given texts, window by window."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lkq_hf.evaluation.environment import environment
+from lkq_hf.evaluation.journal import Journal
+from lkq_hf.evaluation.metrics import load_metric
+
+
+def text_windows(
+    documents: Sequence[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    max_windows: int | None = None,
+) -> torch.Tensor:
+    """The documents, joined by empty lines and cut into windows that do not overlap; what is left over is dropped.
+
+    Each window starts with the token that the tokenizer puts before every text, if it has one: some models are lost
+    without it.
+
+    Args:
+        documents: mappings with ``"text"``.
+        tokenizer: the model's tokenizer.
+        window: tokens in a window.
+        max_windows: at most so many, from the start; None for all.
+
+    Returns:
+        ``[windows, window]`` token ids.
+
+    Raises:
+        ValueError: a window below 2 tokens, or less text than one window.
+    """
+    if window < 2 or (max_windows is not None and max_windows < 1):
+        raise ValueError(f"expected windows of at least 2 tokens, and at least one; got {window} and {max_windows}")
+    text = "\n\n".join(document["text"] for document in documents)
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+    step = window - len(first)
+    starts = range(0, len(tokens) - step + 1, step)[:max_windows]
+    if not starts:
+        raise ValueError(
+            f"the texts hold {len(tokens)} tokens, less than a window of {step}: pass more text or a smaller window"
+        )
+    return torch.tensor([first + tokens[start : start + step] for start in starts])
+
+
+@torch.no_grad()
+def token_nlls(model: PreTrainedModel, windows: torch.Tensor) -> list[list[float]]:
+    """Negative log-likelihood in nats of each window's tokens after its first. ``windows``: ``[batch, window]``."""
+    windows = windows.to(model.device)
+    logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
+    return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").tolist()
+
+
+def evaluate_perplexity(
+    model: PreTrainedModel, windows: torch.Tensor, journal: Journal, batch_size: int = 1
+) -> dict[str, Any]:
+    """Perplexity over windows of text.
+
+    Under ``accelerate launch`` the batches are divided among the processes; the result does not depend on how many
+    there are. Finished batches are in the journal: a stopped run goes on after them.
+
+    Args:
+        model: a causal language model.
+        windows: ``[windows, window]`` token ids (:func:`text_windows`).
+        journal: of this run, in a directory that all processes see.
+        batch_size: windows in a batch.
+
+    Returns:
+        ``{"arguments", "environment", "rows"}`` with one row: ``windows``, ``tokens`` (that were predicted), ``nll``
+        (mean, in nats) and ``perplexity``.
+
+    Raises:
+        ValueError: a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"the batch size must be at least 1, got {batch_size}")
+    state = PartialState()
+    batches = list(enumerate(windows.split(batch_size)))
+    mine = batches[state.process_index :: state.num_processes]
+    for index, batch in tqdm(mine, desc="perplexity", unit="batch", disable=state.process_index > 0):
+        if _piece(index) not in journal:
+            journal.write(_piece(index), token_nlls(model, batch))
+    state.wait_for_everyone()
+    nlls = [row for index, _ in batches for row in journal.read(_piece(index))]
+    tokens = sum(map(len, nlls))
+    row = {
+        "windows": len(nlls),
+        "tokens": tokens,
+        "nll": sum(map(sum, nlls)) / tokens,
+        **load_metric("perplexity", keep_in_memory=True).compute(predictions=nlls),
+    }
+    return {
+        "arguments": journal.arguments,
+        "environment": environment(model.device, state.num_processes),
+        "rows": [row],
+    }
+
+
+def _piece(index: int) -> str:
+    return f"windows-{index:05d}"

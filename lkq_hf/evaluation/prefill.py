@@ -1,0 +1,225 @@
+"""One prefill, many caches: what every scorer at every budget would have kept of the same prompts.
+
+Reading a long prompt costs far more than all that follows. The activations of a prompt do not depend on what is kept
+of it, so one forward fills the full cache and every evicted one, layer by layer.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from lkq_hf.attention import observe_attention
+from lkq_hf.cache import LookaheadCache
+from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.evaluation.decoding import Answers, score_answers
+from lkq_hf.kernels.lookahead_scores import lookahead_scores
+from lkq_hf.scoring import OracleScorer, PrefillAttention, Scorer
+
+Cell = tuple[str, int]
+"""Name of a scorer, and a budget in entries per KV head."""
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """Prompts that were read once.
+
+    Attributes:
+        input_ids, mask: ``[batch, length]``; the mask is 1 for real tokens, with padding on the left.
+        logits: ``[batch, vocabulary]`` after the prompts.
+        full: the full cache.
+        caches: for each scorer and budget what ``LookaheadCache(budget, scorer)`` holds after these prompts.
+    """
+
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    logits: torch.Tensor
+    full: Cache
+    caches: dict[Cell, LookaheadCache]
+
+
+class _Recorder(Scorer):
+    """Fills a cache for each cell while the prompt passes. Scorers that append a suffix must append the same."""
+
+    def __init__(self, scorers: Mapping[str, Scorer], budgets: Sequence[int], config: Any):
+        self.scorers = dict(scorers)
+        self.uses_adapter = any(scorer.uses_adapter for scorer in scorers.values())
+        self.full = DynamicCache(config=config)
+        self.caches = {
+            (name, budget): LookaheadCache(budget=budget, scorer=scorer)
+            for budget in budgets
+            for name, scorer in scorers.items()
+        }
+        for cache in self.caches.values():
+            cache.build_layers(config)
+
+    def bind(self, decoder: nn.Module) -> Scorer:
+        self.scorers = {name: scorer.bind(decoder) for name, scorer in self.scorers.items()}
+        return self
+
+    def suffix(self, decoder: nn.Module) -> torch.Tensor | None:
+        every = {name: scorer.suffix(decoder) for name, scorer in self.scorers.items()}
+        found = {name: suffix for name, suffix in every.items() if suffix is not None}
+        first = next(iter(found.values()), None)
+        if first is not None and not all(torch.equal(suffix, first) for suffix in found.values()):
+            raise ValueError(f"the scorers {', '.join(found)} append different tokens to the prompt: use one of them")
+        return first
+
+    def score(self, attention: PrefillAttention) -> torch.Tensor:
+        key, value, length = attention.key, attention.value, attention.length
+        self.full.update(key[:, :, :length], value[:, :, :length], attention.layer_index)
+        for (name, budget), cache in self.caches.items():
+            # Some scorers look at the budget.
+            scores = self.scorers[name].score(replace(attention, budget=budget))
+            if attention.mask is not None:
+                scores = scores.masked_fill(~attention.mask[:, None], -torch.inf)
+            cache.layers[attention.layer_index].evict(key, value, scores, budget, defer=False)
+        return torch.zeros(*key.shape[:2], length, device=key.device)
+
+    def take_bounded_layers(self, passed: LookaheadCache) -> None:
+        """Layers with a sliding window, which are not scored, are the same in every cache."""
+        for index, layer in enumerate(passed.layers):
+            if not isinstance(layer, EvictedLayer):
+                for cache in (self.full, *self.caches.values()):
+                    cache.layers[index] = copy.deepcopy(layer)
+
+
+@torch.no_grad()
+def read_prompts(
+    model: PreTrainedModel,
+    input_ids: torch.Tensor,
+    mask: torch.Tensor,
+    scorers: Mapping[str, Scorer],
+    budgets: Sequence[int],
+) -> Prefill:
+    """Reads a batch of prompts once, into the full cache and one evicted cache for each scorer and budget.
+
+    Args:
+        model: a causal language model, prepared for eviction (:func:`lkq_hf.prepare_model_for_eviction`, or by its
+            adapter).
+        input_ids, mask: ``[batch, length]``, padded on the left.
+        scorers: by name; those that append tokens to the prompt must append the same (so not the oracle: see
+            :func:`add_oracle`).
+        budgets: entries to keep per KV head, each below the length of the shortest prompt.
+
+    Raises:
+        ValueError: no budget or one that is not below the length of the shortest prompt, or two scorers that append
+            different tokens.
+    """
+    shortest = int(mask.sum(-1).min())
+    if not budgets or max(budgets) >= shortest:
+        raise ValueError(
+            f"budgets must be below the length of the shortest prompt, {shortest} tokens, so that something is "
+            f"evicted; got {list(budgets)}"
+        )
+    recorder = _Recorder(scorers, budgets, get_decoder(model).config)
+    passed = LookaheadCache(budget=1, scorer=recorder)
+    output = model(
+        input_ids=input_ids,
+        attention_mask=mask,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=passed,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    recorder.take_bounded_layers(passed)
+    return Prefill(input_ids, mask, output.logits[:, -1], recorder.full, recorder.caches)
+
+
+@dataclass(frozen=True)
+class ScoredAnswers:
+    """The full cache's answers, and what they attend to.
+
+    Attributes:
+        answers: the answers.
+        nll, chosen: see :func:`~lkq_hf.evaluation.decoding.score_answers`; both ``[batch, length]``.
+        attention: for each compressed layer the mean attention of the answer to each prompt entry, float32
+            ``[batch, kv_heads, length]``, minus infinity on padding.
+        oracle: for each budget what ``LookaheadCache(budget, OracleScorer(answers))`` holds after the prompts.
+    """
+
+    answers: Answers
+    nll: torch.Tensor
+    chosen: torch.Tensor
+    attention: dict[int, torch.Tensor]
+    oracle: dict[int, LookaheadCache]
+
+
+@torch.no_grad()
+def add_oracle(model: PreTrainedModel, prefill: Prefill, answers: Answers, budgets: Sequence[int]) -> ScoredAnswers:
+    """Scores the answers with the full cache, and fills the oracle's caches from what they attend to.
+
+    This costs one forward of the answers. They are appended to ``prefill.full``.
+    """
+    decoder = get_decoder(model)
+    mask = None if bool(prefill.mask.all()) else prefill.mask.bool()
+    length = prefill.mask.shape[1]
+    scorer = OracleScorer(answers.ids, answers.mask)
+    caches = {budget: LookaheadCache(budget=budget, scorer=scorer) for budget in budgets}
+    for cache in caches.values():
+        cache.build_layers(decoder.config)
+        for index, layer in enumerate(cache.layers):
+            if not isinstance(layer, EvictedLayer):
+                cache.layers[index] = copy.deepcopy(prefill.full.layers[index])
+    compressed = {i for i, layer in enumerate(next(iter(caches.values())).layers) if isinstance(layer, EvictedLayer)}
+    attention: dict[int, torch.Tensor] = {}
+
+    def observe(
+        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+    ) -> None:
+        index: int = module.layer_idx  # type: ignore[assignment]
+        if index not in compressed:
+            return
+        scaling = options.get("scaling")
+        scores = lookahead_scores(
+            query,
+            key,
+            query.shape[-1] ** -0.5 if scaling is None else scaling,
+            mask=mask,
+            row_mask=answers.mask,
+            softcap=options.get("softcap"),
+        )
+        attention[index] = scores
+        for budget, cache in caches.items():
+            cache.layers[index].evict(key[:, :, :length], value[:, :, :length], scores, budget, defer=False)
+
+    with observe_attention(decoder, observe):
+        nll, chosen = score_answers(model, prefill.logits, prefill.mask, prefill.full, answers)
+    return ScoredAnswers(answers, nll, chosen, attention, caches)
+
+
+def stack_caches(caches: Sequence[LookaheadCache]) -> LookaheadCache:
+    """One cache that holds a copy of several along the batch, so that one forward serves them all.
+
+    Args:
+        caches: of one model, with the same budget, after prompts of the same length.
+    """
+    stacked = copy.deepcopy(caches[0])
+    for index, layer in enumerate(stacked.layers):
+        if layer.is_initialized:
+            layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
+            layer.values = torch.cat([cache.layers[index].values for cache in caches])
+        if isinstance(layer, EvictedLayer):
+            layer.kept_indices = torch.cat([cache.layers[index].kept_indices for cache in caches])
+    return stacked
+
+
+def kept_entries(cache: LookaheadCache) -> dict[int, torch.Tensor]:
+    """For each compressed layer the positions of the kept entries, sorted, ``[batch, kv_heads, kept]``."""
+    return {
+        index: layer.kept_indices
+        for index, layer in enumerate(cache.layers)
+        if isinstance(layer, EvictedLayer) and layer.kept_indices is not None
+    }
+
+
+def cache_bytes(cache: Cache) -> int:
+    """Bytes of the stored keys and values."""
+    layers: list[Any] = cache.layers
+    return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None)
