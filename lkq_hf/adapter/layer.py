@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn import functional as F
@@ -39,6 +40,15 @@ class LookaheadKVLayer(BaseTunerLayer):
                 "choose one with model.set_adapter(...)"
             )
         return active[0] if active else None
+
+
+def _available(parameters: nn.ParameterDict, adapter_name: str) -> torch.Tensor:
+    """An adapter's parameter, fetched if accelerate has offloaded it."""
+    if parameters[adapter_name].device.type == "meta":
+        # Its hook would act when the module is called, as a dictionary never is.
+        with align_module_device(parameters):
+            return parameters[adapter_name]
+    return parameters[adapter_name]
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -97,7 +107,14 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         name = self._require_active()
         if name in self._complete:
             return
-        broken = [key for key, value in adapter_parameters(decoder, name).items() if not torch.isfinite(value).all()]
+        broken = [
+            f"{module_name}.{attribute}.{name}"
+            for module_name, module in decoder.named_modules()
+            if isinstance(module, LookaheadKVLayer)
+            for attribute in module.adapter_layer_names
+            if name in getattr(module, attribute)
+            and not torch.isfinite(_available(getattr(module, attribute), name)).all()
+        ]
         if broken:
             raise ValueError(
                 f"{len(broken)} tensors of the LOOKAHEAD_KV adapter {name!r} ({', '.join(broken[:3])}, ...) were "
@@ -112,7 +129,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Raises:
             ValueError: no adapter, or more than one, is active.
         """
-        return self.lookahead_kv_tokens[self._require_active()][None]
+        return _available(self.lookahead_kv_tokens, self._require_active())[None]
 
     def pooling_kernel_size(self) -> int:
         """What the active adapter's config recommends.
@@ -173,7 +190,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         name = self._sole_active_adapter(self.lookahead_kv_A)
         if name is None:
             return result
-        down, up = self.lookahead_kv_A[name], self.lookahead_kv_B[name]
+        down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
         lookahead = x[..., -length:, :].to(down.dtype)
         update = F.linear(F.linear(lookahead, down), up)
         if torch.is_grad_enabled():
