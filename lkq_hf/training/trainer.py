@@ -1,16 +1,20 @@
 """Training a lookahead adapter."""
 
+import math
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from lkq_hf.adapter.layer import LookaheadTokens
 from lkq_hf.cache.prefill import get_decoder
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 from lkq_hf.training.arguments import LookaheadTrainingArguments
-from lkq_hf.training.data import TargetCollator
+from lkq_hf.training.data import SeededLengthGroupedSampler, TargetCollator
 from lkq_hf.training.importance import (
     PromptCache,
     importance_divergence,
@@ -27,7 +31,12 @@ class LookaheadTrainer(Trainer):
     The base model is frozen and read without gradients; gradients flow through the lookahead tokens alone. Data sets
     hold ``"input_ids"`` (a prompt) and ``"response_ids"`` (the model's own answer), as made by
     :func:`~lkq_hf.training.generate_targets`. The evaluation reports the loss and, for each of
-    ``args.recall_budgets``, the share of the response's most important entries that the adapter finds.
+    ``args.recall_budgets``, the share of the response's most important entries that the adapter finds in prompts
+    longer than the budget.
+
+    Several processes (``accelerate launch``) take the steps that one would take with the same number of prompts in a
+    step. Under FSDP2 the base model may be sharded; the adapter is replicated if FSDP is told to ignore it
+    (``examples/accelerate/fsdp2.yaml``).
 
     Args:
         model: a model with an active adapter, such as ``get_peft_model(model, LookaheadKVConfig())``.
@@ -60,7 +69,8 @@ class LookaheadTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # The recipe's loss does not come from the model's forward, which therefore must not be given its arguments.
         self.model_accepts_loss_kwargs = False
-        self._recalls: dict[int, list[torch.Tensor]] = {}
+        self._recalls: list[torch.Tensor] = []
+        self._broadcast_adapter()
 
     @staticmethod
     def _tokens(model: nn.Module) -> LookaheadTokens:
@@ -72,6 +82,36 @@ class LookaheadTrainer(Trainer):
             )
         return tokens
 
+    def _replicated(self) -> list[nn.Parameter]:
+        """The adapter's parameters that every process holds whole."""
+        return [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+
+    def _broadcast_adapter(self) -> None:
+        """Every process starts from the first one's adapter: the others may not have drawn it from the same weights."""
+        for parameter in self._replicated():
+            value = broadcast(parameter.data.to(self.accelerator.device))
+            parameter.data.copy_(value)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            # FSDP reduces the gradients of what it shards, and of nothing else.
+            gradients = [p.grad for p in self._replicated() if p.grad is not None]
+            if gradients:
+                mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+                sizes = [gradient.numel() for gradient in gradients]
+                for gradient, part in zip(gradients, mean.split(sizes), strict=True):
+                    gradient.copy_(part.view_as(gradient))
+        return loss
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return SeededLengthGroupedSampler([len(row["input_ids"]) for row in dataset], step_size, args.seed)
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -81,11 +121,12 @@ class LookaheadTrainer(Trainer):
     def _loss_and_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         unwrapped = self.accelerator.unwrap_model(model)
         decoder = get_decoder(unwrapped)
-        prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"])
+        # All three forwards go through the wrapper, which may have to gather the weights first (FSDP, ZeRO-3).
+        prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"], model)
         tokens = self._tokens(unwrapped)
         row_power = tokens.row_power()
         response = inputs["response_ids"], inputs["response_mask"]
-        targets = response_importance(decoder, prompt, *response, row_power)
+        targets = response_importance(decoder, prompt, *response, row_power, model)
         predicted = lookahead_importance(model, decoder, prompt, tokens.active_tokens(), row_power)
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
@@ -103,23 +144,28 @@ class LookaheadTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad():
-            loss, (targets, predicted) = self._loss_and_scores(model, self._prepare_inputs(inputs))
+            inputs = self._prepare_inputs(inputs)
+            loss, (targets, predicted) = self._loss_and_scores(model, inputs)
+            lengths = inputs["attention_mask"].sum(-1)
+            recalls = torch.full((len(lengths), len(self.args.recall_budgets)), torch.nan, device=lengths.device)
             kv_heads = get_decoder(self.accelerator.unwrap_model(model)).config.num_key_value_heads
-            for budget in self.args.recall_budgets:
-                recalls = [
-                    importance_recall(targets[layer], predicted[layer], kv_heads, budget)
-                    for layer in targets
-                    if targets[layer].shape[-1] > budget
-                ]
-                if recalls:
-                    self._recalls.setdefault(budget, []).append(torch.stack(recalls).mean(0))
+            for column, budget in enumerate(self.args.recall_budgets):
+                if bool((long := lengths > budget).any()):
+                    found = [
+                        importance_recall(targets[layer], predicted[layer], kv_heads, budget).to(lengths.device)
+                        for layer in targets
+                    ]
+                    recalls[long, column] = torch.stack(found).mean(0)[long]
+        # Of the same shape in every process, and without the rows that fill up the last batch.
+        self._recalls.append(self.accelerator.gather_for_metrics(recalls))
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._recalls = {}
+        self._recalls = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix, metrics = kwargs.get("metric_key_prefix", "eval"), dict(output.metrics or {})
-        for budget, recalls in self._recalls.items():
-            gathered = self.accelerator.gather_for_metrics(torch.cat(recalls))
-            metrics[f"{prefix}_recall@{budget}"] = gathered.mean().item()
+        means = torch.cat(self._recalls).nanmean(0).tolist() if self._recalls else []
+        for budget, mean in zip(self.args.recall_budgets, means, strict=False):
+            if not math.isnan(mean):
+                metrics[f"{prefix}_recall@{budget}"] = mean
         return output._replace(metrics=metrics)

@@ -1,0 +1,68 @@
+"""What the processes of a distributed test do: functions of this file, run by `launch`."""
+
+import os
+import socket
+import traceback
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+
+import torch
+
+# Imported once, in a server from which every worker is forked.
+_processes = get_context("forkserver")
+_processes.set_forkserver_preload(["lkq_hf", "lkq_hf.training", "lkq_hf.quantization", "transformers.models.llama"])
+
+
+def launch(function, *arguments, processes=2):
+    """Results of ``function(*arguments)`` in each of a group of processes that find each other through gloo.
+
+    Raises:
+        RuntimeError: a process failed; with its traceback.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    pipes = [_processes.Pipe(duplex=False) for _ in range(processes)]
+    workers = [
+        _processes.Process(target=_work, args=(pipe[1], rank, processes, port, function, arguments), daemon=True)
+        for rank, pipe in enumerate(pipes)
+    ]
+    for worker, (_, sender) in zip(workers, pipes, strict=True):
+        worker.start()
+        sender.close()
+    ranks = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
+    results = {}
+    try:
+        while len(results) < processes:
+            ready = wait([receiver for receiver, rank in ranks.items() if rank not in results], timeout=120)
+            if not ready:
+                raise RuntimeError(f"only processes {sorted(results)} of {processes} came to an end in two minutes")
+            for receiver in ready:
+                rank = ranks[receiver]
+                try:
+                    results[rank], error = receiver.recv()
+                except EOFError:
+                    raise RuntimeError(f"process {rank} was killed") from None
+                if error is not None:
+                    raise RuntimeError(f"process {rank} failed:\n{error}")
+    finally:
+        for worker in workers:
+            if len(results) < processes:
+                worker.kill()
+            worker.join(30)
+    return [results[rank] for rank in range(processes)]
+
+
+def _work(sender, rank, processes, port, function, arguments):
+    torch.set_num_threads(1)
+    if processes > 1:
+        os.environ.update(
+            RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+        )  # fmt: skip
+    try:
+        sender.send((function(*arguments), None))
+    except BaseException:
+        sender.send((None, traceback.format_exc()))
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
