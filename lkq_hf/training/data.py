@@ -87,7 +87,7 @@ class SeededLengthGroupedSampler(Sampler[int]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader, also where a run is resumed."""
+        """Chooses the order that the next iteration begins."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -1,16 +1,17 @@
 """Training a lookahead adapter."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import broadcast
 from torch import nn
-from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length
 
-from lkq_hf.adapter.layer import LookaheadTokens
+from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadTokens
 from lkq_hf.cache.prefill import get_decoder
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 from lkq_hf.training.arguments import LookaheadTrainingArguments
@@ -25,6 +26,16 @@ from lkq_hf.training.importance import (
 )
 
 
+class _EpochOfSampler(TrainerCallback):
+    """Tells a sampler the epoch, also where it lies behind the wrappers with which accelerate resumes an epoch."""
+
+    def __init__(self, sampler: SeededLengthGroupedSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class LookaheadTrainer(Trainer):
     """Trains the active ``LOOKAHEAD_KV`` adapter of a model to predict which prompt entries a response attends to.
 
@@ -35,8 +46,8 @@ class LookaheadTrainer(Trainer):
     longer than the budget.
 
     Several processes (``accelerate launch``) take the steps that one would take with the same number of prompts in a
-    step. Under FSDP2 the base model may be sharded; the adapter is replicated if FSDP is told to ignore it
-    (``examples/accelerate/fsdp2.yaml``).
+    step. Under FSDP2 (``examples/accelerate/fsdp2.yaml``) the base model is sharded and the adapter replicated, so
+    checkpoints hold the adapter alone and can be resumed with or without FSDP, on any number of processes.
 
     Args:
         model: a model with an active adapter, such as ``get_peft_model(model, LookaheadKVConfig())``.
@@ -44,7 +55,7 @@ class LookaheadTrainer(Trainer):
         kwargs: as for ``transformers.Trainer``.
 
     Raises:
-        ValueError: the model has no active adapter.
+        ValueError: the model has no active adapter, or FSDP is set up in a way that cannot leave it out.
 
     Source: LookaheadKV (arXiv 2603.10899).
     """
@@ -70,6 +81,8 @@ class LookaheadTrainer(Trainer):
         # The recipe's loss does not come from the model's forward, which therefore must not be given its arguments.
         self.model_accepts_loss_kwargs = False
         self._recalls: list[torch.Tensor] = []
+        if self.is_fsdp_enabled:
+            self._keep_adapter_out_of_fsdp()
         self._broadcast_adapter()
 
     @staticmethod
@@ -82,27 +95,66 @@ class LookaheadTrainer(Trainer):
             )
         return tokens
 
-    def _replicated(self) -> list[nn.Parameter]:
-        """The adapter's parameters that every process holds whole."""
-        return [p for p in self.model.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    def _keep_adapter_out_of_fsdp(self) -> None:
+        """The tokens are read outside of any forward, and float32 weights cannot share a group with bfloat16 ones."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "a lookahead adapter is trained with FSDP2, and with every process loading the base model: set "
+                f"fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false (found {plugin.fsdp_version} and "
+                f"{plugin.cpu_ram_efficient_loading}), as examples/accelerate/fsdp2.yaml does"
+            )
+        plugin.ignored_modules = [
+            getattr(module, name)
+            for module in self.model.modules()
+            if isinstance(module, LookaheadKVLayer)
+            for name in module.adapter_layer_names
+        ]
+        for module in plugin.ignored_modules:
+            module.to(self.accelerator.device)
+
+    def _adapter_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _broadcast_adapter(self) -> None:
-        """Every process starts from the first one's adapter: the others may not have drawn it from the same weights."""
-        for parameter in self._replicated():
+        """Every process starts from the first one's adapter: DDP sees to that, FSDP to nothing that it ignores."""
+        for parameter in self._adapter_parameters():
             value = broadcast(parameter.data.to(self.accelerator.device))
             parameter.data.copy_(value)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.is_fsdp_enabled and self.accelerator.sync_gradients:
-            # FSDP reduces the gradients of what it shards, and of nothing else.
-            gradients = [p.grad for p in self._replicated() if p.grad is not None]
-            if gradients:
-                mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
-                sizes = [gradient.numel() for gradient in gradients]
-                for gradient, part in zip(gradients, mean.split(sizes), strict=True):
-                    gradient.copy_(part.view_as(gradient))
+            gradients = [p.grad for p in self._adapter_parameters() if p.grad is not None]
+            mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
         return loss
+
+    @contextmanager
+    def _checkpoints_of_the_adapter(self) -> Iterator[None]:
+        """Saves and loads as without FSDP: what is trained is whole in every process."""
+        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = enabled
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super().save_model(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super()._save_optimizer_and_scheduler(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super()._load_optimizer_and_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -110,7 +162,9 @@ class LookaheadTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return SeededLengthGroupedSampler([len(row["input_ids"]) for row in dataset], step_size, args.seed)
+        sampler = SeededLengthGroupedSampler([len(row["input_ids"]) for row in dataset], step_size, args.seed)
+        self.add_callback(_EpochOfSampler(sampler))
+        return sampler
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
