@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, load_model
+from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -26,7 +26,7 @@ def train(
     importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.")] = 32,
-    device_batch_size: Annotated[int, typer.Option(help="Prompts per forward of one device.")] = 32,
+    device_batch_size: Annotated[int, typer.Option(help="Most prompts in a forward of one device.")] = 32,
     epochs: Annotated[float, typer.Option(help="Passes over the training set.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Steps; overrides epochs if positive.")] = -1,
     eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 200,
@@ -36,9 +36,12 @@ def train(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint."""
-    from accelerate import PartialState
+    """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint.
+
+    Under `accelerate launch`, the prompts of each step are divided among the processes.
+    """
     from peft import get_peft_model
+    from accelerate.utils import parse_flag_from_env
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -46,9 +49,12 @@ def train(
     from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
 
-    state = PartialState(cpu=device == "cpu")
+    state, place = find_device(device)
+    forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
     set_seed(seed)
-    causal_lm, _ = load_model(model, dtype, device or str(state.device))
+    # What shards a model takes it from main memory, piece by piece.
+    sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    causal_lm, _ = load_model(model, dtype, "cpu" if sharded else place)
     if base_model_name is not None:
         causal_lm.name_or_path = causal_lm.config._name_or_path = base_model_name
     config = LookaheadKVConfig(
@@ -66,9 +72,9 @@ def train(
         learning_rate=learning_rate,
         importance_heads=importance_heads,
         importance_power=importance_power,
-        per_device_train_batch_size=device_batch_size,
-        per_device_eval_batch_size=device_batch_size,
-        gradient_accumulation_steps=max(1, batch_size // (device_batch_size * state.num_processes)),
+        per_device_train_batch_size=forward_size,
+        per_device_eval_batch_size=forward_size,
+        gradient_accumulation_steps=batch_size // (forward_size * state.num_processes),
         num_train_epochs=epochs,
         max_steps=max_steps,
         eval_strategy="steps",
@@ -78,7 +84,7 @@ def train(
         logging_steps=20,
         report_to=[],
         seed=seed,
-        use_cpu=device == "cpu",
+        use_cpu=place == "cpu",
     )
     trainer = LookaheadTrainer(
         peft_model,
@@ -105,3 +111,20 @@ def train(
         report(
             f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
         )
+
+
+def _share(batch_size: int, processes: int) -> int:
+    """Each process's part of a step.
+
+    Raises:
+        ValueError: not a whole one.
+    """
+    if batch_size < 1 or batch_size % processes:
+        raise ValueError(f"--batch-size {batch_size} cannot be divided among {processes} processes; pass a multiple")
+    return batch_size // processes
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    if limit < 1:
+        raise ValueError(f"--device-batch-size must be at least 1, got {limit}")
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)

@@ -1,11 +1,18 @@
 """What the processes of a distributed test do: functions of this file, run by `launch`."""
 
+import io
 import os
+import pkgutil
+import signal
 import socket
+import sys
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
+from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 
+import pytest
 import torch
 
 # Imported once, in a server from which every worker is forked.
@@ -66,3 +73,43 @@ def _work(sender, rank, processes, port, function, arguments):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def command_line(*arguments, kill=None):
+    """Exit code and output of ``lkq-hf`` in this process.
+
+    Args:
+        kill: ``(rank, module, function, calls)``: that process is killed, as by the kernel, when it calls a function
+            more often.
+    """
+    from lkq_hf.cli import main
+
+    if kill is not None and int(os.environ.get("RANK", 0)) == kill[0]:
+        _kill_at(*kill[1:])
+    sys.argv = ["lkq-hf", *map(str, arguments)]
+    printed, code = io.StringIO(), 0
+    with redirect_stdout(printed), redirect_stderr(printed):
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return code, printed.getvalue()
+
+
+def killed_command_line(*arguments, kill):
+    """:func:`command_line` by two processes, one of which is killed."""
+    with pytest.raises(RuntimeError, match=f"process {kill[0]} was killed"):
+        launch(partial(command_line, kill=kill), *arguments)
+
+
+def _kill_at(module, name, calls):
+    owner = pkgutil.resolve_name(module)
+    original, made = getattr(owner, name), []
+
+    def counted(*args, **kwargs):
+        if len(made) == calls:
+            os.kill(os.getpid(), signal.SIGKILL)
+        made.append(None)
+        return original(*args, **kwargs)
+
+    setattr(owner, name, counted)
