@@ -213,6 +213,17 @@ def test_the_command_writes_one_checkpoint(files, tmp_path, options):
     assert (two - one).norm() < 0.3 * (base - one).norm()
 
 
+def _load_cut(directory):
+    AutoModelForCausalLM.from_pretrained(directory, tp_plan="auto")
+
+
+def test_packed_layers_are_not_cut_for_tensor_parallelism(files, tmp_path):
+    """transformers would load them without a word, and answer nonsense."""
+    assert launch(command_line, *quantize(files, tmp_path / "out"), processes=1)[0][0] == 0
+    with pytest.raises(RuntimeError, match="cannot be cut for tensor parallelism"):
+        launch(_load_cut, tmp_path / "out")
+
+
 def test_block_by_block_holds_one_block_in_full_precision(files):
     """Of a model on disk: later blocks are not there yet, earlier ones are packed."""
     model, weights = open_base(files / "base")
