@@ -52,9 +52,9 @@ def train(
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
     set_seed(seed)
+    fsdp, deepspeed = (parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
     # What shards a model takes it from main memory, piece by piece.
-    sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
-    causal_lm, _ = load_model(model, dtype, "cpu" if sharded else place)
+    causal_lm, _ = load_model(model, dtype, "cpu" if fsdp or deepspeed else place)
     if base_model_name is not None:
         causal_lm.name_or_path = causal_lm.config._name_or_path = base_model_name
     config = LookaheadKVConfig(
@@ -85,6 +85,8 @@ def train(
         report_to=[],
         seed=seed,
         use_cpu=place == "cpu",
+        # DeepSpeed wants one type for all weights that it trains with.
+        bf16=deepspeed and dtype == "bfloat16",
     )
     trainer = LookaheadTrainer(
         peft_model,

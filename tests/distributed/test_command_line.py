@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from workers import command_line, killed_command_line, launch
+from workers import command_line, killed_command_line, launch, sharded_command_line
 
-from lkq_hf.training import load_targets
 
 
 def run(*arguments, processes=1):
@@ -104,13 +103,33 @@ def training(files, made, out):
     ]  # fmt: skip
 
 
-def test_torchrun_trains_the_adapter_of_one_process(files, made_by_one, tmp_path):
-    run(*training(files, made_by_one, tmp_path / "one"))
+def assert_same_adapters(one, two):
+    one, two = (load_file(Path(directory) / "adapter_model.safetensors") for directory in (one, two))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        # A tenth of a step of Adam, see test_training.py.
+        np.testing.assert_allclose(two[name], value, rtol=0, atol=1e-4, err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def trained_by_one(files, made_by_one, tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained")
+    run(*training(files, made_by_one, out))
+    return out
+
+
+def test_fsdp_trains_the_adapter_of_one_process(files, made_by_one, trained_by_one, tmp_path):
+    results = launch(sharded_command_line, *training(files, made_by_one, tmp_path))
+    assert [code for code, _ in results] == [0, 0], results
+    assert_same_adapters(trained_by_one, tmp_path)
+
+
+def test_torchrun_trains_the_adapter_of_one_process(files, made_by_one, trained_by_one, tmp_path):
     # What `accelerate launch` starts on GPUs; for CPUs alone it would need MPI.
     process = subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "lkq_hf.cli",
-            *map(str, training(files, made_by_one, tmp_path / "two")),
+            *map(str, training(files, made_by_one, tmp_path)),
         ],
         capture_output=True,
         text=True,
@@ -119,14 +138,9 @@ def test_torchrun_trains_the_adapter_of_one_process(files, made_by_one, tmp_path
     )  # fmt: skip
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("validation KL") == 1
-    one, two = (load_file(Path(tmp_path / name) / "adapter_model.safetensors") for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    for name, value in one.items():
-        # A tenth of a step of Adam, see test_training.py.
-        np.testing.assert_allclose(two[name], value, rtol=0, atol=1e-4, err_msg=name)
-    records = [json.loads((tmp_path / name / "training.json").read_text()) for name in ("one", "two")]
+    assert_same_adapters(trained_by_one, tmp_path)
+    records = [json.loads((directory / "training.json").read_text()) for directory in (trained_by_one, tmp_path)]
     assert records[0]["metrics"]["eval_loss"] == pytest.approx(records[1]["metrics"]["eval_loss"], rel=1e-4)
-    assert load_targets(made_by_one / "train").num_rows == 18
 
 
 @pytest.mark.parametrize(

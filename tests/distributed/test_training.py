@@ -10,21 +10,13 @@ from models import prompt_ids, tiny_model
 from peft import get_peft_model
 from safetensors.numpy import load_file
 from torch.distributed.tensor import DTensor
-from workers import launch
+from workers import launch, use_fsdp
 
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.training.data import SeededLengthGroupedSampler
 
 STEP = 8  # prompts, over all processes
-FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true",
-    "FSDP_VERSION": "2",
-    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-}
 
 
 def rows(count):
@@ -61,18 +53,8 @@ def train(directory, changes=None, architecture="llama", resume=None, sizes=None
 
 
 def train_sharded(*arguments):
-    """:func:`train` under accelerate's FSDP2, which accelerate offers to accelerators only; torch also to CPUs."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType
-
-    os.environ.update(FSDP2)
-    original = PartialState.__init__
-
-    def several_accelerators(state, *args, **kwargs):
-        original(state, *args, **kwargs)
-        state._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-
-    PartialState.__init__ = several_accelerators
+    """:func:`train` under FSDP2."""
+    use_fsdp()
     return train(*arguments)
 
 

@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,6 +74,43 @@ def _work(sender, rank, processes, port, function, arguments):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def launch_environment(config):
+    """What `accelerate launch` adds to the environment for a file of examples/accelerate."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    path = Path(__file__).parents[2] / "examples" / "accelerate" / config
+    arguments, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "script.py"])
+    )
+    environment = prepare_multi_gpu_env(arguments)
+    return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+def use_fsdp():
+    """Sets this process up as examples/accelerate/fsdp2.yaml does, on a CPU.
+
+    accelerate offers FSDP to accelerators only, torch to CPUs too; so accelerate is told that there are some.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType
+
+    os.environ.update(launch_environment("fsdp2.yaml"))
+    original = PartialState.__init__
+
+    def several_accelerators(state, *args, **kwargs):
+        original(state, *args, **kwargs)
+        state._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+
+    PartialState.__init__ = several_accelerators
+
+
+def sharded_command_line(*arguments):
+    """:func:`command_line` under FSDP2."""
+    use_fsdp()
+    return command_line(*arguments)
 
 
 def command_line(*arguments, kill=None):
