@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length
 
@@ -135,6 +136,11 @@ class LookaheadTrainer(Trainer):
     def _checkpoints_of_the_adapter(self) -> Iterator[None]:
         """Saves and loads as without FSDP: what is trained is whole in every process."""
         enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        # Reading a state, as the first process will, puts gathered weights away: all have to, or the next forward's
+        # gathers do not match.
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
         try:
             yield
         finally:
