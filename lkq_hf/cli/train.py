@@ -40,8 +40,8 @@ def train(
 
     Under `accelerate launch`, the prompts of each step are divided among the processes.
     """
-    from peft import get_peft_model
     from accelerate.utils import parse_flag_from_env
+    from peft import get_peft_model
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
 

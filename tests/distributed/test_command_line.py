@@ -12,7 +12,6 @@ from safetensors.numpy import load_file
 from workers import command_line, killed_command_line, launch, sharded_command_line
 
 
-
 def run(*arguments, processes=1):
     """What the command printed, in each process."""
     results = launch(command_line, *arguments, processes=processes)

@@ -99,7 +99,13 @@ def test_training_under_tensor_parallelism_is_refused(saved):
 
 
 def offloaded(directory, folder, elsewhere):
-    parts = ["model.embed_tokens", *(f"model.layers.{i}" for i in range(3)), "model.norm", "model.rotary_emb", "lm_head"]
+    parts = [
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(3)),
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    ]
     device_map = {part: "disk" if part in elsewhere else "cpu" for part in parts}
     return AutoModelForCausalLM.from_pretrained(
         directory / "base", attn_implementation="eager", device_map=device_map, offload_folder=folder
@@ -149,9 +155,7 @@ def test_layers_on_two_gpus(saved, scorer, max_new_tokens):
         ids, mask = (tensor.to("cuda:0") for tensor in prompts())
         cache = LookaheadCache(budget=8, scorer=scorer, max_new_tokens=max_new_tokens)
         sequences.append(
-            model.generate(
-                ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=NEW_TOKENS
-            )
+            model.generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=NEW_TOKENS)
         )
         kept.append({layer: entries.cpu() for layer, entries in kept_entries(cache).items()})
         assert {layer.keys.device.index for layer in cache.layers} == set(places.values()) - {None}

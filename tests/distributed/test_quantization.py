@@ -261,5 +261,7 @@ def test_the_gpu_holds_one_block_and_not_the_model():
         name, layers = find_layers(model, config)
         report = quantize_blocks(model, name, layers, TOKENS, config.solver_settings(), device="cuda", offload="cpu")
         peaks[blocks] = report.peak_memory
-    block = sum(p.numel() * p.element_size() for p in tiny_model(**sizes, num_hidden_layers=1).model.layers.parameters())
+    block = sum(
+        p.numel() * p.element_size() for p in tiny_model(**sizes, num_hidden_layers=1).model.layers.parameters()
+    )
     assert peaks[12] < peaks[2] + block / 2
