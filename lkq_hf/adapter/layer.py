@@ -235,7 +235,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
                 return mesh
         raise NotImplementedError(
             "this model's tensor parallelism cuts a layer in a way that a LOOKAHEAD_KV adapter cannot follow. Load it "
-            'with device_map="auto" in the place of tp_plan, or choose a scorer that needs no adapter, such as "snapkv".'
+            'with device_map="auto" in the place of tp_plan, or choose a scorer without adapter, such as "snapkv".'
         )
 
     def __repr__(self) -> str:

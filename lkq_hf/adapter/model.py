@@ -192,7 +192,7 @@ def _layers_name(decoder_name: str, decoder: PreTrainedModel) -> str:
 
 
 def _refuse_offloaded(decoder: PreTrainedModel) -> None:
-    """accelerate brings a layer's weights in when the layer runs; an adapter's, read at another time, would be missing.
+    """accelerate brings in a layer's weights when the layer runs; an adapter's are read at other times.
 
     Raises:
         NotImplementedError: a layer waits in main memory or on disk.
@@ -201,8 +201,8 @@ def _refuse_offloaded(decoder: PreTrainedModel) -> None:
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise NotImplementedError(
                 f"{name} is offloaded to main memory or disk, where a LOOKAHEAD_KV adapter cannot be attached to it. "
-                "Spread the model over GPUs only (device_map without cpu and disk, or tp_plan), quantise it, or choose "
-                'a scorer that needs no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
+                "Spread the model over GPUs only (device_map without cpu and disk, or tp_plan), quantise it, or "
+                'choose a scorer that needs no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
             )
 
 

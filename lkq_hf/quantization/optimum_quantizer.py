@@ -67,8 +67,8 @@ class TwoStageQuantizer(OptimumQuantizer):
     ) -> PreTrainedModel:
         """Quantises the model and saves it with its tokenizer: completely, or not at all.
 
-        A killed run leaves its finished blocks in `<save_dir>.partial`, and the same call goes on from there. Processes
-        of one group share the work if all of them make the same call, and the first one saves.
+        A killed run leaves its finished blocks in `<save_dir>.partial`, and the same call goes on from there. The
+        processes of a group share the work if all of them make the same call; the first one saves.
 
         Args:
             save_dir: a directory that does not exist yet, or is empty.

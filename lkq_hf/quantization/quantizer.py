@@ -100,7 +100,7 @@ def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
     if (getattr(distributed, "tp_size", None) or 1) > 1:
         raise NotImplementedError(
             "two-stage GPTQ checkpoints cannot be cut for tensor parallelism (tp_plan). Spread the model over GPUs "
-            'with device_map="auto", or export it (lkq-hf export) for an engine that cuts packed weights, such as vLLM.'
+            'with device_map="auto", or export it (lkq-hf export) for an engine that cuts packed weights (vLLM).'
         )
 
 

@@ -69,7 +69,7 @@ class PromptCache(DynamicCache):
 
 
 def _read(decoder: nn.Module, model: nn.Module | None, **inputs: Any) -> torch.Tensor:
-    """The output of one forward into a cache: of the decoder, or of the model around it, its logits but one left out."""
+    """The output of one forward into a cache: of the decoder, or of the model around it (one position's logits)."""
     if model is None:
         return decoder(**inputs, use_cache=True)[0]
     return model(**inputs, use_cache=True, logits_to_keep=1)[0]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast
@@ -107,7 +107,7 @@ class LookaheadTrainer(Trainer):
             )
         plugin.ignored_modules = [
             getattr(module, name)
-            for module in self.model.modules()
+            for module in self._whole_model().modules()
             if isinstance(module, LookaheadKVLayer)
             for name in module.adapter_layer_names
         ]
@@ -115,7 +115,10 @@ class LookaheadTrainer(Trainer):
             module.to(self.accelerator.device)
 
     def _adapter_parameters(self) -> list[nn.Parameter]:
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [parameter for parameter in self._whole_model().parameters() if parameter.requires_grad]
+
+    def _whole_model(self) -> nn.Module:
+        return cast(nn.Module, self.model)
 
     def _broadcast_adapter(self) -> None:
         """Every process starts from the first one's adapter: DDP sees to that, FSDP to nothing that it ignores."""
@@ -138,7 +141,7 @@ class LookaheadTrainer(Trainer):
         enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
         # Reading a state, as the first process will, puts gathered weights away: all have to, or the next forward's
         # gathers do not match.
-        for module in self.model.modules():
+        for module in self._whole_model().modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         try:
@@ -168,7 +171,9 @@ class LookaheadTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         args = self.args
         step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        sampler = SeededLengthGroupedSampler([len(row["input_ids"]) for row in dataset], step_size, args.seed)
+        sampler = SeededLengthGroupedSampler(
+            [len(row["input_ids"]) for row in cast(Any, dataset)], step_size, args.seed
+        )
         self.add_callback(_EpochOfSampler(sampler))
         return sampler
 

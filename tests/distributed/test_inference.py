@@ -63,8 +63,14 @@ def _trained_in_parallel(directory):
 
 @pytest.mark.parametrize(
     ("architecture", "scorer"),
-    [("llama", "snapkv"), ("llama", "lookahead"), ("qwen3", "lookahead"), ("gemma3", "lookahead"), ("phi3", "lookahead")],
-)  # fmt: skip
+    [
+        ("llama", "snapkv"),
+        ("llama", "lookahead"),
+        ("qwen3", "lookahead"),
+        ("gemma3", "lookahead"),
+        ("phi3", "lookahead"),
+    ],
+)
 def test_tensor_parallel_processes_keep_the_entries_of_one(saved, architecture, scorer):
     directory = saved(architecture)
     ((sequences, logits, kept, shapes),) = launch(tensor_parallel, directory, scorer, 1, processes=1)

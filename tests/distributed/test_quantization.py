@@ -246,7 +246,7 @@ def test_block_by_block_holds_one_block_in_full_precision(files):
 def test_a_model_spread_over_devices_is_refused(files, tmp_path):
     device_map = {"model.layers.1": "disk", "": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(files / "base", device_map=device_map, offload_folder=tmp_path)
-    with pytest.raises(ValueError, match="spread over .*without device_map, or with block_by_block"):
+    with pytest.raises(ValueError, match=r"spread over .*without device_map, or with block_by_block"):
         calibrate(model, TwoStageGPTQConfig(dataset=["w1 w2"], tokenizer=str(files / "base"), device="cpu"))
 
 
