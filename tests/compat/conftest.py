@@ -16,7 +16,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         for mark in item.iter_markers("item"):
-            # Read by support_table.py from the report (--junit-xml).
+            # Read by docs/make_support.py from the report (--junit-xml).
             item.user_properties += [
                 ("item", mark.args[0]),
                 ("refused", mark.kwargs.get("refused", "")),

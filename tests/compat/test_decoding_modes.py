@@ -6,7 +6,14 @@ import threading
 import pytest
 import torch
 from models import ARCHITECTURES, base_and_adapted, kept_entries, lookahead_model, prompt_ids, tiny_model
-from reference import GREEDY, assert_as_masked, evicted_length, expected_logits, generate
+from reference import (
+    GREEDY,
+    assert_as_masked,
+    evicted_length,
+    expected_logits,
+    generate,
+    skip_if_it_fails_without_the_cache,
+)
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
@@ -105,6 +112,7 @@ def test_an_assistant_model(architecture, assistant):
     base, model = base_and_adapted(architecture)
     helper = copy.deepcopy(base) if assistant == "perfect" else tiny_model(architecture, seed=4)
     ids, cache = prompt_ids(1, 40), LookaheadCache(budget=7)
+    skip_if_it_fails_without_the_cache(model, ids, assistant_model=helper)
     output = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, assistant_model=helper)
     chosen_from = evicted_length(cache)
     assert chosen_from > 40 or assistant == "bad", "drafts that are accepted at once take part in the choice"
@@ -125,6 +133,7 @@ def test_a_prepared_model_as_assistant_of_another():
 def test_the_first_layers_as_assistant(architecture):
     base, model = base_and_adapted(architecture)
     ids, cache = prompt_ids(1, 40), LookaheadCache(budget=7)
+    skip_if_it_fails_without_the_cache(model, ids, assistant_early_exit=1)
     output = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, assistant_early_exit=1)
     assert_as_masked(base, ids, output[:, 40:], None, cache, evicted_length=evicted_length(cache))
 

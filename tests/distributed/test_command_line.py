@@ -42,7 +42,7 @@ def contents(out):
 def test_processes_generate_the_targets_of_one(files, made_by_one, tmp_path):
     printed = run(*targets(files, tmp_path), processes=3)
     assert contents(tmp_path) == contents(made_by_one) and len(contents(tmp_path)) == 6
-    assert "train: 18 prompts" in printed[0] and "train" not in printed[1]  # of all processes, told by one
+    assert "train: 18 prompts" in printed[0] and "train: " not in printed[1]  # of all processes, told by one
 
 
 @pytest.mark.parametrize("killed", [0, 1])

@@ -1,0 +1,129 @@
+"""The modes that depend on what a model has learnt, on real weights: sinks, drafts that are accepted, turns of a chat.
+
+SmolLM2 has the adapter shipped for it. Gemma 3 (three sliding-window layers of every four, one KV head of 256) has none:
+it is read with one of random weights, which has to be followed as exactly.
+"""
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from models import add_lookahead, left_padded, prompt_ids, tiny_model
+from reference import assert_as_masked, evicted_length, generate
+from torch.nn import functional as F
+from transformers import TextStreamer
+
+from lkq_hf import LookaheadCache
+from lkq_hf.evaluation.models import load_gemma3, load_smollm2
+
+item = pytest.mark.item
+pytestmark = pytest.mark.real_model
+
+ADAPTER = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-lookahead"
+BUDGET = 40
+# Of float32 over 30 layers, between entries read in one order and in another.
+CLOSE = 5e-3
+
+PASSAGE = (
+    "The lighthouse keeper of Skerry Point wrote down the weather every evening for forty years. In the winter of "
+    "1911 the harbour froze, and the mail came over the ice on sledges drawn by dogs. The keeper's daughter, Ada, "
+    "counted the ships: in good years more than three hundred passed the point, in bad years fewer than sixty. "
+)
+QUESTIONS = [
+    "Question: Who counted the ships?\nAnswer: The ships were counted by",
+    "Question: When did the harbour freeze?\nAnswer: The harbour froze in the winter of",
+]
+
+
+@pytest.fixture(scope="module", params=["smollm2", pytest.param("gemma3", marks=pytest.mark.slow)])
+def real(request):
+    """The untouched model with eager attention, one with an adapter, and the tokenizer."""
+    load = {"smollm2": load_smollm2, "gemma3": load_gemma3}[request.param]
+    base, tokenizer = load(attn_implementation="eager")
+    for each in (base, model := copy.deepcopy(base)):
+        # All rows of a test have the same number of new tokens.
+        each.generation_config.eos_token_id = None
+        each.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.set_attn_implementation("sdpa")
+    if request.param == "smollm2":
+        model.load_adapter(str(ADAPTER))
+    else:
+        add_lookahead(model)
+    return base, model, tokenizer
+
+
+def ids_of(tokenizer, text):
+    return tokenizer(text, return_tensors="pt").input_ids
+
+
+@item("left-padded batches of very unequal lengths")
+def test_padded_rows(real):
+    base, model, tokenizer = real
+    texts = (PASSAGE * 2 + QUESTIONS[0], QUESTIONS[1], PASSAGE + QUESTIONS[1])
+    ids, mask = left_padded([ids_of(tokenizer, text)[0] for text in texts])
+    ids = ids.masked_fill(mask == 0, tokenizer.pad_token_id)
+    cache = LookaheadCache(budget=BUDGET)
+    tokens, logits = generate(model, ids, cache, mask=mask)
+    assert_as_masked(base, ids, tokens, logits, cache, mask, tolerance=CLOSE)
+
+
+@item("prompt-lookup decoding")
+def test_prompt_lookup(real):
+    base, model, tokenizer = real
+    ids, cache = ids_of(tokenizer, PASSAGE * 3), LookaheadCache(budget=2 * BUDGET)
+    forwards = []
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    output = model.generate(
+        ids, past_key_values=cache, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=6
+    )
+    handle.remove()
+    assert len(forwards) < 24, "some drafts are accepted"
+    assert_as_masked(base, ids, output[:, ids.shape[1] :], None, cache, evicted_length=evicted_length(cache))
+
+
+@item("assistant model")
+@pytest.mark.parametrize("assistant", ["bad", "perfect"])
+def test_an_assistant(real, assistant):
+    base, model, tokenizer = real
+    vocabulary = base.config.vocab_size
+    helper = copy.deepcopy(base) if assistant == "perfect" else tiny_model(vocab_size=vocabulary)
+    ids, cache = ids_of(tokenizer, PASSAGE + QUESTIONS[0]), LookaheadCache(budget=BUDGET)
+    output = model.generate(ids, past_key_values=cache, max_new_tokens=12, do_sample=False, assistant_model=helper)
+    assert_as_masked(base, ids, output[:, ids.shape[1] :], None, cache, evicted_length=evicted_length(cache))
+
+
+@item("streamers")
+def test_a_streamer(real, capsys):
+    base, model, tokenizer = real
+    ids, cache = ids_of(tokenizer, PASSAGE + QUESTIONS[0]), LookaheadCache(budget=BUDGET)
+    tokens, logits = generate(model, ids, cache, streamer=TextStreamer(tokenizer, skip_prompt=True))
+    assert_as_masked(base, ids, tokens, logits, cache, tolerance=CLOSE)
+    assert capsys.readouterr().out.strip() == tokenizer.decode(tokens[0]).strip()
+
+
+@item("multi-turn with one cache: all ids, or new ids and the full mask")
+@pytest.mark.parametrize("style", ["all ids", "new ids"])
+def test_turns_of_a_conversation(real, style):
+    base, model, tokenizer = real
+    ids, mask = left_padded([ids_of(tokenizer, text + QUESTIONS[0])[0] for text in (PASSAGE * 2, PASSAGE)])
+    length, cache, conversation = ids.shape[1], LookaheadCache(budget=BUDGET), ids
+    following = ids_of(tokenizer, "\n" + QUESTIONS[1]).expand(2, -1)
+    for _ in range(3):
+        full_mask = F.pad(mask, (0, conversation.shape[1] - length), value=1)
+        given = conversation if style == "all ids" else conversation[:, cache.get_seq_length() :]
+        tokens, logits = generate(model, given, cache, mask=full_mask)
+        assert_as_masked(base, conversation, tokens, logits, cache, full_mask, CLOSE, evicted_length=length)
+        conversation = torch.cat([conversation, tokens, following], dim=1)
+
+
+@item("deepcopy: one prefilled cache for many questions")
+def test_many_questions_over_one_document(real):
+    base, model, tokenizer = real
+    document, cache = ids_of(tokenizer, PASSAGE * 2), LookaheadCache(budget=BUDGET)
+    with torch.no_grad():
+        model(document, past_key_values=cache)
+    for question in QUESTIONS:
+        ids = torch.cat([document, prompt_ids(1, 2, vocabulary=1000), ids_of(tokenizer, question)], dim=1)
+        tokens, logits = generate(model, ids, copy.deepcopy(cache))
+        assert_as_masked(base, ids, tokens, logits, cache, tolerance=CLOSE, evicted_length=document.shape[1])
