@@ -1,7 +1,7 @@
 """The modes that depend on what a model has learnt, on real weights: sinks, drafts that are accepted, turns of a chat.
 
-SmolLM2 has the adapter shipped for it. Gemma 3 (three sliding-window layers of every four, one KV head of 256) has none:
-it is read with one of random weights, which has to be followed as exactly.
+SmolLM2 has the adapter shipped for it. Gemma 3 (sliding windows in 15 of 18 layers, one KV head of 256) has none: it
+is read with one of random weights, which has to be followed as exactly.
 """
 
 import copy
@@ -74,9 +74,7 @@ def test_prompt_lookup(real):
     ids, cache = ids_of(tokenizer, PASSAGE * 3), LookaheadCache(budget=2 * BUDGET)
     forwards = []
     handle = model.register_forward_hook(lambda *_: forwards.append(1))
-    output = model.generate(
-        ids, past_key_values=cache, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=6
-    )
+    output = model.generate(ids, past_key_values=cache, max_new_tokens=24, do_sample=False, prompt_lookup_num_tokens=6)
     handle.remove()
     assert len(forwards) < 24, "some drafts are accepted"
     assert_as_masked(base, ids, output[:, ids.shape[1] :], None, cache, evicted_length=evicted_length(cache))
