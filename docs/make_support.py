@@ -3,11 +3,12 @@
     pytest tests/compat --junit-xml=results.xml
     python docs/make_support.py results.xml
 
-Several files, from several versions of transformers, become several columns.
+Takes several files, from runs with several versions of transformers or on several machines.
 """
 
 import sys
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -15,47 +16,84 @@ PAGE = Path(__file__).parent / "support.md"
 
 INTRODUCTION = """# What works with a LookaheadCache
 
-Generated from the results of `tests/compat` by `python docs/make_support.py`; do not edit. "Yes" means that the tests
-of this row pass: the generation equals one over the full cache with the evicted entries masked, and nothing is left
-behind in the model. "Refused" means an error before any work is done, which says what to do instead. "Not run" means
-that the machine of this run lacks something, which is named.
+Written by `python docs/make_support.py` from the results of `tests/compat` with transformers {versions}.
+"""
+WORKS = """## Works
+
+The generation equals one over the full cache with the evicted entries masked, and leaves nothing behind in the model.
+"""
+REFUSED = """## Refused
+
+An error before any work is done, which says what to do instead.
+"""
+NOT_RUN = """## Not run
+
+There are tests, but the machines of these runs lacked something.
 """
 
 
-def outcome(cases: list[ElementTree.Element]) -> str:
-    """Of the tests of one row with one version of transformers."""
-    if any(case.find("failure") is not None or case.find("error") is not None for case in cases):
-        return "**fails**"
-    skipped = [case.find("skipped") for case in cases]
-    reasons = ", ".join(sorted({reason.get("message", "") for reason in skipped if reason is not None}))
-    if None not in skipped:
-        return f"not run: {reasons}"
-    refused = ", ".join(sorted({value for case in cases if (value := properties(case)["refused"])}))
-    said = f"refused: {refused}" if refused else "yes"
-    return f"{said}; {skipped.count(None)} of {len(cases)} tests run: {reasons}" if reasons else said
+@dataclass
+class Test:
+    name: str
+    refused: str
+    transformers: str
+    failed: bool
+    skipped: str | None
 
 
-def properties(case: ElementTree.Element) -> dict[str, str]:
-    return {each.get("name", ""): each.get("value", "") for each in case.iter("property")}
+def read(path: Path) -> list[tuple[str, Test]]:
+    """Items and tests in a junit file."""
+    found = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        properties = {each.get("name"): each.get("value", "") for each in case.iter("property")}
+        if "item" not in properties:
+            continue
+        failed = case.find("failure") is not None or case.find("error") is not None
+        skipped = case.find("skipped")
+        reason = None if skipped is None else skipped.get("message", "")
+        test = Test(case.get("name", ""), properties["refused"], properties["transformers"], failed, reason)
+        found.append((properties["item"], test))
+    return found
+
+
+def notes(tests: list[Test]) -> str:
+    """What did not run although other tests of the item did; a test that ran in one of several runs has run."""
+    ran = {(test.name, test.transformers) for test in tests if test.skipped is None}
+    left: dict[str, set[str]] = defaultdict(set)
+    for test in tests:
+        if test.skipped is not None and (test.name, test.transformers) not in ran:
+            left[test.skipped].add(test.name.partition("[")[2].rstrip("]") or test.name)
+    return "; ".join(f"not run: {', '.join(sorted(names))} ({reason})" for reason, names in sorted(left.items()))
 
 
 def page(results: list[Path]) -> str:
-    cells: dict[str, dict[str, list[ElementTree.Element]]] = defaultdict(lambda: defaultdict(list))
+    items: dict[str, list[Test]] = defaultdict(list)
     for path in results:
-        for case in ElementTree.parse(path).iter("testcase"):
-            found = properties(case)
-            if "item" in found:
-                cells[found["item"]][found["transformers"]].append(case)
-    versions = sorted({version for row in cells.values() for version in row})
-    lines = [
-        f"| | {' | '.join(f'transformers {version}' for version in versions)} |",
-        "|---" * (len(versions) + 1) + "|",
-    ]
-    for name in sorted(cells, key=str.casefold):
-        row = [outcome(cells[name][version]) if cells[name][version] else "" for version in versions]
-        lines.append(f"| {name} | {' | '.join(row)} |")
-    return INTRODUCTION + "\n" + "\n".join(lines) + "\n"
+        for item, test in read(path):
+            items[item].append(test)
+    if failed := sorted(item for item, tests in items.items() if any(test.failed for test in tests)):
+        raise SystemExit(f"tests of these items fail: {', '.join(failed)}")
+    works, refused, not_run = [], [], []
+    for item in sorted(items, key=str.casefold):
+        tests = items[item]
+        if all(test.skipped is not None for test in tests):
+            reasons = sorted({test.skipped for test in tests if test.skipped is not None})
+            not_run.append(f"| {item} | {', '.join(reasons)} |")
+        elif instead := sorted({test.refused for test in tests} - {""}):
+            refused.append(f"| {item} | {', '.join(instead)} |")
+        else:
+            works.append(f"| {item} | {notes(tests)} |")
+    versions = " and ".join(sorted({test.transformers for tests in items.values() for test in tests}))
+    sections = [INTRODUCTION.format(versions=versions)]
+    for head, columns, rows in (
+        (WORKS, ("", "notes"), works),
+        (REFUSED, ("", "instead"), refused),
+        (NOT_RUN, ("", "why"), not_run),
+    ):
+        if rows:
+            sections.append("\n".join([head, f"| {' | '.join(columns)} |", "|---|---|", *rows]) + "\n")
+    return "\n".join(sections)
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page([Path(argument) for argument in sys.argv[1:]]))
+    PAGE.write_text(page([Path(argument) for argument in sys.argv[1:]]), encoding="utf-8")
