@@ -32,7 +32,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tokens not trained": ({}, {"freeze_tokens": True}),
     "LoRA on attention only": ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, {}),
     "rank 32": ({"r": 32}, {}),
-    "the paper's objective (power 1)": ({}, {"importance_power": 1.0}),
+    "square root of the importance": ({}, {"importance_power": 0.5}),
+    "root mean square over tokens": ({"row_power": 2.0}, {}),
     "importance per KV head": ({}, {"importance_heads": "kv"}),
     "learning rate 1e-3": ({}, {"learning_rate": 1e-3}),
     "learning rate 4e-3": ({}, {"learning_rate": 4e-3}),
@@ -43,7 +44,7 @@ def train_variant(
     base: Any, config: dict[str, Any], training: dict[str, Any], data: dict[str, Any], arguments: argparse.Namespace
 ) -> dict[str, Any]:
     set_seed(arguments.seed)
-    training = {"learning_rate": 2e-3, "importance_power": 0.5} | training
+    training = {"learning_rate": 2e-3} | training
     freeze_tokens = training.pop("freeze_tokens", False)
     model = get_peft_model(base, LookaheadKVConfig(task_type="CAUSAL_LM", **config))
     if freeze_tokens:

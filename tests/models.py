@@ -143,9 +143,9 @@ def lookahead_attention(base, adapted, ids, mask=None, name="default"):
     return {index: output.attentions[index][:, :, length:, :length] for index in full_layers(base)}
 
 
-def scores_of(attention, kv_heads=SIZES["num_key_value_heads"]):
+def scores_of(attention, kv_heads=SIZES["num_key_value_heads"], row_power=1.0):
     """``[batch, kv_heads, length]`` from ``[batch, heads, n, length]``."""
-    return attention.mean(2).unflatten(1, (kv_heads, -1)).mean(2)
+    return attention.pow(row_power).mean(2).unflatten(1, (kv_heads, -1)).mean(2).pow(1 / row_power)
 
 
 def top_entries(scores, budget, mask=None):

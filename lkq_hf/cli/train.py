@@ -23,7 +23,7 @@ def train(
     row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 1.0,
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
-    importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 0.5,
+    importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.")] = 32,
     device_batch_size: Annotated[int, typer.Option(help="Prompts per forward of one device.")] = 32,

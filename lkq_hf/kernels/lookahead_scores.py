@@ -147,8 +147,8 @@ def _reference_backward(
         return torch.nn.functional.pad(columns, (0, n))[..., None, :]
 
     grad = per_row(grad / ratio if reduce_heads else grad)
-    # In the exponent, where a large power of a small score is no trouble. A score of 0 has rows of 0 to go with it.
-    offset = None if row_power == 1 else per_row((row_power - 1) * scores.clamp(min=1e-30).log())
+    # In the exponent, where a large power of a small score is no trouble. A score that underflowed has no gradient.
+    offset = None if row_power == 1 else per_row((row_power - 1) * scores.log().masked_fill(scores <= 0, torch.inf))
     weights = _row_weights(query, row_mask)[..., None]
     lse = partial_lse.logsumexp(2).unflatten(-1, (ratio, n))
 

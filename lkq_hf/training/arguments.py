@@ -33,7 +33,7 @@ class LookaheadTrainingArguments(TrainingArguments):
         default="query", metadata={"help": "Heads whose importance is compared.", "choices": ["query", "kv"]}
     )
     importance_power: float = field(
-        default=0.5, metadata={"help": "Power of the importance that is compared; 1 as in the paper."}
+        default=1.0, metadata={"help": "Power of the importance that is compared; 1 as in the paper."}
     )
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}

@@ -7,6 +7,13 @@ from typing import Any
 import torch
 
 
+def repetition(tokens: Sequence[int], size: int = 4) -> float:
+    """Share of the runs of ``size`` tokens that occurred before: 0 for a text that never repeats itself, near 1 for a
+    loop. Small models often answer in loops, and what those attend to is their own beginning, not the prompt."""
+    runs = [tuple(tokens[start : start + size]) for start in range(len(tokens) - size + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 @dataclass(frozen=True)
 class TargetCollator:
     """Pads prompts on the left and responses on the right.

@@ -179,6 +179,15 @@ def test_gradients(monkeypatch, softcap, reduce_heads, row_power, chunk_bytes):
     assert torch.autograd.gradcheck(real_scores, (query.requires_grad_(), key.requires_grad_()))
 
 
+def test_gradients_where_powers_underflow():
+    """A large power of a small probability is 0 in float32; its gradient is 0 too, not infinite."""
+    query, key = make_inputs("cpu", ratio=1, n=4, length=64, spread=8.0)
+    inputs = query.requires_grad_(), key.requires_grad_()
+    scores = lookahead_scores(*inputs, 1.0, row_power=4.0)
+    assert (scores == 0).any()
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(scores.sum(), inputs))
+
+
 @pytest.mark.parametrize("row_power", [1.0, 2.0])
 def test_gradients_through_the_kernel(device, use_kernels, row_power):
     query, key = make_inputs(device, ratio=3, n=16, length=300, spread=1.0)
