@@ -1,5 +1,7 @@
 """``lkq-hf generate-targets``: prompts from documents, and the model's own responses to them."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,9 @@ def generate_targets(
     min_length: Annotated[int, typer.Option(help="Shortest prompt, in tokens.")] = 512,
     max_length: Annotated[int, typer.Option(help="Longest prompt, in tokens.")] = 8192,
     length_step: Annotated[int, typer.Option(help="Prompt lengths are multiples of this.")] = 256,
+    mix: Annotated[
+        str, typer.Option(help="Further fields of lkq_hf.training.PromptMix, as JSON: '{\"length_skew\": 0}'.")
+    ] = "{}",
     max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 512,
     shard_size: Annotated[int, typer.Option(help="Prompts per file; a stopped run repeats at most one file.")] = 512,
     batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, prompts and responses together.")] = 65_536,
@@ -50,9 +55,9 @@ def generate_targets(
     if prompts is not None:
         sets = _own_prompts(prompts, tokenizer, validation_fraction, seed)
     else:
-        mix = {"min_length": min_length, "max_length": max_length, "length_step": length_step}
+        fields = {"min_length": min_length, "max_length": max_length, "length_step": length_step, **_fields(mix)}
         sets = _built_prompts(
-            documents or [], tokenizer, count, validation_count, validation_fraction, seed, workers, mix
+            documents or [], tokenizer, count, validation_count, validation_fraction, seed, workers, fields
         )
     written = {}
     for name, rows in sets.items():
@@ -94,6 +99,16 @@ def _built_prompts(
         built = build_prompts_in_parallel(part, tokenizer, size, PromptMix(**mix, seed=part_seed), workers)
         sets[name] = [{"input_ids": prompt["input_ids"], "kind": prompt["kind"]} for prompt in built]
     return sets
+
+
+def _fields(mix: str) -> dict[str, Any]:
+    from lkq_hf.training.prompts import PromptMix
+
+    fields = json.loads(mix)
+    known = [field.name for field in dataclasses.fields(PromptMix) if field.name != "seed"]
+    if not isinstance(fields, dict) or not set(fields) <= set(known):
+        raise ValueError(f"--mix must be a JSON object with some of {', '.join(known)}; got {mix}")
+    return fields
 
 
 def _own_prompts(path: Path, tokenizer: Any, validation_fraction: float, seed: int) -> dict[str, list[dict[str, Any]]]:

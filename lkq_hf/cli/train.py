@@ -1,7 +1,7 @@
 """``lkq-hf train``: a lookahead adapter from targets."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,8 +11,14 @@ from lkq_hf.cli.output import AsJson, report
 
 def train(
     model: Model,
-    targets: Annotated[Path, typer.Option(help="Directory that generate-targets wrote.")],
+    targets: Annotated[
+        list[Path], typer.Option(help="Directory that generate-targets wrote; with several, the first one validates.")
+    ],
     out: Annotated[Path, typer.Option(help="Directory for the adapter; checkpoints go to its 'checkpoints' folder.")],
+    adapter: Annotated[
+        Path | None,
+        typer.Option(help="Go on from this trained adapter, whose shape is kept."),
+    ] = None,
     base_model_name: Annotated[
         str | None, typer.Option(help="Name of the base model that the adapter records, if not MODEL.")
     ] = None,
@@ -24,6 +30,9 @@ def train(
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
     importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.0,
+    max_repetition: Annotated[
+        float, typer.Option(help="Leave out responses of which a larger share repeats itself (0.3 drops loops).")
+    ] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.")] = 32,
     device_batch_size: Annotated[int, typer.Option(help="Prompts per forward of one device.")] = 32,
@@ -38,7 +47,7 @@ def train(
 ) -> None:
     """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint."""
     from accelerate import PartialState
-    from peft import get_peft_model
+    from peft import PeftModel, get_peft_model
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
 
@@ -51,15 +60,18 @@ def train(
     causal_lm, _ = load_model(model, dtype, device or str(state.device))
     if base_model_name is not None:
         causal_lm.name_or_path = causal_lm.config._name_or_path = base_model_name
-    config = LookaheadKVConfig(
-        num_lookahead_tokens=num_lookahead_tokens,
-        r=rank,
-        lora_alpha=lora_alpha,
-        row_power=row_power,
-        pooling_kernel_size=pooling_kernel_size,
-        target_modules=None if lora else [],
-    )
-    peft_model = get_peft_model(causal_lm, config)
+    if adapter is not None:
+        peft_model = PeftModel.from_pretrained(causal_lm, str(adapter), is_trainable=True)
+    else:
+        config = LookaheadKVConfig(
+            num_lookahead_tokens=num_lookahead_tokens,
+            r=rank,
+            lora_alpha=lora_alpha,
+            row_power=row_power,
+            pooling_kernel_size=pooling_kernel_size,
+            target_modules=None if lora else [],
+        )
+        peft_model = get_peft_model(causal_lm, config)
     checkpoints = out / "checkpoints"
     arguments = LookaheadTrainingArguments(
         output_dir=str(checkpoints),
@@ -83,8 +95,8 @@ def train(
     trainer = LookaheadTrainer(
         peft_model,
         arguments,
-        train_dataset=load_targets(targets / "train"),
-        eval_dataset=load_targets(targets / "validation"),
+        train_dataset=_informative([load_targets(directory / "train") for directory in targets], max_repetition),
+        eval_dataset=load_targets(targets[0] / "validation"),
     )
     last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
     trainer.train(resume_from_checkpoint=last)
@@ -98,6 +110,8 @@ def train(
             "batch_size": batch_size,
             "importance_heads": importance_heads,
             "importance_power": importance_power,
+            "max_repetition": max_repetition,
+            "adapter": adapter and adapter.name,
             "seed": seed,
             "dtype": dtype,
         }
@@ -105,3 +119,16 @@ def train(
         report(
             f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
         )
+
+
+def _informative(targets: list[Any], max_repetition: float) -> Any:
+    """All targets whose response repeats itself no more than this share."""
+    from datasets import concatenate_datasets
+
+    from lkq_hf.training.data import repetition
+
+    every = concatenate_datasets(targets)
+    kept = every.filter(lambda row: repetition(row["response_ids"]) <= max_repetition)
+    if len(kept) == 0:
+        raise ValueError(f"none of the {len(every)} responses repeats itself so little: raise --max-repetition")
+    return kept

@@ -4,12 +4,15 @@ import json
 import sys
 
 import pytest
+import torch
 from models import tiny_model
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import lkq_hf
 from lkq_hf.cli import app, main
+from lkq_hf.training import load_targets
 
 COMMANDS = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
 
@@ -138,3 +141,34 @@ def test_training_as_json(run, base, texts, tmp_path):
     record = json.loads((tmp_path / "adapter" / "training.json").read_text())
     assert record["options"]["steps"] == 1 and record["metrics"] == result["metrics"]
     assert str(tmp_path) not in json.dumps(record)
+
+    # A second round goes on from the first one's adapter.
+    cpu = ["--device", "cpu", "--dtype", "float32", "--device-batch-size", "2", "--batch-size", "2"]
+    both = ["--targets", tmp_path / "targets", "--targets", tmp_path / "targets"]
+    again = [*both, "--out", tmp_path / "second", "--adapter", tmp_path / "adapter"]
+    code, out, err = run("train", base, *again, *cpu, "--max-steps", "1", "--learning-rate", "0", "--json")
+    assert code == 0, err
+    assert json.loads(out)["metrics"]["eval_loss"] == pytest.approx(result["metrics"]["eval_loss"])
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+    code, _, err = run("train", base, *again, *cpu, "--max-repetition", "-1")
+    assert code == 1 and "--max-repetition" in err
+
+
+def test_prompts_of_another_mix(run, base, tmp_path):
+    paragraphs = "\n\n".join(
+        f"The report of section {i} says that water level {i} was read twice." for i in range(400)
+    )
+    (tmp_path / "documents.jsonl").write_text(
+        "\n".join(json.dumps({"document": str(part), "text": paragraphs}) for part in range(2))
+    )
+    options = ["--documents", tmp_path / "documents.jsonl", "--count", "3", "--validation-count", "1"]
+    sizes = ["--min-length", "512", "--max-length", "512", "--max-new-tokens", "2", "--validation-fraction", "0.5"]
+    cpu = ["--device", "cpu", "--dtype", "float32"]
+    mix = ["--mix", '{"weights": {"summarise": 1}, "answer_start_share": 0}']
+    code, _, err = run("generate-targets", base, *options, *sizes, *cpu, *mix, "--out", tmp_path / "targets")
+    assert code == 0, err
+    assert set(load_targets(tmp_path / "targets" / "train")["kind"]) == {"summarise"}
+    code, _, err = run("generate-targets", base, *options, *cpu, "--mix", '{"length": 0}', "--out", tmp_path / "other")
+    assert code == 1 and "answer_start_share" in err
