@@ -4,8 +4,10 @@ import math
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
 from lkq_hf.adapter.config import LookaheadKVConfig
@@ -39,6 +41,15 @@ class LookaheadKVLayer(BaseTunerLayer):
                 "choose one with model.set_adapter(...)"
             )
         return active[0] if active else None
+
+
+def _available(parameters: nn.ParameterDict, adapter_name: str) -> torch.Tensor:
+    """An adapter's parameter, fetched if accelerate has offloaded it."""
+    if parameters[adapter_name].device.type == "meta":
+        # Its hook would act when the module is called, as a dictionary never is.
+        with align_module_device(parameters):
+            return parameters[adapter_name]
+    return parameters[adapter_name]
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -97,7 +108,14 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         name = self._require_active()
         if name in self._complete:
             return
-        broken = [key for key, value in adapter_parameters(decoder, name).items() if not torch.isfinite(value).all()]
+        broken = [
+            f"{module_name}.{attribute}.{name}"
+            for module_name, module in decoder.named_modules()
+            if isinstance(module, LookaheadKVLayer)
+            for attribute in module.adapter_layer_names
+            if name in getattr(module, attribute)
+            and not torch.isfinite(_available(getattr(module, attribute), name)).all()
+        ]
         if broken:
             raise ValueError(
                 f"{len(broken)} tensors of the LOOKAHEAD_KV adapter {name!r} ({', '.join(broken[:3])}, ...) were "
@@ -112,7 +130,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Raises:
             ValueError: no adapter, or more than one, is active.
         """
-        return self.lookahead_kv_tokens[self._require_active()][None]
+        return _available(self.lookahead_kv_tokens, self._require_active())[None]
 
     def pooling_kernel_size(self) -> int:
         """What the active adapter's config recommends.
@@ -173,14 +191,52 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         name = self._sole_active_adapter(self.lookahead_kv_A)
         if name is None:
             return result
-        down, up = self.lookahead_kv_A[name], self.lookahead_kv_B[name]
+        down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
         lookahead = x[..., -length:, :].to(down.dtype)
-        update = F.linear(F.linear(lookahead, down), up)
+        update = self._update(lookahead, down, up, result.shape[-1])
         if torch.is_grad_enabled():
             prompt, tail = result[..., :-length, :], result[..., -length:, :]
             return torch.cat([prompt, tail + (update * self.scaling[name]).to(result.dtype)], dim=-2)
         result[..., -length:, :].add_(update, alpha=self.scaling[name])
         return result
+
+    def _update(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, features: int) -> torch.Tensor:
+        """``x A^T B^T``, ``[..., features]``.
+
+        Under tensor parallelism every process holds the whole adapter, but of its layer's input or output only a part:
+        then it takes the matching columns of ``A``, summing over the processes, or rows of ``B``.
+        """
+        if x.shape[-1] == self.in_features and features == self.out_features:
+            return F.linear(F.linear(x, down), up)
+        if torch.is_grad_enabled() and down.requires_grad:
+            raise NotImplementedError(
+                "a LOOKAHEAD_KV adapter cannot be trained under tensor parallelism: its gradients would be those of "
+                "one process's part. Train it with DDP or FSDP (examples/accelerate), or call model.eval() and read "
+                "under torch.no_grad()."
+            )
+        if features != self.out_features:
+            mesh = self._tensor_parallel_mesh(dim=0)
+            return F.linear(F.linear(x, down), up.chunk(mesh.size(), dim=0)[mesh.get_local_rank()])
+        mesh = self._tensor_parallel_mesh(dim=1)
+        hidden = F.linear(x, down.chunk(mesh.size(), dim=1)[mesh.get_local_rank()])
+        distributed.all_reduce(hidden, group=mesh.get_group())
+        return F.linear(hidden, up)
+
+    def _tensor_parallel_mesh(self, dim: int) -> Any:
+        """The processes among which the base layer's weight is cut along ``dim``, each one's part in one piece.
+
+        Raises:
+            NotImplementedError: it is not, or its parts lie scattered (projections fused into one).
+        """
+        weight = getattr(self.get_base_layer(), "weight", None)
+        if isinstance(weight, DTensor):
+            mesh = weight.device_mesh["tp"] if weight.device_mesh.ndim > 1 else weight.device_mesh
+            if any(type(placement) is Shard and placement.dim == dim for placement in weight.placements):
+                return mesh
+        raise NotImplementedError(
+            "this model's tensor parallelism cuts a layer in a way that a LOOKAHEAD_KV adapter cannot follow. Load it "
+            'with device_map="auto" in the place of tp_plan, or choose a scorer without adapter, such as "snapkv".'
+        )
 
     def __repr__(self) -> str:
         return "lookahead_kv." + super().__repr__()

@@ -40,6 +40,7 @@ class LookaheadKVModel(BaseTuner):
     Raises:
         TypeError: not a decoder-only model of transformers.
         ValueError: the config was made for a model of other sizes.
+        NotImplementedError: accelerate offloads a part of the model.
     """
 
     prefix = "lookahead_kv_"
@@ -52,6 +53,7 @@ class LookaheadKVModel(BaseTuner):
 
     def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
         decoder = get_decoder(model)
+        _refuse_offloaded(decoder)
         _check_shape(cast(LookaheadKVConfig, peft_config), decoder)
         prepare_model_for_eviction(model)
         self._decoder_name = next(name for name, module in model.named_modules() if module is decoder)
@@ -187,6 +189,21 @@ def _layers_name(decoder_name: str, decoder: PreTrainedModel) -> str:
     raise TypeError(
         f"{type(decoder).__name__} has no list of {decoder.config.num_hidden_layers} layers for a LOOKAHEAD_KV adapter"
     )
+
+
+def _refuse_offloaded(decoder: PreTrainedModel) -> None:
+    """accelerate brings in a layer's weights when the layer runs; an adapter's are read at other times.
+
+    Raises:
+        NotImplementedError: a layer waits in main memory or on disk.
+    """
+    for name, module in decoder.named_modules():
+        if getattr(getattr(module, "_hf_hook", None), "offload", False):
+            raise NotImplementedError(
+                f"{name} is offloaded to main memory or disk, where a LOOKAHEAD_KV adapter cannot be attached to it. "
+                "Spread the model over GPUs only (device_map without cpu and disk, or tp_plan), quantise it, or "
+                'choose a scorer that needs no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
+            )
 
 
 def _check_shape(config: LookaheadKVConfig, decoder: PreTrainedModel) -> None:

@@ -81,7 +81,7 @@ def refuse_in(decoder: PreTrainedModel, kwargs: dict[str, Any], length: int) -> 
         )
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False and a LookaheadCache contradict each other: leave one of them out.")
-    if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
+    if decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         raise ValueError(
             "gradient checkpointing in training mode takes the cache away from the layers. Call model.eval() or "
             "model.gradient_checkpointing_disable() before reading a prompt into a LookaheadCache."

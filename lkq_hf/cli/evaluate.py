@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, load_model
+from lkq_hf.cli.options import Device, Model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
@@ -159,12 +159,7 @@ def perplexity(
 
 def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any, str]:
     """The model on this process's device, its tokenizer, and the data type that was chosen."""
-    import torch
-    from accelerate import PartialState
-
-    # Without an accelerator, several processes find each other only when told that they are on CPUs.
-    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available())
-    place = device or str(state.device)
+    _, place = find_device(device)
     if dtype == "auto":
         dtype = "bfloat16" if place.startswith("cuda") else "float32"
     return *load_model(model, dtype, place), dtype

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, load_model
+from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -44,14 +44,12 @@ def generate_targets(
     A run that was stopped goes on where it was when it is started again. Under `accelerate launch`, the responses are
     divided among the processes.
     """
-    from accelerate import PartialState
-
     from lkq_hf.training.targets import generate_targets as respond
 
     if (documents is None) == (prompts is None):
         raise ValueError("pass either --documents, to make prompts from, or --prompts")
-    state = PartialState()
-    causal_lm, tokenizer = load_model(model, dtype, device or str(state.device))
+    state, place = find_device(device)
+    causal_lm, tokenizer = load_model(model, dtype, place)
     if prompts is not None:
         sets = _own_prompts(prompts, tokenizer, validation_fraction, seed)
     else:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lkq_hf.cli.options import Device, Model
+from lkq_hf.cli.options import Device, Model, find_device
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -37,10 +37,12 @@ def quantize(
 ) -> None:
     """Quantise a causal language model and save it with its tokenizer.
 
-    A run that was stopped goes on after its last finished block when it is started again.
+    A run that was stopped goes on after its last finished block when it is started again. Under `accelerate launch`,
+    the calibration samples and the rows of every layer are divided among the processes.
     """
     from lkq_hf.quantization import TwoStageQuantizer
 
+    state, place = find_device(device)
     quantizer = TwoStageQuantizer.from_pretrained(model, dtype=dtype)
     quantizer.quantize(
         out,
@@ -56,11 +58,12 @@ def quantize(
         seed=seed,
         text_column=text_column,
         modules_to_not_convert=modules_to_not_convert,
-        device=device,
+        device=place,
         meta={"base_model": base_model_name} if base_model_name else None,
     )
     walk = quantizer.report
-    report(
-        f"{out}: {walk.seconds:.0f} s on {walk.device}, peak memory {walk.peak_memory / 2**30:.2f} GiB",
-        {"checkpoint": out, "seconds": walk.seconds, "device": walk.device, "peak_memory_bytes": walk.peak_memory},
-    )
+    if state.is_main_process:
+        report(
+            f"{out}: {walk.seconds:.0f} s on {walk.device}, peak memory {walk.peak_memory / 2**30:.2f} GiB",
+            {"checkpoint": out, "seconds": walk.seconds, "device": walk.device, "peak_memory_bytes": walk.peak_memory},
+        )

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, load_model
+from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -35,7 +35,7 @@ def train(
     ] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.")] = 32,
-    device_batch_size: Annotated[int, typer.Option(help="Prompts per forward of one device.")] = 32,
+    device_batch_size: Annotated[int, typer.Option(help="Most prompts in a forward of one device.")] = 32,
     epochs: Annotated[float, typer.Option(help="Passes over the training set.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Steps; overrides epochs if positive.")] = -1,
     eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 200,
@@ -45,8 +45,11 @@ def train(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint."""
-    from accelerate import PartialState
+    """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint.
+
+    Under `accelerate launch`, the prompts of each step are divided among the processes.
+    """
+    from accelerate.utils import parse_flag_from_env
     from peft import PeftModel, get_peft_model
     from transformers import set_seed
     from transformers.trainer_utils import get_last_checkpoint
@@ -55,9 +58,12 @@ def train(
     from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
 
-    state = PartialState(cpu=device == "cpu")
+    state, place = find_device(device)
+    forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
     set_seed(seed)
-    causal_lm, _ = load_model(model, dtype, device or str(state.device))
+    fsdp, deepspeed = (parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    # What shards a model takes it from main memory, piece by piece.
+    causal_lm, _ = load_model(model, dtype, "cpu" if fsdp or deepspeed else place)
     if base_model_name is not None:
         causal_lm.name_or_path = causal_lm.config._name_or_path = base_model_name
     if adapter is not None:
@@ -78,9 +84,9 @@ def train(
         learning_rate=learning_rate,
         importance_heads=importance_heads,
         importance_power=importance_power,
-        per_device_train_batch_size=device_batch_size,
-        per_device_eval_batch_size=device_batch_size,
-        gradient_accumulation_steps=max(1, batch_size // (device_batch_size * state.num_processes)),
+        per_device_train_batch_size=forward_size,
+        per_device_eval_batch_size=forward_size,
+        gradient_accumulation_steps=batch_size // (forward_size * state.num_processes),
         num_train_epochs=epochs,
         max_steps=max_steps,
         eval_strategy="steps",
@@ -90,7 +96,9 @@ def train(
         logging_steps=20,
         report_to=[],
         seed=seed,
-        use_cpu=device == "cpu",
+        use_cpu=place == "cpu",
+        # DeepSpeed wants one type for all weights that it trains with.
+        bf16=deepspeed and dtype == "bfloat16",
     )
     trainer = LookaheadTrainer(
         peft_model,
@@ -128,7 +136,24 @@ def _informative(targets: list[Any], max_repetition: float) -> Any:
     from lkq_hf.training.data import repetition
 
     every = concatenate_datasets(targets)
-    kept = every.filter(lambda row: repetition(row["response_ids"]) <= max_repetition)
-    if len(kept) == 0:
+    kept = [index for index, tokens in enumerate(every["response_ids"]) if repetition(tokens) <= max_repetition]
+    if not kept:
         raise ValueError(f"none of the {len(every)} responses repeats itself so little: raise --max-repetition")
-    return kept
+    return every.select(kept)
+
+
+def _share(batch_size: int, processes: int) -> int:
+    """Each process's part of a step.
+
+    Raises:
+        ValueError: not a whole one.
+    """
+    if batch_size < 1 or batch_size % processes:
+        raise ValueError(f"--batch-size {batch_size} cannot be divided among {processes} processes; pass a multiple")
+    return batch_size // processes
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    if limit < 1:
+        raise ValueError(f"--device-batch-size must be at least 1, got {limit}")
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)

@@ -43,6 +43,13 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
             "quantising needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
             "text or .jsonl file, or a Hub dataset id)"
         )
+    places = set(getattr(model, "hf_device_map", {}).values())
+    if len(places) > 1:
+        raise ValueError(
+            f"the model is spread over {', '.join(sorted(map(str, places)))}, but quantising takes its blocks to the "
+            "compute device one by one: load it without device_map, or with block_by_block=True (TwoStageQuantizer), "
+            "which reads one block at a time from disk"
+        )
     check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
     list_name, layers = find_layers(model, config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -45,14 +45,18 @@ class Journal:
         directory: created if need be; `None` for a journal that keeps nothing.
         fingerprint: of this walk (`walk_fingerprint`).
         settings: of this walk.
+        writes: whether this process writes; others only read.
 
     Raises:
         ValueError: the directory holds another walk's blocks.
     """
 
-    def __init__(self, directory: str | Path | None, fingerprint: str, settings: SolverSettings) -> None:
+    def __init__(
+        self, directory: str | Path | None, fingerprint: str, settings: SolverSettings, writes: bool = True
+    ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.settings = settings
+        self.writes = writes
         if self.directory is None:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -62,6 +66,8 @@ class Journal:
                 f"{self.directory} holds blocks of a quantisation with other settings, calibration tokens or model; "
                 "delete it or name another directory"
             )
+        if not writes:
+            return
         temporary = note.with_suffix(".tmp")
         temporary.write_text(json.dumps({"fingerprint": fingerprint}))
         os.replace(temporary, note)
@@ -72,7 +78,7 @@ class Journal:
     def write(self, index: int, checksums: dict[str, str], weights: dict[str, QuantizedWeight]) -> None:
         """Keeps a finished block: its layers' quantised weights and the checksums of what they were made from."""
         path = self._path(index)
-        if path is None:
+        if path is None or not self.writes:
             return
         tensors: dict[str, Tensor] = {}
         for name, weight in weights.items():

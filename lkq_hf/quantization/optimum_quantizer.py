@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
 from lkq_hf.quantization.walk import WalkReport
 
@@ -66,7 +67,8 @@ class TwoStageQuantizer(OptimumQuantizer):
     ) -> PreTrainedModel:
         """Quantises the model and saves it with its tokenizer: completely, or not at all.
 
-        A killed run leaves its finished blocks in `<save_dir>.partial`, and the same call goes on from there.
+        A killed run leaves its finished blocks in `<save_dir>.partial`, and the same call goes on from there. The
+        processes of a group share the work if all of them make the same call; the first one saves.
 
         Args:
             save_dir: a directory that does not exist yet, or is empty.
@@ -75,7 +77,8 @@ class TwoStageQuantizer(OptimumQuantizer):
             block_by_block: read one block at a time from the safetensors files, for models larger than memory.
 
         Returns:
-            The quantised model, on the CPU unless a model on another device was given.
+            The quantised model, on the CPU unless a model on another device was given; with `block_by_block`, only
+            in the first of several processes.
 
         Raises:
             FileExistsError: `save_dir` is not empty.
@@ -105,10 +108,15 @@ class TwoStageQuantizer(OptimumQuantizer):
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **self.loading)
         self.report = calibrate(model, run, load_block)
         mark_quantized(model, run)
-        with new_directory(target) as temporary:
-            model.save_pretrained(temporary)
-            tokenizer.save_pretrained(temporary)
-        shutil.rmtree(partial)
+        processes = Processes.current()
+        # All have read what they need of the journal, and found the directory free.
+        processes.wait()
+        if processes.is_main:
+            with new_directory(target) as temporary:
+                model.save_pretrained(temporary)
+                tokenizer.save_pretrained(temporary)
+            shutil.rmtree(partial)
+        processes.wait()
         return model
 
     def _tokenizer(self, config: TwoStageGPTQConfig) -> PreTrainedTokenizerBase:

@@ -48,6 +48,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        refuse_tensor_parallelism(model)
         if not self.pre_quantized:
             return
         packed = replace_by_packed(model, self.quantization_config)
@@ -87,6 +88,20 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode of a model with packed layers."""
         return True
+
+
+def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
+    """transformers' plans cut plain weights, and would take a packed layer's whole output for one process's part.
+
+    Raises:
+        NotImplementedError: the model is being loaded under tensor parallelism.
+    """
+    distributed = getattr(model.config, "distributed_config", None)
+    if (getattr(distributed, "tp_size", None) or 1) > 1:
+        raise NotImplementedError(
+            "two-stage GPTQ checkpoints cannot be cut for tensor parallelism (tp_plan). Spread the model over GPUs "
+            'with device_map="auto", or export it (lkq-hf export) for an engine that cuts packed weights (vLLM).'
+        )
 
 
 def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dict[str, QuantizedLinear]:

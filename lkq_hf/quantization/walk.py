@@ -20,6 +20,7 @@ from lkq_hf.quantization.capture import BlockCall, InputGroup, capture_block_cal
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.journal import Journal, walk_fingerprint, weight_checksums
 from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
 from lkq_hf.quantization.weight import QuantizedWeight
 
@@ -68,6 +69,10 @@ def quantize_blocks(
     together from the moments of that input, written back, and only then the next layers' inputs are taken. On the
     compute device are one block, its full-precision twin, and one group's moments.
 
+    In a group of processes all must make the same call; they share the work (see `Processes`), and the first one keeps
+    the journal, in a directory that all of them see. With `load_block`, only the first one has the finished blocks in
+    the end: in the others they are on the meta device.
+
     Args:
         model: on one device, usually the CPU; blocks may be on the meta device if `load_block` fills them.
         list_name: name of the block list (`blocks.find_blocks`).
@@ -85,12 +90,13 @@ def quantize_blocks(
         ValueError: a layer that cannot be quantised, by name, or a `resume_dir` of another walk.
     """
     start = time.perf_counter()
+    processes = Processes.current()
     device = torch.device(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     blocks = list(model.get_submodule(list_name).children())
     fingerprint = walk_fingerprint(model, layers, tokens, settings, true_sequential, batch_size)
-    journal = Journal(resume_dir, fingerprint, settings)
+    journal = Journal(resume_dir, fingerprint, settings, writes=processes.is_main)
     loaded: set[int] = set()
 
     def ensure_loaded(index: int) -> None:
@@ -103,7 +109,8 @@ def quantize_blocks(
     for first in {kinds.index(kind) for kind in kinds}:
         ensure_loaded(first)
     home = model.get_input_embeddings().weight.device
-    hidden, calls = capture_block_calls(model, blocks, [batch.to(home) for batch in tokens.split(batch_size)])
+    batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
+    hidden, calls = capture_block_calls(model, blocks, batches)
     size = sum(state.numel() * state.element_size() for state in hidden)
     quantized = Activations(device, offload, size)
     full = Activations(device, offload, size) if settings.needs_deviation else None
@@ -114,7 +121,7 @@ def quantize_blocks(
     del hidden
 
     report = WalkReport(device=str(device))
-    progress = tqdm(range(len(blocks)), desc="quantising", unit="block")
+    progress = tqdm(range(len(blocks)), desc="quantising", unit="block", disable=not processes.is_main)
     for index in progress:
         ensure_loaded(index)
         block, call = blocks[index], calls[index]
@@ -125,7 +132,7 @@ def quantize_blocks(
         checksums = weight_checksums({name: block.get_submodule(name) for name in names})
         weights = journal.read(index, checksums)
         if weights is None:
-            paths = _Paths(block, twin, call, quantized, full)
+            paths = _Paths(block, twin, call, quantized, full, processes)
             weights, reports = _quantize_block(paths, names, prefix, settings, true_sequential)
             journal.write(index, checksums, weights)
             report.layers.extend(reports)
@@ -143,6 +150,8 @@ def quantize_blocks(
         block.to(home)
         for name, weight in weights.items():
             _install(block, name, weight)
+        if load_block is not None and not processes.is_main:
+            block.to("meta")
         call.arguments.clear()
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
@@ -158,13 +167,15 @@ def quantize_blocks(
 
 @dataclass(frozen=True)
 class _Paths:
-    """A block as it is being quantised, its full-precision twin, and the hidden states that enter them."""
+    """A block as it is being quantised, its full-precision twin, the hidden states that enter them, and who shares the
+    work."""
 
     block: nn.Module
     twin: nn.Module | None
     call: BlockCall
     quantized: Activations
     full: Activations | None
+    processes: Processes
 
 
 def _quantize_block(
@@ -174,12 +185,14 @@ def _quantize_block(
     weights: dict[str, QuantizedWeight] = {}
     reports: list[LayerReport] = []
     groups = observe_order(paths.block, names, paths.call, paths.quantized.get(0)) if names else []
+    # Which experts saw a token, and so the order, may differ between processes.
+    groups = paths.processes.first(groups)
     for step in [[group] for group in groups] if true_sequential else [groups]:
         for group, moments in zip(step, _input_moments(paths, step, settings), strict=True):
             modules = {name: paths.block.get_submodule(name) for name in group.names}
             if moments.tokens == 0:
                 logger.warning("%s saw no calibration token and is rounded to nearest", prefix + group.names[0])
-            solution = _solve_group(modules, moments, prefix, settings)
+            solution = _solve_group(modules, moments, prefix, settings, paths.processes)
             rows = [linear_weight(module).shape[0] for module in modules.values()]
             for (name, module), part in zip(modules.items(), _split(solution, rows), strict=True):
                 weights[name] = part.weight
@@ -208,18 +221,24 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
                 accumulated.deviation = None
             for position, x in enumerate(quantized_inputs):
                 accumulated.add(x, full_inputs[position] if accumulated.deviation is not None else None)
+    for accumulated in moments:
+        paths.processes.reduce(accumulated)
     return moments
 
 
 def _solve_group(
-    modules: dict[str, nn.Module], moments: InputMoments, prefix: str, settings: SolverSettings
+    modules: dict[str, nn.Module],
+    moments: InputMoments,
+    prefix: str,
+    settings: SolverSettings,
+    processes: Processes,
 ) -> Solution:
     for name, module in modules.items():
         if not bool(torch.isfinite(linear_weight(module)).all()):
             raise ValueError(f"{prefix}{name}: the weight contains NaN or infinity; the base checkpoint is damaged")
     rows = torch.cat([linear_weight(module).float() for module in modules.values()])
     try:
-        return quantize_weight(rows, moments, settings)
+        return processes.solve(rows, lambda part: quantize_weight(part, moments, settings))
     except ValueError as error:
         raise ValueError(f"{prefix}{', '.join(modules)}: {error}") from error
 

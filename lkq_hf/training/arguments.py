@@ -27,6 +27,9 @@ class LookaheadTrainingArguments(TrainingArguments):
     train_sampling_strategy: str = field(
         default="group_by_length", metadata={"help": "Prompts of similar length share a batch."}
     )
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "All parameters of an adapter get a gradient, so DDP need not search."}
+    )
     max_prompt_length: int | None = field(default=None, metadata={"help": "Longer prompts lose tokens in the middle."})
     max_response_length: int | None = field(default=512, metadata={"help": "Longer responses are cut."})
     importance_heads: str = field(

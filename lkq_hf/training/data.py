@@ -1,10 +1,14 @@
 """Batches of prompts and responses."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any
 
 import torch
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 
 def repetition(tokens: Sequence[int], size: int = 4) -> float:
@@ -61,3 +65,35 @@ class TargetCollator:
             ids[row, here] = torch.tensor(sequence)
             mask[row, here] = True
         return ids, mask
+
+
+class SeededLengthGroupedSampler(Sampler[int]):
+    """Random order in which prompts of similar length share a step; it depends on the seed and the epoch alone.
+
+    So the same steps are taken by any number of processes, and by a run that is resumed on another number of them.
+    transformers' own sampler draws from the global generator, and groups by what one process reads. An epoch is filled
+    up to whole steps with prompts from its beginning, as accelerate would, but for one process too.
+
+    Args:
+        lengths: of the prompts.
+        step_size: prompts in a step, over all processes and accumulated batches.
+        seed: of the order.
+    """
+
+    def __init__(self, lengths: Sequence[int], step_size: int, seed: int) -> None:
+        self.lengths = list(lengths)
+        self.step_size = step_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order that the next iteration begins."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.lengths) / self.step_size) * self.step_size
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = get_length_grouped_indices(self.lengths, self.step_size, generator=generator)
+        return islice(cycle(order), len(self))

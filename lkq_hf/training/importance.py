@@ -26,16 +26,21 @@ class PromptCache(DynamicCache):
         decoder: stack of decoder layers.
         input_ids: ``[batch, length]``, padded on the left.
         attention_mask: ``[batch, length]``, 1 for real tokens; None if there is no padding.
+        model: what to call instead of the decoder: the whole model, where its weights are gathered by a wrapper.
     """
 
     def __init__(
-        self, decoder: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None
+        self,
+        decoder: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__(config=decoder.config)
         self._frozen = False
         self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         with torch.no_grad():
-            decoder(**self.inputs(input_ids), input_ids=input_ids, use_cache=True)
+            _read(decoder, model, **self.inputs(input_ids), input_ids=input_ids)
         self._frozen = True
 
     def inputs(self, tokens: torch.Tensor, token_mask: torch.Tensor | None = None) -> dict[str, Any]:
@@ -63,6 +68,13 @@ class PromptCache(DynamicCache):
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
 
+def _read(decoder: nn.Module, model: nn.Module | None, **inputs: Any) -> torch.Tensor:
+    """The output of one forward into a cache: of the decoder, or of the model around it (one position's logits)."""
+    if model is None:
+        return decoder(**inputs, use_cache=True)[0]
+    return model(**inputs, use_cache=True, logits_to_keep=1)[0]
+
+
 def compressed_layers(decoder: PreTrainedModel) -> list[int]:
     """Indices of the layers that a LookaheadCache compresses.
 
@@ -80,6 +92,7 @@ def response_importance(
     response_ids: torch.Tensor,
     response_mask: torch.Tensor | None = None,
     row_power: float = 1.0,
+    model: nn.Module | None = None,
 ) -> dict[int, torch.Tensor]:
     """Mean attention of a response to each prompt entry: what an adapter learns to predict.
 
@@ -89,6 +102,7 @@ def response_importance(
         response_ids: ``[batch, response_length]``, padded on the right.
         response_mask: ``[batch, response_length]`` bool, True for real tokens; None if there is no padding.
         row_power: exponent of the power mean over the response's tokens.
+        model: what to call instead of the decoder, see :class:`PromptCache`.
 
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
@@ -101,7 +115,7 @@ def response_importance(
             scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, response_mask, row_power)
 
     with torch.no_grad(), observe_attention(decoder, observe):
-        decoder(**prompt.inputs(response_ids, response_mask), input_ids=response_ids, use_cache=True)
+        _read(decoder, model, **prompt.inputs(response_ids, response_mask), input_ids=response_ids)
     return scores
 
 
@@ -130,7 +144,12 @@ def lookahead_importance(
     batch = next(layer.keys.shape[0] for layer in prompt.layers if layer.keys is not None)  # type: ignore[union-attr]
     embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
     with lookahead_positions(tokens.shape[1]), observe_attention(decoder, observe):
-        model(**prompt.inputs(embeds), inputs_embeds=embeds, use_cache=True, logits_to_keep=1)
+        logits = _read(decoder, model, **prompt.inputs(embeds), inputs_embeds=embeds)
+    if torch.is_grad_enabled():
+        # Wrappers learn from the gradient of the model's output that a backward pass begins, and wait for one of every
+        # parameter, also of those behind the last scored attention.
+        last = max(scores)
+        scores[last] = scores[last] + (0.0 * logits.sum()).nan_to_num().to(scores[last])
     return scores
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -41,7 +42,7 @@ def generate_targets(
         process_index, num_processes: which share of the shards this process makes.
 
     Returns:
-        The data set of all finished shards, in the order of the prompts.
+        The data set of all finished shards, in the order of the prompts; in a group of processes, of everyone's.
 
     Raises:
         ValueError: no prompts, or the directory holds shards of another set of prompts or other arguments.
@@ -60,6 +61,8 @@ def generate_targets(
             if not path.exists():
                 _write_shard(path, _respond(model, rows, max_new_tokens, batch_tokens))
             progress.update(len(rows))
+    if num_processes > 1 and torch.distributed.is_initialized():
+        PartialState().wait_for_everyone()
     return load_targets(directory)
 
 

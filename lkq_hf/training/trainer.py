@@ -1,16 +1,22 @@
 """Training a lookahead adapter."""
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
+from accelerate.utils import broadcast
 from torch import nn
-from transformers import Trainer
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainerCallback, TrainerState
+from transformers.trainer_utils import has_length
 
-from lkq_hf.adapter.layer import LookaheadTokens
+from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadTokens
 from lkq_hf.cache.prefill import get_decoder
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 from lkq_hf.training.arguments import LookaheadTrainingArguments
-from lkq_hf.training.data import TargetCollator
+from lkq_hf.training.data import SeededLengthGroupedSampler, TargetCollator
 from lkq_hf.training.importance import (
     PromptCache,
     importance_divergence,
@@ -21,13 +27,28 @@ from lkq_hf.training.importance import (
 )
 
 
+class _EpochOfSampler(TrainerCallback):
+    """Tells a sampler the epoch, also where it lies behind the wrappers with which accelerate resumes an epoch."""
+
+    def __init__(self, sampler: SeededLengthGroupedSampler) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(int(state.epoch or 0))
+
+
 class LookaheadTrainer(Trainer):
     """Trains the active ``LOOKAHEAD_KV`` adapter of a model to predict which prompt entries a response attends to.
 
     The base model is frozen and read without gradients; gradients flow through the lookahead tokens alone. Data sets
     hold ``"input_ids"`` (a prompt) and ``"response_ids"`` (the model's own answer), as made by
     :func:`~lkq_hf.training.generate_targets`. The evaluation reports the loss and, for each of
-    ``args.recall_budgets``, the share of the response's most important entries that the adapter finds.
+    ``args.recall_budgets``, the share of the response's most important entries that the adapter finds in prompts
+    longer than the budget.
+
+    Several processes (``accelerate launch``) take the steps that one would take with the same number of prompts in a
+    step. Under FSDP2 (``examples/accelerate/fsdp2.yaml``) the base model is sharded and the adapter replicated, so
+    checkpoints hold the adapter alone and can be resumed with or without FSDP, on any number of processes.
 
     Args:
         model: a model with an active adapter, such as ``get_peft_model(model, LookaheadKVConfig())``.
@@ -35,7 +56,7 @@ class LookaheadTrainer(Trainer):
         kwargs: as for ``transformers.Trainer``.
 
     Raises:
-        ValueError: the model has no active adapter.
+        ValueError: the model has no active adapter, or FSDP is set up in a way that cannot leave it out.
 
     Source: LookaheadKV (arXiv 2603.10899).
     """
@@ -60,7 +81,10 @@ class LookaheadTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         # The recipe's loss does not come from the model's forward, which therefore must not be given its arguments.
         self.model_accepts_loss_kwargs = False
-        self._recalls: dict[int, list[torch.Tensor]] = {}
+        self._recalls: list[torch.Tensor] = []
+        if self.is_fsdp_enabled:
+            self._keep_adapter_out_of_fsdp()
+        self._broadcast_adapter()
 
     @staticmethod
     def _tokens(model: nn.Module) -> LookaheadTokens:
@@ -72,6 +96,87 @@ class LookaheadTrainer(Trainer):
             )
         return tokens
 
+    def _keep_adapter_out_of_fsdp(self) -> None:
+        """The tokens are read outside of any forward, and float32 weights cannot share a group with bfloat16 ones."""
+        plugin = self.accelerator.state.fsdp_plugin
+        if plugin.fsdp_version != 2 or plugin.cpu_ram_efficient_loading:
+            raise ValueError(
+                "a lookahead adapter is trained with FSDP2, and with every process loading the base model: set "
+                f"fsdp_version: 2 and fsdp_cpu_ram_efficient_loading: false (found {plugin.fsdp_version} and "
+                f"{plugin.cpu_ram_efficient_loading}), as examples/accelerate/fsdp2.yaml does"
+            )
+        plugin.ignored_modules = [
+            getattr(module, name)
+            for module in self._whole_model().modules()
+            if isinstance(module, LookaheadKVLayer)
+            for name in module.adapter_layer_names
+        ]
+        for module in plugin.ignored_modules:
+            module.to(self.accelerator.device)
+
+    def _adapter_parameters(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self._whole_model().parameters() if parameter.requires_grad]
+
+    def _whole_model(self) -> nn.Module:
+        return cast(nn.Module, self.model)
+
+    def _broadcast_adapter(self) -> None:
+        """Every process starts from the first one's adapter: DDP sees to that, FSDP to nothing that it ignores."""
+        for parameter in self._adapter_parameters():
+            value = broadcast(parameter.data.to(self.accelerator.device))
+            parameter.data.copy_(value)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if self.is_fsdp_enabled and self.accelerator.sync_gradients:
+            gradients = [p.grad for p in self._adapter_parameters() if p.grad is not None]
+            mean = self.accelerator.reduce(torch.cat([gradient.flatten() for gradient in gradients]), "mean")
+            for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
+        return loss
+
+    @contextmanager
+    def _checkpoints_of_the_adapter(self) -> Iterator[None]:
+        """Saves and loads as without FSDP: what is trained is whole in every process."""
+        enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
+        # Reading a state, as the first process will, puts gathered weights away: all have to, or the next forward's
+        # gathers do not match.
+        for module in self._whole_model().modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+        try:
+            yield
+        finally:
+            self.is_fsdp_enabled = enabled
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super().save_model(*args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super()._save_optimizer_and_scheduler(*args, **kwargs)
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super()._load_from_checkpoint(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
+        with self._checkpoints_of_the_adapter():
+            super()._load_optimizer_and_scheduler(*args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
+            return super()._get_train_sampler(train_dataset)
+        args = self.args
+        step_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sampler = SeededLengthGroupedSampler(
+            [len(row["input_ids"]) for row in cast(Any, dataset)], step_size, args.seed
+        )
+        self.add_callback(_EpochOfSampler(sampler))
+        return sampler
+
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -81,11 +186,12 @@ class LookaheadTrainer(Trainer):
     def _loss_and_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
         unwrapped = self.accelerator.unwrap_model(model)
         decoder = get_decoder(unwrapped)
-        prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"])
+        # All three forwards go through the wrapper, which may have to gather the weights first (FSDP, ZeRO-3).
+        prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"], model)
         tokens = self._tokens(unwrapped)
         row_power = tokens.row_power()
         response = inputs["response_ids"], inputs["response_mask"]
-        targets = response_importance(decoder, prompt, *response, row_power)
+        targets = response_importance(decoder, prompt, *response, row_power, model)
         predicted = lookahead_importance(model, decoder, prompt, tokens.active_tokens(), row_power)
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
@@ -103,23 +209,28 @@ class LookaheadTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad():
-            loss, (targets, predicted) = self._loss_and_scores(model, self._prepare_inputs(inputs))
+            inputs = self._prepare_inputs(inputs)
+            loss, (targets, predicted) = self._loss_and_scores(model, inputs)
+            lengths = inputs["attention_mask"].sum(-1)
+            recalls = torch.full((len(lengths), len(self.args.recall_budgets)), torch.nan, device=lengths.device)
             kv_heads = get_decoder(self.accelerator.unwrap_model(model)).config.num_key_value_heads
-            for budget in self.args.recall_budgets:
-                recalls = [
-                    importance_recall(targets[layer], predicted[layer], kv_heads, budget)
-                    for layer in targets
-                    if targets[layer].shape[-1] > budget
-                ]
-                if recalls:
-                    self._recalls.setdefault(budget, []).append(torch.stack(recalls).mean(0))
+            for column, budget in enumerate(self.args.recall_budgets):
+                if bool((long := lengths > budget).any()):
+                    found = [
+                        importance_recall(targets[layer], predicted[layer], kv_heads, budget).to(lengths.device)
+                        for layer in targets
+                    ]
+                    recalls[long, column] = torch.stack(found).mean(0)[long]
+        # Of the same shape in every process, and without the rows that fill up the last batch.
+        self._recalls.append(self.accelerator.gather_for_metrics(recalls))
         return loss.detach(), None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-        self._recalls = {}
+        self._recalls = []
         output = super().evaluation_loop(*args, **kwargs)
         prefix, metrics = kwargs.get("metric_key_prefix", "eval"), dict(output.metrics or {})
-        for budget, recalls in self._recalls.items():
-            gathered = self.accelerator.gather_for_metrics(torch.cat(recalls))
-            metrics[f"{prefix}_recall@{budget}"] = gathered.mean().item()
+        means = torch.cat(self._recalls).nanmean(0).tolist() if self._recalls else []
+        for budget, mean in zip(self.args.recall_budgets, means, strict=False):
+            if not math.isnan(mean):
+                metrics[f"{prefix}_recall@{budget}"] = mean
         return output._replace(metrics=metrics)

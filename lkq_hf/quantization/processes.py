@@ -1,0 +1,110 @@
+"""How the processes of a launch (`accelerate launch`, `torchrun`) share one calibration walk."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, distributed
+
+from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.solve import Solution
+from lkq_hf.quantization.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that quantise a model together; the only one unless torch.distributed was initialised.
+
+    Each passes its part of the calibration tokens through the blocks, takes the moments of its part, and solves its
+    part of every layer's rows. Moments are summed in the order of torch.distributed's all-reduce, each process's first
+    over its own batches: next to one process they differ by float32 rounding. What is solved from them is sent whole,
+    so all processes go on with the same weights to the last bit.
+    """
+
+    rank: int
+    size: int
+
+    @classmethod
+    def current(cls) -> Self:
+        if not (distributed.is_available() and distributed.is_initialized()):
+            return cls(0, 1)
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.size > 1:
+            distributed.barrier()
+
+    def part(self, tokens: Tensor) -> Tensor:
+        """This process's calibration samples, of `[samples, length]`.
+
+        Raises:
+            ValueError: fewer samples than processes.
+        """
+        if len(tokens) < self.size:
+            raise ValueError(
+                f"{len(tokens)} calibration samples cannot be divided among {self.size} processes; use more samples "
+                "(num_samples) or fewer processes"
+            )
+        return tokens.tensor_split(self.size)[self.rank]
+
+    def first(self, value: Any) -> Any:
+        """The first process's value."""
+        if self.size == 1:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def reduce(self, moments: InputMoments) -> None:
+        """Makes moments of one process's tokens those of all tokens, in place."""
+        if self.size == 1:
+            return
+        counts = torch.tensor([moments.tokens, moments.deviation is None], device=moments.hessian.device)
+        distributed.all_reduce(counts)
+        tokens, without_deviation = counts.tolist()
+        if without_deviation:
+            moments.deviation = None
+        share = moments.tokens / max(tokens, 1)
+        for moment in (moments.hessian, moments.deviation):
+            if moment is not None:
+                distributed.all_reduce(moment.mul_(share))
+        moments.tokens = tokens
+
+    def solve(self, rows: Tensor, quantize: Callable[[Tensor], Solution]) -> Solution:
+        """`quantize(rows)`, each process for some of the rows of `[out, in]`, which do not depend on each other."""
+        if self.size == 1:
+            return quantize(rows)
+        # Where there are fewer rows than processes, the last ones repeat the last part.
+        parts = rows.tensor_split(min(self.size, len(rows)))
+        own = quantize(parts[min(self.rank, len(parts) - 1)])
+        sizes = [len(part) for part in parts]
+        weight = own.weight
+        errors = torch.stack([*own.losses.values(), own.energy], dim=1)
+        *losses, energy = self._gather(errors, sizes).unbind(1)
+        return Solution(
+            QuantizedWeight(
+                self._gather(weight.integers.to(torch.uint8), sizes).to(weight.integers.dtype),
+                self._gather(weight.scales, sizes),
+                self._gather(weight.zeros.to(torch.uint8), sizes).to(weight.zeros.dtype),
+                weight.bits,
+                weight.group_size,
+                weight.sym,
+            ),
+            dict(zip(own.losses, losses, strict=True)),
+            energy,
+        )
+
+    def _gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:
+        """All processes' rows, one after another, from the first `len(sizes)` of them."""
+        whole = own.new_empty(sum(sizes), *own.shape[1:])
+        for source, part in enumerate(whole.split(list(sizes))):
+            if source == self.rank:
+                part.copy_(own)
+            distributed.broadcast(part, src=source)
+        return whole

@@ -1,0 +1,169 @@
+"""LookaheadCache in a model that several devices or processes hold together."""
+
+import numpy as np
+import pytest
+import torch
+from models import add_lookahead, kept_entries, left_padded, prompt_ids, tiny_model
+from transformers import AutoModelForCausalLM
+from workers import launch
+
+from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+
+NEW_TOKENS = 6
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with a model of an architecture and its adapter."""
+
+    def save(architecture, **sizes):
+        directory = tmp_path_factory.mktemp(architecture)
+        model = tiny_model(architecture, **sizes)
+        model.save_pretrained(directory / "base")
+        add_lookahead(model).save_pretrained(directory / "adapter")
+        return directory
+
+    return save
+
+
+def prompts():
+    return left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 31, seed=1)[0]])
+
+
+def answer(model, scorer):
+    """Generated tokens, logits of the last step, and the entries kept per layer and KV head."""
+    ids, mask = prompts()
+    cache = LookaheadCache(budget=8, scorer=scorer)
+    output = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, do_sample=False,
+        max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    shapes = {index: layer.keys.shape for index, layer in enumerate(cache.layers)}
+    logits = torch.stack(output.logits).float().cpu().numpy()
+    kept = {index: entries.cpu().numpy() for index, entries in kept_entries(cache).items()}
+    return output.sequences.cpu().numpy(), logits, kept, shapes
+
+
+def tensor_parallel(directory, scorer, processes, **changes):
+    torch.set_num_threads(1)
+    plan = {"tp_plan": "auto"} if processes > 1 else {}
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager", **plan, **changes)
+    if scorer == "lookahead":
+        model.load_adapter(str(directory / "adapter"))
+    else:
+        prepare_model_for_eviction(model)
+    return answer(model, scorer)
+
+
+def _trained_in_parallel(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager", tp_plan="auto")
+    model.add_adapter(LookaheadKVConfig(num_lookahead_tokens=4, r=2))
+    model(input_ids=prompt_ids(1, 20), past_key_values=LookaheadCache(budget=8))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "scorer"),
+    [
+        ("llama", "snapkv"),
+        ("llama", "lookahead"),
+        ("qwen3", "lookahead"),
+        ("gemma3", "lookahead"),
+        ("phi3", "lookahead"),
+    ],
+)
+def test_tensor_parallel_processes_keep_the_entries_of_one(saved, architecture, scorer):
+    directory = saved(architecture)
+    ((sequences, logits, kept, shapes),) = launch(tensor_parallel, directory, scorer, 1, processes=1)
+    runs = launch(tensor_parallel, directory, scorer, 2)
+    for run in runs:
+        assert np.array_equal(run[0], sequences)
+        np.testing.assert_allclose(run[1], logits, rtol=1e-3, atol=1e-3)
+    assert kept
+    if runs[0][3] == shapes:
+        # Nothing but memory is saved where the model's own plan does not divide the heads (fused projections).
+        assert architecture == "phi3"
+        assert all(np.array_equal(run[2][layer], kept[layer]) for run in runs for layer in kept)
+    else:
+        for layer, entries in kept.items():
+            assert np.array_equal(np.concatenate([run[2][layer] for run in runs], axis=1), entries)
+            assert runs[0][3][layer][1] * 2 == shapes[layer][1]
+
+
+def test_heads_are_selected_by_each_process_alone(saved):
+    """Four processes, one KV head each; an odd number of features is cut unevenly."""
+    directory = saved("llama", num_key_value_heads=4, intermediate_size=90)
+    ((sequences, _, kept, _),) = launch(tensor_parallel, directory, "lookahead", 1, processes=1)
+    runs = launch(tensor_parallel, directory, "lookahead", 4, processes=4)
+    for layer, entries in kept.items():
+        assert np.array_equal(np.concatenate([run[2][layer] for run in runs], axis=1), entries)
+    assert all(np.array_equal(run[0], sequences) for run in runs)
+
+
+def test_training_under_tensor_parallelism_is_refused(saved):
+    with pytest.raises(RuntimeError, match="cannot be trained under tensor parallelism"):
+        launch(_trained_in_parallel, saved("llama"))
+
+
+def offloaded(directory, folder, elsewhere):
+    parts = [
+        "model.embed_tokens",
+        *(f"model.layers.{i}" for i in range(3)),
+        "model.norm",
+        "model.rotary_emb",
+        "lm_head",
+    ]
+    device_map = {part: "disk" if part in elsewhere else "cpu" for part in parts}
+    return AutoModelForCausalLM.from_pretrained(
+        directory / "base", attn_implementation="eager", device_map=device_map, offload_folder=folder
+    )
+
+
+@pytest.mark.parametrize(
+    "elsewhere", [["model.layers.1"], ["model.embed_tokens", "model.layers.0", "model.norm"]], ids=["middle", "ends"]
+)
+def test_layers_that_are_offloaded(saved, tmp_path, elsewhere):
+    """accelerate brings them in from disk for each of their forwards; their part of the cache stays."""
+    directory = saved("llama")
+    expected = tensor_parallel(directory, "snapkv", 1)
+    model = offloaded(directory, tmp_path, elsewhere)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    prepare_model_for_eviction(model)
+    found = answer(model, "snapkv")
+    assert np.array_equal(found[0], expected[0])
+    for layer, entries in expected[2].items():
+        assert np.array_equal(found[2][layer], entries)
+
+
+def test_an_adapter_on_an_offloaded_model_is_refused(saved, tmp_path):
+    directory = saved("llama")
+    model = offloaded(directory, tmp_path, ["model.layers.1"])
+    with pytest.raises(NotImplementedError, match=r"layers.1.* is offloaded .* tp_plan"):
+        model.load_adapter(str(directory / "adapter"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("max_new_tokens", [None, NEW_TOKENS])
+@pytest.mark.parametrize("scorer", ["lookahead", "snapkv"])
+def test_layers_on_two_gpus(saved, scorer, max_new_tokens):
+    directory = saved("llama")
+    device_map = {
+        "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1,
+        "model.rotary_emb": 0, "lm_head": 1,
+    }  # fmt: skip
+    kept, sequences = [], []
+    for places in ({"": 0}, device_map):
+        model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="sdpa", device_map=places)
+        if scorer == "lookahead":
+            model.load_adapter(str(directory / "adapter"))
+        else:
+            prepare_model_for_eviction(model)
+        ids, mask = (tensor.to("cuda:0") for tensor in prompts())
+        cache = LookaheadCache(budget=8, scorer=scorer, max_new_tokens=max_new_tokens)
+        sequences.append(
+            model.generate(ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=NEW_TOKENS)
+        )
+        kept.append({layer: entries.cpu() for layer, entries in kept_entries(cache).items()})
+        assert {layer.keys.device.index for layer in cache.layers} == set(places.values()) - {None}
+    assert torch.equal(*sequences)
+    assert all(torch.equal(entries, kept[0][layer]) for layer, entries in kept[1].items())
