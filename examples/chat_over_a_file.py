@@ -71,9 +71,10 @@ def main() -> None:
     with torch.inference_mode():
         model(file_ids, past_key_values=cache, logits_to_keep=1)
     held = cache.summary()
+    seconds = time.perf_counter() - started
     print(
-        f"Read {arguments.file.name}, {held['tokens_seen']:,} tokens, in {time.perf_counter() - started:.1f} s. The cache "
-        f"keeps {held['entries_stored']} entries per head: {held['bytes'] / 2**20:.1f} MiB of "
+        f"Read {arguments.file.name}, {held['tokens_seen']:,} tokens, in {seconds:.1f} s. The cache keeps "
+        f"{held['entries_stored']} entries per head: {held['bytes'] / 2**20:.1f} MiB of "
         f"{held['bytes_without_eviction'] / 2**20:.1f} MiB."
     )
 

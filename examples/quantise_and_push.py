@@ -7,7 +7,8 @@ You see the size of both checkpoints, the loss of both models (nats per token, l
 part in the calibration, that the reloaded checkpoint gives the same loss, and the beginning of an answer of each.
 
 The default calibrates with 8 short windows and refines once (`--sweeps 1`), so that it ends in minutes on two CPU
-cores. For a checkpoint to keep, use the package's defaults: 128 windows of 2,048 tokens of your kind of text, 8 sweeps.
+cores. For a checkpoint to keep, use the package's defaults: 128 windows of 2,048 tokens of your own kind of text, and
+8 sweeps.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def main() -> None:
             print(f"{title:10s} {size / 2**20:>8.1f} MiB {nats:8.3f}   {text}")
 
         if arguments.out:
-            print(f"\nThe checkpoint is in {out}; to load it: import lkq_hf, then AutoModelForCausalLM.from_pretrained")
+            print(f"\nThe checkpoint is in {out}: import lkq_hf, then AutoModelForCausalLM.from_pretrained")
         if arguments.repo_id:
             commit = push_to_hub(out, arguments.repo_id, private=arguments.private or None)
             print(f"\nPushed: {commit.commit_url}")

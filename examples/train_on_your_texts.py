@@ -1,7 +1,7 @@
 """Train a lookahead adapter on texts of your own, from the first prompt to the first answer.
 
     python examples/train_on_your_texts.py
-    python examples/train_on_your_texts.py --text book.txt --text more.jsonl --out my-adapter --steps 200 --prompts 3000
+    python examples/train_on_your_texts.py --text book.txt --text more.jsonl --out adapter --steps 200 --prompts 3000
 
 Three things happen: prompts are made from the texts, the model answers them itself, and the adapter learns which
 entries of a prompt these answers look at. Before and after the training you see the recall on held-out texts: the

@@ -1,4 +1,4 @@
-"""A tiny random model on disk, with a tokenizer and an adapter of its own, and texts: what a reader of the docs has."""
+"""A tiny random model on disk, with a tokenizer and an adapter of its own, and texts: what the docs assume."""
 
 import gzip
 import json

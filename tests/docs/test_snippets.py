@@ -16,6 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
 import pytest
 import typer
 from small_checkpoint import save_small_checkpoint, save_texts
@@ -216,9 +217,7 @@ def all_options(command) -> set[str]:
 
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
-def test_the_first_snippets_run_on_the_real_model(
-    name: str, furnished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_snippets_run_on_the_real_model(name: str, furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (furnished / MODEL_NAME).unlink()
     (furnished / MODEL_NAME).symlink_to(smollm2_directory())
     (furnished / ADAPTER).unlink()
@@ -251,6 +250,5 @@ def test_a_wrong_snippet_that_is_not_run_is_found(text: str) -> None:
     ],
 )
 def test_a_wrong_command_is_found(command: str, furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises((AssertionError, Exception), match=".") as caught:
+    with pytest.raises((AssertionError, typer.Exit, click.ClickException)):
         run_command(shlex.split(command), monkeypatch)
-    assert not isinstance(caught.value, (ImportError, FileNotFoundError))
