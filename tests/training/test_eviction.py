@@ -17,7 +17,9 @@ def test_the_largest_scores_are_open_and_padding_is_closed():
     assert torch.equal(gates > 0.5, torch.zeros_like(gates, dtype=bool).scatter_(-1, scores.topk(9).indices, True))
     assert not gates[1, :, :7].any()
     assert gates[0].sum(-1) == pytest.approx(torch.full((2,), 9.0), rel=0.2)
-    assert soft_top_k(scores, budget=9, temperature=0.01).exp()[0].sum(-1) == pytest.approx(torch.full((2,), 9.0), abs=0.1)
+    assert soft_top_k(scores, budget=9, temperature=0.01).exp()[0].sum(-1) == pytest.approx(
+        torch.full((2,), 9.0), abs=0.1
+    )
 
 
 def test_gates_depend_on_the_order_alone():

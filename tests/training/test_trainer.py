@@ -330,7 +330,12 @@ def test_budgets_of_the_eviction_objective_are_those_of_every_process(tmp_path):
 
 @pytest.mark.parametrize(
     "values",
-    [{"eviction_weight": -1.0}, {"eviction_temperature": 0.0}, {"eviction_budgets": [9, 3]}, {"eviction_budgets": [3]}],
+    [
+        {"eviction_weight": -1.0},
+        {"eviction_temperature": 0.0},
+        {"eviction_budgets": [9, 3]},
+        {"eviction_budgets": [3]},
+    ],
 )
 def test_arguments_of_the_eviction_objective_are_checked(tmp_path, values):
     with pytest.raises(ValueError, match="eviction_"):
