@@ -52,7 +52,7 @@ class Group:
         for pipe in self._pipes:
             pipe.close()
         for worker in self._workers:
-            worker.join(30)
+            worker.join(10)
             worker.kill()
         self._workers, self._pipes = [], []
 
