@@ -222,6 +222,10 @@ def main() -> None:
     }
     measurement = Measurement(arguments.out, settings, model, windows)
 
+    calibration = {
+        seed: calibration_tokens(arguments.calibration, tokenizer, arguments.samples, arguments.length, seed)
+        for seed in arguments.seeds
+    }
     longest = 0.0
     plan = list(cells(arguments.bits, arguments.schemes, arguments.seeds, arguments.methods))
     for cell in plan[arguments.part[0] - 1 :: arguments.part[1]]:
@@ -238,9 +242,7 @@ def main() -> None:
             batch_size=arguments.batch_size,
             **METHODS[cell.method],
         )
-        tokens, recipe = calibration_tokens(
-            arguments.calibration, tokenizer, arguments.samples, arguments.length, cell.seed
-        )
+        tokens, recipe = calibration[cell.seed]
         approximation, report = quantised(model, config, tokens)
         increase = measurement.add(
             cell, approximation, calibration=recipe.tokens_sha256, quantisation_seconds=round(report.seconds, 2)
@@ -252,11 +254,11 @@ def main() -> None:
 
     for name, _, source in (checkpoint.partition("=") for checkpoint in arguments.checkpoints):
         quantization = json.loads((Path(source) / "config.json").read_text())["quantization_config"]
-        calibration = json.loads((Path(source) / "baseline.json").read_text())["calibration"]
-        cell = Cell(name, quantization["bits"], quantization["sym"], calibration["seed"])
+        recipe = json.loads((Path(source) / "baseline.json").read_text())["calibration"]
+        cell = Cell(name, quantization["bits"], quantization["sym"], recipe["seed"])
         if not measurement.has(cell):
             other = load_gptq(source, dtype=torch.float32).to(arguments.device)
-            print(cell, measurement.add(cell, other, calibration=calibration["tokens_sha256"]), flush=True)
+            print(cell, measurement.add(cell, other, calibration=recipe["tokens_sha256"]), flush=True)
 
 
 if __name__ == "__main__":
