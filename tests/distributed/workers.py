@@ -75,12 +75,15 @@ class Group:
                     raise RuntimeError(
                         f"only processes {sorted(results)} of {self.size} came to an end in {self.seconds} seconds"
                     )
+                errors = {}
                 for pipe in ready:
                     rank = self._pipes.index(pipe)
                     try:
-                        results[rank], error = pipe.recv()
+                        results[rank], errors[rank] = pipe.recv()
                     except (EOFError, ConnectionResetError):
                         raise RuntimeError(f"process {rank} was killed") from None
+                # After all of them were read: where one was killed, the others fail because of it.
+                for rank, error in errors.items():
                     if error is not None:
                         raise RuntimeError(f"process {rank} failed:\n{error}")
         except RuntimeError:
