@@ -37,8 +37,7 @@ def joint_descent(
     """
     # [column, row] throughout, as in GPTQ: a column of all rows is contiguous.
     residual = hessian @ (target - reconstruct(integers, scales, zeros, group_size)).T
-    # A plain clone would keep the layout of what it clones, in which a group's scales are not side by side.
-    integers, scales = (value.T.clone(memory_format=torch.contiguous_format) for value in (integers, scales))
+    integers, scales = (t.T.clone(memory_format=torch.contiguous_format) for t in (integers, scales))
     zeros = zeros.T.contiguous()
     for _ in range(sweeps):
         for group, start in enumerate(range(0, hessian.shape[0], group_size)):

@@ -66,7 +66,7 @@ def gptq(
         order = torch.arange(columns, device=target.device)
     group_of = order // group_size
     # Everything is kept as [column, row]: one column of all rows is then contiguous.
-    work = target.T[order].contiguous()
+    work = target.T[order]
     scale, zero = scales.T.contiguous(), zeros.T.contiguous()
     # Rows divided by their diagonal: the update of later columns then needs no division in the loop.
     unit = factor / factor.diagonal().unsqueeze(1)
