@@ -97,6 +97,7 @@ def main() -> None:
     for bits in arguments.bits:
         model, tokenizer = load(arguments.model)
         model = model.to(torch.bfloat16).eval()
+        tokenizer.name_or_path = SMOLLM2_NAME  # what the checkpoint records, wherever the weights were read from
         if "base" not in results:
             results["base"] = perplexity(model.to(arguments.device), tokenizer, arguments.texts, arguments.windows)
             model.to("cpu")
@@ -122,7 +123,7 @@ def main() -> None:
         contents = read_contents(directory)
         check_complete(contents)
         card = render_card(contents, f"YOU/{name}", BASE, card_results(results["base"], rows))
-        card.text += COMMANDS.format(
+        card.text = card.text.rstrip() + "\n" + COMMANDS.format(
             calibration=arguments.calibration.name,
             base=SMOLLM2_NAME,
             bits=bits,
