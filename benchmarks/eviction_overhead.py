@@ -191,7 +191,7 @@ def build_models(name: str) -> tuple[Any, Any]:
         shared = {id(parameter): parameter for parameter in model.parameters()}
         adapted = get_peft_model(
             copy.deepcopy(model, shared),  # type: ignore[arg-type]
-            LookaheadKVConfig(num_lookahead_tokens=LOOKAHEAD_TOKENS, inference_mode=True),
+            LookaheadKVConfig(num_lookahead_tokens=LOOKAHEAD_TOKENS),
         ).eval()
     return model, adapted
 

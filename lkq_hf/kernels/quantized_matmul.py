@@ -82,7 +82,8 @@ def quantized_matmul(
     # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
     bucket = 1 << (rows - 1).bit_length()
     key = (x.device, x.dtype, bits, group_size, sym, *qweight.shape, bucket)
-    y = run_fastest(key, _candidates(flat, weight, bucket))
+    with torch.cuda.device_of(qweight):
+        y = run_fastest(key, _candidates(flat, weight, bucket))
     return y.view(*x.shape[:-1], -1)
 
 

@@ -1,4 +1,4 @@
-"""The column loops of GPTQ and of the descent: Triton (in its interpreter without a GPU) against the reference."""
+"""The solvers' kernels: Triton (in its interpreter without a GPU) against the references."""
 
 import os
 import subprocess
@@ -8,7 +8,10 @@ import pytest
 import torch
 
 from lkq_hf.kernels.descend_columns import descend_columns, descend_columns_reference
+from lkq_hf.kernels.group_quadratic import group_quadratic, group_quadratic_reference
 from lkq_hf.kernels.round_columns import round_columns, round_columns_reference
+from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.stage1 import search_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
@@ -67,6 +70,48 @@ def test_descend_columns_equals_the_reference(bits, columns, rows):
     assert same.float().mean() > 0.9 and torch.equal(found[0][5], integers[5])
     assert not torch.equal(found[0], integers)
     torch.testing.assert_close(found[1][:, same], expected[1][:, same], rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("sym", [True, False])
+def test_search_scales_equals_the_reference(group_size, bits, sym, monkeypatch):
+    weight = randn(70, 2 * group_size, seed=7) * 0.02
+    weight[3] = 0
+    inputs = randn(4 * group_size, 2 * group_size, seed=8) @ randn(2 * group_size, 2 * group_size, seed=9)
+    hessian = inputs.T @ inputs / len(inputs)
+    scales, zeros = search_scales(weight, bits, group_size, sym, hessian)
+    monkeypatch.setenv("LKQ_KERNELS", "torch")
+    expected_scales, expected_zeros = search_scales(weight, bits, group_size, sym, hessian)
+    # Candidates of nearly the same loss may change places.
+    assert ((scales == expected_scales) & (zeros == expected_zeros)).float().mean() > 0.98
+    torch.testing.assert_close(scales, expected_scales, rtol=0.5, atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "groups", "group_size"), [(70, 3, 32), (5, 1, 64), (64, 2, 128)])
+def test_group_quadratic_equals_the_reference(rows, groups, group_size):
+    levels = randn(rows, groups, group_size, seed=10).mul(60).round()
+    inputs = randn(2 * groups * group_size, groups * group_size, seed=11)
+    hessian = inputs.T @ inputs / len(inputs)
+    found = group_quadratic(levels, hessian)
+    expected = group_quadratic_reference(levels.double(), hessian.double())
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_half_precision_inputs_are_those_of_float32(dtype):
+    moments, exact = InputMoments(256, DEVICE), InputMoments(256, DEVICE)
+    for seed in (12, 14):
+        x_tilde = randn(3, 700, 256, seed=seed).to(dtype)
+        x = (x_tilde.float() + 0.05 * randn(3, 700, 256, seed=seed + 1)).to(dtype)
+        moments.add(x_tilde, x)
+        exact.add(x_tilde.float(), x.float())
+    for found, expected in ((moments.hessian, exact.hessian), (moments.deviation, exact.deviation)):
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETING, reason="the tests above ran the kernels")
