@@ -123,16 +123,20 @@ def main() -> None:
         contents = read_contents(directory)
         check_complete(contents)
         card = render_card(contents, f"YOU/{name}", BASE, card_results(results["base"], rows))
-        card.text = card.text.rstrip() + "\n" + COMMANDS.format(
-            calibration=arguments.calibration.name,
-            base=SMOLLM2_NAME,
-            bits=bits,
-            group_size=arguments.group_size,
-            name=name,
-            window=WINDOW,
-            windows=arguments.windows,
-            hardware=hardware.get("gpu") or f"a CPU with {hardware.get('threads')} threads",
-            seconds=quantizer.report.seconds,
+        card.text = (
+            card.text.rstrip()
+            + "\n"
+            + COMMANDS.format(
+                calibration=arguments.calibration.name,
+                base=SMOLLM2_NAME,
+                bits=bits,
+                group_size=arguments.group_size,
+                name=name,
+                window=WINDOW,
+                windows=arguments.windows,
+                hardware=hardware.get("gpu") or f"a CPU with {hardware.get('threads')} threads",
+                seconds=quantizer.report.seconds,
+            )
         )
         for target in (directory, arguments.cards / name):
             target.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ def main() -> None:
         f"documentation; {len(first)} windows of 1,024 tokens from each text. "
         "Increase of the negative log-likelihood over full precision, in nats per token: mean over texts and "
         "calibration seeds ± standard error over windows. Full precision: "
-        + ", ".join(f"{text} {value:.3f}" for text, value in files[0]["full_precision"].items())
+        + ", ".join(f"{text} {statistics.fmean(losses):.3f}" for text, losses in files[0]["full_precision"].items())
         + f". {hardware(runs)}."
     ]
     peer = peer_table(runs)
