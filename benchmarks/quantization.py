@@ -215,7 +215,8 @@ def main() -> None:
         windows[name], recipe = calibration_tokens(path, tokenizer, arguments.windows, 1024, seed=1234)
         digests[name] = recipe.tokens_sha256
     settings = {
-        "model": Path(model.name_or_path).name if arguments.model not in MODELS else arguments.model,
+        # The same wherever it was read from.
+        "model": f"{model.config.model_type}, {model.num_parameters():,} parameters",
         "group_size": arguments.group_size,
         "samples": arguments.samples,
         "length": arguments.length,

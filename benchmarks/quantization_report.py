@@ -123,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path)
     parser.add_argument("--out", required=True, type=Path, help="markdown file")
+    parser.add_argument("--model", default="SmolLM2-135M-Instruct", help="its name, for the titles")
     parser.add_argument("--plot", type=Path, help="PNG file")
     arguments = parser.parse_args()
 
@@ -140,7 +141,7 @@ def main() -> None:
     first = next(iter(runs[0]["increase"].values()))
     calibration = f"{settings['samples']} x {settings['length']} tokens"
     lines = [
-        f"{settings['model']}, groups of {settings['group_size']}, calibrated on {calibration} of the Python "
+        f"{arguments.model}, groups of {settings['group_size']}, calibrated on {calibration} of the Python "
         f"documentation; {len(first)} windows of 1,024 tokens from each text. "
         "Increase of the negative log-likelihood over full precision, in nats per token: mean over texts and "
         "calibration seeds ± standard error over windows. Full precision: "
@@ -155,7 +156,7 @@ def main() -> None:
     arguments.out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
     if arguments.plot is not None:
-        plot(runs, arguments.plot, f"{settings['model']}, groups of {settings['group_size']}, asymmetric")
+        plot(runs, arguments.plot, f"{arguments.model}, groups of {settings['group_size']}, asymmetric")
 
 
 if __name__ == "__main__":
