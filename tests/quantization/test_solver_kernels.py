@@ -43,7 +43,7 @@ def test_round_columns_equals_the_reference(bits, columns, rows):
     unit = torch.triu(randn(columns, columns, seed=2) * 0.1, 1) + torch.eye(columns, device=DEVICE)
     unit[0, 1:] = 0  # its error is too large for the others to stay comparable
     kept = block.clone()
-    found = round_columns(block, scale, zero, unit, largest)
+    found = round_columns(*(t.T.contiguous().T for t in (block, scale, zero, unit)), largest)
     expected = round_columns_reference(block, scale, zero, unit, largest)
     assert torch.equal(block, kept)
     # A value on a rounding boundary may fall to either side, and its row differs from there on.
@@ -64,7 +64,8 @@ def test_descend_columns_equals_the_reference(bits, columns, rows):
     integers = integers.float()
     scale = randn(rows, seed=5).abs() + 0.5
     residual = randn(columns, rows, seed=6)
-    found = descend_columns(residual, hessian, integers, scale, largest)
+    transposed = (t.T.contiguous().T for t in (residual, hessian, integers))  # any strides will do
+    found = descend_columns(*transposed, scale.repeat_interleave(2)[::2], largest)
     expected = descend_columns_reference(residual, hessian, integers, scale, largest)
     same = (found[0] == expected[0]).all(0)
     assert same.float().mean() > 0.9 and torch.equal(found[0][5], integers[5])
