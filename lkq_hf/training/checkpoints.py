@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 from peft import PeftModel
@@ -41,11 +40,15 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str]) -> None:
     A model card that is there stays, as with PEFT.
     """
     target = Path(directory)
-    target.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".partial-", dir=target) as name:
-        temporary = Path(name)
+    temporary = target / ".saving"
+    if temporary.exists():  # of a process that was killed
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
         if (target / CARD).exists():
             shutil.copy(target / CARD, temporary / CARD)
-        model.save_pretrained(name)
+        model.save_pretrained(str(temporary))
         for file in sorted(temporary.iterdir()):
             file.replace(target / file.name)
+    finally:
+        shutil.rmtree(temporary)
