@@ -136,7 +136,7 @@ class StaticStorage(_Layer):
             ValueError: it cannot.
         """
         if not self.has_static_storage:
-            return super().croppable(tokens_to_remove)
+            return super().croppable(tokens_to_remove)  # type: ignore[misc]
         seen, amount = int(self.get_seq_length()), int(tokens_to_remove)
         remove = max(seen - amount, 0) if amount > 0 else -amount
         if seen - remove < self._first_croppable_length():

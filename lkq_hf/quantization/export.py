@@ -94,7 +94,7 @@ def _linear_names(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     packed = replace_by_packed(model, config)
-    check_checkpoint(packed, [str(file) for file in files])
+    check_checkpoint(model, packed, [str(file) for file in files])
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
     return set(packed), dense
 
