@@ -52,11 +52,11 @@ def train(
     from accelerate.utils import parse_flag_from_env
     from peft import PeftModel, get_peft_model
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from lkq_hf.adapter import LookaheadKVConfig
     from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
+    from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
 
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
@@ -106,12 +106,11 @@ def train(
         train_dataset=_informative([load_targets(directory / "train") for directory in targets], max_repetition),
         eval_dataset=load_targets(targets[0] / "validation"),
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     if state.is_main_process:
-        peft_model.save_pretrained(str(out))
+        save_adapter(peft_model, out)
         options = {
             "steps": trainer.state.global_step,
             "learning_rate": learning_rate,
