@@ -220,7 +220,7 @@ def test_the_command(checkpoint, text, tmp_path, run):
     source = (tmp_path / "b.html").read_text(encoding="utf-8")
     assert "im_start" not in source and "sinks + recent" in source and "<h2>Answers</h2>" in source
     code, _, error = run(*arguments[:4], "--budget", 5000, "--out", tmp_path / "c.html", "--device", "cpu")
-    assert code == 1 and "shortest prompt" in error and not (tmp_path / "c.html").exists()
+    assert code == 1 and "evicts nothing from a prompt of" in error and not (tmp_path / "c.html").exists()
 
 
 def test_a_figure_for_notebooks(report, tmp_path, monkeypatch):
