@@ -83,9 +83,9 @@ def main() -> None:
         _exit(1, f"lkq-hf: {text or type(error).__name__}")
     if code == _INTERRUPTED:
         typer.echo("lkq-hf: stopped", err=True)
-    sys.exit(code)
+    sys.exit(code or 0)
 
 
 def _exit(code: int, text: str) -> NoReturn:
     typer.echo(text, err=True)
-    sys.exit(code)
+    sys.exit(code or 0)

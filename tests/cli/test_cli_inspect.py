@@ -114,7 +114,9 @@ def test_the_prompt_in_the_page_is_only_text(report):
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "href")]
     # Shaded without the script, too.
     shades = [
-        float(attributes["style"].removeprefix("--k:")) for name, attributes in elements if "style" in attributes
+        float(style.removeprefix("--k:"))
+        for _, attributes in elements
+        if (style := attributes.get("style", "")).startswith("--k:")
     ]
     assert shades == pytest.approx((inspection.counts("lookahead") / inspection.heads).sqrt().tolist(), abs=1e-3)
 
