@@ -4,9 +4,10 @@
     python benchmarks/texts.py debian-handbook_*.deb fortunes_*.deb --out test.jsonl.gz
 
 Takes .deb files or directories into which packages were unpacked. Each line of the result is
-``{"source": package, "document": name, "text": ...}``. ``--most-characters`` bounds what one package may give, so that
-none outweighs the others, and ``--english`` leaves out translations and listings. A package's HTML pages are read in
-their own order (``rel="next"``) and small neighbours are joined; a package without HTML gives its text files.
+``{"source": package, "document": name, "text": ...}``. ``--characters`` with ``--sample`` bounds what one package
+may give, so that none outweighs the others, and ``--english`` leaves out translations and listings. A package's HTML
+pages are read in their own order (``rel="next"``) and small neighbours are joined; a package without HTML gives its
+text files.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 DOCUMENT_CHARACTERS = 60_000  # small pages of one book are joined up to here
@@ -278,9 +280,10 @@ def some_of(documents: list[dict[str, str]], characters: int) -> list[dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="+", type=Path, help=".deb files or directories of unpacked packages")
+    parser.add_argument("--characters", type=int, help="of each package, only the first documents up to this length")
     parser.add_argument("--out", required=True, type=Path, help="where to write: .jsonl or .jsonl.gz")
     parser.add_argument("--english", action="store_true", help="leave out what does not read like English prose")
-    parser.add_argument("--most-characters", type=int, help="keep random documents of so many characters per package")
+    parser.add_argument("--sample", action="store_true", help="with --characters: random documents, not the first")
     arguments = parser.parse_args()
     open_output = gzip.open if arguments.out.suffix == ".gz" else open
     total = 0
@@ -295,8 +298,11 @@ def main() -> None:
                 documents = list(documents_of(root, source))
             if arguments.english:
                 documents = [document for document in documents if is_english(document["text"])]
-            if arguments.most_characters is not None:
-                documents = some_of(documents, arguments.most_characters)
+            if arguments.characters is not None and arguments.sample:
+                documents = some_of(documents, arguments.characters)
+            elif arguments.characters is not None:
+                lengths = accumulate(len(document["text"]) for document in documents)
+                documents = [d for d, end in zip(documents, lengths, strict=True) if end <= arguments.characters]
             for document in documents:
                 output.write(json.dumps(document, ensure_ascii=False) + "\n")
             characters = sum(len(document["text"]) for document in documents)

@@ -69,11 +69,18 @@ def _wrap(original: Callable[..., Any] | None) -> Callable[..., Any]:
         if thread_state.bias is not None and (bias := thread_state.bias(module, query)) is not None:
             attention_mask = bias
         output = _run_original(original, module, query, key, value, attention_mask, *args, **kwargs)
-        if thread_state.observer is not None:
-            thread_state.observer(module, query, key, value, kwargs)
+        _show(module, query, key, value, kwargs)
         return output
 
     return observed_attention
+
+
+@torch.compiler.disable  # a compiled forward would hold on to one observer
+def _show(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+) -> None:
+    if thread_state.observer is not None:
+        thread_state.observer(module, query, key, value, options)
 
 
 class _Overrides(dict[str, Callable[..., Any]]):

@@ -52,6 +52,13 @@ class LookaheadTrainingArguments(TrainingArguments):
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
     )
 
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: a process trains on one GPU, and several GPUs take one process each (``accelerate launch``)."""
+        # transformers would take all that it sees, by nn.DataParallel, whose copies of a model know nothing of each
+        # other's hooks.
+        return min(super().n_gpu, 1)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.importance_heads not in ("query", "kv"):

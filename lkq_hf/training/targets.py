@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
+from pyarrow import parquet
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -49,7 +51,8 @@ def generate_targets(
         The data set of all finished shards, in the order of the prompts; in a group of processes, of everyone's.
 
     Raises:
-        ValueError: no prompts, or the directory holds shards of another set of prompts or other arguments.
+        ValueError: no prompts, or the directory holds shards of another set of prompts or other arguments, or a
+            damaged one.
     """
     if len(prompts) == 0:
         raise ValueError("there are no prompts to respond to")
@@ -64,7 +67,9 @@ def generate_targets(
         for start in mine:
             rows = [{**prompts[index], INDEX: index} for index in by_length[start : start + shard_size]]
             path = _shard_path(directory, start)
-            if not path.exists():
+            if path.exists():
+                _check_shard(path, rows)
+            else:
                 _write_shard(path, _respond(model, rows, max_new_tokens, batch_tokens))
             progress.update(len(rows))
     if num_processes > 1 and torch.distributed.is_initialized():
@@ -100,6 +105,15 @@ def _check_recipe(directory: Path, recipe: dict[str, Any]) -> None:
             )
         return
     _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(recipe)))
+
+
+def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        found = parquet.read_table(path, columns=["input_ids"]).column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the run makes it again") from error
+    if found != [list(row["input_ids"]) for row in rows]:
+        raise ValueError(f"{path} holds responses to other prompts: choose another directory, or delete this one")
 
 
 def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:

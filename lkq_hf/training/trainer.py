@@ -17,6 +17,7 @@ from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadTokens
 from lkq_hf.cache.prefill import get_decoder
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 from lkq_hf.training.arguments import LookaheadTrainingArguments
+from lkq_hf.training.checkpoints import last_complete_checkpoint
 from lkq_hf.training.data import SeededLengthGroupedSampler, TargetCollator
 from lkq_hf.training.eviction import eviction_gates, response_divergence, response_logits
 from lkq_hf.training.importance import (
@@ -128,6 +129,20 @@ class LookaheadTrainer(Trainer):
         for parameter in self._adapter_parameters():
             value = broadcast(parameter.data.to(self.accelerator.device))
             parameter.data.copy_(value)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``transformers.Trainer.train``; True resumes from the last checkpoint that was written to its end.
+
+        Raises:
+            FileNotFoundError: True, and there is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise FileNotFoundError(
+                    f"{self.args.output_dir} holds no complete checkpoint; leave resume_from_checkpoint out to begin"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)

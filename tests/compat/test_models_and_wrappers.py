@@ -27,7 +27,6 @@ from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
 
 item = pytest.mark.item
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture
@@ -56,19 +55,6 @@ def test_flex_attention(architecture, reset_compiler):
     # The same function without the C++ compiler that it needs on a CPU.
     with torch.compiler.set_stance("force_eager"):
         assert_as_masked(base, ids, *generate(model, ids, cache), cache)
-
-
-@item("attention: flash_attention_2, flash_attention_3")
-@pytest.mark.gpu
-@needs_gpu
-def test_flash_attention():
-    pytest.importorskip("flash_attn")
-    base, model = (one.to("cuda", torch.bfloat16) for one in base_and_adapted())
-    model.set_attn_implementation("flash_attention_2")
-    ids, cache = prompt_ids(2, 40).cuda(), LookaheadCache(budget=7)
-    tokens, logits = generate(model, ids, cache)
-    expected = expected_logits(base, ids, tokens, cache)
-    torch.testing.assert_close(logits.float(), expected.float(), atol=0.3, rtol=0.1)
 
 
 @item("torch.compile of the model")
