@@ -147,9 +147,10 @@ class Measurement:
             self.results = json.loads(path.read_text())
             if self.results["settings"] != settings:
                 raise SystemExit(f"{path} holds runs with other settings: {self.results['settings']}")
-        self.full_precision = self._losses(model)
+        if "full_precision" not in self.results:
+            self.results["full_precision"] = self._losses(model)
+        self.full_precision = self.results["full_precision"]
         means = {name: round(statistics.fmean(losses), 4) for name, losses in self.full_precision.items()}
-        self.results["full_precision"] = means
         print("full precision:", means, flush=True)
 
     def has(self, cell: Cell) -> bool:
@@ -214,7 +215,8 @@ def main() -> None:
         windows[name], recipe = calibration_tokens(path, tokenizer, arguments.windows, 1024, seed=1234)
         digests[name] = recipe.tokens_sha256
     settings = {
-        "model": Path(model.name_or_path).name if arguments.model not in MODELS else arguments.model,
+        # The same wherever it was read from.
+        "model": f"{model.config.model_type}, {model.num_parameters():,} parameters",
         "group_size": arguments.group_size,
         "samples": arguments.samples,
         "length": arguments.length,

@@ -54,11 +54,11 @@ def train(
     from accelerate.utils import parse_flag_from_env
     from peft import PeftModel, get_peft_model
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from lkq_hf.adapter import LookaheadKVConfig
     from lkq_hf.hub import adapter_config, write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
+    from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
 
     if adapter is not None:
         adapter_config(adapter)
@@ -110,12 +110,11 @@ def train(
         train_dataset=_informative([load_targets(directory / "train") for directory in targets], max_repetition),
         eval_dataset=load_targets(targets[0] / "validation"),
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     if state.is_main_process:
-        peft_model.save_pretrained(str(out))
+        save_adapter(peft_model, out)
         options = {
             "steps": trainer.state.global_step,
             "learning_rate": learning_rate,

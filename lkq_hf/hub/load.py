@@ -22,6 +22,8 @@ def load_adapter(
 ) -> None:
     """Loads a LOOKAHEAD_KV adapter into a model, as ``model.load_adapter`` does, after checking that it is one.
 
+    ``model.load_adapter`` only warns about tensors that the config does not ask for; here they are an error.
+
     Args:
         model: the base model.
         source: a directory, or the id of a repository.
@@ -33,18 +35,26 @@ def load_adapter(
     Raises:
         FileNotFoundError: no such repository or revision, or no weights in it.
         PermissionError: a token is missing or has no access.
-        ValueError: another kind of repository or adapter, or one for another base model.
+        ValueError: another kind of repository or adapter, one for another base model, or weights that do not fit the
+            config.
     """
     adapter_config(source, revision=revision, subfolder=subfolder, token=token)
     if _find(source, ADAPTER_WEIGHTS, revision, subfolder, token) is None:
         raise FileNotFoundError(f"{source} has no {ADAPTER_WEIGHTS}: the adapter is incomplete; save it again")
     options = {"revision": revision, "subfolder": subfolder or None, "token": token}
     with explained(str(source), token, revision):
-        model.load_adapter(
+        loaded = model.load_adapter(
             str(source),
             adapter_name=adapter_name,
             adapter_kwargs={name: value for name, value in options.items() if value is not None},
         )
+    for kind, names in (("unexpected", loaded.unexpected_keys), ("missing", loaded.missing_keys)):
+        if names:
+            model.delete_adapter(adapter_name)
+            raise ValueError(
+                f"the weights of {source} do not fit its config and this model: {len(names)} tensors are {kind} "
+                f"({', '.join(sorted(names)[:3])}, ...). The file is damaged, or it belongs to another config."
+            )
 
 
 def adapter_config(

@@ -10,7 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from lkq_hf.kernels.dispatch import interpreting
-from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_levels, row_words
+from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_words
+from lkq_hf.kernels.row_levels_triton import row_levels
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 

@@ -104,21 +104,20 @@ def _candidates(
             )
             for block_chunks, block_n, split_k, num_warps, num_stages in _GEMV_TILES
         ]
-    if bucket > 1:
-        most = next(rows for rows in _GEMM_TILES if bucket <= rows)
-        candidates += [
-            partial(
-                quantized_gemm,
-                x,
-                *weight,
-                block_m=min(max(bucket, 16), 256),
-                block_n=block_n,
-                split_k=split_k,
-                num_warps=num_warps,
-                num_stages=num_stages,
-            )
-            for block_n, split_k, num_warps, num_stages in _GEMM_TILES[most]
-        ]
+    most = next(rows for rows in _GEMM_TILES if bucket <= rows)
+    candidates += [
+        partial(
+            quantized_gemm,
+            x,
+            *weight,
+            block_m=min(max(bucket, 16), 256),
+            block_n=block_n,
+            split_k=split_k,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        for block_n, split_k, num_warps, num_stages in _GEMM_TILES[most]
+    ]
     if bucket >= 64:
         candidates.append(lambda: x @ dequantize(*weight, x.dtype))
     return candidates

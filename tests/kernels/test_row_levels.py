@@ -47,7 +47,7 @@ def run_ptx(text: str, operands: dict[str, int]) -> dict[str, int]:
 @pytest.mark.parametrize("bfloat16", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_pairs_of_fields_in_their_order(bits: int, bfloat16: bool) -> None:
-    from lkq_hf.kernels.packed_fields_triton import _level_pairs_asm, _level_pairs_constraints
+    from lkq_hf.kernels.row_levels_triton import _level_pairs_asm, _level_pairs_constraints
 
     fields = {2: 16, 3: 32, 4: 8}[bits]
     integers = torch.randint(0, 2**bits, (1, fields), generator=torch.Generator().manual_seed(bits)).int()
