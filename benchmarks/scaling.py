@@ -1,18 +1,26 @@
 """What training an adapter and quantising cost on 1 to 64 GPUs, from figures measured on one.
 
-    python benchmarks/scaling.py measure                 # on one CUDA GPU, about three minutes
-    python benchmarks/scaling.py report                  # writes the tables of docs/scaling.md
+    python benchmarks/scaling.py measure                 # on one CUDA GPU, some minutes
     python benchmarks/scaling.py measure --model 70B     # one of the models again
+    python benchmarks/scaling.py check                   # real runs, to compare with what is computed, on one GPU,
+    accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 2 benchmarks/scaling.py check
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 benchmarks/scaling.py check
+    python benchmarks/scaling.py report                  # writes the tables of docs/scaling.md
 
 `measure` builds one and three decoder layers of each model, with random weights in bfloat16, and times a training
 step, decoding, and the parts of a calibration walk. Half the difference is one layer, and times the number of layers
 the model. Models that one GPU cannot hold are thus measured at their own layers' sizes, not extrapolated from smaller
-ones. What does not fit even so is written down as null, and its cells say that they were not measured.
+ones. What does not fit even so is written down as null, and its cells say so.
 
-`report` adds what one GPU cannot show, the exchange between GPUs, from bandwidths that are assumed (`ASSUMED`).
+`check` trains whole models with LookaheadTrainer, and quantises some layers, in as many processes as it is started in.
+
+`report` adds what one GPU cannot show, the exchange between GPUs, from bandwidths that `check` measured on several
+GPUs, or that are assumed (`ASSUMED`). Runs that go on side by side write files of their own (`--results`), which
+`report --merge` puts together.
 """
 
 import argparse
+import functools
 import gc
 import json
 import math
@@ -25,9 +33,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from hardware import describe
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
 from lkq_hf.quantization import TwoStageGPTQConfig
@@ -58,13 +68,23 @@ RECIPE = {
     "prompts_in_a_step": 64,
     "calibration_tokens": 128 * 2048,
 }
+BETWEEN_GPUS = "bandwidth between the GPUs of a host, GB/s in each direction"
+BETWEEN_HOSTS = "bandwidth between hosts, GB/s in each direction and GPU"
 ASSUMED = {
-    "GPU memory, GiB": 139,
+    "GPU memory, GiB": 79,
     "GPUs in a host": 8,
-    "bandwidth between the GPUs of a host, GB/s in each direction": 450,
-    "bandwidth between hosts, GB/s in each direction and GPU": 50,
+    BETWEEN_GPUS: 300,
+    BETWEEN_HOSTS: 50,
     "bandwidth from main memory or disk to a GPU, GB/s": 10,
 }
+# What is run to compare: by plan, (model, layers, prompt tokens).
+CHECKED_TRAINING = {
+    "one GPU": [("8B", 32, 4096), ("8B", 32, 8192)],
+    "DDP": [("8B", 32, 4096)],
+    # Two GPUs of 80 GB hold it and one does not.
+    "FSDP2": [("70B", 56, 4096)],
+}
+CHECKED_LAYERS = 2  # quantised, of the 8B model
 
 
 def layer_parameters(sizes: dict[str, int]) -> int:
@@ -80,9 +100,14 @@ def parameters(sizes: dict[str, int]) -> int:
 # Measuring
 
 
-def measure(name: str, device: str, shrink: int) -> dict[str, Any]:
+def _sizes(name: str, shrink: int) -> dict[str, int]:
     sizes = {key: value // shrink for key, value in MODELS[name].items() if key.endswith("_size")}
-    sizes["num_attention_heads"] = MODELS[name]["num_attention_heads"] // min(shrink, 4)
+    return sizes | {"num_attention_heads": MODELS[name]["num_attention_heads"] // min(shrink, 4)}
+
+
+def measure(name: str, device: str, shrink: int, save: Callable[[dict[str, Any]], None]) -> None:
+    """Gives `save` the figures after each part, so that a run that is cut short leaves what it has."""
+    sizes = _sizes(name, shrink)
     tokens = RECIPE["prompt_tokens"] // shrink
     figures: dict[str, Any] = {"tokens": tokens}
     for part, measured in (
@@ -98,7 +123,7 @@ def measure(name: str, device: str, shrink: int) -> dict[str, Any]:
             figures[part] = None
         _collect(device)
         print(f"{name}, {part}: {figures[part]} ({time.perf_counter() - start:.0f} s)", flush=True)
-    return figures
+        save(figures)
 
 
 def _build(sizes: dict[str, int], layers: int, device: str, shrink: int) -> Any:
@@ -152,10 +177,7 @@ def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
     """One prompt's part of a training step: seconds and peak bytes, weights and optimiser included."""
     _collect(device)
     model = get_peft_model(_build(sizes, layers, device, shrink), LookaheadKVConfig())
-    row = {
-        "input_ids": torch.randint(3, 1000 // shrink, (tokens,)).tolist(),
-        "response_ids": [3] * RECIPE["response_tokens"],
-    }
+    row = _row(tokens, shrink)
     with tempfile.TemporaryDirectory() as directory:
         arguments = LookaheadTrainingArguments(
             output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True
@@ -170,6 +192,13 @@ def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
             trainer.optimizer.zero_grad()
 
         return {"seconds": _seconds(step, device), "bytes": _peak(device)}
+
+
+def _row(tokens: int, shrink: int) -> dict[str, list[int]]:
+    return {
+        "input_ids": torch.randint(3, 1000 // shrink, (tokens,)).tolist(),
+        "response_ids": [3] * RECIPE["response_tokens"],
+    }
 
 
 def _decoding(sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int) -> dict[str, float]:
@@ -212,7 +241,7 @@ def _solving(sizes: dict[str, int], device: str) -> dict[str, float]:
     shapes = ((hidden + 2 * hidden // 8, hidden), (hidden, hidden), (2 * middle, hidden), (hidden, middle))
     seconds = {"rows": 0.0, "rest": 0.0}
     _collect(device)
-    for rows, columns in shapes:
+    for rows, columns in reversed(shapes):  # The largest first: whether it fits is soon known.
         moments = _random_moments(columns, device)
         weight = torch.randn(rows // 2, columns, device=device, dtype=torch.bfloat16) * 0.02
         quantize_weight(weight[:128], moments, settings)  # compiles
@@ -240,6 +269,123 @@ def _random_moments(columns: int, device: str) -> InputMoments:
     return moments
 
 
+# Checking
+
+
+class _Clock(TrainerCallback):
+    """Seconds of each step, and the peak memory after the first two."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        _synchronize(self.device)
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        _synchronize(self.device)
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def check(device: str, shrink: int, save: Callable[[dict[str, Any]], None]) -> None:
+    """Gives `save` the runs so far and the bandwidth, if there is one; in the first process only."""
+    state = PartialState(cpu=device == "cpu")
+    place = str(state.device) if device == "cuda" else device
+    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
+    plan = "FSDP2" if sharded else "DDP" if state.num_processes > 1 else "one GPU"
+    runs: list[dict[str, Any]] = []
+    links = {BETWEEN_GPUS: round(_bandwidth(place, shrink), 1)} if state.num_processes > 1 else {}
+
+    def add(work: str, name: str, layers: int, tokens: int, figures: dict[str, float]) -> None:
+        # The slowest process, and the fullest GPU.
+        values = torch.tensor([figures["seconds"], figures["bytes"]], dtype=torch.float64, device=place)
+        if state.num_processes > 1:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        seconds, size = values.tolist()
+        runs.append(
+            {"work": work, "model": name, "layers": layers, "tokens": tokens, "plan": plan, "seconds": seconds}
+            | {"gpus": state.num_processes, "bytes": int(size)}
+        )
+        if state.is_main_process:
+            print(runs[-1], flush=True)
+            save({"links": links, "checks": runs})
+
+    for name, layers, tokens in CHECKED_TRAINING[plan]:
+        figures = _trained(_sizes(name, shrink), layers // shrink or 1, tokens // shrink, place, shrink, sharded)
+        add("training", name, layers, tokens, figures)
+    if not sharded:
+        figures = _quantized(_sizes("8B", shrink), place, shrink)
+        add("quantizing", "8B", CHECKED_LAYERS, RECIPE["calibration_tokens"], figures)
+
+
+def _bandwidth(device: str, shrink: int) -> float:
+    """GB/s that a GPU sends and receives, in an all-reduce or in an all-gather, whichever is less; of 1 GiB."""
+    processes = torch.distributed.get_world_size()
+    part = torch.ones(2**28 // shrink**4 // processes, device=device)
+    whole = part.repeat(processes)
+    sent = whole.numel() * whole.element_size() * (processes - 1) / processes
+    reducing = _seconds(lambda: torch.distributed.all_reduce(whole), device)
+    gathering = _seconds(lambda: torch.distributed.all_gather_into_tensor(whole, part), device)
+    return min(2 * sent / reducing, sent / gathering) / 1e9
+
+
+def _trained(
+    sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int, sharded: bool
+) -> dict[str, float]:
+    """Seconds of a step with one prompt for each process, and the peak bytes, of LookaheadTrainer."""
+    _collect(device)
+    build = _build_repeated if sharded else _build
+    model = get_peft_model(build(sizes, layers, device, shrink), LookaheadKVConfig())
+    clock = _Clock(device)
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = LookaheadTrainingArguments(
+            output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
+            per_device_train_batch_size=1, max_steps=6,
+        )  # fmt: skip
+        rows = [_row(tokens, shrink)] * 6 * PartialState().num_processes
+        trainer = LookaheadTrainer(model, arguments, train_dataset=rows, callbacks=[clock])
+        trainer.train()
+    figures = {"seconds": statistics.median(clock.seconds[2:]), "bytes": _peak(device)}
+    # What a trainer holds on to goes with it.
+    trainer.accelerator.free_memory()
+    return figures
+
+
+def _build_repeated(sizes: dict[str, int], layers: int, device: str, shrink: int) -> Any:
+    """A model all of whose layers are one in memory: each process cuts its own part out of them, and no GPU has to
+    hold the whole before."""
+    one = _build(sizes, 1, device, shrink)
+    with torch.device("meta"):
+        config = LlamaConfig(**one.config.to_dict() | {"num_hidden_layers": layers})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.config._name_or_path = "random"
+    model.model.rotary_emb = one.model.rotary_emb
+    for part in ("model.embed_tokens", "model.norm", "lm_head"):
+        model.get_submodule(part).load_state_dict(one.get_submodule(part).state_dict(), assign=True)
+    for layer in model.model.layers:
+        layer.load_state_dict(one.model.layers[0].state_dict(), assign=True)
+    return model.eval()
+
+
+def _quantized(sizes: dict[str, int], device: str, shrink: int) -> dict[str, float]:
+    """Seconds of a calibration walk by the default method, and the peak bytes."""
+    model = _build(sizes, CHECKED_LAYERS, device, shrink)
+    config = TwoStageGPTQConfig(group_size=128 if sizes["intermediate_size"] % 128 == 0 else 32)
+    name, layers = find_layers(model, config)
+    tokens = torch.randint(
+        3, 1000 // shrink, (RECIPE["calibration_tokens"] // 2048, 2048 // shrink), generator=torch.Generator()
+    )
+    settings = config.solver_settings()
+    for module in {module.in_features: module for module in layers.values()}.values():
+        quantize_weight(module.weight[:128], _random_moments(module.in_features, device), settings)  # compiles
+    _collect(device)
+    report = quantize_blocks(model, name, layers, tokens, settings, device=device, batch_size=8)
+    return {"seconds": report.seconds, "bytes": report.peak_memory}
+
+
 # The model
 
 
@@ -252,61 +398,100 @@ class Cost:
     plan: str
 
 
-def bandwidth(gpus: int) -> float:
+def bandwidth(gpus: int, links: dict[str, float]) -> float:
     """Bytes a second between the GPUs, in each direction; the slowest link counts."""
-    inside = gpus <= ASSUMED["GPUs in a host"]
-    between = "bandwidth between the GPUs of a host, GB/s in each direction"
-    return 1e9 * ASSUMED[between if inside else "bandwidth between hosts, GB/s in each direction and GPU"]
+    known = ASSUMED | links
+    return 1e9 * known[BETWEEN_GPUS if gpus <= known["GPUs in a host"] else BETWEEN_HOSTS]
 
 
-def training_cost(name: str, figures: dict[str, Any], gpus: int) -> Cost | str:
-    """Generating the targets and training on them, or why there is no figure."""
-    if figures.get("training") is None or figures.get("decoding") is None:
-        return "not measured"
-    sizes, memory = MODELS[name], ASSUMED["GPU memory, GiB"] * GIB
+def _whole(part: dict[str, float], layers: int) -> float:
+    return layers * part["layer"] + part["rest"]
+
+
+def prompt_cost(
+    sizes: dict[str, int], training: dict[str, Any], gpus: int, sharded: bool, links: dict[str, float]
+) -> tuple[float, float]:
+    """Seconds of one prompt on each of the GPUs, and the bytes that each of them holds meanwhile."""
     layers = sizes["num_hidden_layers"]
-
-    def whole(part: dict[str, float]) -> float:
-        return layers * part["layer"] + part["rest"]
-
-    training, decoding = figures["training"], figures["decoding"]
     weights = 2 * parameters(sizes)
-    besides = whole(training["bytes"]) - weights
+    seconds, held = _whole(training["seconds"], layers), _whole(training["bytes"], layers)
+    if sharded:
+        # Three passes and a backward one gather every layer.
+        seconds += 4 * weights * (gpus - 1) / gpus / bandwidth(gpus, links)
+        # One layer is gathered while the next one is on its way: two are whole, and so is the head.
+        gathered = 2 * layer_parameters(sizes) + COMMON["vocab_size"] * sizes["hidden_size"]
+        held += weights / gpus - weights + 2 * gathered
+    return seconds, held
+
+
+def training_cost(name: str, figures: dict[str, Any], gpus: int, links: dict[str, float] | None = None) -> Cost | str:
+    """Generating the targets and training on them, or why there is no figure."""
+    if missing := _missing(figures, "training", "decoding"):
+        return missing
+    sizes, memory, links = MODELS[name], ASSUMED["GPU memory, GiB"] * GIB, links or {}
+    layers = sizes["num_hidden_layers"]
+    decoding = figures["decoding"]
     steps = math.ceil(RECIPE["prompts"] / RECIPE["prompts_in_a_step"])
     prompts = math.ceil(RECIPE["prompts_in_a_step"] / gpus)
     # A replica answers prompts; without room on one GPU it lies on several, of which one works at a time.
-    gpus_of_replica = math.ceil(weights / (0.9 * memory))
+    gpus_of_replica = math.ceil(2 * parameters(sizes) / (0.9 * memory))
     replicas = gpus // gpus_of_replica
     if replicas == 0:
         return "does not fit"
-    answer = whole(decoding["prompt"]) + RECIPE["response_tokens"] * whole(decoding["token"])
+    answer = _whole(decoding["prompt"], layers) + RECIPE["response_tokens"] * _whole(decoding["token"], layers)
     targets = RECIPE["prompts"] / replicas * answer
-    work = steps * prompts * whole(training["seconds"])
-    if weights + besides < 0.95 * memory:
-        return Cost((targets + work) / 3600, (weights + besides) / GIB, "DDP" if gpus > 1 else "one GPU")
-    # One layer is gathered while the next one is on its way: two are whole.
-    held = weights / gpus + besides + 2 * 2 * layer_parameters(sizes)
-    if held > 0.95 * memory or gpus == 1:
-        return "does not fit"
-    # Each prompt is a forward of its own, with three passes and a backward one that gather every layer.
-    exchange = steps * prompts * 4 * weights * (gpus - 1) / gpus / bandwidth(gpus)
-    return Cost((targets + work + exchange) / 3600, held / GIB, "FSDP2")
+    for sharded in (False, True) if gpus > 1 else (False,):
+        seconds, held = prompt_cost(sizes, figures["training"], gpus, sharded, links)
+        if held < 0.95 * memory:
+            plan = "FSDP2" if sharded else "DDP" if gpus > 1 else "one GPU"
+            return Cost((targets + steps * prompts * seconds) / 3600, held / GIB, plan)
+    return "does not fit"
 
 
-def quantization_cost(name: str, figures: dict[str, Any], gpus: int) -> Cost | str:
-    """The default method over the recipe's calibration tokens, or why there is no figure."""
-    calibration, solving = figures.get("calibration"), figures.get("solving")
-    if calibration is None or solving is None:
-        return "not measured"
-    sizes = MODELS[name]
-    passes = RECIPE["calibration_tokens"] / gpus * calibration["seconds"]
-    loading = 2 * layer_parameters(sizes) / 1e9 / ASSUMED["bandwidth from main memory or disk to a GPU, GB/s"]
+def layer_cost(
+    sizes: dict[str, int], figures: dict[str, Any], gpus: int, links: dict[str, float], loaded: bool = True
+) -> float:
+    """Seconds of quantising one layer on the recipe's calibration tokens; `loaded`: from main memory or disk."""
+    solving = figures["solving"]
+    passes = RECIPE["calibration_tokens"] / gpus * figures["calibration"]["seconds"]
+    rate = 1e9 * ASSUMED["bandwidth from main memory or disk to a GPU, GB/s"]
+    loading = 2 * layer_parameters(sizes) / rate if loaded else 0.0
     hidden, middle = sizes["hidden_size"], sizes["intermediate_size"]
     moments = 2 * 4 * (3 * hidden**2 + middle**2)
-    exchange = 2 * moments * (gpus - 1) / gpus / bandwidth(gpus) if gpus > 1 else 0.0
-    layer = passes + solving["rows"] / gpus + solving["rest"] + loading + exchange
-    peak = max(calibration["bytes"], solving["bytes"])
-    return Cost(sizes["num_hidden_layers"] * layer / 3600, peak / GIB, "by rows" if gpus > 1 else "one GPU")
+    exchange = 2 * moments * (gpus - 1) / gpus / bandwidth(gpus, links) if gpus > 1 else 0.0
+    return passes + solving["rows"] / gpus + solving["rest"] + loading + exchange
+
+
+def quantization_cost(
+    name: str, figures: dict[str, Any], gpus: int, links: dict[str, float] | None = None
+) -> Cost | str:
+    """The default method over the recipe's calibration tokens, or why there is no figure."""
+    if missing := _missing(figures, "calibration", "solving"):
+        return missing
+    sizes = MODELS[name]
+    seconds = sizes["num_hidden_layers"] * layer_cost(sizes, figures, gpus, links or {})
+    peak = max(figures["calibration"]["bytes"], figures["solving"]["bytes"])
+    return Cost(seconds / 3600, peak / GIB, "by rows" if gpus > 1 else "one GPU")
+
+
+def _missing(figures: dict[str, Any], *parts: str) -> str | None:
+    """Why there is no figure, if so."""
+    if any(part not in figures for part in parts):
+        return "not measured"
+    return "does not fit" if any(figures[part] is None for part in parts) else None
+
+
+def predicted(run: dict[str, Any], results: dict[str, Any]) -> tuple[float, float] | None:
+    """Seconds and bytes that the model gives for a run of `check`; None where it was measured for other prompts."""
+    figures, links = results["models"].get(run["model"], {}), results.get("links", {})
+    parts = ("training",) if run["work"] == "training" else ("calibration", "solving")
+    if _missing(figures, *parts) or (run["work"] == "training" and run["tokens"] != figures["tokens"]):
+        return None
+    sizes = MODELS[run["model"]] | {"num_hidden_layers": run["layers"]}
+    if run["work"] == "training":
+        return prompt_cost(sizes, figures["training"], run["gpus"], run["plan"] == "FSDP2", links)
+    seconds = run["layers"] * layer_cost(sizes, figures, run["gpus"], links, loaded=False)
+    return seconds, max(figures["calibration"]["bytes"], figures["solving"]["bytes"])
 
 
 def tables(results: dict[str, Any]) -> str:
@@ -315,8 +500,9 @@ def tables(results: dict[str, Any]) -> str:
     lines = []
     for title, cost in (("An adapter", training_cost), ("A quantised checkpoint", quantization_cost)):
         lines += [f"### {title}", "", "| GPUs | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
+        links = results.get("links", {})
         for gpus in GPUS:
-            cells = [_cell(cost(name, results["models"].get(name, {}), gpus)) for name in MODELS]
+            cells = [_cell(cost(name, results["models"].get(name, {}), gpus, links)) for name in MODELS]
             lines.append(f"| {gpus} | " + " | ".join(cells) + " |")
         lines.append("")
     hardware = results.get("hardware", {})
@@ -324,7 +510,28 @@ def tables(results: dict[str, Any]) -> str:
     measured = f"Measured on: {hardware.get('gpu') or hardware.get('cpu')}; {versions}."
     if results.get("shrink", 1) != 1:
         measured += f" **A check of the script, with models shrunk by {results['shrink']}: the figures mean nothing.**"
-    return "\n".join([measured, "", *lines]).rstrip()
+    return "\n".join([measured, "", *lines, *_checks(results)]).rstrip()
+
+
+def _checks(results: dict[str, Any]) -> list[str]:
+    runs = results.get("checks", [])
+    if not runs:
+        return []
+    lines = [
+        "### Runs of whole models, and what is computed for them",
+        "",
+        "| run | GPUs | seconds | computed | GiB of each GPU | computed |",
+        "|---" * 6 + "|",
+    ]
+    for run in runs:
+        what = f"{run['layers']} layers of the {run['model']} model, {run['tokens']:,} tokens"
+        work = "a training step" if run["work"] == "training" else "quantising"
+        found = predicted(run, results)
+        seconds, size = ("", "") if found is None else (f"{found[0]:.2f}", f"{found[1] / GIB:.1f}")
+        gpus = f"{run['gpus']} ({run['plan']})" if run["gpus"] > 1 else "1"
+        cells = [f"{work}: {what}", gpus, f"{run['seconds']:.2f}", seconds, f"{run['bytes'] / GIB:.1f}", size]
+        lines.append("| " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 NOT_MEASURED = (
@@ -340,14 +547,17 @@ def _cell(cost: Cost | str) -> str:
     return f"{time}, {cost.gib:.0f} GiB ({cost.plan})"
 
 
-def assumptions() -> str:
-    rows = [f"| {name.replace('_', ' ')} | {value:,} |" for name, value in {**RECIPE, **ASSUMED}.items()]
+def assumptions(links: dict[str, float]) -> str:
+    rows = [
+        f"| {name.replace('_', ' ')} | {value:,}{' (measured)' if name in links else ''} |"
+        for name, value in {**RECIPE, **ASSUMED, **links}.items()
+    ]
     return "\n".join(["| assumed | |", "|---|---|", *rows])
 
 
 def generated(results: dict[str, Any]) -> str:
     """The part of docs/scaling.md between the markers."""
-    return f"{tables(results)}\n\n{assumptions()}"
+    return f"{tables(results)}\n\n{assumptions(results.get('links', {}))}"
 
 
 def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
@@ -356,24 +566,66 @@ def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
     page.write_text(f"{before}{BEGIN}\n\n{generated(results)}\n\n{END}{after}", encoding="utf-8")
 
 
+def merged(results: dict[str, Any], files: list[Path]) -> dict[str, Any]:
+    """Results with those of other files."""
+    results = {"models": {}, "links": {}, "checks": []} | results
+    for file in files:
+        more = json.loads(file.read_text())
+        results |= {key: value for key, value in more.items() if key in ("hardware", "shrink")}
+        results["models"] |= more["models"]
+        results["links"] |= more.get("links", {})
+        results["checks"] = _newest([*results["checks"], *more.get("checks", [])])
+    return results
+
+
+def _newest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The last of each run that was made more than once."""
+    return list(
+        {
+            tuple(run[key] for key in ("work", "model", "layers", "tokens", "plan", "gpus")): run for run in runs
+        }.values()
+    )
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["measure", "report"])
+    parser.add_argument("command", choices=["measure", "check", "report"])
     parser.add_argument("--model", choices=list(MODELS), action="append", help="repeatable; all by default")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shrink", type=int, default=1, help="divides all sizes: a quick check without a GPU")
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--merge", type=Path, nargs="+", default=[], help="files of other runs (report)")
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     results = json.loads(options.results.read_text()) if options.results.exists() else {"models": {}}
-    if options.command == "measure":
-        results |= {"hardware": describe(), "shrink": options.shrink}
+    results = merged(results, options.merge)
+
+    def write() -> None:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
+        options.results.write_text(json.dumps(results, indent=1) + "\n")
+
+    def save_check(found: dict[str, Any]) -> None:
+        results["links"] |= found["links"]
+        results["checks"] = _newest([*results["checks"], *found["checks"]])
+        write()
+
+    def save_figures(name: str, figures: dict[str, Any]) -> None:
+        results["models"][name] = figures
+        write()
+
+    if options.command == "report":
+        if options.merge:
+            write()
+        write_page(results, options.page)
+        return
+    if options.command == "check":
+        PartialState(cpu=options.device == "cpu")  # From here on each process uses its own GPU.
+    results |= {"hardware": describe(), "shrink": options.shrink}
+    if options.command == "check":
+        check(options.device, options.shrink, save_check)
+    else:
         for name in options.model or MODELS:
-            results["models"][name] = measure(name, options.device, options.shrink)
-            # After each, so that a run that is cut short leaves what it has.
-            options.results.parent.mkdir(parents=True, exist_ok=True)
-            options.results.write_text(json.dumps(results, indent=1) + "\n")
-    write_page(results, options.page)
+            measure(name, options.device, options.shrink, functools.partial(save_figures, name))
 
 
 if __name__ == "__main__":

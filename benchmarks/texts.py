@@ -16,6 +16,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
+from itertools import accumulate
 from pathlib import Path, PurePosixPath
 
 DOCUMENT_CHARACTERS = 60_000  # small pages of one book are joined up to here
@@ -258,6 +259,7 @@ def documents_of(root: Path, source: str) -> Iterator[dict[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="+", type=Path, help=".deb files or directories of unpacked packages")
+    parser.add_argument("--characters", type=int, help="of each package, only the first documents up to this length")
     parser.add_argument("--out", required=True, type=Path, help="where to write: .jsonl or .jsonl.gz")
     arguments = parser.parse_args()
     open_output = gzip.open if arguments.out.suffix == ".gz" else open
@@ -271,6 +273,9 @@ def main() -> None:
                     root = Path(directory)
                     subprocess.run(["dpkg", "-x", str(package), directory], check=True)
                 documents = list(documents_of(root, source))
+            if arguments.characters is not None:
+                lengths = accumulate(len(document["text"]) for document in documents)
+                documents = [d for d, end in zip(documents, lengths, strict=True) if end <= arguments.characters]
             for document in documents:
                 output.write(json.dumps(document, ensure_ascii=False) + "\n")
             characters = sum(len(document["text"]) for document in documents)

@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
-from lkq_hf.hub.contents import ADAPTER_CONFIG, MODEL_CONFIG, PEFT_TYPE, read_json
+from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE, read_json
 from lkq_hf.hub.errors import explained
 
 
@@ -33,12 +33,14 @@ def load_adapter(
         adapter_name: its name in the model.
 
     Raises:
-        FileNotFoundError: no such repository or revision.
+        FileNotFoundError: no such repository or revision, or no weights in it.
         PermissionError: a token is missing or has no access.
         ValueError: another kind of repository or adapter, one for another base model, or weights that do not fit the
             config.
     """
     adapter_config(source, revision=revision, subfolder=subfolder, token=token)
+    if _find(source, ADAPTER_WEIGHTS, revision, subfolder, token) is None:
+        raise FileNotFoundError(f"{source} has no {ADAPTER_WEIGHTS}: the adapter is incomplete; save it again")
     options = {"revision": revision, "subfolder": subfolder or None, "token": token}
     with explained(str(source), token, revision):
         loaded = model.load_adapter(

@@ -54,17 +54,18 @@ def dequantize_triton(
     features = row_features(bits)
     weight = torch.empty(in_features, columns, dtype=dtype, device=qweight.device)
     block_rows, block_n = 4, 128
-    _dequantize_kernel[(triton.cdiv(in_features // features, block_rows), triton.cdiv(columns, block_n))](
-        qweight,
-        qzeros,
-        scales,
-        weight,
-        columns,
-        in_features // features,
-        group_size // features,
-        BITS=bits,
-        SYM=sym,
-        BLOCK_ROWS=block_rows,
-        BLOCK_N=block_n,
-    )
+    with torch.cuda.device_of(qweight):
+        _dequantize_kernel[(triton.cdiv(in_features // features, block_rows), triton.cdiv(columns, block_n))](
+            qweight,
+            qzeros,
+            scales,
+            weight,
+            columns,
+            in_features // features,
+            group_size // features,
+            BITS=bits,
+            SYM=sym,
+            BLOCK_ROWS=block_rows,
+            BLOCK_N=block_n,
+        )
     return weight

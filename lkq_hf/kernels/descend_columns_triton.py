@@ -37,6 +37,7 @@ def descend_columns_triton(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lkq_hf.kernels.descend_columns.descend_columns`."""
     columns, rows = residual.shape
+    residual, hessian, integers, scale = (t.contiguous() for t in (residual, hessian, integers, scale))
     best, moved = torch.empty_like(integers), torch.empty_like(residual)
     with torch.cuda.device_of(residual):
         _descend_columns[(triton.cdiv(rows, ROWS),)](

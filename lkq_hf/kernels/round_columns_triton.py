@@ -46,6 +46,7 @@ def round_columns_triton(
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lkq_hf.kernels.round_columns.round_columns`."""
     columns, rows = block.shape
+    block, scale, zero, unit = (t.contiguous() for t in (block, scale, zero, unit))
     integers, errors = torch.empty_like(block), torch.empty_like(block)
     with torch.cuda.device_of(block):
         _round_columns[(triton.cdiv(rows, ROWS),)](

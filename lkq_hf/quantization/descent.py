@@ -37,7 +37,8 @@ def joint_descent(
     """
     # [column, row] throughout, as in GPTQ: a column of all rows is contiguous.
     residual = hessian @ (target - reconstruct(integers, scales, zeros, group_size)).T
-    integers, scales, zeros = integers.T.clone(), scales.T.clone(), zeros.T.contiguous()
+    integers, scales = (t.T.clone(memory_format=torch.contiguous_format) for t in (integers, scales))
+    zeros = zeros.T.contiguous()
     for _ in range(sweeps):
         for group, start in enumerate(range(0, hessian.shape[0], group_size)):
             inside = slice(start, start + group_size)

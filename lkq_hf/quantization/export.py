@@ -52,6 +52,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; found {format!r}")
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new directory, or remove it")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds no checkpoint: expected a config.json and safetensors files")
     config = json.loads((source / "config.json").read_text())
     settings = config.get("quantization_config") or {}
     if settings.get("quant_method") != QUANT_METHOD:

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from lkq_hf.quantization.precision import full_float32
 
+TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
+
 
 class InputMoments:
     """Streaming means over calibration tokens of `H = E[X~ X~^T]` and `R = E[(X - X~) X~^T]`.
@@ -25,20 +27,41 @@ class InputMoments:
 
     def add(self, quantized_input: Tensor, full_input: Tensor | None = None) -> None:
         """Adds the tokens of one batch: `X~` and, where the deviation is needed, `X`, both `[..., in_features]`."""
-        x_tilde = quantized_input.detach().reshape(-1, quantized_input.shape[-1]).float()
+        x_tilde = quantized_input.detach().reshape(-1, quantized_input.shape[-1])
         new = x_tilde.shape[0]
         if new == 0:
             return
         keep = self.tokens / (self.tokens + new)
         weight = 1.0 / (self.tokens + new)
-        with full_float32():
-            self.hessian.addmm_(x_tilde.T, x_tilde, beta=keep, alpha=weight)
-            if self.deviation is not None:
-                if full_input is None:
-                    raise ValueError("this accumulator tracks the deviation, so it needs the full-precision input too")
-                difference = full_input.detach().reshape(-1, full_input.shape[-1]).float() - x_tilde
-                self.deviation.addmm_(difference.T, x_tilde, beta=keep, alpha=weight)
+        _accumulate(self.hessian, x_tilde, x_tilde, keep, weight)
+        if self.deviation is not None:
+            if full_input is None:
+                raise ValueError("this accumulator tracks the deviation, so it needs the full-precision input too")
+            x = full_input.detach().reshape(-1, full_input.shape[-1])
+            difference = x.float() - x_tilde.float()
+            if x_tilde.dtype in TENSOR_CORE_DTYPES and x_tilde.is_cuda:
+                # Two halves hold what the difference of two halves can hold, but for bits that no sum would notice.
+                leading = difference.to(x_tilde.dtype)
+                rest = (difference - leading.float()).to(x_tilde.dtype)
+                _accumulate(self.deviation, leading, x_tilde, keep, weight)
+                _accumulate(self.deviation, rest, x_tilde, 1.0, weight)
+            else:
+                _accumulate(self.deviation, difference, x_tilde, keep, weight)
         self.tokens += new
+
+
+def _accumulate(moment: Tensor, left: Tensor, right: Tensor, keep: float, weight: float) -> None:
+    """`moment = keep * moment + weight * left^T right`, in float32.
+
+    Products of half-precision numbers are exact in float32, so that tensor cores, which multiply them and sum in
+    float32, lose nothing.
+    """
+    if right.dtype in TENSOR_CORE_DTYPES and right.is_cuda:
+        product = torch.mm(left.T, right, out_dtype=torch.float32)
+        moment.mul_(keep).add_(product, alpha=weight)
+    else:
+        with full_float32():
+            moment.addmm_(left.float().T, right.float(), beta=keep, alpha=weight)
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import use_triton
 from lkq_hf.quantization.grid import group_range, scales_of_range, symmetric_range
 
 SMALLEST_SHRINK = 20  # per cent of the group's range
@@ -36,6 +37,11 @@ def search_scales(
         groups = columns // group_size
         blocks = hessian.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         blocks = blocks.contiguous()
+        if use_triton(weight, dtypes=(torch.float32,)):
+            from lkq_hf.kernels.search_scales_triton import GROUP_SIZES, search_scales_triton
+
+            if group_size in GROUP_SIZES:
+                return search_scales_triton(weight.contiguous(), blocks, bits, sym, SMALLEST_SHRINK, COARSE_STEP)
     pieces = weight.split(max(1, PIECE // columns))
     found = [_search(piece, bits, group_size, sym, blocks) for piece in pieces]
     return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])

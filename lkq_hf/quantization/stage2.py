@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.group_quadratic import group_quadratic
 from lkq_hf.quantization.grid import levels, stored
 
 # Floats of the quadratic form kept at once; more rows than fit are refined piece by piece.
@@ -40,13 +41,9 @@ def _refine(
     target: Tensor, hessian: Tensor, integers: Tensor, scales: Tensor, zeros: Tensor, group_size: int, sweeps: int
 ) -> Tensor:
     level = levels(integers, zeros, group_size)
-    rows, groups, _ = level.shape
+    groups = level.shape[1]
     linear = ((target @ hessian).view_as(level) * level).sum(-1)
-    # [groups, groups, rows]: what one coordinate step reads is contiguous.
-    quadratic = torch.empty(groups, groups, rows, device=target.device)
-    for i in range(groups):
-        product = level[:, i] @ hessian[i * group_size : (i + 1) * group_size]
-        quadratic[i] = (product.view_as(level) * level).sum(-1).T
+    quadratic = group_quadratic(level, hessian)
     own = quadratic.diagonal().T.contiguous()  # [groups, rows]
     # A group whose levels are all 0, or see no input, leaves its scale undetermined.
     free = own > torch.finfo(own.dtype).eps * own.amax(0, keepdim=True)

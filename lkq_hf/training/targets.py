@@ -18,6 +18,9 @@ from transformers import PreTrainedModel
 
 from lkq_hf.training.data import TargetCollator
 
+INDEX = "prompt_index"
+"""Column of the shards that holds the place of a prompt among all of them."""
+
 
 def generate_targets(
     model: PreTrainedModel,
@@ -31,7 +34,8 @@ def generate_targets(
 ) -> Dataset:
     """Greedy responses of ``model`` to ``prompts``, as a data set with ``"input_ids"`` and ``"response_ids"``.
 
-    Work is done in shards of consecutive prompts. A finished shard is a file in ``output_dir``; a run that finds it
+    Work is done in shards of prompts of similar length, so that batches are large and have little padding. A finished
+    shard is a file in ``output_dir``; a run that finds it
     there does not make it again, so a stopped run is resumed by starting it again with the same arguments.
 
     Args:
@@ -57,9 +61,11 @@ def generate_targets(
     _check_recipe(directory, {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size})
     starts = range(0, len(prompts), shard_size)
     mine = [start for index, start in enumerate(starts) if index % num_processes == process_index]
+    lengths = [len(prompt["input_ids"]) for prompt in prompts]
+    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)
     with tqdm(total=len(prompts), desc="responses", unit="prompt", disable=process_index > 0) as progress:
         for start in mine:
-            rows = [prompts[index] for index in range(start, min(start + shard_size, len(prompts)))]
+            rows = [{**prompts[index], INDEX: index} for index in by_length[start : start + shard_size]]
             path = _shard_path(directory, start)
             if path.exists():
                 _check_shard(path, rows)
@@ -72,7 +78,7 @@ def generate_targets(
 
 
 def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
-    """The data set of all finished shards in a directory.
+    """The data set of all finished shards in a directory, in the order of the prompts.
 
     Raises:
         FileNotFoundError: there are none.
@@ -80,7 +86,8 @@ def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
     shards = sorted(Path(output_dir).glob("shard-*.parquet"))
     if not shards:
         raise FileNotFoundError(f"{output_dir} holds no responses (shard-*.parquet); run generate_targets first")
-    return concatenate_datasets([Dataset.from_parquet(str(shard)) for shard in shards])
+    targets = concatenate_datasets([Dataset.from_parquet(str(shard)) for shard in shards])
+    return targets.sort(INDEX).remove_columns(INDEX) if INDEX in targets.column_names else targets
 
 
 def _shard_path(directory: Path, start: int) -> Path:

@@ -14,15 +14,18 @@ from workers import command_line, killed_command_line, launch, sharded_command_l
 
 def run(*arguments, processes=1):
     """What the command printed, in each process."""
-    results = launch(command_line, *arguments, processes=processes)
-    assert [code for code, _ in results] == [0] * processes, results
+    return printed_by(launch(command_line, *arguments, processes=processes))
+
+
+def printed_by(results):
+    assert [code for code, _ in results] == [0] * len(results), results
     return [printed for _, printed in results]
 
 
-def targets(files, out):
+def targets(files, out, device="cpu"):
     return [
         "generate-targets", files / "base", "--prompts", files / "prompts.jsonl", "--out", out, "--dtype", "float32",
-        "--validation-fraction", "0.2", "--max-new-tokens", "5", "--shard-size", "4", "--device", "cpu",
+        "--validation-fraction", "0.2", "--max-new-tokens", "5", "--shard-size", "4", "--device", device,
     ]  # fmt: skip
 
 
@@ -56,8 +59,10 @@ def test_target_generation_goes_on_after_a_process_was_killed(files, made_by_one
     assert all((tmp_path / name).stat().st_mtime_ns == time for name, time in times.items())
 
 
-def evaluation(files, out, command):
-    small = ["--text", files / "texts.jsonl", "--device", "cpu", "--batch-size", "2", "--out", out]
+def evaluation(files, out, command, device="cpu"):
+    small = [
+        "--text", files / "texts.jsonl", "--device", device, "--dtype", "float32", "--batch-size", "2", "--out", out,
+    ]  # fmt: skip
     if command == "perplexity":
         return ["evaluate", "perplexity", files / "base", "--window", "64", "--max-windows", "11", *small]
     return [
@@ -79,8 +84,15 @@ def test_an_evaluation_goes_on_after_a_process_was_killed(files, tmp_path, comma
     finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "two" / "journal").glob("[!.]*")}
     assert finished and not (tmp_path / "two" / "results.json").exists()
     run(*evaluation(files, tmp_path / "two", command), processes=3)
-    one, two = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "two"))
-    assert two["environment"]["hardware"]["processes"] == 3
+    assert_same_results(tmp_path / "one", tmp_path / "two", 3)
+    for name, time in finished.items():
+        assert (tmp_path / "two" / "journal" / name).stat().st_mtime_ns == time
+
+
+def assert_same_results(first, second, processes):
+    """Of an evaluation by one process, and another by several."""
+    one, two = (json.loads((directory / "results.json").read_text()) for directory in (first, second))
+    assert two["environment"]["hardware"]["processes"] == processes
     for expected, found in zip(one["rows"], two["rows"], strict=True):
         numbers = {name: value for name, value in expected.items() if isinstance(value, float)}
         # Where a process finds its memory decides how it sums, in the last bit.
@@ -89,9 +101,7 @@ def test_an_evaluation_goes_on_after_a_process_was_killed(files, tmp_path, comma
         assert found["task"] == expected["task"]
         for name, cell in expected["caches"].items():
             assert found["caches"][name]["tokens"] == cell["tokens"]
-    assert (tmp_path / "one" / "results.md").read_text() == (tmp_path / "two" / "results.md").read_text()
-    for name, time in finished.items():
-        assert (tmp_path / "two" / "journal" / name).stat().st_mtime_ns == time
+    assert (first / "results.md").read_text() == (second / "results.md").read_text()
 
 
 def training(files, made, out):

@@ -32,7 +32,8 @@ def prompts():
 
 def answer(model, scorer):
     """Generated tokens, logits of the last step, and the entries kept per layer and KV head."""
-    ids, mask = prompts()
+    place = "cpu" if model.device.type == "meta" else model.device  # of a model whose first layer is offloaded
+    ids, mask = (tensor.to(place) for tensor in prompts())
     cache = LookaheadCache(budget=8, scorer=scorer)
     output = model.generate(
         ids, attention_mask=mask, past_key_values=cache, do_sample=False,
@@ -44,9 +45,9 @@ def answer(model, scorer):
     return output.sequences.cpu().numpy(), logits, kept, shapes
 
 
-def tensor_parallel(directory, scorer, processes, **changes):
+def tensor_parallel(directory, scorer, processes, device="cpu", **changes):
     torch.set_num_threads(1)
-    plan = {"tp_plan": "auto"} if processes > 1 else {}
+    plan = {"tp_plan": "auto"} if processes > 1 else {"device_map": device}
     model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager", **plan, **changes)
     if scorer == "lookahead":
         model.load_adapter(str(directory / "adapter"))

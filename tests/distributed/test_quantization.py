@@ -2,11 +2,11 @@
 
 import copy
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from models import prompt_ids, tiny_model
 from transformers import AutoModelForCausalLM
 from workers import _kill_at, command_line, launch
@@ -22,9 +22,9 @@ from lkq_hf.quantization.walk import quantize_blocks
 TOKENS = prompt_ids(14, 24)
 
 
-def join():
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        torch.distributed.init_process_group("gloo")
+def join(device="cpu"):
+    """Makes this process one of its group, if it has one."""
+    PartialState(cpu=device == "cpu")
 
 
 class Routed(torch.nn.Module):
@@ -53,9 +53,9 @@ def build(architecture):
     return model
 
 
-def walk(architecture="llama", resume_dir=None, kill=None, **changes):
+def walk(architecture="llama", resume_dir=None, kill=None, device="cpu", **changes):
     """The packed state of a walk over a tiny model, the reported errors, and the blocks that were found finished."""
-    join()
+    join(device)
     torch.set_num_threads(1)
     sequential = changes.pop("true_sequential", True)
     if kill is not None and torch.distributed.get_rank() == kill:
@@ -65,7 +65,7 @@ def walk(architecture="llama", resume_dir=None, kill=None, **changes):
     name, layers = find_layers(model, config)
     report = quantize_blocks(
         model, name, layers, TOKENS, config.solver_settings(), batch_size=3, true_sequential=sequential,
-        resume_dir=resume_dir,
+        resume_dir=resume_dir, device=device,
     )  # fmt: skip
     state = {
         f"{name}.{kind}": getattr(module, kind).numpy()
@@ -79,6 +79,17 @@ def walk(architecture="llama", resume_dir=None, kill=None, **changes):
         if isinstance(module, QuantizedLinear)
     }
     return state, dense, report.layers, report.resumed_blocks
+
+
+def assert_nearly_equal_walks(found, expected):
+    """Moments are summed in another order: a weight half-way between two integers may go the other way, and what
+    comes after it is rounded accordingly."""
+    _, dense, layers, _ = found
+    assert [(layer.name, layer.tokens) for layer in layers] == [(layer.name, layer.tokens) for layer in expected[2]]
+    for layer, other in zip(layers, expected[2], strict=True):
+        assert layer.losses == pytest.approx(other.losses, rel=0.02)
+    same = np.mean([np.mean(np.abs(value - expected[1][name]) < 1e-3) for name, value in dense.items()])
+    assert same > 0.99, same
 
 
 def assert_equal_states(found, expected):
@@ -97,17 +108,11 @@ def assert_equal_states(found, expected):
     ],
 )
 def test_processes_make_the_checkpoint_of_one(architecture, changes):
-    ((_, expected, reported, _),) = launch(_walk, architecture, changes, processes=1)
+    (alone,) = launch(_walk, architecture, changes, processes=1)
     runs = launch(_walk, architecture, changes, processes=3)
-    for state, dense, layers, _ in runs:
-        assert_equal_states(state, runs[0][0])
-        assert [(layer.name, layer.tokens) for layer in layers] == [(layer.name, layer.tokens) for layer in reported]
-        for layer, other in zip(layers, reported, strict=True):
-            assert layer.losses == pytest.approx(other.losses, rel=0.02)
-        # Moments are summed in another order: a weight half-way between two integers may go the other way, and what
-        # comes after it is rounded accordingly.
-        same = np.mean([np.mean(np.abs(value - expected[name]) < 1e-3) for name, value in dense.items()])
-        assert same > 0.99, same
+    for run in runs:
+        assert_equal_states(run[0], runs[0][0])
+        assert_nearly_equal_walks(run, alone)
     again = launch(_walk, architecture, changes, processes=3)
     assert_equal_states(again[0][0], runs[0][0])
 
@@ -116,35 +121,39 @@ def _walk(architecture, changes, resume_dir=None, kill=None):
     return walk(architecture, resume_dir, kill, **changes)
 
 
-def _reduced_moments():
-    join()
+def reduced_moments(device="cpu"):
+    join(device)
     processes = Processes.current()
-    moments = InputMoments(16)
-    for batch in processes.part(_inputs()).split(2):
-        moments.add(batch, batch + 0.1 * batch.roll(1, -1))
+    moments = moments_of(processes.part(_inputs()), device)
     processes.reduce(moments)
-    return moments.tokens, moments.hessian.numpy(), moments.deviation.numpy()
+    return moments.tokens, moments.hessian.cpu().numpy(), moments.deviation.cpu().numpy()
+
+
+def moments_of(part, device="cpu"):
+    moments = InputMoments(16, device)
+    for batch in part.to(device).split(2):
+        moments.add(batch, batch + 0.1 * batch.roll(1, -1))
+    return moments
 
 
 def _inputs():
     return torch.randn(7, 5, 16, generator=torch.Generator().manual_seed(0))
 
 
-def test_moments_are_those_of_all_tokens():
+def assert_moments_of_all_tokens(found, device="cpu"):
     """To the last bit the sum, in order of rank, of each process's mean times its share of the tokens."""
-    parts = []
-    for part in _inputs().tensor_split(2):
-        moments = InputMoments(16)
-        for batch in part.split(2):
-            moments.add(batch, batch + 0.1 * batch.roll(1, -1))
-        parts.append((moments.tokens / 35, moments))
-    hessian = sum(moments.hessian * share for share, moments in parts)
-    deviation = sum(moments.deviation * share for share, moments in parts)
+    parts = [moments_of(part, device) for part in _inputs().tensor_split(2)]
+    hessian = sum(moments.hessian * (moments.tokens / 35) for moments in parts).cpu()
+    deviation = sum(moments.deviation * (moments.tokens / 35) for moments in parts).cpu()
     x = _inputs().flatten(0, 1)
     torch.testing.assert_close(hessian, x.T @ x / 35)
-    for tokens, found_hessian, found_deviation in launch(_reduced_moments):
+    for tokens, found_hessian, found_deviation in found:
         assert tokens == 35
         assert np.array_equal(found_hessian, hessian.numpy()) and np.array_equal(found_deviation, deviation.numpy())
+
+
+def test_moments_are_those_of_all_tokens():
+    assert_moments_of_all_tokens(launch(reduced_moments))
 
 
 def _divided_solution(rows):

@@ -46,8 +46,10 @@ def test_a_model_larger_than_a_gpu_is_sharded():
     assert costs[0] == "does not fit" and costs[1].plan == "FSDP2"
     assert costs[1].gib < scaling.ASSUMED["GPU memory, GiB"]
     local = 157 * 8 * 80 / 3600
-    gathered = 157 * 8 * 4 * 2 * scaling.parameters(scaling.MODELS["70B"]) * 7 / 8 / 450e9 / 3600
-    assert costs[1].hours == pytest.approx(local + gathered)
+    gathered = 157 * 8 * 4 * 2 * scaling.parameters(scaling.MODELS["70B"]) * 7 / 8 / 3600
+    assert costs[1].hours == pytest.approx(local + gathered / (1e9 * scaling.ASSUMED[scaling.BETWEEN_GPUS]))
+    measured = scaling.training_cost("70B", figures(name="70B"), 8, {scaling.BETWEEN_GPUS: 100.0})
+    assert measured.hours == pytest.approx(local + gathered / 100e9)
 
 
 def test_only_what_rows_take_is_shared_of_a_solve():
@@ -60,7 +62,8 @@ def test_only_what_rows_take_is_shared_of_a_solve():
 def test_nothing_is_said_of_what_was_not_measured():
     assert scaling.tables({"models": {}}) == scaling.NOT_MEASURED
     text = scaling.tables({"models": {"8B": figures() | {"solving": None}}})
-    assert text.count("not measured") == 7 * 2 + 7 * 3  # the other two models, and what failed of the first
+    assert text.count("not measured") == 2 * 7 * 2  # the other two models
+    assert text.count("does not fit") == 7  # what failed of the first
 
 
 def test_it_measures(tmp_path):
@@ -68,6 +71,7 @@ def test_it_measures(tmp_path):
     page.write_text(f"before\n{scaling.BEGIN}\n{scaling.END}\nafter\n")
     paths = ["--results", str(tmp_path / "results.json"), "--page", str(page)]
     scaling.main(["measure", "--model", "8B", "--device", "cpu", "--shrink", "32", *paths])
+    scaling.main(["report", *paths])
     found = json.loads((tmp_path / "results.json").read_text())
     assert found["models"]["8B"].keys() == {"tokens", "training", "decoding", "calibration", "solving"}
     assert found["models"]["8B"]["training"]["seconds"]["layer"] > 0
@@ -75,6 +79,39 @@ def test_it_measures(tmp_path):
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n")
     assert "the figures mean nothing" in text and "(DDP)" in text
+
+
+def test_runs_are_compared_with_what_is_computed(tmp_path):
+    page, file, more = (tmp_path / name for name in ("page.md", "results.json", "more.json"))
+    page.write_text(f"{scaling.BEGIN}\n{scaling.END}\n")
+    scaling.main(["check", "--device", "cpu", "--shrink", "32", "--results", str(more)])
+    runs = json.loads(more.read_text())["checks"]
+    assert [(run["work"], run["tokens"], run["gpus"]) for run in runs] == [
+        ("training", 4096, 1), ("training", 8192, 1), ("quantizing", scaling.RECIPE["calibration_tokens"], 1)
+    ]  # fmt: skip
+    assert all(run["seconds"] > 0 for run in runs)
+    results = {"models": {"8B": figures() | {"tokens": 4096}}, "links": {scaling.BETWEEN_GPUS: 123.0}}
+    file.write_text(json.dumps(results))
+    for _ in range(2):  # A run that is made again takes the place of the first.
+        scaling.main(["report", "--results", str(file), "--page", str(page), "--merge", str(more)])
+    found = scaling.merged(json.loads(file.read_text()), [])
+    assert found["checks"] == runs
+    assert [scaling.predicted(run, found) for run in runs] == [
+        pytest.approx((32.0, 2 * scaling.parameters(scaling.MODELS["8B"]) + 2e9)),
+        None,
+        pytest.approx((2 * (scaling.RECIPE["calibration_tokens"] * 1e-4 + 9), 6e9)),
+    ]
+    text = page.read_text()
+    assert "| a training step: 32 layers of the 8B model, 4,096 tokens | 1 |" in text
+    assert "| 123.0 (measured) |" in text
+
+
+def test_a_model_cut_among_gpus_is_one_layer_in_memory_before():
+    sizes = scaling._sizes("8B", 32)
+    model = scaling._build_repeated(sizes, 5, "cpu", 32)
+    places = {layer.mlp.up_proj.weight.data_ptr() for layer in model.model.layers}
+    assert len(places) == 1 and len({id(layer.mlp.up_proj.weight) for layer in model.model.layers}) == 5
+    assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])
 
 
 def test_the_page_is_what_the_results_say():

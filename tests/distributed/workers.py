@@ -19,61 +19,108 @@ import torch
 # Imported once, in a server from which every worker is forked.
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(["lkq_hf", "lkq_hf.training", "lkq_hf.quantization", "transformers.models.llama"])
+# A process that was forked from one that has looked for GPUs cannot use them.
+_processes_on_gpus = get_context("spawn")
+
+
+class Group:
+    """Processes that find each other through torch.distributed, and do one call after another.
+
+    Args:
+        processes: how many.
+        gpus: whether each is to have a GPU of its own; otherwise they are on CPUs.
+        seconds: how long a call may take.
+    """
+
+    def __init__(self, processes=2, gpus=False, seconds=120):
+        self.context = _processes_on_gpus if gpus else _processes
+        self.size, self.seconds = processes, seconds
+        self._workers, self._pipes = [], []
+
+    def __enter__(self):
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        for rank in range(self.size):
+            here, there = self.context.Pipe()
+            self._workers.append(self.context.Process(target=_work, args=(there, rank, self.size, port), daemon=True))
+            self._workers[-1].start()
+            self._pipes.append(here)
+            there.close()
+        return self
+
+    def __exit__(self, *_):
+        for pipe in self._pipes:
+            pipe.close()
+        for worker in self._workers:
+            worker.join(10)
+            worker.kill()
+        self._workers, self._pipes = [], []
+
+    def __call__(self, function, *arguments):
+        """Results of ``function(*arguments)`` in each process.
+
+        Raises:
+            RuntimeError: a process failed; with its traceback. All of them are started anew by the next call.
+        """
+        if not self._workers:
+            self.__enter__()
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        results = {}
+        try:
+            while len(results) < self.size:
+                waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in results]
+                ready = wait(waiting, timeout=self.seconds)
+                if not ready:
+                    raise RuntimeError(
+                        f"only processes {sorted(results)} of {self.size} came to an end in {self.seconds} seconds"
+                    )
+                for pipe in ready:
+                    rank = self._pipes.index(pipe)
+                    try:
+                        results[rank], error = pipe.recv()
+                    except (EOFError, ConnectionResetError):
+                        raise RuntimeError(f"process {rank} was killed") from None
+                    if error is not None:
+                        raise RuntimeError(self._killed() or f"process {rank} failed:\n{error}")
+        except RuntimeError:
+            for worker in self._workers:
+                worker.kill()
+            self.__exit__()
+            raise
+        return [results[rank] for rank in range(self.size)]
+
+    def _killed(self):
+        """Which process was killed, if one was: the others fail because of it, and may say so first."""
+        wait([worker.sentinel for worker in self._workers], timeout=1)
+        gone = [rank for rank, worker in enumerate(self._workers) if worker.exitcode is not None]
+        return f"process {gone[0]} was killed" if gone else None
 
 
 def launch(function, *arguments, processes=2):
-    """Results of ``function(*arguments)`` in each of a group of processes that find each other through gloo.
-
-    Raises:
-        RuntimeError: a process failed; with its traceback.
-    """
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    pipes = [_processes.Pipe(duplex=False) for _ in range(processes)]
-    workers = [
-        _processes.Process(target=_work, args=(pipe[1], rank, processes, port, function, arguments), daemon=True)
-        for rank, pipe in enumerate(pipes)
-    ]
-    for worker, (_, sender) in zip(workers, pipes, strict=True):
-        worker.start()
-        sender.close()
-    ranks = {receiver: rank for rank, (receiver, _) in enumerate(pipes)}
-    results = {}
-    try:
-        while len(results) < processes:
-            ready = wait([receiver for receiver, rank in ranks.items() if rank not in results], timeout=120)
-            if not ready:
-                raise RuntimeError(f"only processes {sorted(results)} of {processes} came to an end in two minutes")
-            for receiver in ready:
-                rank = ranks[receiver]
-                try:
-                    results[rank], error = receiver.recv()
-                except EOFError:
-                    raise RuntimeError(f"process {rank} was killed") from None
-                if error is not None:
-                    raise RuntimeError(f"process {rank} failed:\n{error}")
-    finally:
-        for worker in workers:
-            if len(results) < processes:
-                worker.kill()
-            worker.join(30)
-    return [results[rank] for rank in range(processes)]
+    """Results of ``function(*arguments)`` in each of a new group of processes on CPUs."""
+    with Group(processes) as group:
+        return group(function, *arguments)
 
 
-def _work(sender, rank, processes, port, function, arguments):
+def _work(pipe, rank, processes, port):
     torch.set_num_threads(1)
     if processes > 1:
         os.environ.update(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(processes),
             MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
         )  # fmt: skip
-    try:
-        sender.send((function(*arguments), None))
-    except BaseException:
-        sender.send((None, traceback.format_exc()))
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    while True:
+        try:
+            function, arguments = pipe.recv()
+            answer = function(*arguments), None
+        except EOFError:  # The group has no more work.
+            break
+        except BaseException:
+            answer = None, traceback.format_exc()
+        pipe.send(answer)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def launch_environment(config):
@@ -89,15 +136,18 @@ def launch_environment(config):
     return {name: value for name, value in environment.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 
 
-def use_fsdp():
-    """Sets this process up as examples/accelerate/fsdp2.yaml does, on a CPU.
+def use_fsdp(gpus=False):
+    """Sets this process up as examples/accelerate/fsdp2.yaml does.
 
-    accelerate offers FSDP to accelerators only, torch to CPUs too; so accelerate is told that there are some.
+    accelerate offers FSDP to accelerators only, torch to CPUs too; so without GPUs accelerate is told that there are
+    some.
     """
     from accelerate import PartialState
     from accelerate.utils import DistributedType
 
     os.environ.update(launch_environment("fsdp2.yaml"))
+    if gpus:
+        return
     original = PartialState.__init__
 
     def several_accelerators(state, *args, **kwargs):

@@ -1,6 +1,10 @@
 """From a base checkpoint to a quantised one and back, through transformers and through Optimum's interface."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -148,6 +152,45 @@ def test_a_failing_run_leaves_no_checkpoint_and_a_full_directory_is_not_touched(
     with pytest.raises(FileExistsError, match="not an empty directory"):
         quantizer.quantize(tmp_path / "out", **options)
     assert (tmp_path / "out" / "mine").read_text() == "kept"
+
+
+@pytest.mark.parametrize("block_by_block", [False, True])
+def test_a_killed_run_leaves_no_checkpoint_and_the_same_call_gives_that_of_an_undisturbed_one(
+    base, options, tmp_path, block_by_block
+):
+    TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "undisturbed", device="cpu", **options)
+    out = tmp_path / "out"
+    # SIGKILL: no handler, no finally clause and no exit hook runs.
+    program = f"""
+import json, os, signal, sys
+from lkq_hf.quantization import TwoStageQuantizer, journal
+write = journal.Journal.write
+def write_and_die(*args):
+    write(*args)
+    os.kill(os.getpid(), signal.SIGKILL)
+journal.Journal.write = write_and_die
+options = json.load(sys.stdin)
+TwoStageQuantizer.from_pretrained(sys.argv[1]).quantize(sys.argv[2], block_by_block={block_by_block}, **options)
+"""
+    killed = subprocess.run(
+        [sys.executable, "-c", program, str(base), str(out)],
+        input=json.dumps(options),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    assert not out.exists()
+    assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [
+        "block-00000.safetensors",
+        "walk.json",
+    ]
+    quantizer = TwoStageQuantizer.from_pretrained(base)
+    quantizer.quantize(out, block_by_block=block_by_block, device="cpu", **options)
+    assert quantizer.report.resumed_blocks == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out", "undisturbed"]
+    for name in ("model.safetensors", "config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
 def test_damaged_checkpoints_are_refused_before_they_answer_wrongly(base, options, tmp_path):

@@ -1,0 +1,150 @@
+"""Quantise SmolLM2-135M-Instruct to 4 and 3 bits, measure the checkpoints, and write their cards for the Hub.
+
+    python benchmarks/checkpoint_cards.py --calibration python3.11-doc.jsonl.gz \
+        --texts debian-handbook.jsonl.gz anarchism.jsonl.gz --device cuda --checkpoints out --cards model_cards
+
+The texts are those of quantization.py. Checkpoints, with their cards, land in ``--checkpoints``; the cards alone in
+``--cards``. The commands that a card names do the same without this script.
+"""
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from hardware import describe
+from huggingface_hub import EvalResult
+from quantization import load
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from lkq_hf.evaluation.journal import Journal
+from lkq_hf.evaluation.models import SMOLLM2_NAME
+from lkq_hf.evaluation.perplexity import evaluate_perplexity, text_windows
+from lkq_hf.hub.cards import CARD, BaseModel, render_card
+from lkq_hf.hub.contents import check_complete, read_contents
+from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
+from lkq_hf.text.documents import read_documents
+
+BASE = BaseModel(SMOLLM2_NAME, {"license": "apache-2.0"}, "en")
+WINDOW = 1024
+COMMANDS = """
+## Made and measured with
+
+```sh
+python benchmarks/texts.py python3.11-doc_*.deb --out {calibration}
+lkq-hf quantize {base} --bits {bits} --group-size {group_size} --no-sym --dtype bfloat16 \\
+    --dataset {calibration} --out {name}
+lkq-hf evaluate perplexity {name} --text TEXT --window {window} --max-windows {windows} --out perplexity
+```
+
+in the repository of lkq-hf (`benchmarks/checkpoint_cards.py` does all of it), on {hardware} in {seconds:.0f} s. The
+base model's weights were dequantised from a 4-bit GGUF file, so that 4 bits may lose less here than on the original
+weights. Each value is over the first {windows} windows of {window} tokens of a text that was not calibrated on: Debian
+packages debian-handbook and anarchism.
+"""
+
+
+def perplexity(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: list[Path], count: int
+) -> dict[str, Any]:
+    rows = {}
+    for text in texts:
+        windows = text_windows(read_documents([text]), tokenizer, WINDOW, count)
+        with tempfile.TemporaryDirectory() as directory:
+            journal = Journal(Path(directory), {"text": text.name})
+            rows[text.name.split(".")[0]] = evaluate_perplexity(model, windows, journal, batch_size=4)["rows"][0]
+    return rows
+
+
+def card_results(base: dict[str, Any], quantised: dict[str, Any]) -> list[EvalResult]:
+    found = []
+    for text, row in quantised.items():
+        values = {
+            "Perplexity": ("perplexity", row["perplexity"]),
+            "Perplexity of the base model": ("perplexity", base[text]["perplexity"]),
+            "NLL lost, nats per token": ("nll", row["nll"] - base[text]["nll"]),
+        }
+        for name, (kind, value) in values.items():
+            found.append(EvalResult("text-generation", "custom", text, kind, round(value, 4), metric_name=name))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2", help="smollm2, its directory, or its .gguf file")
+    parser.add_argument("--calibration", required=True, type=Path)
+    parser.add_argument("--texts", required=True, nargs="+", type=Path)
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--windows", type=int, default=128, help="windows of 1,024 tokens from each text")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--checkpoints", type=Path, required=True)
+    parser.add_argument("--cards", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/checkpoint_cards.json"))
+    arguments = parser.parse_args()
+
+    hardware = describe()
+    results: dict[str, Any] = {
+        "environment": hardware,
+        "window": WINDOW,
+        "windows": arguments.windows,
+        "checkpoints": {},
+    }
+    for bits in arguments.bits:
+        model, tokenizer = load(arguments.model)
+        model = model.to(torch.bfloat16).eval()
+        tokenizer.name_or_path = SMOLLM2_NAME  # what the checkpoint records, wherever the weights were read from
+        if "base" not in results:
+            results["base"] = perplexity(model.to(arguments.device), tokenizer, arguments.texts, arguments.windows)
+            model.to("cpu")
+        name = f"smollm2-135m-instruct-w{bits}-g{arguments.group_size}"
+        directory = arguments.checkpoints / name
+        config = TwoStageGPTQConfig(
+            bits=bits,
+            group_size=arguments.group_size,
+            sym=False,
+            dataset=arguments.calibration,
+            tokenizer=tokenizer,
+            num_samples=arguments.samples,
+            model_seqlen=arguments.length,
+            device=arguments.device,
+            meta={"base_model": SMOLLM2_NAME},
+        )
+        quantizer = TwoStageQuantizer.from_pretrained(model)
+        quantizer.quantize(directory, config=config)
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(arguments.device)
+        rows = perplexity(loaded, tokenizer, arguments.texts, arguments.windows)
+        results["checkpoints"][name] = {"quantisation_seconds": round(quantizer.report.seconds, 1), "rows": rows}
+
+        contents = read_contents(directory)
+        check_complete(contents)
+        card = render_card(contents, f"YOU/{name}", BASE, card_results(results["base"], rows))
+        card.text = (
+            card.text.rstrip()
+            + "\n"
+            + COMMANDS.format(
+                calibration=arguments.calibration.name,
+                base=SMOLLM2_NAME,
+                bits=bits,
+                group_size=arguments.group_size,
+                name=name,
+                window=WINDOW,
+                windows=arguments.windows,
+                hardware=hardware.get("gpu") or f"a CPU with {hardware.get('threads')} threads",
+                seconds=quantizer.report.seconds,
+            )
+        )
+        for target in (directory, arguments.cards / name):
+            target.mkdir(parents=True, exist_ok=True)
+            card.save(target / CARD)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, rows, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""The solvers' kernels: Triton (in its interpreter without a GPU) against the references."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lkq_hf.kernels.descend_columns import descend_columns, descend_columns_reference
+from lkq_hf.kernels.group_quadratic import group_quadratic, group_quadratic_reference
+from lkq_hf.kernels.round_columns import round_columns, round_columns_reference
+from lkq_hf.quantization import TwoStageGPTQConfig
+from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.solve import quantize_weight
+from lkq_hf.quantization.stage1 import search_scales
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+needs_triton = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETING,
+    reason="needs a GPU or TRITON_INTERPRET=1; test_kernels_in_the_interpreter runs it in a process of its own",
+)
+
+
+@pytest.fixture(autouse=True)
+def force_triton(monkeypatch):
+    monkeypatch.setenv("LKQ_KERNELS", "triton")
+
+
+def randn(*shape, seed):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+@needs_triton
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize(("columns", "rows"), [(128, 50), (32, 16), (20, 7)])
+def test_round_columns_equals_the_reference(bits, columns, rows):
+    largest = 2**bits - 1
+    block = randn(columns, rows, seed=0)
+    block[0] = 1e6  # far outside the grid
+    scale = (randn(columns, rows, seed=1).abs() + 0.5) * 4 / largest
+    zero = torch.full_like(block, 2 ** (bits - 1))
+    unit = torch.triu(randn(columns, columns, seed=2) * 0.1, 1) + torch.eye(columns, device=DEVICE)
+    unit[0, 1:] = 0  # its error is too large for the others to stay comparable
+    kept = block.clone()
+    found = round_columns(*(t.T.contiguous().T for t in (block, scale, zero, unit)), largest)
+    expected = round_columns_reference(block, scale, zero, unit, largest)
+    assert torch.equal(block, kept)
+    # A value on a rounding boundary may fall to either side, and its row differs from there on.
+    same = (found[0] == expected[0]).all(0)
+    assert same.float().mean() > 0.9
+    torch.testing.assert_close(found[1][:, same], expected[1][:, same], rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("bits", [2, 8])
+@pytest.mark.parametrize(("columns", "rows"), [(128, 50), (32, 16), (20, 7)])
+def test_descend_columns_equals_the_reference(bits, columns, rows):
+    largest = 2**bits - 1
+    inputs = randn(3 * columns, columns, seed=3)
+    inputs[:, 5] = 0
+    hessian = inputs.T @ inputs / len(inputs)
+    integers = torch.randint(0, largest + 1, (columns, rows), generator=torch.Generator().manual_seed(4)).to(DEVICE)
+    integers = integers.float()
+    scale = randn(rows, seed=5).abs() + 0.5
+    residual = randn(columns, rows, seed=6)
+    transposed = (t.T.contiguous().T for t in (residual, hessian, integers))  # any strides will do
+    found = descend_columns(*transposed, scale.repeat_interleave(2)[::2], largest)
+    expected = descend_columns_reference(residual, hessian, integers, scale, largest)
+    same = (found[0] == expected[0]).all(0)
+    assert same.float().mean() > 0.9 and torch.equal(found[0][5], integers[5])
+    assert not torch.equal(found[0], integers)
+    torch.testing.assert_close(found[1][:, same], expected[1][:, same], rtol=1e-4, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("sym", [True, False])
+def test_search_scales_equals_the_reference(group_size, bits, sym, monkeypatch):
+    weight = randn(70, 2 * group_size, seed=7) * 0.02
+    weight[3] = 0
+    inputs = randn(4 * group_size, 2 * group_size, seed=8) @ randn(2 * group_size, 2 * group_size, seed=9)
+    hessian = inputs.T @ inputs / len(inputs)
+    scales, zeros = search_scales(weight, bits, group_size, sym, hessian)
+    monkeypatch.setenv("LKQ_KERNELS", "torch")
+    expected_scales, expected_zeros = search_scales(weight, bits, group_size, sym, hessian)
+    # Candidates of nearly the same loss may change places.
+    assert ((scales == expected_scales) & (zeros == expected_zeros)).float().mean() > 0.98
+    torch.testing.assert_close(scales, expected_scales, rtol=0.5, atol=0)
+
+
+@needs_triton
+@pytest.mark.parametrize(("rows", "groups", "group_size"), [(70, 3, 32), (5, 1, 64), (64, 2, 128)])
+def test_group_quadratic_equals_the_reference(rows, groups, group_size):
+    levels = randn(rows, groups, group_size, seed=10).mul(60).round()
+    inputs = randn(2 * groups * group_size, groups * group_size, seed=11)
+    hessian = inputs.T @ inputs / len(inputs)
+    found = group_quadratic(levels, hessian)
+    expected = group_quadratic_reference(levels.double(), hessian.double())
+    torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_moments_of_half_precision_inputs_are_those_of_float32(dtype):
+    moments, exact = InputMoments(256, DEVICE), InputMoments(256, DEVICE)
+    for seed in (12, 14):
+        x_tilde = randn(3, 700, 256, seed=seed).to(dtype)
+        x = (x_tilde.float() + 0.05 * randn(3, 700, 256, seed=seed + 1)).to(dtype)
+        moments.add(x_tilde, x)
+        exact.add(x_tilde.float(), x.float())
+    for found, expected in ((moments.hessian, exact.hessian), (moments.deviation, exact.deviation)):
+        assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"column_order": "stored", "sym": True}])
+def test_a_solved_layer_equals_the_reference(changes, monkeypatch):
+    """Of several groups: kernels take for granted how their inputs lie in memory."""
+    weight, x = randn(48, 96, seed=8), randn(400, 96, seed=9) @ randn(96, 96, seed=10) / 10
+    moments = InputMoments(96, DEVICE)
+    moments.add(x, x + 0.1)
+    settings = TwoStageGPTQConfig(**{"bits": 4, "group_size": 32, "sym": False} | changes).solver_settings()
+    found = quantize_weight(weight, moments, settings)
+    monkeypatch.setenv("LKQ_KERNELS", "torch")
+    expected = quantize_weight(weight, moments, settings)
+    assert found.losses.keys() == expected.losses.keys()
+    for step, losses in expected.losses.items():
+        assert float(found.losses[step].sum()) == pytest.approx(float(losses.sum()), rel=0.02), step
+    assert (found.weight.integers == expected.weight.integers).float().mean() > 0.98
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETING, reason="the tests above ran the kernels")
+def test_kernels_in_the_interpreter():
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "-k", "equals_the_reference", __file__]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "SKIPPED" not in result.stdout
