@@ -166,7 +166,7 @@ def _recorder(
 
     def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
         if module.layer_idx in layers:
-            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, row_mask, row_power)  # type: ignore[arg-type]
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, row_mask, row_power)
 
     return scores, observe
 
