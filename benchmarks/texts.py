@@ -4,13 +4,16 @@
     python benchmarks/texts.py debian-handbook_*.deb fortunes_*.deb --out test.jsonl.gz
 
 Takes .deb files or directories into which packages were unpacked. Each line of the result is
-``{"source": package, "document": name, "text": ...}``. A package's HTML pages are read in their own order
-(``rel="next"``) and small neighbours are joined; a package without HTML gives its text files.
+``{"source": package, "document": name, "text": ...}``. ``--characters`` with ``--sample`` bounds what one package
+may give, so that none outweighs the others, and ``--english`` leaves out translations and listings. A package's HTML
+pages are read in their own order (``rel="next"``) and small neighbours are joined; a package without HTML gives its
+text files.
 """
 
 import argparse
 import gzip
 import json
+import random
 import re
 import subprocess
 import tempfile
@@ -35,6 +38,8 @@ LOCALE = re.compile(r"[a-z]{2}-([A-Z][a-z]{3}-)?[A-Z]{2}")
 def words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
+
+FREQUENT_WORDS = words("the of to and is in")
 
 BLOCKS = words(
     "p div section article table tr ul ol dl li dt dd h1 h2 h3 h4 h5 h6 blockquote pre br hr figure figcaption "
@@ -144,6 +149,12 @@ class Page(HTMLParser):
     @property
     def is_prose(self) -> bool:
         return max(self.table_characters, self.code_characters) < 0.8 * len(self.text) and is_prose(self.text)
+
+
+def is_english(text: str) -> bool:
+    """Whether prose is in English: some packages hold translations without saying so, or source code."""
+    found = re.findall(r"[a-z]+", text.lower())
+    return sum(word in FREQUENT_WORDS for word in found) > 0.12 * len(found)
 
 
 def is_prose(text: str) -> bool:
@@ -256,11 +267,23 @@ def documents_of(root: Path, source: str) -> Iterator[dict[str, str]]:
             yield {"source": source, "document": name.split("usr/share/")[-1], "text": text}
 
 
+def some_of(documents: list[dict[str, str]], characters: int) -> list[dict[str, str]]:
+    """Random whole documents, always the same, of at most so many characters in all."""
+    kept = []
+    for document in random.Random(0).sample(documents, len(documents)):
+        if len(document["text"]) <= characters:
+            characters -= len(document["text"])
+            kept.append(document)
+    return kept
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packages", nargs="+", type=Path, help=".deb files or directories of unpacked packages")
     parser.add_argument("--characters", type=int, help="of each package, only the first documents up to this length")
     parser.add_argument("--out", required=True, type=Path, help="where to write: .jsonl or .jsonl.gz")
+    parser.add_argument("--english", action="store_true", help="leave out what does not read like English prose")
+    parser.add_argument("--sample", action="store_true", help="with --characters: random documents, not the first")
     arguments = parser.parse_args()
     open_output = gzip.open if arguments.out.suffix == ".gz" else open
     total = 0
@@ -273,7 +296,11 @@ def main() -> None:
                     root = Path(directory)
                     subprocess.run(["dpkg", "-x", str(package), directory], check=True)
                 documents = list(documents_of(root, source))
-            if arguments.characters is not None:
+            if arguments.english:
+                documents = [document for document in documents if is_english(document["text"])]
+            if arguments.characters is not None and arguments.sample:
+                documents = some_of(documents, arguments.characters)
+            elif arguments.characters is not None:
                 lengths = accumulate(len(document["text"]) for document in documents)
                 documents = [d for d, end in zip(documents, lengths, strict=True) if end <= arguments.characters]
             for document in documents:

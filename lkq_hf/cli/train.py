@@ -30,6 +30,12 @@ def train(
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
     importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.0,
+    eviction_weight: Annotated[
+        float, typer.Option(help="Weight of what the response loses over the evicted cache; 0: paper.")
+    ] = 0.0,
+    cut_loops: Annotated[
+        bool, typer.Option(help="Cut responses where they begin to repeat themselves, as small models' often do.")
+    ] = False,
     max_repetition: Annotated[
         float, typer.Option(help="Leave out responses of which a larger share repeats itself (0.3 drops loops).")
     ] = 1.0,
@@ -88,6 +94,7 @@ def train(
         learning_rate=learning_rate,
         importance_heads=importance_heads,
         importance_power=importance_power,
+        eviction_weight=eviction_weight,
         per_device_train_batch_size=forward_size,
         per_device_eval_batch_size=forward_size,
         gradient_accumulation_steps=batch_size // (forward_size * state.num_processes),
@@ -107,8 +114,10 @@ def train(
     trainer = LookaheadTrainer(
         peft_model,
         arguments,
-        train_dataset=_informative([load_targets(directory / "train") for directory in targets], max_repetition),
-        eval_dataset=load_targets(targets[0] / "validation"),
+        train_dataset=_informative(
+            [load_targets(directory / "train") for directory in targets], max_repetition, cut_loops
+        ),
+        eval_dataset=_informative([load_targets(targets[0] / "validation")], 1.0, cut_loops),
     )
     trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     metrics = trainer.evaluate()
@@ -121,6 +130,8 @@ def train(
             "batch_size": batch_size,
             "importance_heads": importance_heads,
             "importance_power": importance_power,
+            "eviction_weight": eviction_weight,
+            "cut_loops": cut_loops,
             "max_repetition": max_repetition,
             "adapter": adapter and adapter.name,
             "seed": seed,
@@ -132,13 +143,15 @@ def train(
         )
 
 
-def _informative(targets: list[Any], max_repetition: float) -> Any:
+def _informative(targets: list[Any], max_repetition: float, cut_loops: bool) -> Any:
     """All targets whose response repeats itself no more than this share."""
     from datasets import concatenate_datasets
 
-    from lkq_hf.training.data import repetition
+    from lkq_hf.training.data import before_loop, repetition
 
     every = concatenate_datasets(targets)
+    if cut_loops:
+        every = every.map(lambda row: {"response_ids": before_loop(row["response_ids"])})
     kept = [index for index, tokens in enumerate(every["response_ids"]) if repetition(tokens) <= max_repetition]
     if not kept:
         raise ValueError(f"none of the {len(every)} responses repeats itself so little: raise --max-repetition")

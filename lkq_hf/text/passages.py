@@ -57,7 +57,11 @@ def fit_length(build: Callable[[int], Built], length: int, most: int) -> Built |
     Returns:
         the prompt, or None if the passage is too short or merges of tokens at its seams skip this length.
     """
-    tokens = min(length - 64, most)
+    # Every guess is tokenised whole; knowing the length of all that is around the passage, the first is nearly right.
+    probe = min(16, most)
+    tokens = min(length - (len(build(probe)["input_ids"]) - probe), most)
+    if tokens <= 0:
+        return None
     for _ in range(8):
         built = build(tokens)
         missing = length - len(built["input_ids"])

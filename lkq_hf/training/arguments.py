@@ -19,7 +19,7 @@ class LookaheadTrainingArguments(TrainingArguments):
             those over the full one (:mod:`lkq_hf.training.eviction`). 0, as in the paper, leaves it out.
         eviction_budgets: smallest and largest budget of that objective; each step draws one, log-uniformly.
         eviction_temperature: softness of that objective's choice of entries, see
-            :func:`~lkq_hf.training.eviction.eviction_gates`.
+            :func:`~lkq_hf.training.eviction.soft_top_k`.
         recall_budgets: budgets for which the evaluation reports the recall of the most important entries.
 
     Source of the defaults: LookaheadKV (arXiv 2603.10899): Adam, learning rate 1e-3, responses up to 512 tokens.
@@ -47,7 +47,7 @@ class LookaheadTrainingArguments(TrainingArguments):
     eviction_budgets: list[int] = field(
         default_factory=lambda: [48, 320], metadata={"help": "Smallest and largest budget of that objective."}
     )
-    eviction_temperature: float = field(default=0.3, metadata={"help": "Softness of the entries' choice, in nats."})
+    eviction_temperature: float = field(default=0.3, metadata={"help": "Softness of the entries' choice."})
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
     )

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from lkq_hf.attention import lookahead_positions, observe_attention
+from lkq_hf.attention import Observer, lookahead_positions, observe_attention
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
@@ -107,16 +107,26 @@ def response_importance(
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
     """
-    scores: dict[int, torch.Tensor] = {}
-    layers = set(compressed_layers(decoder))
-
-    def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
-        if module.layer_idx in layers:
-            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, response_mask, row_power)
-
+    scores, observe = _recorder(decoder, prompt, response_mask, row_power)
     with torch.no_grad(), observe_attention(decoder, observe):
         _read(decoder, model, **prompt.inputs(response_ids, response_mask), input_ids=response_ids)
     return scores
+
+
+def read_response(
+    model: nn.Module,
+    decoder: PreTrainedModel,
+    prompt: PromptCache,
+    response_ids: torch.Tensor,
+    response_mask: torch.Tensor | None = None,
+    row_power: float = 1.0,
+) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
+    """:func:`response_importance`, and the logits of the same forward, ``[batch, response_length, vocabulary]``."""
+    scores, observe = _recorder(decoder, prompt, response_mask, row_power)
+    inputs = prompt.inputs(response_ids, response_mask)
+    with torch.no_grad(), observe_attention(decoder, observe):
+        logits = model(**inputs, input_ids=response_ids, use_cache=True).logits
+    return scores, logits
 
 
 def lookahead_importance(
@@ -134,13 +144,7 @@ def lookahead_importance(
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
     """
-    scores: dict[int, torch.Tensor] = {}
-    layers = set(compressed_layers(decoder))
-
-    def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
-        if module.layer_idx in layers:
-            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, None, row_power)
-
+    scores, observe = _recorder(decoder, prompt, None, row_power)
     batch = next(layer.keys.shape[0] for layer in prompt.layers if layer.keys is not None)  # type: ignore[union-attr]
     embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
     with lookahead_positions(tokens.shape[1]), observe_attention(decoder, observe):
@@ -151,6 +155,20 @@ def lookahead_importance(
         last = max(scores)
         scores[last] = scores[last] + (0.0 * logits.sum()).nan_to_num().to(scores[last])
     return scores
+
+
+def _recorder(
+    decoder: PreTrainedModel, prompt: PromptCache, row_mask: torch.Tensor | None, row_power: float
+) -> tuple[dict[int, torch.Tensor], Observer]:
+    """Scores by layer, and the observer that fills them in during a forward."""
+    scores: dict[int, torch.Tensor] = {}
+    layers = set(compressed_layers(decoder))
+
+    def observe(module: nn.Module, query: torch.Tensor, key: torch.Tensor, _: torch.Tensor, options: dict) -> None:
+        if module.layer_idx in layers:
+            scores[int(module.layer_idx)] = _per_head_scores(query, key, options, prompt, row_mask, row_power)
+
+    return scores, observe
 
 
 def _per_head_scores(

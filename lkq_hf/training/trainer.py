@@ -26,6 +26,7 @@ from lkq_hf.training.importance import (
     importance_recall,
     lookahead_importance,
     mean_over_query_heads,
+    read_response,
     response_importance,
 )
 
@@ -208,7 +209,11 @@ class LookaheadTrainer(Trainer):
         tokens = self._tokens(unwrapped)
         row_power = tokens.row_power()
         response = inputs["response_ids"], inputs["response_mask"]
-        targets = response_importance(decoder, prompt, *response, row_power, model)
+        full_logits = None
+        if self.args.eviction_weight and torch.is_grad_enabled():
+            targets, full_logits = read_response(model, decoder, prompt, *response, row_power)
+        else:
+            targets = response_importance(decoder, prompt, *response, row_power, model)
         predicted = lookahead_importance(model, decoder, prompt, tokens.active_tokens(), row_power)
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
@@ -221,8 +226,9 @@ class LookaheadTrainer(Trainer):
             importance_divergence(targets[layer], predicted[layer], power).to(self.args.device) for layer in targets
         ]
         loss = torch.stack(losses).mean()
-        if self.args.eviction_weight and torch.is_grad_enabled():
-            loss = loss + self.args.eviction_weight * self._eviction_loss(model, prompt, predicted, response)
+        if full_logits is not None:
+            eviction_loss = self._eviction_loss(model, prompt, predicted, response, full_logits)
+            loss = loss + self.args.eviction_weight * eviction_loss
         return loss, (targets, predicted)
 
     def _eviction_loss(
@@ -231,13 +237,12 @@ class LookaheadTrainer(Trainer):
         prompt: PromptCache,
         predicted: dict[int, torch.Tensor],
         response: tuple[torch.Tensor, torch.Tensor],
+        full_logits: torch.Tensor,
     ) -> torch.Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
         decoder = get_decoder(unwrapped)
         shortest = prompt.get_seq_length() if prompt.mask is None else int(prompt.mask.sum(-1).min())
         budget = min(self._draw_budget(), shortest - 1)
-        with torch.no_grad():
-            full = response_logits(model, decoder, prompt, *response)
         gates = eviction_gates(
             predicted,
             decoder.config.num_key_value_heads,
@@ -246,7 +251,7 @@ class LookaheadTrainer(Trainer):
             self._tokens(unwrapped).row_power(),
         )
         evicted = response_logits(model, decoder, prompt, *response, gates=gates)
-        return response_divergence(full, evicted, response[1]).to(self.args.device)
+        return response_divergence(full_logits, evicted, response[1]).to(self.args.device)
 
     def _draw_budget(self) -> int:
         """The same in all processes, and again the same when a run is resumed."""

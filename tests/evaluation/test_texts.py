@@ -80,3 +80,17 @@ def test_a_package_without_pages_gives_its_text_files(texts, tmp_path):
     documents = {document["document"]: document["text"] for document in texts.documents_of(tmp_path, "fortunes")}
     assert set(documents) == {"games/fortunes/wisdom", "games/fortunes/more.gz"}
     assert "%" not in documents["games/fortunes/wisdom"]
+
+
+def test_translations_and_listings_are_told_from_english_prose(texts):
+    assert texts.is_english(prose("a"))
+    assert not texts.is_english("Die Vermessung der Inseln im Norden dauerte den ganzen langen Sommer. " * 9)
+    assert not texts.is_english("int main(void) { return run(argument, count); } static char buffer[12]; " * 9)
+
+
+def test_a_package_can_be_bounded(texts):
+    documents = [{"document": str(index), "text": "x" * size} for index, size in enumerate((500, 300, 300, 200))]
+    some = texts.some_of(documents, 600)
+    assert 0 < sum(len(document["text"]) for document in some) <= 600
+    assert some == texts.some_of(documents, 600)
+    assert sorted(texts.some_of(documents, 1300), key=lambda d: d["document"]) == documents

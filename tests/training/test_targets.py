@@ -5,6 +5,7 @@ from transformers import DynamicCache
 
 from lkq_hf.training import TargetCollator, generate_targets, load_targets
 from lkq_hf.training import targets as targets_module
+from lkq_hf.training.data import before_loop
 
 
 def prompts(lengths=(9, 4, 12, 6, 7)):
@@ -115,3 +116,25 @@ def test_the_collator_cuts_the_middle_of_prompts_and_the_end_of_responses():
 def test_the_collator_refuses_empty_rows(row):
     with pytest.raises(ValueError, match="at least one token"):
         TargetCollator()([row])
+
+
+def test_an_answer_is_cut_before_it_loops():
+    assert before_loop([1, 2, 3, 4, 5, 6], size=2) == [1, 2, 3, 4, 5, 6]
+    assert before_loop([9, 1, 2, 3, 1, 2, 3, 1, 2], size=2) == [9, 1, 2, 3]
+    assert before_loop([7] * 20, size=8) == [7]
+    assert before_loop([], size=8) == []
+
+
+def test_answers_are_made_in_batches_of_one_length(tmp_path, monkeypatch):
+    model, rows, seen = tiny_model(), prompts((9, 4, 9, 4, 9, 4)), []
+    respond = targets_module._respond
+
+    def record(model, rows, *args):
+        seen.append([len(row["input_ids"]) for row in rows])
+        return respond(model, rows, *args)
+
+    monkeypatch.setattr(targets_module, "_respond", record)
+    made = generate_targets(model, rows, tmp_path, max_new_tokens=2, shard_size=3)
+    assert seen == [[4, 4, 4], [9, 9, 9]]
+    assert made["input_ids"] == [row["input_ids"] for row in rows]
+    assert made.column_names == ["input_ids", "kind", "response_ids"]

@@ -303,3 +303,46 @@ def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
     assert config["base_model_name_or_path"] == "someone/something"
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert saved["base_model.model.model.lookahead.lookahead_kv_tokens"].shape == (4, SIZES["hidden_size"])
+
+
+def test_training_on_what_the_response_loses_lowers_it(tmp_path):
+    model = trainable()
+    args = arguments(tmp_path, eviction_weight=1.0, eviction_budgets=[4, 4], max_steps=30, learning_rate=2e-2)
+    trainer = LookaheadTrainer(model, args, train_dataset=rows())
+    batch = trainer.data_collator(rows())
+
+    def losses():
+        trainer.args.eviction_weight = 0.0
+        importance = trainer.compute_loss(model, batch).item()
+        trainer.args.eviction_weight = 1.0
+        return importance, trainer.compute_loss(model, batch).item() - importance
+
+    before = losses()
+    trainer.train()
+    after = losses()
+    assert before[1] > 0
+    assert after[0] < before[0] and after[1] < before[1]
+
+
+def test_budgets_of_the_eviction_objective_are_those_of_every_process(tmp_path):
+    trainer = LookaheadTrainer(trainable(), arguments(tmp_path, eviction_budgets=[10, 90]), train_dataset=rows())
+    drawn = []
+    for trainer.state.global_step in range(200):
+        drawn.append(trainer._draw_budget())
+    assert 10 <= min(drawn) < 15 and 70 < max(drawn) <= 90
+    trainer.state.global_step = 7
+    assert trainer._draw_budget() == drawn[7]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"eviction_weight": -1.0},
+        {"eviction_temperature": 0.0},
+        {"eviction_budgets": [9, 3]},
+        {"eviction_budgets": [3]},
+    ],
+)
+def test_arguments_of_the_eviction_objective_are_checked(tmp_path, values):
+    with pytest.raises(ValueError, match="eviction_"):
+        arguments(tmp_path, **values)
