@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model
+from lkq_hf.cli.options import Device, Dtype, Model, check_dtype, check_model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -41,6 +42,9 @@ def generate_targets(
     ] = 65_536,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
     workers: Annotated[int, typer.Option(help="Processes that build prompts.", min=1)] = 1,
+    prompts_only: Annotated[
+        bool, typer.Option(help="Only build the prompts, which needs no GPU; the same command without this goes on.")
+    ] = False,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     as_json: AsJson = False,
@@ -52,19 +56,42 @@ def generate_targets(
     A run that was stopped goes on where it was when it is started again. Under `accelerate launch`, the responses are
     divided among the processes.
     """
+    from transformers import AutoTokenizer
+
     from lkq_hf.training.targets import generate_targets as respond
 
     if (documents is None) == (prompts is None):
         raise ValueError("pass either --documents, to make prompts from, or --prompts")
-    state, place = find_device(device)
-    causal_lm, tokenizer = load_model(model, dtype, place)
+    if prompts_only and documents is None:
+        raise ValueError("--prompts-only builds prompts from --documents")
+    check_dtype(dtype)
+    check_model(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
     if prompts is not None:
         sets = _own_prompts(prompts, tokenizer, validation_fraction, seed)
     else:
         fields = {"min_length": min_length, "max_length": max_length, "length_step": length_step, **_fields(mix)}
-        sets = _built_prompts(
-            documents or [], tokenizer, count, validation_count, validation_fraction, seed, workers, fields
+        recipe = {
+            "documents": [path.name for path in documents or []],
+            "count": count,
+            "validation_count": validation_count,
+            "validation_fraction": validation_fraction,
+            "seed": seed,
+            "mix": fields,
+        }
+        sets = _saved_prompts(
+            out,
+            recipe,
+            lambda: _built_prompts(
+                documents or [], tokenizer, count, validation_count, validation_fraction, seed, workers, fields
+            ),
         )
+    if prompts_only:
+        sizes = {name: {"directory": out / name, "prompts": len(rows)} for name, rows in sets.items()}
+        report("\n".join(f"{name}: {len(rows)} prompts in {out / name}" for name, rows in sets.items()), sizes)
+        return
+    state, place = find_device(device)
+    causal_lm, _ = load_model(model, dtype, place)
     written = {}
     for name, rows in sets.items():
         targets = respond(
@@ -81,6 +108,25 @@ def generate_targets(
     lines = [f"{name}: {made['prompts']} prompts with responses in {out / name}" for name, made in written.items()]
     if state.is_main_process:
         report("\n".join(lines), written)
+
+
+def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The prompts that an earlier run left in ``out``, or those that ``build`` makes, which are left there.
+
+    Raises:
+        ValueError: the earlier run was asked for others.
+    """
+    from datasets import Dataset
+
+    from lkq_hf.training.targets import check_recipe, write_atomically
+
+    paths = {name: out / name / "prompts.parquet" for name in ("validation", "train")}
+    check_recipe(out, recipe, "prompts.json", "prompts")
+    if not all(path.exists() for path in paths.values()):
+        for name, rows in build().items():
+            paths[name].parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(paths[name], lambda path, rows=rows: Dataset.from_list(rows).to_parquet(str(path)))
+    return {name: Dataset.from_parquet(str(path)) for name, path in paths.items()}
 
 
 def _built_prompts(

@@ -1,7 +1,8 @@
 """What the response loses when the prompt's cache is evicted by an adapter's scores, differentiable in the scores."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -103,8 +104,23 @@ def response_logits(
         parts = prompt_part.expand(-1, -1, count, -1), causal.expand(batch, heads, -1, -1)
         return torch.cat(parts, -1)
 
-    with bias_attention(decoder, bias):
+    with bias_attention(decoder, bias), _embeddings_with_gradients(decoder):
         return model(**inputs).logits
+
+
+@contextmanager
+def _embeddings_with_gradients(decoder: PreTrainedModel) -> Iterator[None]:
+    """Lets the forwards inside record gradients from the first layer on, though neither tokens nor weights have any.
+
+    Otherwise the first attention's bias alone has gradients. CUDA's memory-efficient attention keeps what its backward
+    needs only if queries, keys or values have some, and fails there ("LSE is not correctly aligned").
+    """
+    embedding = decoder.get_input_embeddings()
+    hook = embedding.register_forward_hook(lambda module, args, output: output.requires_grad_())
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def response_divergence(
@@ -119,7 +135,8 @@ def response_divergence(
     Returns:
         The mean over all tokens of all responses, in nats.
     """
-    targets, predicted = (logits.float().log_softmax(-1) for logits in (full, evicted))
+    dtype = torch.promote_types(full.dtype, torch.float32)
+    targets, predicted = (logits.to(dtype).log_softmax(-1) for logits in (full, evicted))
     divergence = F.kl_div(predicted, targets, reduction="none", log_target=True).sum(-1)
     if response_mask is None:
         return divergence.mean()

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,7 @@ def generate_targets(
         raise ValueError("there are no prompts to respond to")
     directory = Path(output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    _check_recipe(directory, {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size})
+    check_recipe(directory, {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size})
     starts = range(0, len(prompts), shard_size)
     mine = [start for index, start in enumerate(starts) if index % num_processes == process_index]
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
@@ -94,17 +94,25 @@ def _shard_path(directory: Path, start: int) -> Path:
     return directory / f"shard-{start:08d}.parquet"
 
 
-def _check_recipe(directory: Path, recipe: dict[str, Any]) -> None:
-    path = directory / "recipe.json"
+def check_recipe(
+    directory: Path, recipe: dict[str, Any], name: str = "recipe.json", content: str = "responses"
+) -> None:
+    """Leaves in a directory how its content is made, or compares that with what an earlier run left.
+
+    Raises:
+        ValueError: the earlier run was asked for something else.
+    """
+    path = directory / name
     if path.exists():
         found = json.loads(path.read_text())
         if found != recipe:
             raise ValueError(
-                f"{directory} holds responses made with {found}, now asked for {recipe}: "
+                f"{directory} holds {content} made with {found}, now asked for {recipe}: "
                 "choose another directory, or delete this one"
             )
         return
-    _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(recipe)))
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(recipe)))
 
 
 def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -117,10 +125,11 @@ def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    _write_atomically(path, lambda temporary: Dataset.from_list(rows).to_parquet(str(temporary)))
+    write_atomically(path, lambda temporary: Dataset.from_list(rows).to_parquet(str(temporary)))
 
 
-def _write_atomically(path: Path, write: Any) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Lets ``write`` write a file that appears whole or not at all."""
     directory = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
     try:
         write(directory / path.name)

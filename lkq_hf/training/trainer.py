@@ -15,6 +15,7 @@ from transformers.trainer_utils import has_length
 
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadTokens
 from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.cache.static import MASKED_ATTENTION
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 from lkq_hf.training.arguments import LookaheadTrainingArguments
 from lkq_hf.training.checkpoints import last_complete_checkpoint
@@ -60,7 +61,8 @@ class LookaheadTrainer(Trainer):
         kwargs: as for ``transformers.Trainer``.
 
     Raises:
-        ValueError: the model has no active adapter, or FSDP is set up in a way that cannot leave it out.
+        ValueError: the model has no active adapter, FSDP is set up in a way that cannot leave it out, or the model's
+            attention takes no masks and ``args.eviction_weight`` is not 0.
 
     Source: LookaheadKV (arXiv 2603.10899).
     """
@@ -71,6 +73,12 @@ class LookaheadTrainer(Trainer):
 
     def __init__(self, model: nn.Module, args: LookaheadTrainingArguments, **kwargs: Any) -> None:
         self._tokens(model).active_tokens()
+        implementation = get_decoder(model).config._attn_implementation
+        if args.eviction_weight and implementation not in MASKED_ATTENTION:
+            raise ValueError(
+                f"eviction_weight needs an attention that takes masks, {' or '.join(MASKED_ATTENTION)}, found "
+                f'{implementation}: call model.set_attn_implementation("sdpa"), or leave eviction_weight at 0'
+            )
         kwargs.setdefault(
             "data_collator",
             TargetCollator(

@@ -37,6 +37,37 @@ def test_what_one_gate_gains_others_lose():
         assert (found[0, torch.arange(20) != entry] < 0).all()
 
 
+def test_gradients_are_those_of_a_threshold_that_keeps_the_sum():
+    scores = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    temperature, step = 0.4, 1e-5
+    start = torch.special.logit(soft_top_k(scores, 4, temperature).exp()).detach()
+
+    def with_moved_threshold(change):
+        low, high = torch.tensor(-1.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+        for _ in range(60):
+            middle = (low + high) / 2
+            too_many = torch.sigmoid(start + (change - middle) / temperature).sum() > torch.sigmoid(start).sum()
+            low, high = (middle, high) if too_many else (low, middle)
+        return F.logsigmoid(start + (change - middle) / temperature)
+
+    jacobian = torch.autograd.functional.jacobian(lambda x: soft_top_k(x, 4, temperature), scores)
+    for entry, change in enumerate(step * torch.eye(12, dtype=torch.float64)):
+        expected = (with_moved_threshold(change) - with_moved_threshold(-change)) / (2 * step)
+        assert jacobian[:, entry] == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("row_power", [1.0, 2.0])
+def test_gates_are_of_the_logarithm_of_the_power_mean_over_query_heads(row_power):
+    scores = torch.rand(2, 4, 30, requires_grad=True)
+    mean = (scores.pow(row_power)[:, 0::2] + scores.pow(row_power)[:, 1::2]) / 2
+    expected = soft_top_k(mean.log() / row_power, 6, 0.3)
+    found = eviction_gates({5: scores}, 2, 6, 0.3, row_power)[5]
+    assert found.detach() == pytest.approx(expected.detach(), abs=1e-6)
+    weight = torch.randn(found.shape)
+    wanted, gradient = (torch.autograd.grad((gates * weight).sum(), scores)[0] for gates in (expected, found))
+    assert gradient == pytest.approx(wanted, abs=1e-4)
+
+
 def test_gates_choose_by_the_mean_over_query_heads():
     scores = {0: torch.rand(2, 4, 30), 3: torch.rand(2, 4, 30)}
     gates = eviction_gates(scores, kv_heads=2, budget=6, temperature=1e-3)
@@ -86,3 +117,59 @@ def test_the_loss_reaches_every_weight_of_the_adapter(row_power):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
+
+
+def test_divergence_is_the_mean_over_the_tokens_of_all_responses():
+    generator = torch.Generator().manual_seed(4)
+    full, evicted = (torch.randn(2, 3, 7, dtype=torch.float64, generator=generator) for _ in range(2))
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    p, q = full.softmax(-1), evicted.softmax(-1)
+    each = (p * (p / q).log()).sum(-1)
+    assert response_divergence(full, evicted, mask) == pytest.approx((each[0].sum() + each[1, 0]) / 4)
+    assert response_divergence(full, evicted) == pytest.approx(each.mean())
+    assert torch.autograd.gradcheck(lambda x: response_divergence(full, x, mask), evicted.requires_grad_())
+
+
+def test_no_attention_has_gradients_for_its_bias_alone(monkeypatch):
+    # CUDA's memory-efficient attention cannot do that; see _embeddings_with_gradients.
+    model = tiny_model().requires_grad_(False)
+    model.set_attn_implementation("sdpa")
+    decoder = get_decoder(model)
+    prompt = PromptCache(decoder, prompt_ids(1, 12, seed=1))
+    layers, kv_heads = decoder.config.num_hidden_layers, decoder.config.num_key_value_heads
+    gates = {layer: torch.zeros(1, kv_heads, 12, requires_grad=True) for layer in range(layers)}
+    attend, seen = F.scaled_dot_product_attention, []
+
+    def record(query, key, value, attn_mask=None, **options):
+        seen.append((attn_mask.requires_grad, query.requires_grad))
+        return attend(query, key, value, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", record)
+    logits = response_logits(model, decoder, prompt, prompt_ids(1, 5, seed=2), gates=gates)
+    assert seen == [(True, True)] * layers
+    logits.logsumexp(-1).sum().backward()
+    assert all(gate.grad.any() for gate in gates.values())
+    embedding = decoder.get_input_embeddings()
+    assert not embedding._forward_hooks
+    assert not embedding(torch.tensor([1])).requires_grad
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("count", [5, 32])
+def test_gradients_through_the_gates_on_a_gpu(count):
+    model = tiny_model().requires_grad_(False)
+    layers, kv_heads = model.config.num_hidden_layers, model.config.num_key_value_heads
+    gate = torch.rand(2, kv_heads, 24, generator=torch.Generator().manual_seed(0)).log()
+    gradients = []
+    for attention, dtype in (("eager", torch.float32), ("sdpa", torch.bfloat16)):
+        model = model.to("cuda", dtype)
+        model.set_attn_implementation(attention)
+        decoder = get_decoder(model)
+        ids, response = prompt_ids(2, 24, seed=1).cuda(), prompt_ids(2, count, seed=2).cuda()
+        gates = {layer: gate.cuda().requires_grad_() for layer in range(layers)}
+        prompt = PromptCache(decoder, ids)
+        full = response_logits(model, decoder, prompt, response).detach()
+        response_divergence(full, response_logits(model, decoder, prompt, response, gates=gates)).backward()
+        gradients.append(torch.stack([gate.grad for gate in gates.values()]).flatten())
+    assert F.cosine_similarity(*gradients, dim=0) > 0.9

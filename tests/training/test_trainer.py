@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from models import (
     ARCHITECTURES,
     SIZES,
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.training import load_targets
 from lkq_hf.training.importance import (
     PromptCache,
     importance_divergence,
@@ -288,13 +290,24 @@ def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
         "--validation-fraction", "0.3", "--min-length", "512", "--max-length", "512", "--max-new-tokens", "4",
         "--dtype", "float32", "--device", "cpu",
     ]  # fmt: skip
+    result = runner.invoke(app, [*command, "--prompts-only"])
+    assert result.exit_code == 0, (result.output, result.exception)
+    assert "train: 4 prompts in" in result.output
+    assert not list(tmp_path.glob("targets/*/shard-*"))
+    built = Dataset.from_parquet(str(tmp_path / "targets" / "train" / "prompts.parquet"))
+    # The documents need not be there any more.
+    (tmp_path / "documents.jsonl").unlink()
+    result = runner.invoke(app, [*command, "--seed", "1"])
+    assert isinstance(result.exception, ValueError) and "choose another directory" in str(result.exception)
     result = runner.invoke(app, command)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "train: 4 prompts" in result.output
+    assert "train: 4 prompts with responses" in result.output
+    assert load_targets(tmp_path / "targets" / "train")["input_ids"] == built["input_ids"]
     command = [
         "train", str(tmp_path / "model"), "--targets", str(tmp_path / "targets"), "--out", str(tmp_path / "adapter"),
         "--base-model-name", "someone/something", "--num-lookahead-tokens", "4", "--rank", "2", "--max-steps", "2",
         "--batch-size", "2", "--device-batch-size", "2", "--dtype", "float32", "--device", "cpu",
+        "--eviction-weight", "1", "--cut-loops",
     ]  # fmt: skip
     result = runner.invoke(app, command)
     assert result.exit_code == 0, (result.output, result.exception)
@@ -322,6 +335,13 @@ def test_training_on_what_the_response_loses_lowers_it(tmp_path):
     after = losses()
     assert before[1] > 0
     assert after[0] < before[0] and after[1] < before[1]
+
+
+def test_the_eviction_objective_needs_an_attention_with_masks(tmp_path):
+    model = trainable()
+    get_decoder(model).config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match="set_attn_implementation"):
+        LookaheadTrainer(model, arguments(tmp_path, eviction_weight=1.0), train_dataset=rows())
 
 
 def test_budgets_of_the_eviction_objective_are_those_of_every_process(tmp_path):
