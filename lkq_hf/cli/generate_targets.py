@@ -125,7 +125,7 @@ def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[s
     if not all(path.exists() for path in paths.values()):
         for name, rows in build().items():
             paths[name].parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(paths[name], lambda path, rows=rows: Dataset.from_list(rows).to_parquet(str(path)))
+            write_atomically(paths[name], Dataset.from_list(rows).to_parquet)
     return {name: Dataset.from_parquet(str(path)) for name, path in paths.items()}
 
 
