@@ -2,8 +2,9 @@
 
 GPTQModel wants newer torch than lkq-hf does, so it lives in an environment of its own:
 
-    python -m venv venv-gptqmodel && venv-gptqmodel/bin/pip install torch==2.14.1 torchvision==0.29.1 peft==0.21.* && \\
-        venv-gptqmodel/bin/pip install --no-build-isolation gptqmodel==7.7.0
+    python -m venv venv-gptqmodel
+    venv-gptqmodel/bin/pip install torch==2.14.1 torchvision==0.29.1 peft==0.21.*
+    venv-gptqmodel/bin/pip install --no-build-isolation gptqmodel==7.7.0
     GPTQMODEL_CPU_WORKERS=2 PYTHONPATH=. venv-gptqmodel/bin/python benchmarks/gptqmodel_baseline.py \\
         MODEL --dataset python-doc.jsonl --bits 3 --seed 0 --settings strongest --out OUT
 
