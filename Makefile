@@ -12,6 +12,7 @@ GEMMA3 := --no-deps $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-pa
 
 # Every target builds what it needs and does nothing that is already done.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	@echo "Building $(VENV): torch and transformers are large, the first time takes some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip $(INSTALL) -c constraints.txt -e ".[dev]"
 	touch $@

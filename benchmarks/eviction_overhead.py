@@ -71,7 +71,15 @@ PREFILLS = {  # model: (batch, prompt length)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "eviction_overhead.json")
-    output = parser.parse_args().output
+    parser.add_argument(
+        "--prefill",
+        nargs="+",
+        metavar="MODEL:BATCH:LENGTH",
+        default=[f"{name}:{batch}:{length}" for name, shapes in PREFILLS.items() for batch, length in shapes],
+        help="whole prefills to measure (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    output = arguments.output
     if not torch.cuda.is_available():
         parser.error("this benchmark needs a CUDA GPU, and torch finds none")
 
@@ -83,15 +91,18 @@ def main() -> None:
         ]
         print_table(results["kernels"])
         results["prefill"] = []
-        for name, shapes in PREFILLS.items():
-            model, adapted = build_models(name)
-            for batch, length in shapes:
-                rows = benchmark_prefill(name, model, adapted, batch, length)
-                print_table(rows)
-                results["prefill"] += rows
-            del model, adapted
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+        built = ""
+        for shape in arguments.prefill:
+            name, batch, length = shape.split(":")
+            if name != built:
+                model = adapted = None  # frees the memory of the last ones
+                model, adapted = build_models(name)
+                built = name
+            rows = benchmark_prefill(name, model, adapted, int(batch), int(length))
+            print_table(rows)
+            results["prefill"] += rows
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(results, indent=1) + "\n")
     print(f"written to {output}")
 
 

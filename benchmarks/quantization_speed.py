@@ -66,6 +66,8 @@ def time_layer(
     weight = torch.randn(rows, columns, generator=generator, device=device) * 0.02
     x = torch.randn(batch, columns, generator=generator, device=device)
     x_tilde = x + 0.1 * torch.randn(batch, columns, generator=generator, device=device)
+    # As a model in bfloat16 hands them over.
+    x, x_tilde = x.bfloat16(), x_tilde.bfloat16()
     # Twice as many tokens as columns, so that the moments have full rank, whatever the batch.
     moments = InputMoments(columns, device)
     for _ in range(-(-2 * columns // batch)):

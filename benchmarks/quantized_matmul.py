@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import triton
+from hardware import copy_bandwidth
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -54,13 +55,6 @@ def microseconds(calls: list[Callable[[], object]], repeats: int = 7) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[repeats // 2] * 1e3 / len(calls)
-
-
-def copy_bandwidth() -> float:
-    """Bytes read plus bytes written per second by a device-to-device copy of 1 GiB."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * source.numel() / (microseconds([lambda: target.copy_(source)] * 4) * 1e-6)
 
 
 def packed_weight(bits: int, group_size: int, sym: bool, out_features: int, in_features: int) -> tuple:
@@ -141,44 +135,47 @@ def peer_layers(weight: tuple, count: int, x: Tensor, expected: Tensor) -> dict[
     return found
 
 
-def measure(bits: int, group_size: int, sym: bool, dtype: torch.dtype, bandwidth: float) -> list[dict]:
+def measure(
+    bits: int, arguments: argparse.Namespace, dtype: torch.dtype, bandwidth: float, shape: tuple[int, int]
+) -> list[dict]:
+    group_size, sym = arguments.group_size, arguments.sym
+    out_features, in_features = shape
+    weights = copies(packed_weight(bits, group_size, sym, out_features, in_features))
+    quantised_bytes = sum(t.numel() * t.element_size() for t in (weights[0][0], weights[0][2]))
+    quantised_bytes += 0 if sym else weights[0][1].numel() * weights[0][1].element_size()
+    dense = dequantize(*weights[0], dtype).t().contiguous()
+    dense_copies = [dense.clone() for _ in range(max(2, L2_BYTES // (dense.numel() * 2) + 1))]
+    peers: dict[str, list[Layer]] | None = None if arguments.peers else {}
     results = []
-    for out_features, in_features in SHAPES:
-        weights = copies(packed_weight(bits, group_size, sym, out_features, in_features))
-        quantised_bytes = sum(t.numel() * t.element_size() for t in (weights[0][0], weights[0][2]))
-        quantised_bytes += 0 if sym else weights[0][1].numel() * weights[0][1].element_size()
-        dense = dequantize(*weights[0], dtype).t().contiguous()
-        dense_copies = [dense.clone() for _ in range(max(2, L2_BYTES // (dense.numel() * 2) + 1))]
-        peers: dict[str, list[Layer]] | None = None
-        for rows in ROWS:
-            x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
-            expected = x.double() @ dense.double().t()
-            check("quantised matmul", quantized_matmul(x, *weights[0]), expected)
-            if peers is None:
-                peers = peer_layers(weights[0], len(weights), x, expected)
-            ours = microseconds([partial(quantized_matmul, x, *weight) for weight in weights])
-            cublas = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense_copies])
-            result = {
-                "bits": bits,
-                "group_size": group_size,
-                "sym": sym,
-                "dtype": str(dtype).removeprefix("torch."),
-                "out_features": out_features,
-                "in_features": in_features,
-                "rows": rows,
-                "us": ours,
-                "cublas_us": cublas,
-                "speedup": cublas / ours,
-                "share_of_copy_bandwidth": quantised_bytes / (ours * 1e-6) / bandwidth,
-                **{f"{name}_us": microseconds([partial(layer, x) for layer in peers[name]]) for name in peers},
-            }
-            results.append(result)
-            print(
-                f"W{bits} {out_features:>5}x{in_features:<5} M={rows:<3} {ours:7.1f} us  cuBLAS {cublas:6.1f} us  "
-                f"x{result['speedup']:4.2f} {result['share_of_copy_bandwidth']:4.0%} of copy"
-                + "".join(f"  {name} {result[f'{name}_us']:6.1f} us" for name in peers),
-                flush=True,
-            )
+    for rows in arguments.rows:
+        x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
+        expected = x.double() @ dense.double().t()
+        check("quantised matmul", quantized_matmul(x, *weights[0]), expected)
+        if peers is None:
+            peers = peer_layers(weights[0], len(weights), x, expected)
+        ours = microseconds([partial(quantized_matmul, x, *weight) for weight in weights])
+        cublas = microseconds([partial(torch.nn.functional.linear, x, weight) for weight in dense_copies])
+        result = {
+            "bits": bits,
+            "group_size": group_size,
+            "sym": sym,
+            "dtype": str(dtype).removeprefix("torch."),
+            "out_features": out_features,
+            "in_features": in_features,
+            "rows": rows,
+            "us": ours,
+            "cublas_us": cublas,
+            "speedup": cublas / ours,
+            "share_of_copy_bandwidth": quantised_bytes / (ours * 1e-6) / bandwidth,
+            **{f"{name}_us": microseconds([partial(layer, x) for layer in peers[name]]) for name in peers},
+        }
+        results.append(result)
+        print(
+            f"W{bits} {out_features:>5}x{in_features:<5} M={rows:<3} {ours:7.1f} us  cuBLAS {cublas:6.1f} us  "
+            f"x{result['speedup']:4.2f} {result['share_of_copy_bandwidth']:4.0%} of copy"
+            + "".join(f"  {name} {result[f'{name}_us']:6.1f} us" for name in peers),
+            flush=True,
+        )
     return results
 
 
@@ -191,19 +188,23 @@ def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: tor
                 candidate()
 
 
-def compile_in_parallel(all_bits: list[int]) -> None:
+def compile_in_parallel(all_bits: list[int], all_rows: list[int]) -> None:
     """Compilation would be most of the time of this script; processes of their own share it."""
-    commands = [[sys.executable, *sys.argv, "--compile", str(bits), str(rows)] for bits in all_bits for rows in ROWS]
-    with ThreadPoolExecutor(max(1, (os.cpu_count() or 2) - 1)) as pool:
+    commands = [
+        [sys.executable, *sys.argv, "--compile", str(bits), str(rows)] for bits in all_bits for rows in all_rows
+    ]
+    with ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) - 1)) as pool:
         list(pool.map(partial(subprocess.run, check=True), commands))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4, 8))
+    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="activation rows")
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=False)
     parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--compile", type=int, nargs=2, metavar=("BITS", "ROWS"), help="only compile these kernels")
     arguments = parser.parse_args()
@@ -211,27 +212,32 @@ def main() -> None:
     if arguments.compile:
         compile_kernels(*arguments.compile, arguments.group_size, arguments.sym, dtype)
         return
-    compile_in_parallel(arguments.bits)
+    compile_in_parallel(arguments.bits, arguments.rows)
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
-    results = []
+    results: list[dict] = []
     for bits in arguments.bits:
-        results += measure(bits, arguments.group_size, arguments.sym, dtype, bandwidth)
-    if arguments.out:
-        report = {
-            "device": torch.cuda.get_device_name(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "triton": triton.__version__,
-            },
-            "copy_bytes_per_second": bandwidth,
-            "results": results,
-            "choices": {str(key): choice for key, choice in autotune.choices().items()},
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        for shape in SHAPES:
+            results += measure(bits, arguments, dtype, bandwidth, shape)
+            if arguments.out:
+                write(arguments.out, bandwidth, results)
+
+
+def write(path: Path, bandwidth: float, results: list[dict]) -> None:
+    report = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton.__version__,
+        },
+        "copy_bytes_per_second": bandwidth,
+        "results": results,
+        "choices": {str(key): choice for key, choice in autotune.choices().items()},
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

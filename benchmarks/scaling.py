@@ -82,7 +82,7 @@ CHECKED_TRAINING = {
     "one GPU": [("8B", 32, 4096), ("8B", 32, 8192)],
     "DDP": [("8B", 32, 4096)],
     # Two GPUs of 80 GB hold it and one does not.
-    "FSDP2": [("70B", 64, 4096)],
+    "FSDP2": [("70B", 56, 4096)],
 }
 CHECKED_LAYERS = 2  # quantised, of the 8B model
 

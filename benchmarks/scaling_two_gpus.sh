@@ -4,7 +4,8 @@
 #     bash benchmarks/scaling_two_gpus.sh DIRECTORY [tests] [ddp] [fsdp2] [figures]
 #
 # Leaves gpus.xml (the tests), scaling.json (the figures), scaling.md (the page with its tables) and scaling.log.
-# Every part has a time limit of its own, and what the others found stays.
+# Every part has a time limit of its own; what it found by then is written before the next one begins, and is added to
+# what an earlier call left in the directory.
 set -u
 out=$(realpath -m "$1")
 cd "$(dirname "$0")/.." || exit
@@ -30,6 +31,13 @@ step() {  # name, command
     local start=$SECONDS
     "${@:2}"
     echo "== $1: exit code $?, $((SECONDS - start)) seconds"
+    collect
+}
+
+collect() {
+    [ -e "$out/scaling.md" ] || cp docs/scaling.md "$out/scaling.md"
+    compgen -G "$parts/*.json" > /dev/null || return
+    python3 benchmarks/scaling.py report --results "$out/scaling.json" --page "$out/scaling.md" --merge "$parts"/*.json
 }
 
 figures() {
@@ -44,6 +52,4 @@ figures() {
     step ddp check ddp
     step fsdp2 check fsdp2
     step figures figures
-    [ -e "$out/scaling.md" ] || cp docs/scaling.md "$out/scaling.md"
-    python3 benchmarks/scaling.py report --results "$out/scaling.json" --page "$out/scaling.md" --merge "$parts"/*.json
-} 2>&1 | tee "$out/scaling.log"
+} 2>&1 | tee -a "$out/scaling.log"

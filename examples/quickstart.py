@@ -12,7 +12,6 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
-from tqdm import tqdm
 from transformers import DynamicCache, LogitsProcessor
 
 from lkq_hf import LookaheadCache
@@ -92,26 +91,22 @@ def main() -> None:
 
     rows = []
     questions = FACTS[: arguments.questions]
-    with tqdm(total=len(questions) * len(caches), desc="answering", unit="answer") as progress:
-        for _, _, question, expected in questions:
-            for name, new_cache in caches.items():
-                cache = new_cache()
-                reply, seconds = ask(model, tokenizer, document, question, cache)
-                rows.append((name, question, reply, expected in reply, seconds, bytes_held(cache)))
-                progress.update()
-
     for _, _, question, expected in questions:
-        print(f"\n{question}  (in the text: {expected})")
-        for name, asked, reply, right, _, _ in rows:
-            if asked == question:
-                print(f"  {name:16s} {'right' if right else 'wrong'}   {reply}")
+        print(f"{question}  (in the text: {expected})")
+        for name, new_cache in caches.items():
+            cache = new_cache()
+            reply, seconds = ask(model, tokenizer, document, question, cache)
+            right = expected in reply
+            rows.append((name, right, seconds, bytes_held(cache)))
+            print(f"  {name:16s} {'right' if right else 'wrong'}   {reply}", flush=True)
+        print()
 
-    print(f"\n{'':16s} {'right':>7s} {'KV cache':>12s} {'first token':>13s}")
+    print(f"{'':16s} {'right':>7s} {'KV cache':>12s} {'first token':>13s}")
     totals = {}
     for name in caches:
         mine = [row for row in rows if row[0] == name]
-        right, size = sum(row[3] for row in mine), max(row[5] for row in mine)
-        seconds = sorted(row[4] for row in mine)[len(mine) // 2]
+        right, size = sum(row[1] for row in mine), max(row[3] for row in mine)
+        seconds = sorted(row[2] for row in mine)[len(mine) // 2]
         totals[name] = (right, size)
         print(f"{name:16s} {f'{right} of {len(mine)}':>7s} {size / 2**20:>8.1f} MiB {seconds:>11.1f} s")
     (full_right, full_size), (right, size) = totals["full cache"], totals["LookaheadCache"]

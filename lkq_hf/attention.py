@@ -24,9 +24,14 @@ query is ``[batch, heads, queries, head_dim]``, key and value ``[batch, kv_heads
 arguments hold ``scaling`` and, for models that cap their logits, ``softcap``.
 """
 
+Bias = Callable[[nn.Module, torch.Tensor], torch.Tensor | None]
+"""Called before each attention with (module, query); returns what to add to its logits instead of the model's mask,
+``[batch, heads, queries, length]``, or None to leave that as it is."""
+
 
 class _ThreadState(threading.local):
     observer: Observer | None = None
+    bias: Bias | None = None
     # The last positions of the running forward on which lookahead adapters are active.
     lookahead_length: int = 0
 
@@ -61,12 +66,21 @@ def _wrap(original: Callable[..., Any] | None) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
+        if thread_state.bias is not None and (bias := thread_state.bias(module, query)) is not None:
+            attention_mask = bias
         output = _run_original(original, module, query, key, value, attention_mask, *args, **kwargs)
-        if thread_state.observer is not None:
-            thread_state.observer(module, query, key, value, kwargs)
+        _show(module, query, key, value, kwargs)
         return output
 
     return observed_attention
+
+
+@torch.compiler.disable  # a compiled forward would hold on to one observer
+def _show(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
+) -> None:
+    if thread_state.observer is not None:
+        thread_state.observer(module, query, key, value, options)
 
 
 class _Overrides(dict[str, Callable[..., Any]]):
@@ -123,6 +137,17 @@ def observe_attention(decoder: PreTrainedModel, observer: Observer) -> Iterator[
         yield
     finally:
         stop()
+
+
+@contextmanager
+def bias_attention(decoder: PreTrainedModel, bias: Bias) -> Iterator[None]:
+    """Replaces the mask of every attention of ``decoder`` in this thread. Implementations without masks ignore it."""
+    outer, thread_state.bias = thread_state.bias, bias
+    try:
+        with observe_attention(decoder, lambda *_: None):
+            yield
+    finally:
+        thread_state.bias = outer
 
 
 @contextmanager

@@ -1,14 +1,21 @@
 """Configuration of the LOOKAHEAD_KV adapter type."""
 
+import math
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from peft import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from lkq_hf.adapter.registration import LOOKAHEAD_KV
 
 MAX_LOOKAHEAD_TOKENS = 4096
 MAX_RANK = 4096
+MAX_LORA_ALPHA = 1e6
+MAX_POOLING_KERNEL_SIZE = 1023
 
 
 @dataclass
@@ -51,21 +58,67 @@ class LookaheadKVConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOOKAHEAD_KV
-        _check_range("num_lookahead_tokens", self.num_lookahead_tokens, MAX_LOOKAHEAD_TOKENS)
-        _check_range("r", self.r, MAX_RANK)
-        if not self.lora_alpha > 0:
-            raise ValueError(f"lora_alpha must be positive, got {self.lora_alpha}")
-        if not 1 <= self.row_power <= 8:
-            raise ValueError(f"row_power must be from 1 to 8, got {self.row_power}")
-        if self.pooling_kernel_size < 1 or self.pooling_kernel_size % 2 == 0:
-            raise ValueError(f"pooling_kernel_size must be a positive odd number, got {self.pooling_kernel_size}")
-        if isinstance(self.last_layer_modules, str) and self.last_layer_modules != "all":
+        _check_whole("num_lookahead_tokens", self.num_lookahead_tokens, MAX_LOOKAHEAD_TOKENS)
+        _check_whole("r", self.r, MAX_RANK)
+        _check_whole("pooling_kernel_size", self.pooling_kernel_size, MAX_POOLING_KERNEL_SIZE)
+        if self.pooling_kernel_size % 2 == 0:
+            raise ValueError(f"pooling_kernel_size must be odd, got {self.pooling_kernel_size}")
+        if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha <= MAX_LORA_ALPHA:
+            raise ValueError(f"lora_alpha must be positive and at most {MAX_LORA_ALPHA:,.0f}, got {self.lora_alpha!r}")
+        if not _is_number(self.row_power) or not 1 <= self.row_power <= 8:
+            raise ValueError(f"row_power must be from 1 to 8, got {self.row_power!r}")
+        if not _are_names(self.target_modules) and not _is_pattern(self.target_modules):
+            raise ValueError(
+                f"target_modules must be a list of names, a regular expression or None, got {self.target_modules!r}"
+            )
+        if not _are_names(self.last_layer_modules) and self.last_layer_modules != "all":
             raise ValueError(
                 f'last_layer_modules must be a list of names, "all" or None, got {self.last_layer_modules!r}'
             )
+        if not isinstance(self.base_model_shape, dict | None):
+            raise ValueError(f"base_model_shape must be a mapping or None, got {self.base_model_shape!r}")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
+        """The config in a directory or repository.
+
+        Raises:
+            ValueError: the directory holds pickled weights, or a value is out of range.
+        """
+        directory = Path(pretrained_model_name_or_path, subfolder or "")
+        if (directory / WEIGHTS_NAME).is_file() and not (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
+            raise ValueError(
+                f"{directory} holds pickled weights ({WEIGHTS_NAME}), which are not read: a pickle can run code. Ask "
+                f"its author for {SAFETENSORS_WEIGHTS_NAME}."
+            )
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
 
-def _check_range(name: str, value: int, maximum: int) -> None:
-    # A config comes from strangers: a size must not make us allocate without bound.
+# A config comes from strangers: nothing in it may make us allocate without bound, or fail only when it is used.
+
+
+def _check_whole(name: str, value: Any, maximum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= maximum:
         raise ValueError(f"{name} must be a whole number from 1 to {maximum}, got {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _are_names(value: Any) -> bool:
+    if value is None:
+        return True
+    return (
+        isinstance(value, Collection) and not isinstance(value, str) and all(isinstance(name, str) for name in value)
+    )
+
+
+def _is_pattern(value: Any) -> bool:
+    if not isinstance(value, str):
+        return False
+    try:
+        re.compile(value)
+    except re.error:
+        return False
+    return True

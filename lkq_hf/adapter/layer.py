@@ -170,6 +170,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         self.lookahead_kv_A = nn.ParameterDict()
         self.lookahead_kv_B = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
+        self._converted: dict[str, tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -192,13 +193,33 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         if name is None:
             return result
         down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
-        lookahead = x[..., -length:, :].to(down.dtype)
-        update = self._update(lookahead, down, up, result.shape[-1])
+        lookahead, tail = x[..., -length:, :], result[..., -length:, :]
         if torch.is_grad_enabled():
-            prompt, tail = result[..., :-length, :], result[..., -length:, :]
-            return torch.cat([prompt, tail + (update * self.scaling[name]).to(result.dtype)], dim=-2)
-        result[..., -length:, :].add_(update, alpha=self.scaling[name])
+            update = self._update(lookahead.to(down.dtype), down, up, result.shape[-1])
+            return torch.cat([result[..., :-length, :], tail + (update * self.scaling[name]).to(result.dtype)], dim=-2)
+        down, up = self._in_dtype(name, down, up, result.dtype)
+        lookahead = lookahead.to(result.dtype)
+        if tail.ndim == 3 and lookahead.shape[-1] == self.in_features and tail.shape[-1] == self.out_features:
+            tail.baddbmm_(F.linear(lookahead, down), up.T.expand(len(tail), -1, -1), alpha=self.scaling[name])
+        else:
+            tail.add_(self._update(lookahead, down, up, tail.shape[-1]), alpha=self.scaling[name])
         return result
+
+    def _in_dtype(
+        self, name: str, down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """An adapter's matrices in the dtype of the base model, for inference; converted again once they change.
+
+        PEFT holds adapters in float32, in which the two small products would take longer than the rest of the layer.
+        """
+        if down.dtype == dtype:
+            return down, up
+        if torch.compiler.is_compiling() or down.is_inference() or up.is_inference():  # these have no version
+            return down.to(dtype), up.to(dtype)
+        state = (dtype, down.data_ptr(), down._version, up.data_ptr(), up._version)
+        if name not in self._converted or self._converted[name][0] != state:
+            self._converted[name] = state, down.detach().to(dtype), up.detach().to(dtype)
+        return self._converted[name][1:]
 
     def _update(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, features: int) -> torch.Tensor:
         """``x A^T B^T``, ``[..., features]``.

@@ -23,6 +23,9 @@ SHAPE_FIELDS = (
     "num_key_value_heads", "head_dim",
 )  # fmt: skip
 
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What a file of weights may hold."""
+
 
 class LookaheadKVModel(BaseTuner):
     """A causal language model with lookahead tokens and their LoRA (LookaheadKV, arXiv 2603.10899).
@@ -153,7 +156,7 @@ class LookaheadKVModel(BaseTuner):
 
 
 def _check_state_dict(parameters: dict[str, nn.Parameter], state_dict: dict[str, torch.Tensor]) -> None:
-    """Raises ValueError unless the tensors are exactly those of the adapter, in shape and finite."""
+    """Raises ValueError unless the tensors are exactly those of the adapter, in shape and type, and finite."""
     problems = []
     if missing := sorted(parameters.keys() - state_dict.keys()):
         problems.append(f"{len(missing)} tensors are missing ({', '.join(missing[:3])}, ...)")
@@ -163,6 +166,8 @@ def _check_state_dict(parameters: dict[str, nn.Parameter], state_dict: dict[str,
         expected, found = tuple(parameters[name].shape), tuple(state_dict[name].shape)
         if expected != found:
             problems.append(f"{name} should have shape {list(expected)}, found {list(found)}")
+        elif state_dict[name].dtype not in WEIGHT_DTYPES:
+            problems.append(f"{name} should hold floating-point numbers, found {state_dict[name].dtype}")
         elif not torch.isfinite(state_dict[name]).all():
             problems.append(f"{name} holds values that are not finite")
     if problems:

@@ -164,6 +164,20 @@ class LookaheadCache(Cache):
             self._free_slots = min(layer.free_slots() for layer in layers)
         self._free_slots -= query_length
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes the last tokens; of every layer, or, if one cannot, of none.
+
+        Args:
+            tokens_to_remove: minus the number of tokens to remove, or (older transformers) the length to crop to.
+
+        Raises:
+            ValueError: entries that the shorter text needs are gone.
+        """
+        for layer in self.layers:
+            if isinstance(layer, EvictedLayer | UncompressedSlidingLayer):
+                layer.croppable(tokens_to_remove)
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         """Forgets everything that was read; the next prompt is compressed again."""
         self.layers = []

@@ -85,6 +85,21 @@ class EvictedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.stored + query_length, self.tokens_seen - self.stored
 
+    def croppable(self, tokens_to_remove: int) -> int:
+        """How many tokens a :meth:`crop` removes.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        amount = int(tokens_to_remove)
+        remove = max(self.tokens_seen - amount, 0) if amount > 0 else -amount
+        if self.tokens_seen - remove < self._evicted_length:
+            raise ValueError(
+                f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self._evicted_length} "
+                "were evicted, so the cache cannot go back before them. Start again with a new LookaheadCache."
+            )
+        return remove
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens.
 
@@ -94,21 +109,19 @@ class EvictedLayer(DynamicLayer):
         Raises:
             ValueError: the crop reaches into the part of the prompt from which entries were evicted.
         """
-        amount = int(tokens_to_remove)
-        remove = max(self.tokens_seen - amount, 0) if amount > 0 else -amount
-        if self.tokens_seen - remove < self._evicted_length:
-            raise ValueError(
-                f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self._evicted_length} "
-                "were evicted, so the cache cannot go back before them. Start again with a new LookaheadCache."
-            )
+        remove = self.croppable(tokens_to_remove)
         if remove:
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.tokens_seen -= remove
         if self._deferred is not None:
             scores, budget = self._deferred
             self._deferred = None
-            if budget < self.tokens_seen:
-                self.evict(self.keys, self.values, scores[..., : self.tokens_seen], budget, defer=False)
+            length = min(scores.shape[-1], self.tokens_seen)
+            if budget < length:
+                later = self.keys[:, :, length:], self.values[:, :, length:]
+                self.evict(self.keys, self.values, scores[..., :length], budget, defer=False)
+                if later[0].shape[-2]:
+                    self.update(*later)
 
     def reset(self) -> None:
         super().reset()
@@ -142,6 +155,21 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)
         self._prefill_length: int | None = None
+
+    def croppable(self, tokens_to_remove: int) -> int:
+        """How many tokens a ``crop`` removes.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        seen, amount = self.get_seq_length(), int(tokens_to_remove)
+        remove = max(seen - amount, 0) if amount > 0 else -amount
+        if seen >= self.sliding_window and not self.record_past:
+            raise ValueError(
+                f"cannot remove {remove} of {seen} tokens: what a window of {self.sliding_window} needs there was "
+                "dropped. Call activate_past_recording() on the LookaheadCache before it reads anything."
+            )
+        return remove
 
     def begin_prefill(self, length: int) -> None:
         """The next ``update`` brings the prompt's ``length`` tokens and appended ones, which are not stored."""

@@ -106,13 +106,18 @@ def get_decoder(model: nn.Module) -> PreTrainedModel:
     """The stack of decoder layers inside a transformers model (the text model of a multimodal one).
 
     Raises:
-        TypeError: the model has none.
+        TypeError: the model has none, or is an encoder.
     """
     base: Any = _base_model(model)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
     if not isinstance(decoder, PreTrainedModel):
         raise TypeError(
             f"expected a decoder-only language model of transformers, found {type(base).__name__} without a decoder"
+        )
+    if any(hasattr(layer, "layer_idx") and getattr(layer, "is_causal", True) is False for layer in decoder.modules()):
+        raise TypeError(
+            f"expected a decoder-only language model of transformers, found {type(base).__name__}, an encoder: its "
+            "tokens attend to those that follow"
         )
     return decoder
 

@@ -126,6 +126,17 @@ class StaticStorage(_Layer):
         """
         if not self.has_static_storage:
             return super().crop(tokens_to_remove)
+        self._filled.sub_(self.croppable(tokens_to_remove))
+        return None
+
+    def croppable(self, tokens_to_remove: int) -> int:
+        """How many tokens a :meth:`crop` removes.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        if not self.has_static_storage:
+            return super().croppable(tokens_to_remove)  # type: ignore[misc]
         seen, amount = int(self.get_seq_length()), int(tokens_to_remove)
         remove = max(seen - amount, 0) if amount > 0 else -amount
         if seen - remove < self._first_croppable_length():
@@ -134,8 +145,7 @@ class StaticStorage(_Layer):
                 "tokens need were dropped, so the cache cannot go back before them. Start again with a new "
                 "LookaheadCache."
             )
-        self._filled.sub_(remove)
-        return None
+        return remove
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         keys, values = self.keys, self.values

@@ -1,7 +1,7 @@
 """The ``lkq-hf`` command line: one file per subcommand, thin."""
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -21,6 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # boxes leave half a terminal for the text
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("generate-targets")(generate_targets)
@@ -33,6 +34,12 @@ app.command("inspect")(inspect)
 
 # What a user can act on is told by its text alone; the name of any other error is part of what happened.
 _EXPLAINED = (ValueError, TypeError, OSError, NotImplementedError, RuntimeError, ImportError)
+
+# click's, of which typer brings a copy or uses the installed one, depending on its version.
+_UsageError: Any = typer.BadParameter.__base__
+
+# After Ctrl-C, as a shell says it.
+_INTERRUPTED = 130
 
 _debug = False
 
@@ -55,14 +62,30 @@ def _options(
 
 
 def main() -> None:
-    """Runs the command line: exit code 0, 1 after an error (one line on stderr), 2 for wrong options."""
+    """Runs the command line.
+
+    The exit code is 0, 1 after an error, 2 for wrong options, or 130 after Ctrl-C; errors are one line on stderr.
+    """
     try:
-        app()
+        code = app(standalone_mode=False)
+    except _UsageError as error:
+        text, command = error.format_message(), error.ctx.command_path if error.ctx else "lkq-hf"
+        # Without a command, the message is the help.
+        _exit(2, text if "\n" in text else f"lkq-hf: {text.rstrip('.')}; see {command} --help")
+    except typer.Abort:
+        code = _INTERRUPTED
     except Exception as error:
         if _debug:
             raise
         text = " ".join(str(error).split())
         if not isinstance(error, _EXPLAINED):
             text = f"{type(error).__name__}: {text} (lkq-hf --debug shows where)"
-        typer.echo(f"lkq-hf: {text or type(error).__name__}", err=True)
-        sys.exit(1)
+        _exit(1, f"lkq-hf: {text or type(error).__name__}")
+    if code == _INTERRUPTED:
+        typer.echo("lkq-hf: stopped", err=True)
+    sys.exit(code or 0)
+
+
+def _exit(code: int, text: str) -> NoReturn:
+    typer.echo(text, err=True)
+    sys.exit(code or 0)

@@ -9,7 +9,9 @@ from lkq_hf.cli.options import Device, Model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
-    help="Measure a model on your own texts: what evicted caches lose, or its perplexity.", no_args_is_help=True
+    help="Measure what is lost, on texts of your own.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
 
 Text = Annotated[
@@ -20,7 +22,7 @@ Out = Annotated[Path, typer.Option(help="Directory for the results; a stopped ru
 Precision = Annotated[
     str, typer.Option("--dtype", help="float32, bfloat16 or float16; auto: bfloat16 on a GPU, else float32.")
 ]
-BatchSize = Annotated[int, typer.Option(help="Prompts or windows in a batch.")]
+BatchSize = Annotated[int, typer.Option(help="Prompts or windows in a batch.", min=1)]
 
 
 @app.command()
@@ -57,10 +59,11 @@ def eviction(
     dtype: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Compare evicted caches with the full one, on prompts made from your texts.
+    """Compare evicted caches with the full one.
 
-    Every prompt is read once; from that, each scorer's cache at each budget is made, and answers. Writes results.json,
-    results.md and three plots. Under `accelerate launch`, the prompts are divided among the processes.
+    Prompts are made from your texts. Every prompt is read once; from that, each scorer's cache at each budget is
+    made, and answers. Writes results.json, results.md and three plots. Under `accelerate launch`, the prompts are
+    divided among the processes.
     """
     from lkq_hf.evaluation.environment import digests
     from lkq_hf.evaluation.eviction import check_budgets, check_scorers, evaluate_eviction, load_evaluator
@@ -73,7 +76,7 @@ def eviction(
     if plots:
         require_matplotlib()
     default = "lookahead,snapkv,streaming,oracle" if adapter else "snapkv,streaming,oracle"
-    chosen = check_scorers(_names(scorers or default))
+    chosen = check_scorers(_names(default if scorers is None else scorers))
     kept = check_budgets(_numbers("--budgets", budgets))
     lengths = _numbers("--length", length)
     kinds = _names(tasks)
@@ -126,9 +129,10 @@ def perplexity(
     dtype: Precision = "auto",
     device: Device = None,
 ) -> None:
-    """Perplexity on your texts, cut into windows that do not overlap.
+    """Measure perplexity on your texts.
 
-    Under `accelerate launch`, the windows are divided among the processes.
+    They are cut into windows that do not overlap. Under `accelerate launch`, the windows are divided among the
+    processes.
     """
     from lkq_hf.evaluation.environment import digests
     from lkq_hf.evaluation.journal import Journal

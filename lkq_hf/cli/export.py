@@ -15,12 +15,17 @@ class ExportFormat(StrEnum):
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="Directory of a quantised checkpoint.", exists=True, file_okay=False)],
+    source: Annotated[
+        Path, typer.Argument(help="Directory of a quantised checkpoint.", metavar="DIR", exists=True, file_okay=False)
+    ],
     format: Annotated[ExportFormat, typer.Option(help="Format of the new checkpoint.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint; must not exist.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a quantised checkpoint as plain GPTQ, or as compressed-tensors pack-quantized."""
+    """Write a quantised checkpoint for GPTQModel or vLLM.
+
+    The formats are plain GPTQ, and pack-quantized of compressed-tensors. Nothing is rounded again.
+    """
     from lkq_hf.quantization.export import export_checkpoint
 
     export_checkpoint(source, out, format.value)

@@ -21,25 +21,33 @@ def generate_targets(
         Path | None,
         typer.Option(help="Your own prompts instead: jsonl with 'messages' (a chat) or 'text' each."),
     ] = None,
-    count: Annotated[int, typer.Option(help="Training prompts to make.")] = 8000,
-    validation_count: Annotated[int, typer.Option(help="Validation prompts, from documents held out whole.")] = 256,
+    count: Annotated[int, typer.Option(help="Training prompts to make.", min=1)] = 8000,
+    validation_count: Annotated[
+        int, typer.Option(help="Validation prompts, from documents held out whole.", min=1)
+    ] = 256,
     validation_fraction: Annotated[float, typer.Option(help="Share of documents (or prompts) held out.")] = 0.05,
     min_length: Annotated[int, typer.Option(help="Shortest prompt, in tokens.")] = 512,
     max_length: Annotated[int, typer.Option(help="Longest prompt, in tokens.")] = 8192,
-    length_step: Annotated[int, typer.Option(help="Prompt lengths are multiples of this.")] = 256,
+    length_step: Annotated[int, typer.Option(help="Prompt lengths are multiples of this.", min=1)] = 256,
     mix: Annotated[
         str, typer.Option(help="Further fields of lkq_hf.training.PromptMix, as JSON: '{\"length_skew\": 0}'.")
     ] = "{}",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.")] = 512,
-    shard_size: Annotated[int, typer.Option(help="Prompts per file; a stopped run repeats at most one file.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Tokens in a batch, prompts and responses together.")] = 65_536,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.", min=1)] = 512,
+    shard_size: Annotated[
+        int, typer.Option(help="Prompts per file; a stopped run repeats at most one file.", min=1)
+    ] = 512,
+    batch_tokens: Annotated[
+        int, typer.Option(help="Tokens in a batch, prompts and responses together.", min=1)
+    ] = 65_536,
     seed: Annotated[int, typer.Option(help="Seed of the prompts.")] = 0,
-    workers: Annotated[int, typer.Option(help="Processes that build prompts.")] = 1,
+    workers: Annotated[int, typer.Option(help="Processes that build prompts.", min=1)] = 1,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make training data for a lookahead adapter: prompts from documents, answered by the model itself.
+    """Make training data: prompts and the model's answers.
+
+    The prompts of a lookahead adapter's training are made from documents, or are your own.
 
     A run that was stopped goes on where it was when it is started again. Under `accelerate launch`, the responses are
     divided among the processes.
@@ -102,8 +110,11 @@ def _built_prompts(
 def _fields(mix: str) -> dict[str, Any]:
     from lkq_hf.training.prompts import PromptMix
 
-    fields = json.loads(mix)
     known = [field.name for field in dataclasses.fields(PromptMix) if field.name != "seed"]
+    try:
+        fields = json.loads(mix)
+    except json.JSONDecodeError:
+        fields = None
     if not isinstance(fields, dict) or not set(fields) <= set(known):
         raise ValueError(f"--mix must be a JSON object with some of {', '.join(known)}; got {mix}")
     return fields

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, load_model
+from lkq_hf.cli.options import Device, Model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -27,16 +27,23 @@ def inspect(
     as_json: AsJson = False,
     device: Device = None,
 ) -> None:
-    """Show which tokens of a prompt are kept, by layer and by head, in a page that needs no network."""
-    from accelerate import PartialState
+    """Show which tokens of a prompt are kept, in an HTML page.
 
+    It shades the prompt's text, maps layers and heads, and needs no network.
+    """
+    from lkq_hf.hub import load_adapter
     from lkq_hf.inspection import inspect_eviction, render_report
     from lkq_hf.text.chat import render_chat
+    from lkq_hf.text.documents import read_text
 
-    message = prompt.read_text(encoding="utf-8")
-    causal_lm, tokenizer = load_model(model, dtype, device or str(PartialState().device))
+    message = read_text(prompt)
+    if not message.strip():
+        raise ValueError(f"{prompt} is empty; expected the text of a prompt")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _, place = find_device(device)
+    causal_lm, tokenizer = load_model(model, dtype, place)
     if adapter is not None:
-        causal_lm.load_adapter(adapter)
+        load_adapter(causal_lm, adapter)
     inspection = inspect_eviction(
         causal_lm,
         tokenizer,
@@ -48,7 +55,6 @@ def inspect(
         adapter=adapter and Path(adapter).name,
         add_special_tokens=raw or not tokenizer.chat_template,
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render_report(inspection), encoding="utf-8")
     mebibytes = [f"{size / 2**20:.2f} MiB" for size in (inspection.kept_bytes, inspection.full_bytes)]
     report(

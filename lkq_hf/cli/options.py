@@ -1,6 +1,8 @@
 """Options that several subcommands share."""
 
+import re
 from datetime import timedelta
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,19 +13,71 @@ Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu; b
 
 
 def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
-    """A causal language model on a device, and its tokenizer.
+    """A decoder-only language model on a device, and its tokenizer.
 
     Raises:
-        ValueError: no such data type.
+        FileNotFoundError: no such directory, or one without a model.
+        ValueError: no such data type, or damaged weights.
+        TypeError: a model of another kind.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in dtypes:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(dtypes)}")
-    causal_lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=dtypes[dtype])
+    from lkq_hf.cache.prefill import get_decoder
+
+    check_dtype(dtype)
+    check_model(model)
+    causal_lm: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
+    get_decoder(causal_lm)
     return causal_lm.to(device).eval(), AutoTokenizer.from_pretrained(model)
+
+
+def check_dtype(dtype: str, *more: str) -> None:
+    """Raises ValueError for a data type that is neither one of the usual ones nor one of ``more``."""
+    known = ("float32", "bfloat16", "float16", *more)
+    if dtype not in known:
+        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(known)}")
+
+
+def check_model(model: str, quantised: bool = True) -> None:
+    """Checks what can be known of a model before its weights are read.
+
+    Args:
+        model: a directory or an id on the Hub.
+        quantised: whether it may be quantised already.
+
+    Raises:
+        FileNotFoundError: no such directory, or one without a model.
+        ValueError: a weight file in it is damaged, or it is quantised and should not be.
+        TypeError: a model of another kind.
+    """
+    from safetensors import SafetensorError, safe_open
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    directory = Path(model).expanduser()
+    if not directory.is_dir() and (re.match(r"[./~]", model) or model.count("/") > 1):
+        raise FileNotFoundError(f"there is no directory {model}; expected one with a model, or an id on the Hub")
+    if directory.is_dir():
+        names = {path.name for path in directory.iterdir()}
+        for path in directory.glob("*.safetensors"):
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged or truncated ({error}); write or copy it again") from error
+        if "adapter_config.json" in names and "config.json" not in names:
+            return  # transformers loads the model that the adapter names
+        if "config.json" not in names:
+            found = ", ".join(sorted(names)[:5]) or "nothing"
+            raise FileNotFoundError(f"{model} holds no model: expected a config.json and weights, found {found}")
+        config = AutoConfig.from_pretrained(model)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
+            raise TypeError(
+                f"{model} holds a {config.model_type} model; expected a decoder-only language model, one that "
+                "AutoModelForCausalLM loads"
+            )
+        if not quantised and getattr(config, "quantization_config", None) is not None:
+            raise ValueError(f"{model} is quantised already; expected a model in full precision")
 
 
 def find_device(device: str | None) -> tuple[Any, str]:
@@ -31,9 +85,15 @@ def find_device(device: str | None) -> tuple[Any, str]:
 
     Args:
         device: what the user asked for; a kind of accelerator stands for each process's own one.
+
+    Raises:
+        ValueError: this machine has no such device.
     """
     import torch
     from accelerate import PartialState
+
+    if device is not None:
+        _check_device(device)
 
     # Without an accelerator, several processes find each other only when told that they are on CPUs. Where one has
     # more left to do than another, the other waits longer than the half an hour after which NCCL gives up.
@@ -42,3 +102,20 @@ def find_device(device: str | None) -> tuple[Any, str]:
     if on_cpu or (device is not None and device != state.device.type):
         return state, device or "cpu"
     return state, str(state.device)
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    kinds = ["cpu"] if accelerator is None else ["cpu", accelerator.type]
+    try:
+        found = torch.device(device)
+        known = found.type == "cpu" or (found.type in kinds and (found.index or 0) < torch.accelerator.device_count())
+    except RuntimeError:
+        known = False
+    if not known:
+        raise ValueError(
+            f"there is no device {device!r} here: expected {' or '.join(kinds)} (torch {torch.__version__}); by "
+            "default the best one is taken"
+        )

@@ -26,13 +26,14 @@ def push(
     message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     results: Annotated[
         list[Path] | None,
-        typer.Option(help="JSON file of lkq-hf evaluate, whose numbers go into the card; may be repeated."),
+        typer.Option(help="JSON file of lkq-hf evaluate, whose numbers go into the card; repeatable.", exists=True),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check a directory, write a model card if there is none, and upload it to the Hub.
+    """Upload an adapter or a quantised checkpoint to the Hub.
 
-    What an interrupted push has uploaded is not sent again.
+    The directory is checked first, and a model card is written if there is none. What an interrupted push has
+    uploaded is not sent again.
     """
     from lkq_hf.hub import push_to_hub, read_results
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, find_device
+from lkq_hf.cli.options import Device, Model, check_dtype, check_model, find_device
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -17,9 +17,9 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="Input features that share a scale; -1 for a whole row.")] = 128,
     sym: Annotated[bool, typer.Option("--sym/--no-sym", help="Symmetric zero points.")] = True,
     preset: Annotated[str, typer.Option(help="default (the strongest measured) or paper (as published).")] = "default",
-    num_samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
-    model_seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.")] = 2048,
-    batch_size: Annotated[int, typer.Option(help="Windows that run through a block at once.")] = 8,
+    num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
+    model_seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.", min=1)] = 2048,
+    batch_size: Annotated[int, typer.Option(help="Windows that run through a block at once.", min=1)] = 8,
     seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
     text_column: Annotated[str, typer.Option(help="Field of the texts.")] = "text",
     modules_to_not_convert: Annotated[
@@ -35,7 +35,7 @@ def quantize(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Quantise a causal language model and save it with its tokenizer.
+    """Quantise a model and save it with its tokenizer.
 
     A run that was stopped goes on after its last finished block when it is started again. Under `accelerate launch`,
     the calibration samples and the rows of every layer are divided among the processes.
@@ -43,6 +43,8 @@ def quantize(
     from lkq_hf.quantization import TwoStageQuantizer
 
     state, place = find_device(device)
+    check_dtype(dtype, "auto")
+    check_model(model, quantised=False)
     quantizer = TwoStageQuantizer.from_pretrained(model, dtype=dtype)
     quantizer.quantize(
         out,

@@ -22,8 +22,8 @@ def train(
     base_model_name: Annotated[
         str | None, typer.Option(help="Name of the base model that the adapter records, if not MODEL.")
     ] = None,
-    num_lookahead_tokens: Annotated[int, typer.Option(help="Learned tokens.")] = 32,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 8,
+    num_lookahead_tokens: Annotated[int, typer.Option(help="Learned tokens.", min=1)] = 32,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.", min=1)] = 8,
     lora_alpha: Annotated[float, typer.Option(help="The LoRA's update is scaled by lora_alpha / rank.")] = 32,
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the lookahead positions beside the tokens.")] = True,
     row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 1.0,
@@ -34,30 +34,34 @@ def train(
         float, typer.Option(help="Leave out responses of which a larger share repeats itself (0.3 drops loops).")
     ] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.")] = 32,
-    device_batch_size: Annotated[int, typer.Option(help="Most prompts in a forward of one device.")] = 32,
+    batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.", min=1)] = 32,
+    device_batch_size: Annotated[int, typer.Option(help="Most prompts in a forward of one device.", min=1)] = 32,
     epochs: Annotated[float, typer.Option(help="Passes over the training set.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Steps; overrides epochs if positive.")] = -1,
-    eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.")] = 200,
-    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.")] = 200,
+    eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.", min=1)] = 200,
+    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1)] = 200,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a lookahead adapter. Started again after a stop, it goes on from the last checkpoint.
+    """Train a lookahead adapter.
+
+    Started again after a stop, it goes on from the last checkpoint.
 
     Under `accelerate launch`, the prompts of each step are divided among the processes.
     """
     from accelerate.utils import parse_flag_from_env
     from peft import PeftModel, get_peft_model
     from transformers import set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from lkq_hf.adapter import LookaheadKVConfig
-    from lkq_hf.hub import write_training_record
+    from lkq_hf.hub import adapter_config, write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
+    from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
 
+    if adapter is not None:
+        adapter_config(adapter)
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
     set_seed(seed)
@@ -106,12 +110,11 @@ def train(
         train_dataset=_informative([load_targets(directory / "train") for directory in targets], max_repetition),
         eval_dataset=load_targets(targets[0] / "validation"),
     )
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     if state.is_main_process:
-        peft_model.save_pretrained(str(out))
+        save_adapter(peft_model, out)
         options = {
             "steps": trainer.state.global_step,
             "learning_rate": learning_rate,

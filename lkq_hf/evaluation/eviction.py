@@ -1,8 +1,8 @@
 """What answers lose when the cache is evicted: each scorer at each budget against the full cache."""
 
 import copy
-import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import evaluate
@@ -18,6 +18,7 @@ from lkq_hf.evaluation.journal import Journal
 from lkq_hf.evaluation.metrics import load_metric
 from lkq_hf.evaluation.prefill import ScoredAnswers, add_oracle, cache_bytes, kept_entries, read_prompts, stack_caches
 from lkq_hf.evaluation.tasks import Example, QuestionAnswering, Task
+from lkq_hf.hub import load_adapter
 from lkq_hf.scoring import SCORERS, Scorer, get_scorer
 
 ORACLE = "oracle"
@@ -190,7 +191,7 @@ def evaluate_eviction(
         ``{"arguments", "environment", "rows", "records"}``; see :func:`summarise` for the rows.
 
     Raises:
-        ValueError: a budget is not below every length, or a count below 1.
+        ValueError: a budget is not below every length, a count below 1, or a task that the documents do not allow.
     """
     if min(examples, batch_size) < 1 or not tasks or not lengths:
         raise ValueError("expected at least one task, one length, one example and a batch size of at least 1")
@@ -199,6 +200,9 @@ def evaluate_eviction(
             f"a budget of {max(evaluator.budgets)} entries evicts nothing from prompts of {min(lengths)} tokens: "
             "choose smaller budgets or longer prompts"
         )
+    for task in tasks:
+        for length in lengths:
+            task.example(0, length)  # what the documents do not allow is told before hours of other tasks
     state = PartialState()
     batches = [
         (task, length, range(start, min(start + batch_size, examples)))
@@ -286,7 +290,7 @@ class _Metrics:
 def load_evaluator(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    adapter: str | os.PathLike[str] | None,
+    adapter: str | Path | None,
     scorers: Sequence[str],
     budgets: Sequence[int],
 ) -> EvictionEvaluator:
@@ -298,5 +302,5 @@ def load_evaluator(
     if "lookahead" in check_scorers(scorers) and adapter is None:
         raise ValueError("the lookahead scorer needs an adapter: pass one, or leave lookahead out of the scorers")
     if adapter is not None:
-        model.load_adapter(str(adapter))
+        load_adapter(model, adapter)
     return EvictionEvaluator(model, tokenizer, scorers, budgets)

@@ -29,8 +29,9 @@ class Journal:
             self._check(json.loads(note.read_text(encoding="utf-8")))
         elif self._pieces.exists():
             raise ValueError(f"{self.directory} has a journal but no run.json: name another directory")
-        self._pieces.mkdir(parents=True, exist_ok=True)
+        self.directory.mkdir(parents=True, exist_ok=True)
         write_json(note, self.arguments)
+        self._pieces.mkdir(exist_ok=True)
 
     def _check(self, found: dict[str, Any]) -> None:
         names = [name for name in {**found, **self.arguments} if found.get(name) != self.arguments.get(name)]

@@ -73,6 +73,8 @@ class Contents:
                 names.append(MODEL_WEIGHTS)
             else:
                 names += sorted(set(read_json(index)["weight_map"].values()))
+        if outside := [name for name in names if Path(name).name != name]:
+            raise ValueError(f"{self.directory / MODEL_INDEX} names files outside of its directory: {outside[0]}")
         if missing := [name for name in names if not (self.directory / name).is_file()]:
             raise FileNotFoundError(
                 f"{self.directory} is not complete: it should hold {', '.join(missing)}; save it again"
@@ -156,7 +158,7 @@ def _check_checkpoint(contents: Contents) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     files = [str(path) for path in contents.weight_files if path.name != ADAPTER_WEIGHTS]
-    check_checkpoint(replace_by_packed(model, settings), files, model.base_model_prefix)
+    check_checkpoint(model, replace_by_packed(model, settings), files)
 
 
 def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:

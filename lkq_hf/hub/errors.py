@@ -58,8 +58,9 @@ def explained(repo_id: str, token: str | bool | None = None, revision: str | Non
         status = error.response.status_code
         said = error.server_message or f"HTTP {status}"
         if status == 401:
-            what = "the token is not valid" if has_token(token) else "a token is needed"
-            raise PermissionError(f"{repo_id}: {what} ({said}): {LOG_IN}") from error
+            if has_token(token):
+                raise PermissionError(f"{repo_id}: the token is not valid ({said}): {LOG_IN}") from error
+            raise PermissionError(f"{repo_id}: a token is needed ({said}): {LOG_IN}") from error
         if status == 403:
             raise PermissionError(f"{repo_id}: no right to do that ({said}); use a token that has it") from error
         raise ConnectionError(f"the Hub refused a request about {repo_id} ({said}); try again") from error

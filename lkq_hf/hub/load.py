@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
-from lkq_hf.hub.contents import ADAPTER_CONFIG, MODEL_CONFIG, PEFT_TYPE, read_json
+from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE, read_json
 from lkq_hf.hub.errors import explained
 
 
@@ -22,6 +22,8 @@ def load_adapter(
 ) -> None:
     """Loads a LOOKAHEAD_KV adapter into a model, as ``model.load_adapter`` does, after checking that it is one.
 
+    ``model.load_adapter`` only warns about tensors that the config does not ask for; here they are an error.
+
     Args:
         model: the base model.
         source: a directory, or the id of a repository.
@@ -31,18 +33,28 @@ def load_adapter(
         adapter_name: its name in the model.
 
     Raises:
-        FileNotFoundError: no such repository or revision.
+        FileNotFoundError: no such repository or revision, or no weights in it.
         PermissionError: a token is missing or has no access.
-        ValueError: another kind of repository or adapter, or one for another base model.
+        ValueError: another kind of repository or adapter, one for another base model, or weights that do not fit the
+            config.
     """
     adapter_config(source, revision=revision, subfolder=subfolder, token=token)
+    if _find(source, ADAPTER_WEIGHTS, revision, subfolder, token) is None:
+        raise FileNotFoundError(f"{source} has no {ADAPTER_WEIGHTS}: the adapter is incomplete; save it again")
     options = {"revision": revision, "subfolder": subfolder or None, "token": token}
     with explained(str(source), token, revision):
-        model.load_adapter(
+        loaded = model.load_adapter(
             str(source),
             adapter_name=adapter_name,
             adapter_kwargs={name: value for name, value in options.items() if value is not None},
         )
+    for kind, names in (("unexpected", loaded.unexpected_keys), ("missing", loaded.missing_keys)):
+        if names:
+            model.delete_adapter(adapter_name)
+            raise ValueError(
+                f"the weights of {source} do not fit its config and this model: {len(names)} tensors are {kind} "
+                f"({', '.join(sorted(names)[:3])}, ...). The file is damaged, or it belongs to another config."
+            )
 
 
 def adapter_config(

@@ -101,6 +101,11 @@ def inspect_eviction(
     if not scorers:
         raise ValueError("no scorers were given: expected at least one name")
     ids, pieces = _tokenise(prompt, tokenizer, add_special_tokens)
+    if budget >= len(ids):
+        raise ValueError(
+            f"a budget of {budget} entries evicts nothing from a prompt of {len(ids)} tokens: choose a smaller budget "
+            "or a longer prompt"
+        )
     prepare_model_for_eviction(model)
     input_ids = torch.tensor([ids], device=model.device)
     mask = torch.ones_like(input_ids)

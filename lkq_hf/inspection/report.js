@@ -135,7 +135,7 @@
     const [from, to] = allRows();
     const written = JSON.stringify(tokens[here].textContent);
     const parts = mode().map((name) => `${names[name]}: ${count(name, here, from, to)} of ${to - from} heads`);
-    let line = `Token ${here + 1} of ${length}, ${written}. Kept by ${parts.join("; ")}.`;
+    let line = `Token ${(here + 1).toLocaleString("en")} of ${length.toLocaleString("en")}, ${written}. Kept by ${parts.join("; ")}.`;
     if (row >= 0) {
       const [mine] = mode();
       const keeps = kept[mine][row * length + here] ? "keeps" : "evicts";

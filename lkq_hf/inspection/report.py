@@ -17,6 +17,11 @@ from lkq_hf.inspection.collect import ORACLE, Inspection
 ASSETS = Path(__file__).parent
 NAMES = {"lookahead": "lookahead", "snapkv": "SnapKV", "streaming": "sinks + recent", ORACLE: "oracle"}
 
+ORACLE_NOTE = (
+    '<p class="note">The oracle keeps what the full cache\'s own answer attends to. No scorer can know that: it shows '
+    "what the budget allows.</p>"
+)
+
 
 def render_report(inspection: Inspection) -> str:
     """The page as HTML. It loads nothing, and the prompt's text in it is only text."""
@@ -36,6 +41,7 @@ def render_report(inspection: Inspection) -> str:
         "budget": f"{inspection.budget:,}",
         "length": f"{len(inspection.pieces):,}",
         "heads": f"{inspection.heads:,}",
+        "heads_in_layer": f"{inspection.heads // len(inspection.layers):,}",
         "layers": f"{len(inspection.layers):,}",
         "kept_bytes": _mebibytes(inspection.kept_bytes),
         "full_bytes": _mebibytes(inspection.full_bytes),
@@ -44,7 +50,10 @@ def render_report(inspection: Inspection) -> str:
         "modes": _modes(list(inspection.kept)),
         "layer_options": "".join(f'<option value="{i}">{layer}</option>' for i, layer in enumerate(inspection.layers)),
         "tokens": _tokens(inspection.pieces, counts / inspection.heads),
+        "layer_ticks": _ticks("layers", "top", {i: str(layer) for i, layer in enumerate(inspection.layers)}),
+        "token_ticks": _ticks("tokens", "left", {i: f"{i + 1:,}" for i in range(len(inspection.pieces))}),
         "comparison": _comparison(inspection),
+        "oracle_note": ORACLE_NOTE if ORACLE in inspection.kept else "",
         "by_layer": _by_layer(inspection),
         "answers": _answers(inspection.answers),
         "version": html.escape(lkq_hf.__version__),
@@ -107,6 +116,16 @@ def _tokens(pieces: list[str], shares: torch.Tensor) -> str:
 def _visible(text: str) -> str:
     """Escaped, and with a sign in the place of characters that HTML does not allow."""
     return html.escape(re.sub(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text.replace("\r", "")))
+
+
+def _ticks(kind: str, side: str, labels: Mapping[int, str], count: int = 6) -> str:
+    """Labels of an axis at the middle of their cells: the first, the last, and some between."""
+    last = len(labels) - 1
+    shown = sorted({round(last * step / (count - 1)) for step in range(count)})
+    spans = "".join(
+        f'<span style="{side}:{100 * (index + 0.5) / len(labels):.2f}%">{labels[index]}</span>' for index in shown
+    )
+    return f'<div class="ticks {kind}" aria-hidden="true">{spans}</div>'
 
 
 def _comparison(inspection: Inspection) -> str:

@@ -55,7 +55,18 @@ def lookahead_scores(
     _check(query, key, mask, row_mask)
     if not row_power > 0:
         raise ValueError(f"row_power must be positive, found {row_power}.")
-    return _LookaheadScores.apply(query, key, mask, row_mask, scaling, softcap, row_power, reduce_heads)
+    inputs = query, key, mask, row_mask, scaling, softcap, row_power, reduce_heads
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return _LookaheadScores.apply(*inputs)
+    return _scores_and_lse(*inputs)[0]
+
+
+def _scores_and_lse(query: Tensor, key: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:
+    if use_triton(query, key):
+        from lkq_hf.kernels.lookahead_scores_triton import lookahead_scores_triton
+
+        return lookahead_scores_triton(query, key, *settings)
+    return _reference(query, key, *settings)
 
 
 class _LookaheadScores(torch.autograd.Function):
@@ -73,15 +84,10 @@ class _LookaheadScores(torch.autograd.Function):
         row_power: float,
         reduce_heads: bool,
     ) -> Tensor:
-        if use_triton(query, key):
-            from lkq_hf.kernels.lookahead_scores_triton import lookahead_scores_triton
-
-            implementation = lookahead_scores_triton
-        else:
-            implementation = _reference
-        scores, partial_lse = implementation(query, key, mask, row_mask, scaling, softcap, row_power, reduce_heads)
+        settings = (scaling, softcap, row_power, reduce_heads)
+        scores, partial_lse = _scores_and_lse(query, key, mask, row_mask, *settings)
         ctx.save_for_backward(query, key, mask, row_mask, partial_lse, scores)
-        ctx.settings = (scaling, softcap, row_power, reduce_heads)
+        ctx.settings = settings
         return scores
 
     @staticmethod

@@ -16,37 +16,27 @@ KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 # From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
 _DEQUANTIZE_ROWS = 1024
 # Rows up to which the float32 units can keep up with reading the weight.
-_GEMV_ROWS = 4
+_GEMV_ROWS = 2
 
-# Features per chunk, chunks and columns per thread block, thread blocks per column, warps.
+# Features per chunk; then chunks and columns per thread block, thread blocks per column, warps, stages.
 _GEMV_CHUNK = {2: 128, 3: 64, 4: 64, 8: 32}
 _GEMV_TILES = (
-    (32, 32, 1, 8),
-    (64, 32, 1, 16),
-    (16, 64, 1, 8),
-    (64, 16, 1, 8),
-    (16, 32, 2, 4),
-    (16, 32, 4, 4),
-    (8, 64, 4, 4),
-    (8, 128, 4, 8),
+    (32, 32, 1, 8, 1),
+    (64, 32, 1, 16, 1),
+    (32, 64, 1, 8, 1),
+    (32, 64, 4, 8, 1),
+    (8, 64, 4, 4, 1),
+    (16, 32, 1, 4, 4),
+    (16, 32, 2, 4, 4),
+    (32, 32, 1, 8, 3),
+    (8, 64, 2, 4, 4),
 )
-# Regroup the activations, columns and packed rows per tile, thread blocks per output tile, warps, stages: for at most
-# 16 rows, and for more.
-_GEMM_TILES_FEW_ROWS = (
-    (True, 64, 16, 4, 4, 3),
-    (True, 128, 16, 4, 4, 3),
-    (True, 128, 16, 2, 8, 3),
-    (True, 32, 16, 2, 4, 4),
-    (False, 64, 16, 4, 4, 3),
-    (False, 128, 16, 8, 4, 2),
-)
-_GEMM_TILES = (
-    (True, 128, 16, 1, 4, 3),
-    (True, 128, 16, 2, 4, 3),
-    (True, 64, 16, 2, 4, 3),
-    (True, 128, 16, 1, 8, 2),
-    (True, 256, 16, 1, 8, 2),
-)
+# Columns per tile, thread blocks per output tile, warps, stages, by the largest number of rows that they serve.
+_GEMM_TILES = {
+    16: ((64, 4, 4, 4), (64, 8, 4, 4), (64, 1, 4, 4), (128, 4, 4, 3), (128, 8, 4, 3), (128, 2, 4, 3), (128, 4, 8, 3)),
+    64: ((64, 1, 4, 3), (64, 4, 4, 3), (128, 4, 8, 3), (128, 2, 8, 3), (128, 4, 8, 4)),
+    1024: ((128, 1, 8, 3), (128, 2, 8, 3), (64, 1, 4, 3), (64, 2, 4, 3)),
+}
 
 
 def quantized_matmul_reference(
@@ -110,27 +100,24 @@ def _candidates(
                 block_n=block_n,
                 split_k=split_k,
                 num_warps=num_warps,
-            )
-            for block_chunks, block_n, split_k, num_warps in _GEMV_TILES
-        ]
-    if bucket > 1:
-        candidates += [
-            partial(
-                quantized_gemm,
-                x,
-                *weight,
-                regroup=regroup,
-                block_m=min(max(bucket, 16), 128),
-                block_n=block_n,
-                block_rows=block_rows,
-                split_k=split_k,
-                num_warps=num_warps,
                 num_stages=num_stages,
             )
-            for regroup, block_n, block_rows, split_k, num_warps, num_stages in (
-                _GEMM_TILES_FEW_ROWS if bucket <= 16 else _GEMM_TILES
-            )
+            for block_chunks, block_n, split_k, num_warps, num_stages in _GEMV_TILES
         ]
+    most = next(rows for rows in _GEMM_TILES if bucket <= rows)
+    candidates += [
+        partial(
+            quantized_gemm,
+            x,
+            *weight,
+            block_m=min(max(bucket, 16), 256),
+            block_n=block_n,
+            split_k=split_k,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        for block_n, split_k, num_warps, num_stages in _GEMM_TILES[most]
+    ]
     if bucket >= 64:
         candidates.append(lambda: x @ dequantize(*weight, x.dtype))
     return candidates

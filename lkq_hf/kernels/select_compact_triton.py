@@ -15,10 +15,18 @@ def select_compact_triton(
         out = key.new_empty(batch, kv_heads, k, key_dim), value.new_empty(batch, kv_heads, k, value_dim)
     indices = torch.empty(batch, kv_heads, k, dtype=torch.int64, device=scores.device)
 
-    block = min(8192, triton.next_power_of_2(length))
+    block = min(32768, triton.next_power_of_2(length))
     block_positions = 32
     with torch.cuda.device_of(key):
-        _select_kernel[(batch * kv_heads,)](scores.contiguous(), indices, length, k, BLOCK=block, num_warps=16)
+        _select_kernel[(batch * kv_heads,)](
+            scores.contiguous(),
+            indices,
+            length,
+            k,
+            BLOCK=block,
+            ONE_BLOCK=length <= block,
+            num_warps=max(4, min(32, block // 512)),
+        )
         _copy_kernel[(triton.cdiv(k, block_positions), batch * kv_heads)](
             indices,
             key,
@@ -50,11 +58,12 @@ def _load_ordered(scores, start, length, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["length", "k"])
-def _select_kernel(scores, indices, length, k, BLOCK: tl.constexpr):
+def _select_kernel(scores, indices, length, k, BLOCK: tl.constexpr, ONE_BLOCK: tl.constexpr):
     """The positions of the ``k`` largest scores of a row, ascending.
 
     Bisects the threshold: ``lower`` is always reached by at least k scores, ``upper`` by ``above`` <= k. It ends
     early when a threshold is reached by exactly k, after about log2(spacing of the scores) steps rather than 32.
+    A row that fits into one block is read once and stays in registers.
     """
     row = tl.program_id(0).to(tl.int64)
     scores += row * length
@@ -63,11 +72,16 @@ def _select_kernel(scores, indices, length, k, BLOCK: tl.constexpr):
     lower = tl.full([], -0x7F800001, tl.int32)  # -inf
     upper = tl.full([], 0x7F800001, tl.int32)  # above +inf
     above = tl.full([], 0, tl.int32)
+    if ONE_BLOCK:
+        whole = _load_ordered(scores, 0, length, BLOCK)
     while (above < k) & (lower < upper - 1):
         middle = (lower >> 1) + (upper >> 1) + (lower & upper & 1)  # without overflow
-        reached = tl.zeros([BLOCK], tl.int32)
-        for start in range(0, length, BLOCK):
-            reached += (_load_ordered(scores, start, length, BLOCK) >= middle).to(tl.int32)
+        if ONE_BLOCK:
+            reached = (whole >= middle).to(tl.int32)
+        else:
+            reached = tl.zeros([BLOCK], tl.int32)
+            for start in range(0, length, BLOCK):
+                reached += (_load_ordered(scores, start, length, BLOCK) >= middle).to(tl.int32)
         count = tl.sum(reached, 0)
         if count > k:
             lower = middle
@@ -79,14 +93,17 @@ def _select_kernel(scores, indices, length, k, BLOCK: tl.constexpr):
     written = tl.full([], 0, tl.int32)
     ties_left = k - above
     for start in range(0, length, BLOCK):
-        ordered = _load_ordered(scores, start, length, BLOCK)
+        if ONE_BLOCK:
+            ordered = whole
+        else:
+            ordered = _load_ordered(scores, start, length, BLOCK)
         position = start + tl.arange(0, BLOCK)
         keep = (ordered >= upper).to(tl.int32)
         tie = ((ordered == lower) & (position < length)).to(tl.int32)
         # Both running counts in one scan.
         packed = tl.cumsum(keep | (tie << 16), 0)
         kept_before = (packed & 0xFFFF) - keep
-        ties_before = (packed >> 16) - tie
+        ties_before = (packed >> 16 & 0xFFFF) - tie
         selected = (keep == 1) | ((tie == 1) & (ties_before < ties_left))
         slot = written + kept_before + tl.minimum(ties_before, ties_left)
         tl.store(indices + slot, position.to(tl.int64), mask=selected)

@@ -160,19 +160,26 @@ def _is_file_name(source: str | Path) -> bool:
 def _read_file(path: Path, text_column: str) -> Iterator[str | list[int]]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as lines:
-        if not {".jsonl", ".json"} & set(path.suffixes):
-            yield lines.read()
-            return
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path.name}, line {number}: not JSON ({error.msg}); expected one object a line"
-                ) from None
-            yield _field(row, text_column)
+        try:
+            if {".jsonl", ".json"} & set(path.suffixes):
+                yield from _read_rows(path, lines, text_column)
+            else:
+                yield lines.read()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the calibration file {path} is not text: expected UTF-8 ({error})") from error
+
+
+def _read_rows(path: Path, lines: Iterable[str], text_column: str) -> Iterator[str | list[int]]:
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{path.name}, line {number}: not JSON ({error.msg}); expected one object a line"
+            ) from None
+        yield _field(row, text_column)
 
 
 def _field(row: Any, text_column: str) -> str | list[int]:

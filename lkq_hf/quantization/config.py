@@ -1,7 +1,7 @@
 """`TwoStageGPTQConfig`: what a user says, and what a checkpoint's config.json says."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -150,7 +150,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         resume_dir: str | Path | None = None,
         **stored: Any,
     ) -> None:
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             _refuse("preset", preset, f"one of {list(PRESETS)}")
         defaults = PRESETS[preset]
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enumeration is closed to us
@@ -161,7 +161,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         self.damp_percent = defaults["damp_percent"] if damp_percent is None else damp_percent
         self.sym = sym
         self.preset = preset
-        self.stages = tuple(defaults["stages"] if stages is None else stages)
+        self.stages = _names("stages", defaults["stages"] if stages is None else stages)
         self.column_order = defaults["column_order"] if column_order is None else column_order
         self.corrected_target = defaults["corrected_target"] if corrected_target is None else corrected_target
         self.corrected_residual = defaults["corrected_residual"] if corrected_residual is None else corrected_residual
@@ -172,7 +172,11 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         self.true_sequential = true_sequential
         self.block_name_to_quantize = block_name_to_quantize
         self.modules_in_block_to_quantize = _flat(modules_in_block_to_quantize)
-        self.modules_to_not_convert = None if modules_to_not_convert is None else list(modules_to_not_convert)
+        self.modules_to_not_convert = None
+        if modules_to_not_convert is not None:
+            self.modules_to_not_convert = list(_names("modules_to_not_convert", modules_to_not_convert))
+        if not isinstance(meta, dict | None):
+            raise TypeError(f"meta must be a dict, found {type(meta).__name__}")
         self.meta = dict(meta or {})
         self.num_samples = num_samples
         self.model_seqlen = model_seqlen
@@ -210,8 +214,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             _refuse("scale_search", self.scale_search, f"one of {list(SCALE_SEARCHES)}")
         if self.offload not in OFFLOADS:
             _refuse("offload", self.offload, f"one of {list(OFFLOADS)}")
-        if not isinstance(self.meta, dict):
-            raise TypeError(f"meta must be a dict, found {type(self.meta).__name__}")
+        if not isinstance(self.block_name_to_quantize, str | None):
+            raise TypeError(f"block_name_to_quantize must be a name, found {self.block_name_to_quantize!r}")
 
     def _check_stored(self, stored: dict[str, Any]) -> None:
         """Fields that a checkpoint carries for other readers, and that follow from ours."""
@@ -264,10 +268,19 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         return new
 
 
+def _names(field: str, value: Any) -> tuple[str, ...]:
+    if isinstance(value, str) or not isinstance(value, Collection) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{field} must be a list of names, found {value!r}")
+    return tuple(value)
+
+
 def _flat(names: Any) -> list[str] | None:
     if names is None:
         return None
-    return [name for entry in names for name in ([entry] if isinstance(entry, str) else entry)]
+    field = "modules_in_block_to_quantize"
+    if isinstance(names, str) or not isinstance(names, Collection):
+        raise TypeError(f"{field} must be a list of names, or of lists of them, found {names!r}")
+    return [name for entry in names for name in ([entry] if isinstance(entry, str) else _names(field, entry))]
 
 
 def _refuse(name: str, found: Any, expected: str) -> NoReturn:

@@ -6,7 +6,6 @@ know. The second is a transpose of every tensor. Neither rounds anything. Whole 
 
 import json
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lkq_hf import __version__
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.directories import new_directory
 from lkq_hf.quantization.packing import checkpoint_format
 from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
@@ -52,6 +52,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; found {format!r}")
     if out.exists():
         raise FileExistsError(f"{out} exists; give a new directory, or remove it")
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds no checkpoint: expected a config.json and safetensors files")
     config = json.loads((source / "config.json").read_text())
     settings = config.get("quantization_config") or {}
     if settings.get("quant_method") != QUANT_METHOD:
@@ -78,18 +80,12 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
             module, _, kind = name.rpartition(".")
             return _transpose(module, kind, tensor, ours) if module in packed else {name: tensor}
 
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
+    with new_directory(out) as staging:
         _write(source, files, staging, convert)
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if format == "gptq":
             text = json.dumps(config["quantization_config"], indent=2, sort_keys=True)
             (staging / "quantize_config.json").write_text(text + "\n")
-        staging.chmod(0o755)  # mkdtemp's directories are private
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     return out
 
 
@@ -100,7 +96,7 @@ def _linear_names(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(model_config)
     packed = replace_by_packed(model, config)
-    check_checkpoint(packed, [str(file) for file in files])
+    check_checkpoint(model, packed, [str(file) for file in files])
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
     return set(packed), dense
 

@@ -5,9 +5,10 @@ import json
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ class Journal:
         writes: whether this process writes; others only read.
 
     Raises:
-        ValueError: the directory holds another walk's blocks.
+        ValueError: the directory holds another walk's blocks, or blocks without a note of their walk.
     """
 
     def __init__(
@@ -65,6 +66,11 @@ class Journal:
             raise ValueError(
                 f"{self.directory} holds blocks of a quantisation with other settings, calibration tokens or model; "
                 "delete it or name another directory"
+            )
+        if not note.exists() and next(self.directory.glob("block-*"), None) is not None:
+            raise ValueError(
+                f"{self.directory} holds blocks of a quantisation but no {note.name} that says of which; delete it or "
+                "name another directory"
             )
         if not writes:
             return
@@ -93,26 +99,31 @@ class Journal:
         """A block finished earlier, or `None`.
 
         Raises:
-            ValueError: it was made from other base weights.
+            ValueError: it was made from other base weights, or is damaged.
         """
         path = self._path(index)
         if path is None or not path.exists():
             return None
-        with safe_open(path, framework="pt") as file:
-            if (file.metadata() or {}) != checksums:
-                raise ValueError(f"{path} was made from other base weights; delete its directory or name another one")
-            weights = {}
-            for name in checksums:
-                integers = file.get_tensor(f"{name}.integers").to(torch.int32)
-                weights[name] = QuantizedWeight(
-                    integers=integers,
-                    scales=file.get_tensor(f"{name}.scales"),
-                    zeros=file.get_tensor(f"{name}.zeros").to(torch.int32),
-                    bits=self.settings.bits,
-                    group_size=resolve_group_size(integers.shape[1], self.settings.group_size),
-                    sym=self.settings.sym,
-                )
-        return weights
+        try:
+            with safe_open(path, framework="pt") as file:
+                if (file.metadata() or {}) != checksums:
+                    raise ValueError(
+                        f"{path} was made from other base weights; delete its directory or name another one"
+                    )
+                return {name: self._weight(file, name) for name in checksums}
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it, and the run makes it again") from error
+
+    def _weight(self, file: Any, name: str) -> QuantizedWeight:
+        integers = file.get_tensor(f"{name}.integers").to(torch.int32)
+        return QuantizedWeight(
+            integers=integers,
+            scales=file.get_tensor(f"{name}.scales"),
+            zeros=file.get_tensor(f"{name}.zeros").to(torch.int32),
+            bits=self.settings.bits,
+            group_size=resolve_group_size(integers.shape[1], self.settings.group_size),
+            sym=self.settings.sym,
+        )
 
 
 def weight_checksums(layers: dict[str, nn.Module]) -> dict[str, str]:

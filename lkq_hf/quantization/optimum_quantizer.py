@@ -1,10 +1,6 @@
 """`TwoStageQuantizer`: the Optimum way to a quantised checkpoint."""
 
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.directories import check_free, new_directory
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
 from lkq_hf.quantization.walk import WalkReport
@@ -141,33 +138,3 @@ def mark_quantized(model: PreTrainedModel, config: TwoStageGPTQConfig) -> None:
     model.quantization_method = config.quant_method  # type: ignore[assignment]
     model.config.quantization_config = config
     model.config._is_quantized = True
-
-
-def check_free(directory: Path) -> None:
-    """Refuses a directory that has contents.
-
-    Raises:
-        FileExistsError: it is a file or not empty.
-    """
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not an empty directory; choose another one or remove it")
-
-
-@contextmanager
-def new_directory(target: Path) -> Iterator[Path]:
-    """A temporary directory beside `target` that takes its place when the block ends without an error."""
-    check_free(target)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        yield temporary
-        # mkdtemp is private to its owner; a checkpoint has the permissions of any other new directory.
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise

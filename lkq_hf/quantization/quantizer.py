@@ -8,6 +8,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers.base import HfQuantizer
 
 from lkq_hf.quantization.blocks import linear_weight
@@ -53,7 +54,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
             return
         packed = replace_by_packed(model, self.quantization_config)
         if checkpoint_files:
-            check_checkpoint(packed, checkpoint_files, model.base_model_prefix)
+            check_checkpoint(model, packed, checkpoint_files)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -63,6 +64,9 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
                         module.validate()
                     except ValueError as error:
                         raise ValueError(f"{name}: {error}") from None
+            for name, parameter in model.named_parameters():
+                if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
+                    raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged")
             return
         self.report = calibrate(model, self.quantization_config)
         place(model, self.requested_device_map)
@@ -138,14 +142,19 @@ def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
-def check_checkpoint(packed: dict[str, QuantizedLinear], files: Sequence[str], base: str = "") -> None:
+def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear], files: Sequence[str]) -> None:
     """Compares the headers of safetensors files with what the configuration expects, before anything is loaded.
 
-    Transformers only warns about missing tensors, and would go on with whatever was in memory. `base` is the model's
-    `base_model_prefix`, which one of model and checkpoint may have and the other not.
+    Transformers only warns about missing tensors, and would go on with whatever was in memory.
+
+    Args:
+        model: with its packed layers in place.
+        packed: those layers (`replace_by_packed`).
+        files: of the checkpoint.
 
     Raises:
-        ValueError: a packed tensor is missing or has another shape or type, or a file is truncated.
+        ValueError: a tensor of the language model is missing or has another shape or type, a layer is packed in the
+            files and not in the configuration, or a file is damaged.
     """
     found: dict[str, tuple[tuple[int, ...], str]] = {}
     for path in files:
@@ -156,21 +165,49 @@ def check_checkpoint(packed: dict[str, QuantizedLinear], files: Sequence[str], b
                     found[key] = (tuple(header.get_shape()), header.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or truncated ({error}); download or write it again") from error
+    base = model.base_model_prefix
+
+    def look_up(key: str) -> tuple[tuple[int, ...], str]:
+        # One of model and checkpoint may have the prefix, and the other not.
+        for name in (key, f"{base}.{key}", key.removeprefix(f"{base}.")):
+            if name in found:
+                return found[name]
+        raise ValueError(
+            f"the checkpoint has no {key}: it is incomplete, or its config.json (bits, group_size, "
+            "modules_to_not_convert) belongs to another one"
+        )
+
     for name, module in packed.items():
         for buffer, tensor in module.named_buffers():
             expected = (tuple(tensor.shape), SAFETENSORS_DTYPES.get(tensor.dtype))
             key = f"{name}.{buffer}"
-            actual = next((found[k] for k in (key, f"{base}.{key}", key.removeprefix(f"{base}.")) if k in found), None)
-            if actual is None:
-                raise ValueError(
-                    f"the checkpoint has no {key}: it is incomplete, or its config.json (bits, group_size, "
-                    "modules_to_not_convert) belongs to another one"
-                )
+            actual = look_up(key)
             if actual[0] != expected[0] or (buffer != "bias" and actual[1] != expected[1]):
                 raise ValueError(
                     f"{key} has shape {list(actual[0])} and type {actual[1]}, but config.json (bits="
                     f"{module.bits}, group_size={module.group_size}) implies {list(expected[0])} and {expected[1]}"
                 )
+    known = {name.removeprefix(f"{base}.") for name in packed}
+    for key in found:
+        layer, _, tensor_name = key.rpartition(".")
+        if tensor_name == "qweight" and layer.removeprefix(f"{base}.") not in known:
+            raise ValueError(
+                f"the checkpoint holds packed weights of {layer}, which config.json (modules_to_not_convert, "
+                "modules_in_block_to_quantize) says is not quantised: it belongs to another checkpoint"
+            )
+    if get_model_conversion_mapping(model, add_legacy=False):
+        return  # the names in the files are not the model's
+    for key in _dense_names(model):
+        if not look_up(key)[1].startswith(("F", "BF")):
+            raise ValueError(f"{key} should hold floating-point numbers, found {look_up(key)[1]}")
+
+
+def _dense_names(model: PreTrainedModel) -> list[str]:
+    """Parameters of the language model that are not packed; those of another head may be new."""
+    base, head = model.base_model, model.get_output_embeddings()
+    inside = {id(parameter) for module in (base, head) if module is not None for parameter in module.parameters()}
+    tied = set(model.all_tied_weights_keys)
+    return [name for name, parameter in model.named_parameters() if id(parameter) in inside and name not in tied]
 
 
 def place(model: PreTrainedModel, device_map: Any) -> None:

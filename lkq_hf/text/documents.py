@@ -21,7 +21,7 @@ def read_documents(paths: Iterable[Path]) -> list[dict[str, Any]]:
     documents: list[dict[str, Any]] = []
     for path in paths:
         if ".jsonl" not in path.suffixes:
-            documents.append({"document": path.name, "text": _read(path)})
+            documents.append({"document": path.name, "text": read_text(path)})
             continue
         for number, row in _rows(path):
             if not isinstance(row.get("text"), str):
@@ -51,13 +51,26 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
     return prompts
 
 
-def _read(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file, which ``.gz`` may compress.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not text in UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     content = path.read_bytes()
-    return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    try:
+        return (gzip.decompress(content) if path.suffix == ".gz" else content).decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not text: expected UTF-8, found byte {error.object[error.start]:#04x} at {error.start}"
+        ) from error
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(_read(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -31,13 +31,19 @@ def token_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> array:
     Raises:
         ValueError: the tokenizer knows no character offsets.
     """
+    (ends,) = _ends_of_all([text], tokenizer)
+    return ends
+
+
+def _ends_of_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[array]:
+    """:func:`token_ends` of several texts, which the tokenizer reads in parallel."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"cutting documents by tokens needs a fast tokenizer, got {type(tokenizer).__name__}; "
             "load it with AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    return array("I", (end for _, end in encoded["offset_mapping"]))
+    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return [array("I", (end for _, end in offsets)) for offsets in encoded["offset_mapping"]]
 
 
 def fit_length(build: Callable[[int], Built], length: int, most: int) -> Built | None:
@@ -112,7 +118,7 @@ class Corpus:
         if not self.texts:
             raise ValueError("no documents were given; prompts are made from at least one")
         self.tokenizer = tokenizer
-        self.ends = [token_ends(text, tokenizer) for text in self.texts]
+        self.ends = _ends_of_all(self.texts, tokenizer)
         # Between one draw per document (short ones too often) and one per token (few long ones dominate).
         self._weights = [math.sqrt(len(ends)) for ends in self.ends]
         self._frequency = Counter(word for text in self.texts for word in set(WORD.findall(text.lower())))

@@ -15,6 +15,11 @@ class LookaheadTrainingArguments(TrainingArguments):
         importance_heads: "query" compares the importance per query head, as the paper does; "kv" compares its mean
             over the query heads of each KV head, which is what eviction ranks by.
         importance_power: importance is raised to this power before it is compared; 1 is the paper's objective.
+        eviction_weight: weight of a second objective: how far the model's predictions over the evicted cache are from
+            those over the full one (:mod:`lkq_hf.training.eviction`). 0, as in the paper, leaves it out.
+        eviction_budgets: smallest and largest budget of that objective; each step draws one, log-uniformly.
+        eviction_temperature: softness of that objective's choice of entries, see
+            :func:`~lkq_hf.training.eviction.eviction_gates`.
         recall_budgets: budgets for which the evaluation reports the recall of the most important entries.
 
     Source of the defaults: LookaheadKV (arXiv 2603.10899): Adam, learning rate 1e-3, responses up to 512 tokens.
@@ -38,6 +43,11 @@ class LookaheadTrainingArguments(TrainingArguments):
     importance_power: float = field(
         default=1.0, metadata={"help": "Power of the importance that is compared; 1 as in the paper."}
     )
+    eviction_weight: float = field(default=0.0, metadata={"help": "Weight of what the response loses; 0: paper."})
+    eviction_budgets: list[int] = field(
+        default_factory=lambda: [48, 320], metadata={"help": "Smallest and largest budget of that objective."}
+    )
+    eviction_temperature: float = field(default=0.3, metadata={"help": "Softness of the entries' choice, in nats."})
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
     )
@@ -55,3 +65,12 @@ class LookaheadTrainingArguments(TrainingArguments):
             raise ValueError(f'importance_heads must be "query" or "kv", got {self.importance_heads!r}')
         if not 0 < self.importance_power <= 4:
             raise ValueError(f"importance_power must be above 0 and at most 4, got {self.importance_power}")
+        if self.eviction_weight < 0 or not self.eviction_temperature > 0:
+            raise ValueError(
+                "eviction_weight must not be negative and eviction_temperature must be positive, got "
+                f"{self.eviction_weight} and {self.eviction_temperature}"
+            )
+        if len(self.eviction_budgets) != 2 or not 1 <= self.eviction_budgets[0] <= self.eviction_budgets[1]:
+            raise ValueError(
+                f"eviction_budgets must be a smallest and a largest budget, at least 1, got {self.eviction_budgets}"
+            )

@@ -18,6 +18,17 @@ def repetition(tokens: Sequence[int], size: int = 4) -> float:
     return 1 - len(set(runs)) / len(runs) if runs else 0.0
 
 
+def before_loop(tokens: Sequence[int], size: int = 8) -> list[int]:
+    """The tokens up to the first run of ``size`` that occurred before: an answer without the loop that it ends in."""
+    seen: set[tuple[int, ...]] = set()
+    for start in range(len(tokens) - size + 1):
+        run = tuple(tokens[start : start + size])
+        if run in seen:
+            return list(tokens[:start])
+        seen.add(run)
+    return list(tokens)
+
+
 @dataclass(frozen=True)
 class TargetCollator:
     """Pads prompts on the left and responses on the right.

@@ -120,8 +120,6 @@ OBJECTS = _listed(
     "box, the printer on the second floor, the ferry Aldora, locomotive Perseus, the yacht Miranda, the satellite "
     "Kestrel"
 )
-OWNERS = (PERSONS, PLACES, PROJECTS, OBJECTS)
-
 NUMBER_ATTRIBUTES = _listed(
     "access code, ticket number, serial number, PIN, extension, invoice number, badge number, account number, "
     "registration number, reference number, entry code, case number, customer id, locker combination, order "
@@ -144,6 +142,10 @@ WORDS = _listed(
     "zeppelin, harpoon, olive, raven, tulip, amber, walnut, falcon, ginger, orchid, beacon, papaya, lobster, "
     "maple, violet, hammock"
 )
+
+# Names that say nothing, of two parts, as machines and branches have them.
+CODE_NAMES = tuple(f"{first}-{second}" for first, second in zip(WORDS, WORDS[7:] + WORDS[:7], strict=True))
+OWNERS = (PERSONS, PLACES, PROJECTS, OBJECTS, CODE_NAMES)
 
 STATEMENTS = (
     "The {attribute} of {owner} is {value}.",

@@ -180,18 +180,20 @@ def build_prompts_in_parallel(
     workers: int = 1,
 ) -> list[Prompt]:
     """The prompts of :func:`build_prompts`, made by several processes."""
+    # Documents are tokenised here, once, and not by every worker again.
+    builder = PromptBuilder(documents, tokenizer, mix)
     if workers == 1:
-        return list(build_prompts(documents, tokenizer, count, mix))
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (documents, tokenizer, mix)) as pool:
+        return [builder.prompt(index) for index in range(count)]
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (builder,)) as pool:
         return list(pool.map(_prompt_in_worker, range(count), chunksize=16))
 
 
 _worker_builder: "PromptBuilder"
 
 
-def _start_worker(*arguments: Any) -> None:
+def _start_worker(builder: "PromptBuilder") -> None:
     global _worker_builder
-    _worker_builder = PromptBuilder(*arguments)
+    _worker_builder = builder
 
 
 def _prompt_in_worker(index: int) -> Prompt:

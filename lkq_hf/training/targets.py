@@ -8,13 +8,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
+from pyarrow import parquet
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lkq_hf.training.data import TargetCollator
+
+INDEX = "prompt_index"
+"""Column of the shards that holds the place of a prompt among all of them."""
 
 
 def generate_targets(
@@ -29,7 +34,8 @@ def generate_targets(
 ) -> Dataset:
     """Greedy responses of ``model`` to ``prompts``, as a data set with ``"input_ids"`` and ``"response_ids"``.
 
-    Work is done in shards of consecutive prompts. A finished shard is a file in ``output_dir``; a run that finds it
+    Work is done in shards of prompts of similar length, so that batches are large and have little padding. A finished
+    shard is a file in ``output_dir``; a run that finds it
     there does not make it again, so a stopped run is resumed by starting it again with the same arguments.
 
     Args:
@@ -45,7 +51,8 @@ def generate_targets(
         The data set of all finished shards, in the order of the prompts; in a group of processes, of everyone's.
 
     Raises:
-        ValueError: no prompts, or the directory holds shards of another set of prompts or other arguments.
+        ValueError: no prompts, or the directory holds shards of another set of prompts or other arguments, or a
+            damaged one.
     """
     if len(prompts) == 0:
         raise ValueError("there are no prompts to respond to")
@@ -54,11 +61,15 @@ def generate_targets(
     _check_recipe(directory, {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size})
     starts = range(0, len(prompts), shard_size)
     mine = [start for index, start in enumerate(starts) if index % num_processes == process_index]
+    lengths = [len(prompt["input_ids"]) for prompt in prompts]
+    by_length = sorted(range(len(prompts)), key=lengths.__getitem__)
     with tqdm(total=len(prompts), desc="responses", unit="prompt", disable=process_index > 0) as progress:
         for start in mine:
-            rows = [prompts[index] for index in range(start, min(start + shard_size, len(prompts)))]
+            rows = [{**prompts[index], INDEX: index} for index in by_length[start : start + shard_size]]
             path = _shard_path(directory, start)
-            if not path.exists():
+            if path.exists():
+                _check_shard(path, rows)
+            else:
                 _write_shard(path, _respond(model, rows, max_new_tokens, batch_tokens))
             progress.update(len(rows))
     if num_processes > 1 and torch.distributed.is_initialized():
@@ -67,7 +78,7 @@ def generate_targets(
 
 
 def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
-    """The data set of all finished shards in a directory.
+    """The data set of all finished shards in a directory, in the order of the prompts.
 
     Raises:
         FileNotFoundError: there are none.
@@ -75,7 +86,8 @@ def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
     shards = sorted(Path(output_dir).glob("shard-*.parquet"))
     if not shards:
         raise FileNotFoundError(f"{output_dir} holds no responses (shard-*.parquet); run generate_targets first")
-    return concatenate_datasets([Dataset.from_parquet(str(shard)) for shard in shards])
+    targets = concatenate_datasets([Dataset.from_parquet(str(shard)) for shard in shards])
+    return targets.sort(INDEX).remove_columns(INDEX) if INDEX in targets.column_names else targets
 
 
 def _shard_path(directory: Path, start: int) -> Path:
@@ -93,6 +105,15 @@ def _check_recipe(directory: Path, recipe: dict[str, Any]) -> None:
             )
         return
     _write_atomically(path, lambda temporary: temporary.write_text(json.dumps(recipe)))
+
+
+def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:
+    try:
+        found = parquet.read_table(path, columns=["input_ids"]).column(0).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and the run makes it again") from error
+    if found != [list(row["input_ids"]) for row in rows]:
+        raise ValueError(f"{path} holds responses to other prompts: choose another directory, or delete this one")
 
 
 def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:

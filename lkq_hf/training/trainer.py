@@ -1,6 +1,7 @@
 """Training a lookahead adapter."""
 
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,7 +17,9 @@ from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadTokens
 from lkq_hf.cache.prefill import get_decoder
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 from lkq_hf.training.arguments import LookaheadTrainingArguments
+from lkq_hf.training.checkpoints import last_complete_checkpoint
 from lkq_hf.training.data import SeededLengthGroupedSampler, TargetCollator
+from lkq_hf.training.eviction import eviction_gates, response_divergence, response_logits
 from lkq_hf.training.importance import (
     PromptCache,
     importance_divergence,
@@ -126,6 +129,20 @@ class LookaheadTrainer(Trainer):
             value = broadcast(parameter.data.to(self.accelerator.device))
             parameter.data.copy_(value)
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``transformers.Trainer.train``; True resumes from the last checkpoint that was written to its end.
+
+        Raises:
+            FileNotFoundError: True, and there is no such checkpoint.
+        """
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(cast(str, self.args.output_dir))
+            if resume_from_checkpoint is None:
+                raise FileNotFoundError(
+                    f"{self.args.output_dir} holds no complete checkpoint; leave resume_from_checkpoint out to begin"
+                )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.is_fsdp_enabled and self.accelerator.sync_gradients:
@@ -203,7 +220,39 @@ class LookaheadTrainer(Trainer):
         losses = [
             importance_divergence(targets[layer], predicted[layer], power).to(self.args.device) for layer in targets
         ]
-        return torch.stack(losses).mean(), (targets, predicted)
+        loss = torch.stack(losses).mean()
+        if self.args.eviction_weight and torch.is_grad_enabled():
+            loss = loss + self.args.eviction_weight * self._eviction_loss(model, prompt, predicted, response)
+        return loss, (targets, predicted)
+
+    def _eviction_loss(
+        self,
+        model: nn.Module,
+        prompt: PromptCache,
+        predicted: dict[int, torch.Tensor],
+        response: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        unwrapped = self.accelerator.unwrap_model(model)
+        decoder = get_decoder(unwrapped)
+        shortest = prompt.get_seq_length() if prompt.mask is None else int(prompt.mask.sum(-1).min())
+        budget = min(self._draw_budget(), shortest - 1)
+        with torch.no_grad():
+            full = response_logits(model, decoder, prompt, *response)
+        gates = eviction_gates(
+            predicted,
+            decoder.config.num_key_value_heads,
+            budget,
+            self.args.eviction_temperature,
+            self._tokens(unwrapped).row_power(),
+        )
+        evicted = response_logits(model, decoder, prompt, *response, gates=gates)
+        return response_divergence(full, evicted, response[1]).to(self.args.device)
+
+    def _draw_budget(self) -> int:
+        """The same in all processes, and again the same when a run is resumed."""
+        low, high = map(math.log, self.args.eviction_budgets)
+        drawn = random.Random(f"{self.args.seed}/{self.state.global_step}").uniform(low, high)
+        return round(math.exp(drawn))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None

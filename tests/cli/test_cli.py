@@ -8,7 +8,7 @@ import torch
 from models import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
 
 import lkq_hf
 from lkq_hf.cli import app, main
@@ -72,9 +72,87 @@ def test_the_version(run):
 )
 def test_wrong_usage_exits_with_2_and_writes_to_stderr(run, arguments):
     code, out, err = run(*arguments)
-    assert code == 2
-    assert "Usage" in (out or err)
-    assert "Traceback" not in err
+    assert (code, out) == (2, "")
+    if arguments:
+        assert err.startswith("lkq-hf: ") and err.count("\n") == 1 and "--help" in err
+    else:
+        assert err.startswith("Usage")
+
+
+def test_the_list_of_commands_is_whole(run):
+    assert "..." not in run("--help")[1].partition("Commands:")[2]
+    assert "..." not in run("evaluate", "--help")[1].partition("Commands:")[2]
+
+
+def test_ctrl_c_is_one_line(run, tmp_path, monkeypatch):
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lkq_hf.quantization.export.export_checkpoint", stopped)
+    code, _, err = run("export", tmp_path, "--format", "gptq", "--out", tmp_path / "out")
+    assert (code, err.strip()) == (130, "lkq-hf: stopped")
+
+
+def damaged(base):
+    weights = base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def emptied(base):
+    for path in base.iterdir():
+        path.unlink()
+
+
+def encoder(base):
+    config = BertConfig(
+        vocab_size=160, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64
+    )
+    BertForMaskedLM(config).save_pretrained(base)
+
+
+def encoder_and_decoder(base):
+    T5Config().save_pretrained(base)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (damaged, "is damaged or truncated"),
+        (emptied, "holds no model: expected a config.json and weights, found nothing"),
+        (encoder, "expected a decoder-only language model of transformers, found BertLMHeadModel, an encoder"),
+        (encoder_and_decoder, "holds a t5 model; expected a decoder-only language model"),
+    ],
+)
+def test_what_is_not_the_right_model(run, base, texts, tmp_path, change, message):
+    change(base)
+    code, out, err = run("evaluate", "perplexity", base, "--text", texts, "--window", "64", "--out", tmp_path / "out")
+    assert (code, out) == (1, "")
+    assert message in err and err.splitlines()[-1].startswith("lkq-hf: ")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("model", ["./nowhere", "/no/where", "a/b/c"])
+def test_a_directory_that_is_not_there_is_not_looked_for_on_the_hub(run, texts, tmp_path, model):
+    code, _, err = run("evaluate", "perplexity", model, "--text", texts, "--out", tmp_path / "out")
+    assert (code, err) == (
+        1,
+        f"lkq-hf: there is no directory {model}; expected one with a model, or an id on the Hub\n",
+    )
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there(run, base, texts, tmp_path, device):
+    options = ["--text", texts, "--out", tmp_path / "out", "--device", device]
+    code, _, err = run("evaluate", "perplexity", base, *options)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"lkq-hf: there is no device '{device}' here: expected cpu")
+
+
+def test_a_file_that_is_not_text(run, base, tmp_path):
+    (tmp_path / "text").write_bytes(b"abc\x80")
+    options = ["--text", tmp_path / "text", "--out", tmp_path / "out"]
+    code, _, err = run("evaluate", "perplexity", base, *options)
+    assert code == 1 and "is not text: expected UTF-8, found byte 0x80 at 3" in err
 
 
 def test_an_error_is_one_line_and_exits_with_1(run, tmp_path):
@@ -172,3 +250,26 @@ def test_prompts_of_another_mix(run, base, tmp_path):
     assert set(load_targets(tmp_path / "targets" / "train")["kind"]) == {"summarise"}
     code, _, err = run("generate-targets", base, *options, *cpu, "--mix", '{"length": 0}', "--out", tmp_path / "other")
     assert code == 1 and "answer_start_share" in err
+
+
+def test_what_cannot_be_quantised(run, base, texts, tmp_path):
+    options = [
+        "--dataset",
+        texts,
+        "--num-samples",
+        "4",
+        "--model-seqlen",
+        "32",
+        "--group-size",
+        "32",
+        "--device",
+        "cpu",
+    ]
+    assert run("quantize", base, *options, "--out", tmp_path / "w4")[0] == 0
+    code, _, err = run("quantize", tmp_path / "w4", *options, "--out", tmp_path / "again")
+    assert (code, err) == (1, f"lkq-hf: {tmp_path / 'w4'} is quantised already; expected a model in full precision\n")
+    code, _, err = run("quantize", base, *options, "--dtype", "int3", "--out", tmp_path / "other")
+    assert code == 1 and "unknown dtype 'int3'; choose one of float32, bfloat16, float16, auto" in err
+    (tmp_path / "binary").write_bytes(b"abc\x80")
+    code, _, err = run("quantize", base, *options, "--dataset", tmp_path / "binary", "--out", tmp_path / "other")
+    assert code == 1 and "binary is not text: expected UTF-8" in err

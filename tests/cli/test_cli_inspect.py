@@ -114,7 +114,9 @@ def test_the_prompt_in_the_page_is_only_text(report):
         assert not [name for name in attributes if name.startswith("on") or name in ("src", "href")]
     # Shaded without the script, too.
     shades = [
-        float(attributes["style"].removeprefix("--k:")) for name, attributes in elements if "style" in attributes
+        float(style.removeprefix("--k:"))
+        for _, attributes in elements
+        if (style := attributes.get("style", "")).startswith("--k:")
     ]
     assert shades == pytest.approx((inspection.counts("lookahead") / inspection.heads).sqrt().tolist(), abs=1e-3)
 
@@ -220,7 +222,7 @@ def test_the_command(checkpoint, text, tmp_path, run):
     source = (tmp_path / "b.html").read_text(encoding="utf-8")
     assert "im_start" not in source and "sinks + recent" in source and "<h2>Answers</h2>" in source
     code, _, error = run(*arguments[:4], "--budget", 5000, "--out", tmp_path / "c.html", "--device", "cpu")
-    assert code == 1 and "shortest prompt" in error and not (tmp_path / "c.html").exists()
+    assert code == 1 and "evicts nothing from a prompt of" in error and not (tmp_path / "c.html").exists()
 
 
 def test_a_figure_for_notebooks(report, tmp_path, monkeypatch):

@@ -32,7 +32,8 @@ def prompts():
 
 def answer(model, scorer):
     """Generated tokens, logits of the last step, and the entries kept per layer and KV head."""
-    ids, mask = (tensor.to(model.device) for tensor in prompts())
+    place = "cpu" if model.device.type == "meta" else model.device  # of a model whose first layer is offloaded
+    ids, mask = (tensor.to(place) for tensor in prompts())
     cache = LookaheadCache(budget=8, scorer=scorer)
     output = model.generate(
         ids, attention_mask=mask, past_key_values=cache, do_sample=False,

@@ -82,13 +82,19 @@ class Group:
                     except (EOFError, ConnectionResetError):
                         raise RuntimeError(f"process {rank} was killed") from None
                     if error is not None:
-                        raise RuntimeError(f"process {rank} failed:\n{error}")
+                        raise RuntimeError(self._killed() or f"process {rank} failed:\n{error}")
         except RuntimeError:
             for worker in self._workers:
                 worker.kill()
             self.__exit__()
             raise
         return [results[rank] for rank in range(self.size)]
+
+    def _killed(self):
+        """Which process was killed, if one was: the others fail because of it, and may say so first."""
+        wait([worker.sentinel for worker in self._workers], timeout=1)
+        gone = [rank for rank, worker in enumerate(self._workers) if worker.exitcode is not None]
+        return f"process {gone[0]} was killed" if gone else None
 
 
 def launch(function, *arguments, processes=2):

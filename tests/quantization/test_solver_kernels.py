@@ -10,7 +10,9 @@ import torch
 from lkq_hf.kernels.descend_columns import descend_columns, descend_columns_reference
 from lkq_hf.kernels.group_quadratic import group_quadratic, group_quadratic_reference
 from lkq_hf.kernels.round_columns import round_columns, round_columns_reference
+from lkq_hf.quantization import TwoStageGPTQConfig
 from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.stage1 import search_scales
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,6 +115,23 @@ def test_moments_of_half_precision_inputs_are_those_of_float32(dtype):
         exact.add(x_tilde.float(), x.float())
     for found, expected in ((moments.hessian, exact.hessian), (moments.deviation, exact.deviation)):
         assert float((found - expected).norm() / expected.norm()) < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"column_order": "stored", "sym": True}])
+def test_a_solved_layer_equals_the_reference(changes, monkeypatch):
+    """Of several groups: kernels take for granted how their inputs lie in memory."""
+    weight, x = randn(48, 96, seed=8), randn(400, 96, seed=9) @ randn(96, 96, seed=10) / 10
+    moments = InputMoments(96, DEVICE)
+    moments.add(x, x + 0.1)
+    settings = TwoStageGPTQConfig(**{"bits": 4, "group_size": 32, "sym": False} | changes).solver_settings()
+    found = quantize_weight(weight, moments, settings)
+    monkeypatch.setenv("LKQ_KERNELS", "torch")
+    expected = quantize_weight(weight, moments, settings)
+    assert found.losses.keys() == expected.losses.keys()
+    for step, losses in expected.losses.items():
+        assert float(found.losses[step].sum()) == pytest.approx(float(losses.sum()), rel=0.02), step
+    assert (found.weight.integers == expected.weight.integers).float().mean() > 0.98
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETING, reason="the tests above ran the kernels")

@@ -246,6 +246,12 @@ def test_adapters_are_trained_in_float32_on_a_half_precision_base(tmp_path):
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
+def test_a_process_trains_on_one_gpu_however_many_it_sees(tmp_path, monkeypatch):
+    found = arguments(tmp_path)
+    monkeypatch.setattr(found, "_n_gpu", 4)
+    assert found.n_gpu == 1 and found.train_batch_size == 4 and found.parallel_mode.value != "not_distributed"
+
+
 def test_a_model_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(ValueError, match="get_peft_model"):
         LookaheadTrainer(tiny_model(), arguments(tmp_path), train_dataset=rows(4))

@@ -34,7 +34,10 @@ class QuestionAnswering(Task):
         for index, question in enumerate(questions):
             missing = {"question", "context", "answers"} - set(question)
             if missing:
-                raise ValueError(f"question {index} has no {sorted(missing)}; its fields are {sorted(question)}")
+                raise ValueError(
+                    f"question {index + 1} has no {' or '.join(sorted(missing))}: expected 'question', 'context' and "
+                    f"'answers', found {sorted(question)}"
+                )
         self.questions = questions
 
     @classmethod

@@ -1,0 +1,205 @@
+"""One page and one picture out of the speed benchmarks' result files.
+
+    python benchmarks/speed_report.py
+
+Reads what there is of decode_speed.json, eviction_overhead.json, quantized_matmul.json and quantization_speed.json in
+benchmarks/results, and writes speed.md beside them and docs/images/speed.png.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lkq_hf.evaluation.plots import new_figure
+
+RESULTS = Path(__file__).parent / "results"
+PICTURE = Path(__file__).parents[1] / "docs" / "images" / "speed.png"
+COMMANDS = {
+    "decode_speed": "python benchmarks/decode_speed.py --quantized 4",
+    "eviction_overhead": "python benchmarks/eviction_overhead.py",
+    "quantized_matmul": "python benchmarks/quantized_matmul.py --out benchmarks/results/quantized_matmul.json",
+    "quantization_speed": "python benchmarks/quantization_speed.py --out benchmarks/results/quantization_speed.json",
+}
+
+
+def load(name: str) -> Any:
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def versions(found: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def section(name: str, title: str, hardware: str, *parts: str) -> str:
+    return "\n\n".join([f"## {title}", f"{hardware}. `{COMMANDS[name]}`", *parts])
+
+
+def decode(results: dict[str, Any]) -> str:
+    sizes, hardware = results["sizes"], results["hardware"]
+    rows = [
+        [
+            cell["weights"],
+            str(cell["batch"]),
+            cell["cache"],
+            f"{cell['tokens_per_second']:.1f}",
+            f"{cell['ms_per_step']:.2f}",
+            f"{cell['cache_gib']:.2f}",
+            f"{cell['peak_gib']:.1f}",
+        ]
+        for cell in results["cells"]
+        if "error" not in cell
+    ]
+    header = ["weights", "batch", "cache", "tokens/s", "ms a step", "cache, GiB", "peak, GiB"]
+    return section(
+        "decode_speed",
+        f"Decoding after a prompt of {sizes['prompt']:,} tokens, {sizes['budget']:,} entries kept",
+        f"8B Llama, random weights, through `generate`; {hardware['gpu']}, {versions(hardware['versions'])}",
+        table(header, rows),
+    )
+
+
+def eviction(results: dict[str, Any]) -> str:
+    hardware = results["hardware"]
+    kernels = [
+        [
+            f"{row['length']:,}",
+            f"{row['scoring_us']:.0f}",
+            f"{row['selection_us']:.0f}",
+            f"{row['plain_torch_us']:.0f}",
+            f"{row['one_read_of_keys_us']:.1f}",
+            f"{100 * row['scoring_share_of_copy_bandwidth_counting_two_reads']:.0f}",
+        ]
+        for row in results["kernels"]
+    ]
+    prefills = [
+        [
+            row["model"],
+            str(row["batch"]),
+            f"{row['length']:,}",
+            row["method"],
+            f"{row['ms']:.1f}",
+            f"{row['overhead_ms']:.1f}",
+            f"{row['overhead_percent']:.2f}",
+            f"{row['peak_gib']:.2f}",
+            f"{row['peak_saved_of_full_kv_percent']:.1f}",
+        ]
+        for row in results["prefill"]
+    ]
+    return section(
+        "eviction_overhead",
+        "Eviction",
+        f"Random weights, budget 128, 32 lookahead tokens; {hardware['gpu']}, {versions(hardware['versions'])}",
+        "One layer of Llama-3.1-8B, microseconds on the GPU. The keys are read twice; the last column counts both "
+        "reads.",
+        table(
+            ["prompt", "scores", "selection", "both in plain torch", "one read of the keys", "% of copy bandwidth"],
+            kernels,
+        ),
+        'Whole prefills. "full + 32" reads a prompt longer by the 32 lookahead tokens, without eviction. The last '
+        "column is the peak memory saved, in % of the full KV cache.",
+        table(
+            ["model", "batch", "prompt", "method", "ms", "over full, ms", "%", "peak, GiB", "saved, %"],
+            prefills,
+        ),
+    )
+
+
+def matmul(results: dict[str, Any]) -> str:
+    peers = sorted({key for row in results["results"] for key in row if key.endswith("_us") and key != "cublas_us"})
+    rows = [
+        [
+            f"W{row['bits']}",
+            f"{row['out_features']} x {row['in_features']}",
+            str(row["rows"]),
+            f"{row['us']:.1f}",
+            f"{row['cublas_us']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{100 * row['share_of_copy_bandwidth']:.0f}",
+            *(f"{row[peer]:.1f}" if peer in row else "" for peer in peers),
+        ]
+        for row in results["results"]
+    ]
+    first = results["results"][0]
+    kind = f"groups of {first['group_size']}, {'symmetric' if first['sym'] else 'asymmetric'}, {first['dtype']}"
+    return section(
+        "quantized_matmul",
+        "Low-bit matrix products",
+        f"Shapes of Llama-3.1-8B, {kind}; {results['device']}, {versions(results['versions'])}",
+        "Microseconds in a CUDA graph, weights from memory. Copy bandwidth: "
+        f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s.",
+        table(
+            ["weights", "out x in", "rows", "us", "bf16 cuBLAS, us", "times bf16", "% of copy", *peers],
+            rows,
+        ),
+    )
+
+
+def quantization(results: dict[str, Any]) -> str:
+    steps = list(results["model_seconds"])
+    rows = [
+        [name, *(f"{1000 * seconds[step]:.0f}" for step in steps)]
+        for name, seconds in results["layers_seconds"].items()
+    ]
+    rows.append(["whole model, s", *(f"{results['model_seconds'][step]:.1f}" for step in steps)])
+    summary = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["summary_seconds"].items())
+    settings = results["settings"]
+    return section(
+        "quantization_speed",
+        "Quantising Llama-3.1-8B: arithmetic",
+        f"{settings['bits']} bits, groups of {settings['group_size']}, {settings['tokens']:,} calibration tokens, "
+        f"{settings['sweeps']} sweeps; {results['hardware']}, {versions(results['versions'])}",
+        f"Milliseconds per layer, without forward passes and loading. Whole model: {summary}.",
+        table(["layer", *steps], rows),
+    )
+
+
+def draw(found: dict[str, Any]) -> Any:
+    """Times bf16's speed by activation rows, for the two largest shapes."""
+    results = found["quantized_matmul"]["results"]
+    figure = new_figure(8.6, 3.5)
+    shapes = [(14336, 4096), (4096, 14336)]
+    for panel, shape in zip(figure.subplots(1, 2, sharey=True), shapes, strict=True):
+        for bits, marker in ((4, "o"), (3, "s"), (2, "^")):
+            points = {
+                row["rows"]: row["speedup"]
+                for row in results
+                if row["bits"] == bits and (row["out_features"], row["in_features"]) == shape
+            }
+            if points:
+                panel.plot(points.keys(), points.values(), marker=marker, label=f"W{bits}")
+        panel.axhline(1, color="0.5", linewidth=1, linestyle="--")
+        panel.set_xscale("log", base=2)
+        panel.set_title(f"{shape[0]} x {shape[1]}")
+        panel.set_xlabel("activation rows")
+    figure.axes[0].set_ylabel("times the speed of bf16 cuBLAS")
+    figure.axes[0].legend(frameon=False)
+    return figure
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
+    sections = {
+        "decode_speed": decode,
+        "eviction_overhead": eviction,
+        "quantized_matmul": matmul,
+        "quantization_speed": quantization,
+    }
+    found = {name: results for name in sections if (results := load(name)) is not None}
+    page = ["# Speed", "Written by `python benchmarks/speed_report.py` from the JSON files beside it; do not edit."]
+    page += [sections[name](results) for name, results in found.items()]
+    (RESULTS / "speed.md").write_text("\n\n".join(page) + "\n")
+    if "quantized_matmul" in found:
+        draw(found).savefig(PICTURE, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

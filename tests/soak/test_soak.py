@@ -1,0 +1,263 @@
+"""Thousands of generations with options drawn at random: each equals the masked full cache, and none leaves anything
+behind. ``run_call(models, seed)`` repeats one of them."""
+
+import copy
+import gc
+import random
+import resource
+import weakref
+from collections import Counter
+
+import pytest
+import torch
+from models import (
+    ARCHITECTURES,
+    add_lookahead,
+    evicted_logits,
+    kept_entries,
+    left_padded,
+    prompt_ids,
+    tiny_model,
+)
+from torch.nn import functional as F
+from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+import lkq_hf.attention
+from lkq_hf import LookaheadCache, prepare_model_for_eviction
+from lkq_hf.attention import thread_state
+from lkq_hf.cache import prefill
+
+CLOSE = 2e-3
+SCORERS = ("lookahead", "lookahead", "snapkv", "streaming", "random")
+FAILURES = (KeyboardInterrupt, torch.OutOfMemoryError)
+SAMPLING = (
+    {"temperature": 1.5},
+    {"top_k": 7},
+    {"top_p": 0.7},
+    {"min_p": 0.05},
+    {"repetition_penalty": 1.2},
+    {"no_repeat_ngram_size": 2},
+)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """For each architecture the untouched model with eager attention, and the same with an adapter."""
+    pairs = {}
+    for architecture in ARCHITECTURES:
+        base = tiny_model(architecture)
+        pairs[architecture] = base, add_lookahead(copy.deepcopy(base))
+        prepare_model_for_eviction(pairs[architecture][1])
+    return pairs
+
+
+def draw_prompt(draw):
+    """Ids and mask of one to three rows of very different lengths."""
+    longest = draw.choice([1, 2, 8, 20, 40, 60])
+    lengths = [longest, *(draw.randint(1, longest) for _ in range(draw.choice([0, 0, 1, 2])))]
+    return left_padded([prompt_ids(1, length, seed=draw.randrange(10**6))[0] for length in lengths])
+
+
+def draw_cache(draw, model):
+    budget = draw.choice([1, 3, 7, 12, 30, 70, 0.1, 0.3, 0.8])
+    room = draw.choice([None, None, 1, 6, 20])
+    return LookaheadCache(budget, draw.choice(SCORERS), max_new_tokens=room)
+
+
+def check(base, sequences, mask, cache, prompt_length, evicted_length, logits):
+    """The logits, unless None, are those of the masked full cache, which are returned."""
+    expected = evicted_logits(base, sequences, mask, kept_entries(cache), evicted_length)[:, prompt_length - 1 : -1]
+    if logits is not None:
+        torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=CLOSE, rtol=CLOSE)
+    return expected
+
+
+def assert_best(expected, tokens):
+    chosen = expected.gather(-1, tokens[..., None])[..., 0]
+    assert (chosen > expected.amax(-1) - CLOSE).all(), "the best token, or one as good"
+
+
+def chosen_from(cache, length):
+    """Tokens that the eviction chose from: with drafted ones, those of them that were accepted at once as well."""
+    lengths = {layer._evicted_length for layer in cache.layers if getattr(layer, "kept_indices", None) is not None}
+    assert len(lengths) <= 1
+    return lengths.pop() if lengths else length
+
+
+def greedy_and_more_turns(draw, base, model, cache, ids, mask):
+    """One to three turns, of which later ones may begin on a copy, or anew after a reset."""
+    options = {"do_sample": False} if draw.random() < 0.5 else {"do_sample": True} | draw.choice(SAMPLING)
+    evicted_length = None
+    for turn in range(draw.choice([1, 1, 2, 3])):
+        torch.manual_seed(draw.randrange(10**6))
+        given = ids[:, int(cache.get_seq_length()) :] if turn and draw.random() < 0.5 else ids
+        if turn == 0 and draw.random() < 0.2:
+            inputs = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
+        else:
+            inputs = {"input_ids": given}
+        output = model.generate(
+            **inputs, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(1, 8),
+            output_logits=True, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+        tokens = output.sequences[:, 0 if "inputs_embeds" in inputs else given.shape[1] :]
+        sequences = torch.cat([ids, tokens], dim=1)
+        evicted_length = evicted_length or ids.shape[1]
+        expected = check(base, sequences, mask, cache, ids.shape[1], evicted_length, output.logits)
+        if not options["do_sample"]:
+            assert_best(expected, tokens)
+        following = prompt_ids(ids.shape[0], draw.randint(1, 6), seed=draw.randrange(10**6))
+        ids = torch.cat([sequences, following], dim=1)
+        mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        if draw.random() < 0.3:
+            cache = copy.deepcopy(cache)
+        elif draw.random() < 0.2:
+            cache.reset()
+            evicted_length = None
+    return cache
+
+
+def beams(draw, base, model, cache, ids, mask):
+    width = draw.choice([2, 3])
+    returned = draw.randint(1, width)
+    torch.manual_seed(draw.randrange(10**6))
+    output = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(2, 6), num_beams=width,
+        num_return_sequences=returned, do_sample=draw.random() < 0.5, return_dict_in_generate=True,
+        output_scores=True, length_penalty=0.0,
+    )  # fmt: skip
+    one_of_each = copy.deepcopy(cache)
+    for layer in one_of_each.layers:
+        if getattr(layer, "kept_indices", None) is not None:
+            layer.kept_indices = layer.kept_indices[::width].repeat_interleave(returned, dim=0)
+    mask = mask.repeat_interleave(returned, dim=0)
+    length = ids.shape[1]
+    expected = check(base, output.sequences, mask, one_of_each, length, length, None).log_softmax(-1)
+    likelihood = expected.gather(-1, output.sequences[:, length:, None])[..., 0].sum(-1)
+    torch.testing.assert_close(output.sequences_scores, likelihood, atol=10 * CLOSE, rtol=CLOSE)
+    return cache
+
+
+def several_sequences(draw, base, model, cache, ids, mask):
+    count = draw.choice([2, 3])
+    torch.manual_seed(draw.randrange(10**6))
+    output = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(1, 6), do_sample=True,
+        num_return_sequences=count, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    length, mask = ids.shape[1], mask.repeat_interleave(count, dim=0)
+    check(base, output.sequences, mask, cache, length, length, output.logits)
+    return cache
+
+
+def prompt_lookup(draw, base, model, cache, ids, mask):
+    ids = ids[:1].repeat(1, 2)
+    mask = torch.ones_like(ids)
+    output = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(2, 12), do_sample=False,
+        prompt_lookup_num_tokens=draw.randint(1, 5),
+    )  # fmt: skip
+    expected = check(base, output, mask, cache, ids.shape[1], chosen_from(cache, ids.shape[1]), None)
+    assert_best(expected, output[:, ids.shape[1] :])
+    return cache
+
+
+def assistant(draw, base, model, cache, ids, mask):
+    ids = ids[:1, mask[0].argmax() :]
+    mask = torch.ones_like(ids)
+    output = model.generate(
+        ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(2, 8), do_sample=False,
+        assistant_model=base,
+    )  # fmt: skip
+    expected = check(base, output, mask, cache, ids.shape[1], chosen_from(cache, ids.shape[1]), None)
+    assert_best(expected, output[:, ids.shape[1] :])
+    return cache
+
+
+def interrupted(draw, base, model, cache, ids, mask):
+    """Something goes wrong in some module; then the same cache is used."""
+    module = draw.choice([model.model.embed_tokens, model.model.norm, *model.model.layers])
+    error = draw.choice(FAILURES)
+
+    def fail(*_):
+        raise error("injected")
+
+    handle = module.register_forward_pre_hook(fail)
+    with pytest.raises(error, match="injected"):
+        model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=2)
+    handle.remove()
+    cache.reset()  # one without evicted layers has kept what it had read
+    return greedy_and_more_turns(draw, base, model, cache, ids, mask)
+
+
+def refused(draw, base, model, cache, ids, mask):
+    options = draw.choice([{"use_cache": False}, {"prefill_chunk_size": 1}, {"attention_mask": mask[:, :0]}])
+    if ids.shape[1] > 1:
+        with pytest.raises((ValueError, RuntimeError, IndexError)):
+            model.generate(ids, **{"attention_mask": mask, "past_key_values": cache, "max_new_tokens": 2} | options)
+        cache.reset()
+    return greedy_and_more_turns(draw, base, model, cache, ids, mask)
+
+
+KINDS = [greedy_and_more_turns] * 8 + [beams] * 3 + [several_sequences, prompt_lookup, assistant, interrupted, refused]
+
+
+def run_call(models, seed):
+    """One generation; its cache dies with it."""
+    draw = random.Random(seed)
+    architecture = draw.choice(ARCHITECTURES)
+    kind = draw.choice(KINDS)
+    if kind is assistant and architecture == "gemma3":
+        architecture = "llama"  # with a sliding window, transformers 5.17 cannot take drafts back
+    base, model = models[architecture]
+    model.set_attn_implementation(draw.choice(["eager", "sdpa"]))
+    cache = draw_cache(draw, model)
+    ids, mask = draw_prompt(draw)
+    try:
+        return weakref.ref(kind(draw, base, model, cache, ids, mask))
+    except Exception as error:
+        error.add_note(f"seed {seed}: {kind.__name__}, {architecture}, {cache!r}, mask {mask.sum(-1).tolist()}")
+        raise
+
+
+def hooks(models):
+    return {
+        (architecture, index, name): (list(m._forward_hooks), list(m._forward_pre_hooks), set(m.__dict__))
+        for architecture, pair in models.items()
+        for index, model in enumerate(pair)
+        for name, m in model.named_modules()
+    }
+
+
+def alive():
+    """How many tensors, caches and layers of caches there are."""
+    gc.collect()
+    kinds = (torch.Tensor, Cache, CacheLayerMixin)
+    return Counter(kind.__name__ for kind in map(type, gc.get_objects()) if issubclass(kind, kinds))
+
+
+def soak(models, calls, warm):
+    entries, before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping), hooks(models)
+    counted = grown = None
+    for seed in range(calls):
+        cache = run_call(models, seed)
+        assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == entries and lkq_hf.attention._observed == {}, seed
+        assert thread_state.observer is None and thread_state.lookahead_length == 0, seed
+        assert prefill._thread.prefill is None, seed
+        if seed == warm:
+            counted, grown = alive(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gc.collect()
+    assert cache() is None
+    assert hooks(models) == before
+    assert alive() == counted
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown) * 1024
+
+
+def test_sixty_calls(models):
+    soak(models, calls=60, warm=20)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_thousand_calls(models):
+    assert soak(models, calls=2000, warm=400) < 50e6
