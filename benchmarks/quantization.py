@@ -54,8 +54,8 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 # The default with one thing changed.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "default, residual stream not corrected": {"corrected_residual": False},
-    "default, residual stream not corrected, alpha 0.5": {"corrected_residual": False, "alpha": 0.5},
+    "default, residual stream corrected": {"corrected_residual": True},
+    "default, residual stream corrected, alpha 0.5": {"corrected_residual": True, "alpha": 0.5},
     "default, alpha 0": {"alpha": 0.0},
     "default, alpha 0.5": {"alpha": 0.5},
     "default, alpha 1": {"alpha": 1.0},

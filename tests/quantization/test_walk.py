@@ -252,7 +252,7 @@ def test_the_deviation_of_a_layer_that_writes_to_the_residual_stream_is_that_of_
 
     monkeypatch.setattr(walk_module, "_solve_group", spy)
     full = copy.deepcopy(tiny_llama)
-    walk(tiny_llama, tokens, true_sequential=sequential)
+    walk(tiny_llama, tokens, config(corrected_residual=True), true_sequential=sequential)
     writers = {name for name, moments in found.items() if moments.of_output}
     assert writers == {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
 
