@@ -102,8 +102,10 @@ def plot(runs: Runs, path: Path, title: str) -> None:
         axis.set_xlabel("nats lost", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
         axis.margins(x=0.25)
-        for row, (mean, _) in enumerate(values):
-            axis.annotate(f"{mean:.2f}", (mean, row), (6, 0), textcoords="offset points", va="center", fontsize=8)
+        for row, (mean, error) in enumerate(values):
+            axis.annotate(
+                f"{mean:.2f}", (mean + error, row), (4, 0), textcoords="offset points", va="center", fontsize=8
+            )
     figure.suptitle(title, fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)

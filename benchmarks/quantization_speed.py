@@ -99,7 +99,7 @@ def time_layer(
         lambda: refine_scales(weight, hessian, integers, scales, zeros, group_size, 1), device, repeats
     )
     seconds["corrected target"], _ = timed(
-        lambda: corrected_target(weight, deviation, factor, order, 0.25), device, repeats
+        lambda: corrected_target(weight, weight @ deviation, factor, order, 0.25), device, repeats
     )
     seconds["descent"], _ = timed(
         lambda: joint_descent(weight, hessian, integers, scales, zeros, bits, group_size, sweeps), device, repeats

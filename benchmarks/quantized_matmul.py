@@ -180,12 +180,12 @@ def measure(
 
 
 def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: torch.dtype) -> None:
-    """Run every candidate once, so that Triton's cache on disk has its kernel."""
-    for out_features, in_features in SHAPES:
-        weight = packed_weight(bits, group_size, sym, out_features, in_features)
-        for candidate in _candidates(torch.randn(rows, in_features, device="cuda", dtype=dtype), weight, rows):
-            with contextlib.suppress(OutOfResources):
-                candidate()
+    """Run every candidate once, so that Triton's cache on disk has its kernel. One layer's size serves all others."""
+    out_features, in_features = min(SHAPES)
+    weight = packed_weight(bits, group_size, sym, out_features, in_features)
+    for candidate in _candidates(torch.randn(rows, in_features, device="cuda", dtype=dtype), weight, rows):
+        with contextlib.suppress(OutOfResources):
+            candidate()
 
 
 def compile_in_parallel(all_bits: list[int], all_rows: list[int]) -> None:

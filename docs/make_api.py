@@ -161,7 +161,7 @@ def markdown(docstring: str) -> str:
 
 
 def describe(title: str, name: str, node: Definition) -> list[str]:
-    return [title, f"```\n{signature(name, node)}\n```", markdown(ast.get_docstring(node) or "")]
+    return [title, f"```text\n{signature(name, node)}\n```", markdown(ast.get_docstring(node) or "")]
 
 
 def members(node: ast.ClassDef) -> list[str]:

@@ -39,6 +39,7 @@ class Test:
     transformers: str
     failed: bool
     skipped: str | None
+    packages: str
 
 
 def read(path: Path) -> list[tuple[str, Test]]:
@@ -51,19 +52,30 @@ def read(path: Path) -> list[tuple[str, Test]]:
         failed = case.find("failure") is not None or case.find("error") is not None
         skipped = case.find("skipped")
         reason = None if skipped is None else skipped.get("message", "")
-        test = Test(case.get("name", ""), properties["refused"], properties["transformers"], failed, reason)
+        test = Test(
+            f"{case.get('classname', '')}.{case.get('name', '')}",
+            properties["refused"],
+            properties["transformers"],
+            failed,
+            reason,
+            properties.get("with", ""),
+        )
         found.append((properties["item"], test))
     return found
 
 
 def notes(tests: list[Test]) -> str:
-    """What did not run although other tests of the item did; a test that ran in one of several runs has run."""
-    ran = {(test.name, test.transformers) for test in tests if test.skipped is None}
+    """With what the item was run, and what did not run although other tests of it did; a test that ran in one of
+    several runs has run, unless it was a version of transformers that stopped the other."""
+    ran = {test.name for test in tests if test.skipped is None}
     left: dict[str, set[str]] = defaultdict(set)
     for test in tests:
-        if test.skipped is not None and (test.name, test.transformers) not in ran:
-            left[test.skipped].add(test.name.partition("[")[2].rstrip("]") or test.name)
-    return "; ".join(f"not run: {', '.join(sorted(names))} ({reason})" for reason, names in sorted(left.items()))
+        of_this_version = (test.skipped or "").startswith("transformers")
+        if test.skipped is not None and (of_this_version or test.name not in ran):
+            left[test.skipped].add(test.name.partition("[")[2].rstrip("]") or test.name.rpartition(".")[2])
+    found = sorted({test.packages for test in tests} - {""})
+    found += [f"not run: {', '.join(sorted(names))} ({reason})" for reason, names in sorted(left.items())]
+    return "; ".join(found)
 
 
 def page(results: list[Path]) -> str:

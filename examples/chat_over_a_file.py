@@ -5,7 +5,8 @@
 
 The file is read into a LookaheadCache of `--budget` entries. Each question gets a copy of that small cache, so it
 costs the time of its own few tokens, not of the file. You see the time and the memory of the one prefill, and then
-each question with its answer and its time.
+each question with its answer and its time. The default model is very small, and answers some questions badly with the
+whole file in its cache too: `--budget 4096` keeps all of it.
 
 The entries are chosen before any question is known. If you have one question only, put it into the prompt together
 with the file, as examples/quickstart.py does: the scorer then sees what is asked.
@@ -27,7 +28,7 @@ ADAPTER = ROOT / "model_cards" / "smollm2-135m-instruct-lookahead"
 QUESTIONS = (
     "What is the name of this license?",
     "What does the word 'Contributor' mean in this license?",
-    "Who may use the trademarks of the Licensor?",
+    "What must You include when You redistribute the Work?",
 )
 MARK = "<<question>>"
 

@@ -179,7 +179,10 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._prefill_length is None:
-            return super().update(key_states, value_states, *args, **kwargs)
+            keys, values = super().update(key_states, value_states, *args, **kwargs)
+            # While it records the past, older transformers (5.17) returns more than it tells the mask.
+            told = self.sliding_window - 1 + key_states.shape[-2]
+            return keys[:, :, -told:], values[:, :, -told:]
         length, self._prefill_length = self._prefill_length, None
         super().update(key_states[:, :, :length], value_states[:, :, :length], *args, **kwargs)
         # A slice would keep the whole prompt alive.

@@ -1,39 +1,57 @@
 """Choose the fastest of several ways to compute the same thing, once for each shape."""
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from lkq_hf.kernels.dispatch import interpreting
 
 _fastest: dict[Hashable, int] = {}
 
+# Of the largest value: what rounding to half precision leaves far below, and a wrong tile far above.
+_TOLERANCE = 0.02
 
-def run_fastest(key: Hashable, candidates: Sequence[Callable[[], Any]]) -> Any:
-    """Run the candidate that was fastest when ``key`` was first seen; that first time, all are run and timed.
 
-    While a CUDA graph is captured nothing can be timed: an unseen key then takes the first candidate, and is timed at
-    its next call outside of a capture. So it does in Triton's interpreter, where time means nothing.
+def run_fastest(key: Hashable, candidates: Sequence[Callable[[], Tensor]], plain: Callable[[], Tensor]) -> Tensor:
+    """Run the way that was fastest when ``key`` was first seen; that first time, all are run, compared and timed.
+
+    Compilers of kernels have faults of their own: a candidate whose result is not that of ``plain`` on this GPU is not
+    chosen. While a CUDA graph is captured nothing can be timed: an unseen key then takes ``plain``, and is timed at
+    its next call outside of a capture. In Triton's interpreter, where time means nothing, the first candidate runs.
+
+    Args:
+        key: everything on which the choice depends.
+        candidates: the ways to try.
+        plain: the way that is always right, and one of the choices.
     """
-    if key not in _fastest and len(candidates) > 1:
-        if interpreting() or torch.cuda.is_current_stream_capturing():
-            return candidates[0]()
-        times = [_milliseconds(candidate) for candidate in candidates]
+    if interpreting():
+        return candidates[0]()
+    if key not in _fastest:
+        if torch.cuda.is_current_stream_capturing():
+            return plain()
+        expected = plain()
+        times = [_milliseconds(candidate, expected) for candidate in (*candidates, plain)]
+        if min(times) == float("inf"):  # inputs that are not finite tell nothing
+            return expected
         _fastest[key] = times.index(min(times))
-    return candidates[_fastest.get(key, 0)]()
+    return (*candidates, plain)[_fastest[key]]()
 
 
 def choices() -> dict[Hashable, int]:
-    """What was chosen so far: for every key the index of its fastest candidate."""
+    """What was chosen so far: for every key the index of its fastest candidate, or their number for the plain way."""
     return dict(_fastest)
 
 
-def _milliseconds(candidate: Callable[[], Any]) -> float:
+def _milliseconds(candidate: Callable[[], Tensor], expected: Tensor) -> float:
+    """Infinite if the GPU cannot run the candidate, or its result is wrong."""
     from triton.runtime.errors import OutOfResources
     from triton.testing import do_bench
 
     try:
+        error = (candidate().float() - expected.float()).abs().max()
+        if not error <= _TOLERANCE * expected.float().abs().max():
+            return float("inf")
         return do_bench(candidate, warmup=2, rep=10, return_mode="median")
     except OutOfResources:  # a tile that this GPU's shared memory or registers cannot hold
         return float("inf")

@@ -33,7 +33,6 @@ def _gemv_kernel(
     CHUNK: tl.constexpr,
     BLOCK_CHUNKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     FEATURES: tl.constexpr = row_features(BITS)
     WORDS: tl.constexpr = row_words(BITS)
@@ -42,7 +41,7 @@ def _gemv_kernel(
     end = tl.minimum(first + chunks_per_split, chunks)
     row_stride = WORDS * columns
     total = (tl.zeros((BLOCK_CHUNKS, BLOCK_N), tl.float32),) * M
-    for start in tl.range(first, end, BLOCK_CHUNKS, num_stages=STAGES):
+    for start in range(first, end, BLOCK_CHUNKS):
         chunk = start + tl.arange(0, BLOCK_CHUNKS)
         mask = (chunk < end)[:, None] & (column < columns)[None, :]
         words = qweight + chunk[:, None] * (CHUNK // FEATURES * row_stride) + column[None, :]
@@ -96,7 +95,6 @@ def quantized_gemv(
     block_n: int,
     split_k: int,
     num_warps: int,
-    num_stages: int,
 ) -> Tensor:
     """``x`` `[rows, in_features]`, contiguous, times the packed weight: `[rows, out_features]`.
 
@@ -106,7 +104,6 @@ def quantized_gemv(
         block_n: output columns of a thread block.
         split_k: thread blocks that share the chunks of a column.
         num_warps: warps of a thread block.
-        num_stages: iterations whose words are in flight.
     """
     rows, in_features = x.shape
     columns = qweight.shape[1]
@@ -129,7 +126,6 @@ def quantized_gemv(
         CHUNK=chunk_features,
         BLOCK_CHUNKS=block_chunks,
         BLOCK_N=block_n,
-        STAGES=num_stages,
         num_warps=num_warps,
     )
     return split_sum(partial, x.dtype)

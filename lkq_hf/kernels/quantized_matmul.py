@@ -18,24 +18,14 @@ _DEQUANTIZE_ROWS = 1024
 # Rows up to which the float32 units can keep up with reading the weight.
 _GEMV_ROWS = 2
 
-# Features per chunk; then chunks and columns per thread block, thread blocks per column, warps, stages.
+# Features per chunk; then chunks and columns per thread block, thread blocks per column, warps.
 _GEMV_CHUNK = {2: 128, 3: 64, 4: 64, 8: 32}
-_GEMV_TILES = (
-    (32, 32, 1, 8, 1),
-    (64, 32, 1, 16, 1),
-    (32, 64, 1, 8, 1),
-    (32, 64, 4, 8, 1),
-    (8, 64, 4, 4, 1),
-    (16, 32, 1, 4, 4),
-    (16, 32, 2, 4, 4),
-    (32, 32, 1, 8, 3),
-    (8, 64, 2, 4, 4),
-)
+_GEMV_TILES = ((32, 64, 1, 8), (64, 32, 1, 16), (32, 64, 4, 8), (8, 64, 4, 4))
 # Columns per tile, thread blocks per output tile, warps, stages, by the largest number of rows that they serve.
 _GEMM_TILES = {
-    16: ((64, 4, 4, 4), (64, 8, 4, 4), (64, 1, 4, 4), (128, 4, 4, 3), (128, 8, 4, 3), (128, 2, 4, 3), (128, 4, 8, 3)),
-    64: ((64, 1, 4, 3), (64, 4, 4, 3), (128, 4, 8, 3), (128, 2, 8, 3), (128, 4, 8, 4)),
-    1024: ((128, 1, 8, 3), (128, 2, 8, 3), (64, 1, 4, 3), (64, 2, 4, 3)),
+    16: ((64, 4, 4, 4), (64, 8, 4, 4), (64, 1, 4, 4), (128, 4, 4, 3)),
+    64: ((64, 1, 4, 3), (64, 4, 4, 3), (128, 4, 8, 3)),
+    1024: ((128, 1, 8, 3), (128, 2, 8, 3), (64, 1, 4, 3)),
 }
 
 
@@ -73,7 +63,7 @@ def quantized_matmul(
     bucket = 1 << (rows - 1).bit_length()
     key = (x.device, x.dtype, bits, group_size, sym, *qweight.shape, bucket)
     with torch.cuda.device_of(qweight):
-        y = run_fastest(key, _candidates(flat, weight, bucket))
+        y = run_fastest(key, _candidates(flat, weight, bucket), lambda: flat @ dequantize(*weight, flat.dtype))
     return y.view(*x.shape[:-1], -1)
 
 
@@ -100,26 +90,24 @@ def _candidates(
                 block_n=block_n,
                 split_k=split_k,
                 num_warps=num_warps,
+            )
+            for block_chunks, block_n, split_k, num_warps in _GEMV_TILES
+        ]
+    if bucket > 1:
+        most = next(rows for rows in _GEMM_TILES if bucket <= rows)
+        candidates += [
+            partial(
+                quantized_gemm,
+                x,
+                *weight,
+                block_m=min(max(bucket, 16), 256),
+                block_n=block_n,
+                split_k=split_k,
+                num_warps=num_warps,
                 num_stages=num_stages,
             )
-            for block_chunks, block_n, split_k, num_warps, num_stages in _GEMV_TILES
+            for block_n, split_k, num_warps, num_stages in _GEMM_TILES[most]
         ]
-    most = next(rows for rows in _GEMM_TILES if bucket <= rows)
-    candidates += [
-        partial(
-            quantized_gemm,
-            x,
-            *weight,
-            block_m=min(max(bucket, 16), 256),
-            block_n=block_n,
-            split_k=split_k,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
-        for block_n, split_k, num_warps, num_stages in _GEMM_TILES[most]
-    ]
-    if bucket >= 64:
-        candidates.append(lambda: x @ dequantize(*weight, x.dtype))
     return candidates
 
 

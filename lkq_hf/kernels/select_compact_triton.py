@@ -15,7 +15,10 @@ def select_compact_triton(
         out = key.new_empty(batch, kv_heads, k, key_dim), value.new_empty(batch, kv_heads, k, value_dim)
     indices = torch.empty(batch, kv_heads, k, dtype=torch.int64, device=scores.device)
 
-    block = min(32768, triton.next_power_of_2(length))
+    block = triton.next_power_of_2(length)
+    one_block = block <= 16384
+    if not one_block:
+        block = 8192
     block_positions = 32
     with torch.cuda.device_of(key):
         _select_kernel[(batch * kv_heads,)](
@@ -24,7 +27,7 @@ def select_compact_triton(
             length,
             k,
             BLOCK=block,
-            ONE_BLOCK=length <= block,
+            ONE_BLOCK=one_block,
             num_warps=max(4, min(32, block // 512)),
         )
         _copy_kernel[(triton.cdiv(k, block_positions), batch * kv_heads)](
@@ -103,7 +106,7 @@ def _select_kernel(scores, indices, length, k, BLOCK: tl.constexpr, ONE_BLOCK: t
         # Both running counts in one scan.
         packed = tl.cumsum(keep | (tie << 16), 0)
         kept_before = (packed & 0xFFFF) - keep
-        ties_before = (packed >> 16 & 0xFFFF) - tie
+        ties_before = (packed >> 16) - tie
         selected = (keep == 1) | ((tie == 1) & (ties_before < ties_left))
         slot = written + kept_before + tl.minimum(ties_before, ties_left)
         tl.store(indices + slot, position.to(tl.int64), mask=selected)

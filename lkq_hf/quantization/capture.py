@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 PROBE_TOKENS = 8
+# Part of a disturbance that rounding may swallow on its way into a sum.
+SUM_TOLERANCE = 0.02
 
 
 class Stop(Exception):
@@ -142,10 +144,14 @@ def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Layers of a block that receive the same tensor: they share their input moments and are solved together."""
+    """Layers of a block that receive the same tensor: they share their input moments and are solved together.
+
+    `added_at` tells where their output is first seen as a part of a sum, if that is known (`find_sum`).
+    """
 
     names: tuple[str, ...]
     called_once: bool
+    added_at: str | None = None
 
 
 @torch.no_grad()
@@ -184,27 +190,99 @@ def observe_order(block: nn.Module, names: Sequence[str], call: BlockCall, hidde
 
 
 @torch.no_grad()
+def find_sum(block: nn.Module, name: str, call: BlockCall, hidden: Tensor) -> str | None:
+    """Where a layer's output has been added to something else, as it is to the residual stream.
+
+    The block runs twice, the second time with the layer's output disturbed; what differs by just that is a sum.
+
+    Args:
+        name: the layer, as a name inside the block.
+        hidden: one batch, `[batch, length, hidden]`.
+
+    Returns:
+        The name of the first module that receives the sum, `""` if it is the block's output, or `None` where no sum is
+        seen: the output is used otherwise, or normalised before it is added.
+    """
+    layer = block.get_submodule(name)
+    own: list[Tensor] = []
+    noise: list[Tensor] = []
+
+    def run(disturb: bool) -> dict[str, Tensor]:
+        inputs: dict[str, Tensor] = {}
+
+        def disturbed(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if disturb:
+                return output + noise[0]
+            own.append(output.flatten(0, -2))
+            # Large beside the sum, so that in half precision too the sum shows all of it.
+            noise.append(output.flip(-1) * (16 * hidden.abs().max() / output.abs().max().clamp(min=1e-6)))
+            return output
+
+        def watch(other: str) -> Any:
+            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+                if own and args and isinstance(args[0], Tensor):
+                    inputs.setdefault(other, args[0].flatten(0, -2).clone())
+
+            return hook
+
+        with ExitStack() as stack:
+            stack.callback(layer.register_forward_hook(disturbed).remove)
+            for other, module in block.named_modules():
+                if module is not layer and module is not block:
+                    stack.callback(module.register_forward_pre_hook(watch(other)).remove)
+            output = call.run(block, hidden, 0)
+        return {**inputs, "": output.flatten(0, -2)}
+
+    plain, moved = run(False), run(True)
+    for other, value in plain.items():
+        if value.shape != own[0].shape or torch.equal(value, own[0]):
+            continue
+        wanted = noise[0].flatten(0, -2)
+        if (moved[other] - value - wanted).float().norm() < SUM_TOLERANCE * wanted.float().norm():
+            return other
+    return None
+
+
+@torch.no_grad()
 def layer_inputs(
     block: nn.Module, groups: Sequence[InputGroup], call: BlockCall, hidden: Tensor, batch: int
-) -> list[list[Tensor]]:
-    """The inputs that each group's first layer receives in one forward pass, one list per group.
+) -> tuple[list[list[Tensor]], list[Tensor | None]]:
+    """What each group's first layer receives in one forward pass, and what its output becomes part of.
 
-    The pass ends as soon as all of them have been seen, where every layer runs once.
+    The pass ends as soon as all has been seen, where every layer runs once.
+
+    Returns:
+        For each group its inputs, and the sum at its `added_at`.
     """
     found: list[list[Tensor]] = [[] for _ in groups]
-    stop_early = all(group.called_once for group in groups)
+    sums: list[Tensor | None] = [None] * len(groups)
 
-    def watch(index: int) -> Any:
+    def stop_if_done() -> None:
+        complete = all(total is not None or group.added_at is None for total, group in zip(sums, groups, strict=True))
+        if complete and all(group.called_once for group in groups) and all(found):
+            raise Stop
+
+    def watch_input(index: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             found[index].append(args[0])
-            if stop_early and all(found):
-                raise Stop
+            stop_if_done()
+
+        return hook
+
+    def watch_sum(index: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            if found[index] and sums[index] is None:
+                sums[index] = args[0]
+                stop_if_done()
 
         return hook
 
     with ExitStack() as stack:
         for index, group in enumerate(groups):
-            stack.callback(block.get_submodule(group.names[0]).register_forward_pre_hook(watch(index)).remove)
+            stack.callback(block.get_submodule(group.names[0]).register_forward_pre_hook(watch_input(index)).remove)
+            if group.added_at:
+                stack.callback(block.get_submodule(group.added_at).register_forward_pre_hook(watch_sum(index)).remove)
         with suppress(Stop):
-            call.run(block, hidden, batch)
-    return found
+            output = call.run(block, hidden, batch)
+            sums = [output if group.added_at == "" else total for total, group in zip(sums, groups, strict=True)]
+    return found, sums

@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damp_percent": 0.1,
         "column_order": "costliest_first",
         "corrected_target": True,
+        "corrected_residual": False,
         "alpha": 0.25,
         "sweeps": 8,
     },
@@ -35,6 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damp_percent": 0.01,
         "column_order": "stored",
         "corrected_target": False,
+        "corrected_residual": False,
         "alpha": 0.25,
         "sweeps": 1,
     },
@@ -66,7 +68,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, or `"paper"`, the
             method as published (arXiv 2602.02126). It sets `damp_percent` and
-            those of the next five fields, where they are not given.
+            those of the next six fields, where they are not given.
         stages (`tuple[str, ...]`, *optional*): what is done besides GPTQ, any of `"stage1"` (scales searched by their
             effect on the output), `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined
             together after GPTQ). `()` is plain GPTQ.
@@ -74,6 +76,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             (important inputs first, one group after another) or `"costliest_first"` (first the columns whose error the
             others can make up for least). The scales are fixed before, so every order gives the same format.
         corrected_target (`bool`, *optional*): GPTQ aims at `w + alpha w R H^-1` instead of `w`.
+        corrected_residual (`bool`, *optional*): a layer whose output is added to the residual stream also answers for
+            what earlier layers have changed there: the deviation is that of the sum, not of the layer's input.
         alpha (`float`, *optional*): weight of the deviation `R` between full-precision and quantised inputs; 0 to 1.
         sweeps (`int`, *optional*): passes of stage 2 and of the descent.
         scale_search (`str`, defaults to `"minmax"`): scales where stage 1 is off: `"minmax"`, or `"mse"` for the
@@ -126,6 +130,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         stages: Sequence[str] | None = None,
         column_order: str | None = None,
         corrected_target: bool | None = None,
+        corrected_residual: bool | None = None,
         alpha: float | None = None,
         sweeps: int | None = None,
         scale_search: str = "minmax",
@@ -159,6 +164,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         self.stages = _names("stages", defaults["stages"] if stages is None else stages)
         self.column_order = defaults["column_order"] if column_order is None else column_order
         self.corrected_target = defaults["corrected_target"] if corrected_target is None else corrected_target
+        self.corrected_residual = defaults["corrected_residual"] if corrected_residual is None else corrected_residual
         self.alpha = defaults["alpha"] if alpha is None else alpha
         self.sweeps = defaults["sweeps"] if sweeps is None else sweeps
         self.scale_search = scale_search
@@ -185,7 +191,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
 
     def post_init(self) -> None:
         """Checks every field."""
-        for name in ("sym", "corrected_target", "round_to_nearest", "true_sequential"):
+        for name in ("sym", "corrected_target", "corrected_residual", "round_to_nearest", "true_sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
         if type(self.bits) is not int or self.bits not in BITS:
@@ -242,6 +248,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             damp_percent=self.damp_percent,
             alpha=self.alpha,
             corrected_target=self.corrected_target,
+            corrected_residual=self.corrected_residual,
             sweeps=self.sweeps,
         )
 

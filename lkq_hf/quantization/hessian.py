@@ -1,5 +1,7 @@
 """Second moments of a layer's input, and the factorisation GPTQ needs."""
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -9,24 +11,41 @@ TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class InputMoments:
-    """Streaming means over calibration tokens of `H = E[X~ X~^T]` and `R = E[(X - X~) X~^T]`.
+    """Streaming means over calibration tokens of `H = E[X~ X~^T]` and of a deviation that `X~` lets one foresee.
 
     `X` is the layer's input in the full-precision network and `X~` its input in the network quantised so far
-    (arXiv 2602.02126). Both moments are float32 running means, so their size does not grow with the token count.
+    (arXiv 2602.02126). The deviation is `R = E[(X - X~) X~^T]` or, with `out_features`, `D = E[(Y - Y~) X~^T]` of what
+    the layer's output has become part of: for a sum `Y = residual + W X` it is `E[(residual - residual~) X~^T] + W R`.
+    The moments are float32 running means, so their size does not grow with the token count.
 
     Args:
         in_features: the layer's input size.
         device: where the moments are kept and the products are taken.
-        deviation: whether `R` is needed; without it `add` ignores the full-precision input.
+        deviation: whether a deviation is needed; without it `add` ignores everything but `X~`.
+        out_features: the layer's output size, for a deviation of outputs.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str = "cpu", deviation: bool = True) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        device: torch.device | str = "cpu",
+        deviation: bool = True,
+        out_features: int | None = None,
+    ) -> None:
         self.tokens = 0
+        self.of_output = out_features is not None
+        rows = in_features if out_features is None else out_features
         self.hessian = torch.zeros(in_features, in_features, device=device)
-        self.deviation = torch.zeros(in_features, in_features, device=device) if deviation else None
+        self.deviation = torch.zeros(rows, in_features, device=device) if deviation else None
 
-    def add(self, quantized_input: Tensor, full_input: Tensor | None = None) -> None:
-        """Adds the tokens of one batch: `X~` and, where the deviation is needed, `X`, both `[..., in_features]`."""
+    def add(self, quantized_input: Tensor, full: Tensor | None = None, quantized: Tensor | None = None) -> None:
+        """Adds the tokens of one batch.
+
+        Args:
+            quantized_input: `X~`, `[..., in_features]`.
+            full: where the deviation is needed, `X`, or `Y` if it is one of outputs.
+            quantized: what `full` deviates from: `Y~`; by default `X~`.
+        """
         x_tilde = quantized_input.detach().reshape(-1, quantized_input.shape[-1])
         new = x_tilde.shape[0]
         if new == 0:
@@ -35,10 +54,10 @@ class InputMoments:
         weight = 1.0 / (self.tokens + new)
         _accumulate(self.hessian, x_tilde, x_tilde, keep, weight)
         if self.deviation is not None:
-            if full_input is None:
-                raise ValueError("this accumulator tracks the deviation, so it needs the full-precision input too")
-            x = full_input.detach().reshape(-1, full_input.shape[-1])
-            difference = x.float() - x_tilde.float()
+            if full is None or (self.of_output and quantized is None):
+                raise ValueError("this accumulator tracks a deviation, so it needs the full-precision values too")
+            quantized = quantized_input if quantized is None else quantized
+            difference = (full.detach().float() - quantized.detach().float()).reshape(new, -1)
             if x_tilde.dtype in TENSOR_CORE_DTYPES and x_tilde.is_cuda:
                 # Two halves hold what the difference of two halves can hold, but for bits that no sum would notice.
                 leading = difference.to(x_tilde.dtype)
@@ -48,6 +67,20 @@ class InputMoments:
             else:
                 _accumulate(self.deviation, difference, x_tilde, keep, weight)
         self.tokens += new
+
+    def of_rows(self, rows: slice) -> "InputMoments":
+        """The moments for some of the layer's rows: those of its input serve all, outputs have their own."""
+        if not self.of_output or self.deviation is None:
+            return self
+        part = copy.copy(self)
+        part.deviation = self.deviation[rows]
+        return part
+
+    def output_deviation(self, weight: Tensor) -> Tensor | None:
+        """`D`, `[out, in]`, for the rows of `weight`: `W R`, where what is kept is a deviation of inputs."""
+        if self.deviation is None or self.of_output:
+            return self.deviation
+        return weight @ self.deviation
 
 
 def _accumulate(moment: Tensor, left: Tensor, right: Tensor, keep: float, weight: float) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Self
 
 import torch
@@ -76,14 +77,16 @@ class Processes:
                 distributed.all_reduce(moment.mul_(share))
         moments.tokens = tokens
 
-    def solve(self, rows: Tensor, quantize: Callable[[Tensor], Solution]) -> Solution:
-        """`quantize(rows)`, each process for some of the rows of `[out, in]`, which do not depend on each other."""
+    def solve(self, rows: int, quantize: Callable[[slice], Solution]) -> Solution:
+        """What `quantize` makes of all rows of a layer, each process of some: they do not depend on each other."""
         if self.size == 1:
-            return quantize(rows)
+            return quantize(slice(0, rows))
         # Where there are fewer rows than processes, the last ones repeat the last part.
-        parts = rows.tensor_split(min(self.size, len(rows)))
-        own = quantize(parts[min(self.rank, len(parts) - 1)])
-        sizes = [len(part) for part in parts]
+        count = min(self.size, rows)
+        edges = [rows * index // count for index in range(count + 1)]
+        mine = min(self.rank, count - 1)
+        own = quantize(slice(edges[mine], edges[mine + 1]))
+        sizes = [end - start for start, end in pairwise(edges)]
         weight = own.weight
         errors = torch.stack([*own.losses.values(), own.energy], dim=1)
         *losses, energy = self._gather(errors, sizes).unbind(1)

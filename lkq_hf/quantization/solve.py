@@ -32,11 +32,12 @@ class SolverSettings:
     damp_percent: float
     alpha: float
     corrected_target: bool
+    corrected_residual: bool
     sweeps: int
 
     @property
     def needs_deviation(self) -> bool:
-        """Whether any step uses `R = E[(X - X~) X~^T]`."""
+        """Whether any step uses a deviation (`InputMoments`)."""
         return self.alpha != 0 and (self.corrected_target or "stage2" in self.stages or "descent" in self.stages)
 
 
@@ -109,8 +110,9 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
     if not settings.round_to_nearest or settings.needs_deviation:
         order = _column_order(hessian, group_size, settings)
         factor = _inverse_factor(hessian[order][:, order])
-        if settings.needs_deviation and moments.deviation is not None:
-            target = corrected_target(w, moments.deviation, factor, order, settings.alpha)
+        deviation = moments.output_deviation(w) if settings.needs_deviation else None
+        if deviation is not None:
+            target = corrected_target(w, deviation, factor, order, settings.alpha)
 
     losses: dict[str, Tensor] = {}
 
@@ -144,14 +146,14 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
 
 
 def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, alpha: float) -> Tensor:
-    """`w + alpha w R H^-1`, `[out, in]`: what a layer should compute on inputs that earlier layers already disturbed.
+    """`w + alpha D H^-1`, `[out, in]`: what a layer should compute on inputs that earlier layers already disturbed.
 
-    For `alpha = 1` it is the least-squares answer to `w X` by a weight that sees `X~`; smaller values hold back the
-    part that fits this calibration set only. `factor` is `U` with `H^-1 = U^T U`, in `order`.
+    `D = E[(Y - Y~) X~^T]`, `[out, in]`, with the outputs `Y` of the full-precision network and `Y~` of `w` on the
+    disturbed inputs. For `alpha = 1` it is the least-squares answer to `Y` by a weight that sees `X~`; smaller values
+    hold back the part that fits this calibration set only. `factor` is `U` with `H^-1 = U^T U`, in `order`.
     """
-    correction = (weight @ deviation)[:, order] @ factor.T @ factor
     target = weight.clone()
-    target[:, order] += alpha * correction
+    target[:, order] += alpha * (deviation[:, order] @ factor.T @ factor)
     return target
 
 

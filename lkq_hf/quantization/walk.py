@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,14 @@ from transformers import PreTrainedModel
 
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.blocks import linear_weight
-from lkq_hf.quantization.capture import BlockCall, InputGroup, capture_block_calls, layer_inputs, observe_order
+from lkq_hf.quantization.capture import (
+    BlockCall,
+    InputGroup,
+    capture_block_calls,
+    find_sum,
+    layer_inputs,
+    observe_order,
+)
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.journal import Journal, walk_fingerprint, weight_checksums
 from lkq_hf.quantization.linear import QuantizedLinear
@@ -185,6 +192,8 @@ def _quantize_block(
     weights: dict[str, QuantizedWeight] = {}
     reports: list[LayerReport] = []
     groups = observe_order(paths.block, names, paths.call, paths.quantized.get(0)) if names else []
+    if settings.needs_deviation and settings.corrected_residual:
+        groups = [_with_sum(group, paths) for group in groups]
     # Which experts saw a token, and so the order, may differ between processes.
     groups = paths.processes.first(groups)
     for step in [[group] for group in groups] if true_sequential else [groups]:
@@ -201,26 +210,41 @@ def _quantize_block(
     return weights, reports
 
 
+def _with_sum(group: InputGroup, paths: _Paths) -> InputGroup:
+    if len(group.names) > 1 or not group.called_once:
+        return group
+    return replace(group, added_at=find_sum(paths.block, group.names[0], paths.call, paths.quantized.get(0)))
+
+
 def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: SolverSettings) -> list[InputMoments]:
     device = paths.quantized.device
-    sizes = [linear_weight(paths.block.get_submodule(group.names[0])).shape[1] for group in groups]
-    moments = [InputMoments(size, device, settings.needs_deviation) for size in sizes]
+    moments = []
+    for group in groups:
+        out_features, in_features = linear_weight(paths.block.get_submodule(group.names[0])).shape
+        outputs = None if group.added_at is None else out_features
+        moments.append(InputMoments(in_features, device, settings.needs_deviation, outputs))
     for batch in range(len(paths.quantized)):
         hidden = paths.quantized.get(batch)
-        seen = layer_inputs(paths.block, groups, paths.call, hidden, batch)
+        seen, sums = layer_inputs(paths.block, groups, paths.call, hidden, batch)
         if paths.full is None or paths.twin is None:
-            pairs: list[list[Tensor | None]] = [[None] * len(inputs) for inputs in seen]
+            full_seen: list[list[Tensor]] = [[] for _ in groups]
+            full_sums: list[Tensor | None] = [None for _ in groups]
         else:
-            pairs = [list(x) for x in layer_inputs(paths.twin, groups, paths.call, paths.full.get(batch), batch)]
+            full_seen, full_sums = layer_inputs(paths.twin, groups, paths.call, paths.full.get(batch), batch)
         tokens = hidden.shape[0] * hidden.shape[1]
-        for accumulated, quantized_inputs, full_inputs in zip(moments, seen, pairs, strict=True):
+        for index, accumulated in enumerate(moments):
             # A layer that sees only some tokens (an expert) may see other ones in the full-precision model: then
             # its two inputs have no common rows, and it is quantised without the deviation term.
-            sizes_agree = len(quantized_inputs) == len(full_inputs)
-            if not sizes_agree or any(x.numel() != tokens * x.shape[-1] for x in quantized_inputs):
+            sizes_agree = len(seen[index]) == len(full_seen[index])
+            if not sizes_agree or any(x.numel() != tokens * x.shape[-1] for x in seen[index]):
                 accumulated.deviation = None
-            for position, x in enumerate(quantized_inputs):
-                accumulated.add(x, full_inputs[position] if accumulated.deviation is not None else None)
+            for position, x in enumerate(seen[index]):
+                if accumulated.deviation is None:
+                    accumulated.add(x)
+                elif accumulated.of_output:
+                    accumulated.add(x, full_sums[index], sums[index])
+                else:
+                    accumulated.add(x, full_seen[index][position])
     for accumulated in moments:
         paths.processes.reduce(accumulated)
     return moments
@@ -238,7 +262,7 @@ def _solve_group(
             raise ValueError(f"{prefix}{name}: the weight contains NaN or infinity; the base checkpoint is damaged")
     rows = torch.cat([linear_weight(module).float() for module in modules.values()])
     try:
-        return processes.solve(rows, lambda part: quantize_weight(part, moments, settings))
+        return processes.solve(len(rows), lambda part: quantize_weight(rows[part], moments.of_rows(part), settings))
     except ValueError as error:
         raise ValueError(f"{prefix}{', '.join(modules)}: {error}") from error
 

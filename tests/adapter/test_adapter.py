@@ -306,3 +306,31 @@ def test_the_prefix_of_parameters_is_in_no_module_path():
     assert all(
         LookaheadKVModel.prefix not in name.rpartition(".lookahead_kv_")[0] for name, _ in model.named_parameters()
     )
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_linear_infers_in_the_dtype_of_its_base_and_follows_the_adapter(batch):
+    torch.manual_seed(0)
+    base = torch.nn.Linear(16, 24).bfloat16()
+    linear = LookaheadKVLinear(copy.deepcopy(base), "default", LookaheadKVConfig(r=4, lora_alpha=8))
+    down, up = linear.lookahead_kv_A["default"], linear.lookahead_kv_B["default"]
+    down.data, up.data = down.float(), up.float()  # as PEFT does when it loads or trains an adapter
+    x = torch.randn(batch, 9, 16).bfloat16()
+
+    def expected():
+        result = base(x).float()
+        result[:, -5:] += 2 * (x[:, -5:].float() @ down.T @ up.T)
+        return result
+
+    with torch.no_grad():
+        for _ in range(3):
+            up.add_(torch.randn_like(up))  # as an optimiser changes it, after the first inference too
+            for _ in range(2):
+                with lookahead_positions(5):
+                    found = linear(x)
+                assert found.dtype == torch.bfloat16
+                torch.testing.assert_close(found.float(), expected(), rtol=0.03, atol=0.03)
+        up.data = torch.randn_like(up)
+        with lookahead_positions(5):
+            torch.testing.assert_close(linear(x).float(), expected(), rtol=0.03, atol=0.03)
+        assert torch.equal(linear(x), base(x))

@@ -2,6 +2,7 @@
 devices and precisions, PEFT, quantised weights, pipelines."""
 
 import copy
+import importlib.metadata
 import importlib.util
 
 import pytest
@@ -346,10 +347,16 @@ def test_our_own_quantised_bases(bits, tmp_path):
     assert model.model.layers[0].mlp.up_proj.base_layer.__class__.__name__ == "QuantizedLinear"
 
 
+def require(package, record_property):
+    """Skips the test without the package, and says in the table with which version of it, and where, it ran."""
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
+    record_property("with", f"{package} {importlib.metadata.version(package)}, on the CPU")
+
+
 @item("bases quantised by torchao")
-def test_torchao_bases():
-    if importlib.util.find_spec("torchao") is None:
-        pytest.skip("torchao is not installed")
+def test_torchao_bases(record_property):
+    require("torchao", record_property)
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     def load():
@@ -362,9 +369,8 @@ def test_torchao_bases():
 
 @item("bases quantised by bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_bases(bits, tmp_path):
-    if importlib.util.find_spec("bitsandbytes") is None:
-        pytest.skip("bitsandbytes is not installed")
+def test_bitsandbytes_bases(bits, tmp_path, record_property):
+    require("bitsandbytes", record_property)
     from transformers import BitsAndBytesConfig
 
     tiny_model(intermediate_size=128).save_pretrained(tmp_path)  # of whole blocks of 64 weights

@@ -163,7 +163,7 @@ def _divided_solution(rows):
     moments = InputMoments(64)
     moments.add(x, x + 0.1)
     settings = TwoStageGPTQConfig(bits=3, group_size=32, sym=False).solver_settings()
-    solution = Processes.current().solve(weight, lambda part: quantize_weight(part, moments, settings))
+    solution = Processes.current().solve(len(weight), lambda rows: quantize_weight(weight[rows], moments, settings))
     quantized = solution.weight
     tensors = [quantized.integers, quantized.scales, quantized.zeros, *solution.losses.values(), solution.energy]
     return list(solution.losses), [tensor.numpy() for tensor in tensors]

@@ -40,6 +40,7 @@ def settings(**changes):
         "damp_percent": 0.01,
         "alpha": 0.25,
         "corrected_target": True,
+        "corrected_residual": True,
         "sweeps": 2,
     }
     return SolverSettings(**{**values, **changes})
@@ -279,10 +280,31 @@ def test_corrected_target_is_the_least_squares_answer_on_disturbed_inputs(proble
     weight, moments, x, x_tilde = problem
     order = torch.randperm(COLUMNS, generator=torch.Generator().manual_seed(3))
     factor = inverse_factor(damped(moments.hessian, 1e-6)[order][:, order])
-    found = corrected_target(weight, moments.deviation, factor, order, alpha=1.0)
+    found = corrected_target(weight, weight @ moments.deviation, factor, order, alpha=1.0)
     expected = torch.linalg.lstsq(x_tilde.double(), x.double() @ weight.double().T).solution.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
-    assert torch.equal(corrected_target(weight, moments.deviation, factor, order, alpha=0.0), weight)
+    assert torch.equal(corrected_target(weight, weight @ moments.deviation, factor, order, alpha=0.0), weight)
+
+
+def test_the_target_of_a_layer_that_writes_to_the_residual_stream_answers_for_the_stream(problem):
+    weight, _, x, x_tilde = problem
+    residual = torch.randn(len(x), ROWS, generator=torch.Generator().manual_seed(7))
+    disturbed = residual + 0.1 * x_tilde[:, :ROWS]
+    moments = InputMoments(COLUMNS, out_features=ROWS)
+    for part in range(0, len(x), 700):
+        tokens = slice(part, part + 700)
+        sums = (residual[tokens] + x[tokens] @ weight.T, disturbed[tokens] + x_tilde[tokens] @ weight.T)
+        moments.add(x_tilde[tokens], *sums)
+    order = torch.arange(COLUMNS)
+    factor = inverse_factor(damped(moments.hessian, 1e-6))
+    found = corrected_target(weight, moments.output_deviation(weight), factor, order, alpha=1.0)
+    wanted = (residual - disturbed).double() + x.double() @ weight.double().T
+    expected = torch.linalg.lstsq(x_tilde.double(), wanted).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
+    some = moments.of_rows(slice(2, 5))
+    assert torch.equal(some.output_deviation(weight[2:5]), moments.deviation[2:5])
+    with pytest.raises(ValueError, match="needs the full-precision values"):
+        moments.add(x_tilde, x)
 
 
 @pytest.mark.parametrize("sym", [False, True])
@@ -380,7 +402,7 @@ def test_what_cannot_be_quantised_is_refused(problem):
         quantize_weight(weight * 1e7, moments, settings())
     with pytest.raises(ValueError, match=r"in_features=96 .* group sizes that fit: 32, -1"):
         resolve_group_size(96, 64)
-    with pytest.raises(ValueError, match="full-precision input"):
+    with pytest.raises(ValueError, match="full-precision values"):
         InputMoments(4).add(torch.ones(2, 4))
 
 

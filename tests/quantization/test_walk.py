@@ -23,7 +23,8 @@ from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.blocks import find_blocks, layers_to_quantize
 from lkq_hf.quantization.calibrate import find_layers
-from lkq_hf.quantization.capture import capture_block_calls, observe_order
+from lkq_hf.quantization.capture import capture_block_calls, find_sum, observe_order
+from lkq_hf.quantization.quantizer import restore_linear
 from lkq_hf.quantization.walk import quantize_blocks
 
 COMMON = {"vocab_size": 128, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 0}
@@ -164,6 +165,25 @@ def test_the_order_inside_a_block_is_that_of_execution(make, expected, tokens):
     assert all(group.called_once for group in groups)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        # Gemma normalises before it adds.
+        (gemma3, {"self_attn.q_proj": None, "self_attn.o_proj": None, "mlp.up_proj": None, "mlp.down_proj": None}),
+        (gpt2, {"attn.c_attn": None, "attn.c_proj": "ln_2", "mlp.c_fc": None, "mlp.c_proj": ""}),
+        (opt, {"self_attn.q_proj": None, "self_attn.out_proj": "final_layer_norm", "fc1": None, "fc2": ""}),
+        (phi3, {"self_attn.o_proj": "post_attention_layernorm", "mlp.gate_up_proj": None, "mlp.down_proj": ""}),
+    ],
+)
+def test_where_a_layers_output_joins_the_residual_stream_is_seen(make, expected, dtype, tokens):
+    model = built(make).to(dtype)
+    blocks = list(find_blocks(model)[1])
+    hidden, calls = capture_block_calls(model, blocks, [tokens])
+    for block, call in zip(blocks[:2], calls[:2], strict=True):
+        assert {name: find_sum(block, name, call, hidden[0]) for name in expected} == expected
+
+
 @pytest.mark.parametrize("make", [gemma3, gpt2, opt, phi3])
 def test_decoders_of_other_construction_are_quantised_and_stay_close(make, tokens):
     model = built(make)
@@ -215,6 +235,47 @@ def test_moments_are_those_of_the_network_quantised_so_far(tokens, monkeypatch, 
     hessian, deviation = found[6]  # q/k/v, o, gate/up, down of the first block; then q/k/v, o, gate/up
     torch.testing.assert_close(hessian, x_tilde.T @ x_tilde / len(x), rtol=1e-3, atol=1e-4)
     torch.testing.assert_close(deviation, (x - x_tilde).T @ x_tilde / len(x), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_deviation_of_a_layer_that_writes_to_the_residual_stream_is_that_of_the_stream(
+    sequential, tokens, monkeypatch, tiny_llama
+):
+    found = {}
+    original = walk_module._solve_group
+
+    def spy(modules, moments, prefix, *args):
+        solution = original(modules, moments, prefix, *args)
+        for name in modules:
+            found[prefix + name] = moments
+        return solution
+
+    monkeypatch.setattr(walk_module, "_solve_group", spy)
+    full = copy.deepcopy(tiny_llama)
+    walk(tiny_llama, tokens, config(corrected_residual=True), true_sequential=sequential)
+    writers = {name for name, moments in found.items() if moments.of_output}
+    assert writers == {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
+
+    # The second block's attention output, with the weight that it had while its own moments were taken.
+    mixed = restore_linear(copy.deepcopy(tiny_llama), torch.float32)
+    mixed.model.layers[1].self_attn.o_proj = full.model.layers[1].self_attn.o_proj
+    if not sequential:
+        mixed.model.layers[1] = full.model.layers[1]
+    sums, inputs = [], []
+    for model in (full, mixed):
+        block = model.model.layers[1]
+        hooks = [
+            block.post_attention_layernorm.register_forward_pre_hook(
+                lambda _, args: sums.append(args[0].flatten(0, 1))
+            ),
+            block.self_attn.o_proj.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, 1))),
+        ]
+        with torch.no_grad():
+            model(input_ids=tokens)
+        for hook in hooks:
+            hook.remove()
+    expected = (sums[0] - sums[1]).T @ inputs[1] / len(inputs[1])
+    torch.testing.assert_close(found["model.layers.1.self_attn.o_proj"].deviation, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"true_sequential": False}])
