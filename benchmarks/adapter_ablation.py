@@ -49,7 +49,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "64 tokens": ({"num_lookahead_tokens": 64}, {}),
     "eviction objective": ({}, {"eviction_weight": 1.0}),
     "eviction objective, importance power 1": ({}, {"eviction_weight": 1.0, "importance_power": 1.0}),
-    "eviction temperature 0.15": ({}, {"eviction_weight": 1.0, "eviction_temperature": 0.15}),
+    "eviction temperature 0.3": ({}, {"eviction_weight": 1.0, "eviction_temperature": 0.3}),
     "LoRA on attention only": ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, {}),
     "rank 32": ({"r": 32}, {}),
     "mean over tokens": ({"row_power": 1.0}, {}),

@@ -47,7 +47,7 @@ class LookaheadTrainingArguments(TrainingArguments):
     eviction_budgets: list[int] = field(
         default_factory=lambda: [48, 320], metadata={"help": "Smallest and largest budget of that objective."}
     )
-    eviction_temperature: float = field(default=0.3, metadata={"help": "Softness of the entries' choice."})
+    eviction_temperature: float = field(default=0.1, metadata={"help": "Softness of the entries' choice."})
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
     )

@@ -249,12 +249,11 @@ class LookaheadTrainer(Trainer):
     ) -> torch.Tensor:
         unwrapped = self.accelerator.unwrap_model(model)
         decoder = get_decoder(unwrapped)
-        shortest = prompt.get_seq_length() if prompt.mask is None else int(prompt.mask.sum(-1).min())
-        budget = min(self._draw_budget(), shortest - 1)
+        # Prompts that are shorter than the budget keep their gates open.
         gates = eviction_gates(
             predicted,
             decoder.config.num_key_value_heads,
-            budget,
+            self._draw_budget(),
             self.args.eviction_temperature,
             self._tokens(unwrapped).row_power(),
         )

@@ -97,6 +97,14 @@ def test_processes_share_the_steps_of_one(alone, tmp_path, processes, accumulate
         assert all(np.array_equal(value, runs[0][1][name]) for name, value in run[1].items())
 
 
+def test_processes_share_the_steps_of_the_eviction_objective(alone, tmp_path):
+    changes = {"eviction_weight": 1.0, "eviction_budgets": [4, 12]}
+    (expected,) = launch(train, tmp_path, changes, processes=1)
+    assert all(expected[0][step] > loss for step, loss in alone[1][0].items())
+    for run in (train, train_sharded):
+        assert_same_run(launch(run, tmp_path, changes)[0], expected, 1e-6)
+
+
 def test_adam_takes_the_same_steps(tmp_path):
     changes = {"optim": "adamw_torch", "learning_rate": 5e-3}
     (expected,) = launch(train, tmp_path, changes, processes=1)

@@ -22,6 +22,13 @@ def test_the_largest_scores_are_open_and_padding_is_closed():
     )
 
 
+def test_a_budget_beyond_the_length_leaves_all_open():
+    gates = soft_top_k(
+        torch.randn(1, 10, generator=torch.Generator().manual_seed(5)), budget=100, temperature=0.3
+    ).exp()
+    assert gates.min() > 0.99
+
+
 def test_gates_depend_on_the_order_alone():
     scores = torch.randn(2, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert torch.equal(soft_top_k(scores, 5, 0.3), soft_top_k(1e-3 * scores + 7, 5, 0.3))
@@ -119,13 +126,13 @@ def test_the_loss_reaches_every_weight_of_the_adapter(row_power):
             assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any(), name
 
 
-def test_divergence_is_the_mean_over_the_tokens_of_all_responses():
+def test_divergence_is_the_mean_over_responses_of_the_mean_over_tokens():
     generator = torch.Generator().manual_seed(4)
     full, evicted = (torch.randn(2, 3, 7, dtype=torch.float64, generator=generator) for _ in range(2))
     mask = torch.tensor([[True, True, True], [True, False, False]])
     p, q = full.softmax(-1), evicted.softmax(-1)
     each = (p * (p / q).log()).sum(-1)
-    assert response_divergence(full, evicted, mask) == pytest.approx((each[0].sum() + each[1, 0]) / 4)
+    assert response_divergence(full, evicted, mask) == pytest.approx((each[0].mean() + each[1, 0]) / 2)
     assert response_divergence(full, evicted) == pytest.approx(each.mean())
     assert torch.autograd.gradcheck(lambda x: response_divergence(full, x, mask), evicted.requires_grad_())
 

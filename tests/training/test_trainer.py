@@ -319,22 +319,30 @@ def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
 
 
 def test_training_on_what_the_response_loses_lowers_it(tmp_path):
-    model = trainable()
-    args = arguments(tmp_path, eviction_weight=1.0, eviction_budgets=[4, 4], max_steps=30, learning_rate=2e-2)
-    trainer = LookaheadTrainer(model, args, train_dataset=rows())
-    batch = trainer.data_collator(rows())
+    def losses(weight):
+        """Importance and what is lost by a hard choice of four entries, before and after a training."""
+        args = arguments(
+            tmp_path, eviction_weight=weight, eviction_budgets=[4, 4], max_steps=60, per_device_train_batch_size=8
+        )
+        trainer = LookaheadTrainer(trainable(), args, train_dataset=rows())
+        batch = trainer.data_collator(rows())
 
-    def losses():
-        trainer.args.eviction_weight = 0.0
-        importance = trainer.compute_loss(model, batch).item()
-        trainer.args.eviction_weight = 1.0
-        return importance, trainer.compute_loss(model, batch).item() - importance
+        def now():
+            args.eviction_weight = 0.0
+            importance = trainer.compute_loss(trainer.model, batch).item()
+            args.eviction_weight, args.eviction_temperature = 1.0, 0.01
+            lost = trainer.compute_loss(trainer.model, batch).item() - importance
+            args.eviction_weight, args.eviction_temperature = weight, 0.1
+            return importance, lost
 
-    before = losses()
-    trainer.train()
-    after = losses()
-    assert before[1] > 0
-    assert after[0] < before[0] and after[1] < before[1]
+        before = now()
+        trainer.train()
+        return before, now()
+
+    before, with_it = losses(1.0)
+    _, without = losses(0.0)
+    assert with_it[0] < before[0] and with_it[1] < 0.75 * before[1]
+    assert with_it[1] < without[1]
 
 
 def test_the_eviction_objective_needs_an_attention_with_masks(tmp_path):
