@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lkq_hf.training.data import TargetCollator
 
 INDEX = "prompt_index"
+PARTIAL_PREFIX = ".partial-"
 """Column of the shards that holds the place of a prompt among all of them."""
 
 
@@ -74,6 +75,10 @@ def generate_targets(
             progress.update(len(rows))
     if num_processes > 1 and torch.distributed.is_initialized():
         PartialState().wait_for_everyone()
+    if process_index == 0:
+        # Nobody writes any more: what is left was begun by a run that was killed.
+        for partial in directory.glob(f"{PARTIAL_PREFIX}*"):
+            shutil.rmtree(partial, ignore_errors=True)
     return load_targets(directory)
 
 
@@ -130,7 +135,7 @@ def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Lets ``write`` write a file that appears whole or not at all."""
-    directory = Path(tempfile.mkdtemp(prefix=".partial-", dir=path.parent))
+    directory = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=path.parent))
     try:
         write(directory / path.name)
         (directory / path.name).replace(path)

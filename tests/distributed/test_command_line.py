@@ -51,7 +51,7 @@ def test_processes_generate_the_targets_of_one(files, made_by_one, tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_target_generation_goes_on_after_a_process_was_killed(files, made_by_one, tmp_path, killed):
     killed_command_line(*targets(files, tmp_path), kill=(killed, "lkq_hf.training.targets", "_respond", 1))
-    before = contents(tmp_path)
+    before = {name for name in contents(tmp_path) if ".partial-" not in name}
     assert 0 < len(before) < 6
     times = {name: (tmp_path / name).stat().st_mtime_ns for name in before}
     run(*targets(files, tmp_path), processes=3)
@@ -153,10 +153,10 @@ def test_torchrun_trains_the_adapter_of_one_process(files, made_by_one, trained_
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [(["--batch-size", "5"], "--batch-size 5 cannot be divided among 2 processes"),
-     (["--device-batch-size", "0"], "--device-batch-size must be at least 1")],
+    ("options", "code", "message"),
+    [(["--batch-size", "5"], 1, "--batch-size 5 cannot be divided among 2 processes"),
+     (["--device-batch-size", "0"], 2, "Invalid value for '--device-batch-size'")],
 )  # fmt: skip
-def test_steps_that_cannot_be_divided_are_refused(files, made_by_one, tmp_path, options, message):
-    for code, printed in launch(command_line, *training(files, made_by_one, tmp_path), *options):
-        assert code == 1 and message in printed
+def test_steps_that_cannot_be_divided_are_refused(files, made_by_one, tmp_path, options, code, message):
+    for found, printed in launch(command_line, *training(files, made_by_one, tmp_path), *options):
+        assert found == code and message in printed
