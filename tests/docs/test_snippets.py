@@ -97,13 +97,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def furnished(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory in which the models and files that the pages name exist."""
-    for name, kind in (
-        (MODEL_NAME, "base"),
-        ("MODEL", "base"),
-        (ADAPTER, "adapter"),
-        ("ADAPTER", "adapter"),
-        (ON_THE_HUB, "adapter"),
-    ):
+    for name, kind in ((MODEL_NAME, "base"), ("MODEL", "base"), (ADAPTER, "adapter"), ("ADAPTER", "adapter")):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(checkpoint / kind)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
