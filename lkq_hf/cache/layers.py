@@ -164,10 +164,14 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
         """
         seen, amount = self.get_seq_length(), int(tokens_to_remove)
         remove = max(seen - amount, 0) if amount > 0 else -amount
-        if seen >= self.sliding_window and not self.record_past:
+        stored = self.keys.shape[-2] if self.is_initialized else 0
+        # A crop drops what has left the window, recorded or not: the next one may not go back behind that.
+        dropped = stored - remove < min(seen - remove, self.sliding_window - 1)
+        if dropped or (seen >= self.sliding_window and not self.record_past):
             raise ValueError(
                 f"cannot remove {remove} of {seen} tokens: what a window of {self.sliding_window} needs there was "
-                "dropped. Call activate_past_recording() on the LookaheadCache before it reads anything."
+                "dropped. Call activate_past_recording() on the LookaheadCache before it reads anything, and remove "
+                "tokens by one crop after each forward."
             )
         return remove
 

@@ -150,6 +150,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cache.crop(length - self.length if length else -self.length - 1)
             return
         self.cache.crop(length - self.length)
+        self.windows_are_cut(length)
         for row in self.rows:
             del row[length:]
         for index, (scores, budget) in self.waiting.items():
@@ -160,6 +161,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def windows_allow(self, length):
         return True
+
+    def windows_are_cut(self, length):
+        pass
 
     @rule(data=st.data())
     def reorder(self, data):
@@ -220,7 +224,17 @@ class SlidingCacheMachine(CacheMachine):
         first = self.cache.layers[0]
         if getattr(first, "has_static_storage", False):
             return length >= first._first_croppable_length()
+        if max(length - WINDOW + 1, 0) < self.window_start:
+            return False
         return self.cache.records_past or self.length < WINDOW
+
+    def windows_are_cut(self, length):
+        if self.length >= WINDOW:
+            self.window_start = max(self.window_start, length - WINDOW + 1)
+
+    def read(self, *arguments, **options):
+        self.window_start = 0
+        super().read(*arguments, **options)
 
     @precondition(lambda self: not self.cache.records_past)
     @rule(count=st.integers(1, 300))
