@@ -8,6 +8,12 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from lkq_hf.kernels.select_compact import select_compact
 
 
+def tokens_removed(seen: int, tokens_to_remove: int) -> int:
+    """How many of ``seen`` tokens a crop asks to remove: minus its argument, or all beyond it if that is positive."""
+    amount = int(tokens_to_remove)
+    return max(seen - amount, 0) if amount > 0 else -amount
+
+
 class EvictedLayer(DynamicLayer):
     """A full-attention layer that stores few entries and reports the length of the text they came from.
 
@@ -91,8 +97,7 @@ class EvictedLayer(DynamicLayer):
         Raises:
             ValueError: it cannot.
         """
-        amount = int(tokens_to_remove)
-        remove = max(self.tokens_seen - amount, 0) if amount > 0 else -amount
+        remove = tokens_removed(self.tokens_seen, tokens_to_remove)
         if self.tokens_seen - remove < self._evicted_length:
             raise ValueError(
                 f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self._evicted_length} "
@@ -162,8 +167,8 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
         Raises:
             ValueError: it cannot.
         """
-        seen, amount = self.get_seq_length(), int(tokens_to_remove)
-        remove = max(seen - amount, 0) if amount > 0 else -amount
+        seen = self.get_seq_length()
+        remove = tokens_removed(seen, tokens_to_remove)
         stored = self.keys.shape[-2] if self.is_initialized else 0
         # A crop drops what has left the window, recorded or not: the next one may not go back behind that.
         dropped = stored - remove < min(seen - remove, self.sliding_window - 1)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer, tokens_removed
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer as _Layer
@@ -137,8 +137,8 @@ class StaticStorage(_Layer):
         """
         if not self.has_static_storage:
             return super().croppable(tokens_to_remove)  # type: ignore[misc]
-        seen, amount = int(self.get_seq_length()), int(tokens_to_remove)
-        remove = max(seen - amount, 0) if amount > 0 else -amount
+        seen = int(self.get_seq_length())
+        remove = tokens_removed(seen, tokens_to_remove)
         if seen - remove < self._first_croppable_length():
             raise ValueError(
                 f"cannot remove {remove} of {seen} tokens: entries that the first {self._first_croppable_length()} "

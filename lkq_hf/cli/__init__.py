@@ -88,4 +88,4 @@ def main() -> None:
 
 def _exit(code: int, text: str) -> NoReturn:
     typer.echo(text, err=True)
-    sys.exit(code or 0)
+    sys.exit(code)
