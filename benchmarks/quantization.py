@@ -11,6 +11,10 @@ Every method sees the same calibration tokens and the same windows of text. The 
 their importance; each is written when it is finished, and cells that are in the file already are not repeated, so a
 run may be stopped (``--minutes``) and continued. ``--part 1/2`` and ``--part 2/2``, with a file each, share the cells
 between two GPUs. ``quantization_report.py`` makes tables and the picture from one or several such files.
+
+Versions of transformers convert the tokenizer of a GGUF file differently (5.17 and 5.23 do). For a run that is to
+continue or to be compared with one of another version, ``--tokenizer`` names the directory with the tokenizer that the
+first one used; ``windows_sha256`` in the results shows whether the texts are the same.
 """
 
 import argparse
@@ -98,18 +102,17 @@ def cells(bits: list[int], schemes: list[str], seeds: list[int], methods: list[s
     yield from tier(VARIANTS, schemes[0], seeds[1:])
 
 
-def load(source: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A model by its short name, its directory or its GGUF file, in float32."""
-    if source.endswith(".gguf"):
-        path = Path(source)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+def load(source: str, tokenizer: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model by its short name, its directory or its GGUF file, in float32, and its tokenizer or the one named."""
+    path = MODELS[source]() if source in MODELS else Path(source)
+    if path.suffix == ".gguf":
+        file = {"gguf_file": path.name}
         model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+            path.parent, **file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
-        return model, tokenizer
-    directory = MODELS[source]() if source in MODELS else Path(source)
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(directory)
+        return model, AutoTokenizer.from_pretrained(tokenizer or path.parent, **({} if tokenizer else file))
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(tokenizer or path)
 
 
 @torch.no_grad()
@@ -194,6 +197,7 @@ def part(text: str) -> tuple[int, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, a model directory, or a .gguf file")
+    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the model's own")
     parser.add_argument("--calibration", required=True, type=Path, help="text or jsonl file, may be gzipped")
     parser.add_argument("--texts", required=True, nargs="+", type=Path, help="texts to measure on, likewise")
     parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4])
@@ -217,7 +221,7 @@ def main() -> None:
     arguments = parser.parse_args()
     begin = time.perf_counter()
 
-    model, tokenizer = load(arguments.model)
+    model, tokenizer = load(arguments.model, arguments.tokenizer)
     model = model.to(arguments.device).eval()
     windows, digests = {}, {}
     for path in arguments.texts:

@@ -11,17 +11,16 @@ import contextlib
 import importlib.util
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-import triton
-from hardware import copy_bandwidth
+from hardware import describe
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -214,25 +213,19 @@ def main() -> None:
         return
     compile_in_parallel(arguments.bits, arguments.rows)
     torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    hardware = describe()
+    print(json.dumps(hardware), flush=True)
     results: list[dict] = []
     for bits in arguments.bits:
         for shape in SHAPES:
-            results += measure(bits, arguments, dtype, bandwidth, shape)
+            results += measure(bits, arguments, dtype, hardware["copy_bandwidth_tb_s"] * 1e12, shape)
             if arguments.out:
-                write(arguments.out, bandwidth, results)
+                write(arguments.out, hardware, results)
 
 
-def write(path: Path, bandwidth: float, results: list[dict]) -> None:
+def write(path: Path, hardware: dict[str, Any], results: list[dict]) -> None:
     report = {
-        "device": torch.cuda.get_device_name(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        },
-        "copy_bytes_per_second": bandwidth,
+        "hardware": hardware,
         "results": results,
         "choices": {str(key): choice for key, choice in autotune.choices().items()},
     }

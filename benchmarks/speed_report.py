@@ -38,6 +38,10 @@ def versions(found: dict[str, Any]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
+def machine(hardware: dict[str, Any]) -> str:
+    return f"{hardware['gpu']}, {versions(hardware['versions'])}"
+
+
 def section(name: str, title: str, hardware: str, *parts: str) -> str:
     return "\n\n".join([f"## {title}", f"{hardware}. `{COMMANDS[name]}`", *parts])
 
@@ -61,7 +65,7 @@ def decode(results: dict[str, Any]) -> str:
     return section(
         "decode_speed",
         f"Decoding after a prompt of {sizes['prompt']:,} tokens, {sizes['budget']:,} entries kept",
-        f"8B Llama, random weights, through `generate`; {hardware['gpu']}, {versions(hardware['versions'])}",
+        f"8B Llama, random weights, through `generate`; {machine(hardware)}",
         table(header, rows),
     )
 
@@ -96,7 +100,7 @@ def eviction(results: dict[str, Any]) -> str:
     return section(
         "eviction_overhead",
         "Eviction",
-        f"Random weights, budget 128, 32 lookahead tokens; {hardware['gpu']}, {versions(hardware['versions'])}",
+        f"Random weights, budget 128, 32 lookahead tokens; {machine(hardware)}",
         "One layer of Llama-3.1-8B, microseconds on the GPU. The keys are read twice; the last column counts both "
         "reads.",
         table(
@@ -127,14 +131,14 @@ def matmul(results: dict[str, Any]) -> str:
         ]
         for row in results["results"]
     ]
-    first = results["results"][0]
+    hardware, first = results["hardware"], results["results"][0]
     kind = f"groups of {first['group_size']}, {'symmetric' if first['sym'] else 'asymmetric'}, {first['dtype']}"
     return section(
         "quantized_matmul",
         "Low-bit matrix products",
-        f"Shapes of Llama-3.1-8B, {kind}; {results['device']}, {versions(results['versions'])}",
+        f"Shapes of Llama-3.1-8B, {kind}; {machine(hardware)}",
         "Microseconds in a CUDA graph, weights from memory. Copy bandwidth: "
-        f"{results['copy_bytes_per_second'] / 1e12:.2f} TB/s.",
+        f"{hardware['copy_bandwidth_tb_s']:.2f} TB/s.",
         table(
             ["weights", "out x in", "rows", "us", "bf16 cuBLAS, us", "times bf16", "% of copy", *peers],
             rows,
