@@ -69,18 +69,22 @@ def _wrap(original: Callable[..., Any] | None) -> Callable[..., Any]:
         if thread_state.bias is not None and (bias := thread_state.bias(module, query)) is not None:
             attention_mask = bias
         output = _run_original(original, module, query, key, value, attention_mask, *args, **kwargs)
-        _show(module, query, key, value, kwargs)
+        # A compiled forward would hold on to one observer. Elsewhere the guard against that would only cost time.
+        show = _show_uncompiled if torch.compiler.is_compiling() else _show
+        show(module, query, key, value, kwargs)
         return output
 
     return observed_attention
 
 
-@torch.compiler.disable  # a compiled forward would hold on to one observer
 def _show(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
 ) -> None:
     if thread_state.observer is not None:
         thread_state.observer(module, query, key, value, options)
+
+
+_show_uncompiled = torch.compiler.disable(_show)
 
 
 class _Overrides(dict[str, Callable[..., Any]]):

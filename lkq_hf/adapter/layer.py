@@ -34,7 +34,8 @@ class LookaheadKVLayer(BaseTunerLayer):
         """
         if self.disable_adapters:
             return None
-        active = [name for name in self.active_adapters if name in available]
+        names = available._parameters
+        active = [name for name in self.active_adapters if name in names]
         if len(active) > 1:
             raise ValueError(
                 f"only one LOOKAHEAD_KV adapter can be active at a time, found {', '.join(active)}; "
@@ -45,11 +46,13 @@ class LookaheadKVLayer(BaseTunerLayer):
 
 def _available(parameters: nn.ParameterDict, adapter_name: str) -> torch.Tensor:
     """An adapter's parameter, fetched if accelerate has offloaded it."""
-    if parameters[adapter_name].device.type == "meta":
+    # As parameters[adapter_name], without the detour over attributes: every layer of a prefill comes by here.
+    parameter: torch.Tensor = parameters._parameters[adapter_name]  # type: ignore[assignment]
+    if parameter.is_meta:
         # Its hook would act when the module is called, as a dictionary never is.
         with align_module_device(parameters):
             return parameters[adapter_name]
-    return parameters[adapter_name]
+    return parameter
 
 
 def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -193,14 +196,18 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         if name is None:
             return result
         down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
-        lookahead, tail = x[..., -length:, :], result[..., -length:, :]
         if torch.is_grad_enabled():
-            update = self._update(lookahead.to(down.dtype), down, up, result.shape[-1])
+            lookahead, tail = x[..., -length:, :].to(down.dtype), result[..., -length:, :]
+            update = self._update(lookahead, down, up, result.shape[-1])
             return torch.cat([result[..., :-length, :], tail + (update * self.scaling[name]).to(result.dtype)], dim=-2)
-        down, up = self._in_dtype(name, down, up, result.dtype)
-        lookahead = lookahead.to(result.dtype)
+        if down.dtype != result.dtype:
+            down, up = self._in_dtype(name, down, up, result.dtype)
+        start = x.shape[-2] - length
+        lookahead, tail = x.narrow(-2, start, length), result.narrow(-2, start, length)
+        if lookahead.dtype != result.dtype:
+            lookahead = lookahead.to(result.dtype)
         if tail.ndim == 3 and lookahead.shape[-1] == self.in_features and tail.shape[-1] == self.out_features:
-            tail.baddbmm_(F.linear(lookahead, down), up.T.expand(len(tail), -1, -1), alpha=self.scaling[name])
+            tail.baddbmm_(F.linear(lookahead, down), up.T.expand(tail.shape[0], -1, -1), alpha=self.scaling[name])
         else:
             tail.add_(self._update(lookahead, down, up, tail.shape[-1]), alpha=self.scaling[name])
         return result
@@ -212,8 +219,6 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
 
         PEFT holds adapters in float32, in which the two small products would take longer than the rest of the layer.
         """
-        if down.dtype == dtype:
-            return down, up
         if torch.compiler.is_compiling() or down.is_inference() or up.is_inference():  # these have no version
             return down.to(dtype), up.to(dtype)
         state = (dtype, down.data_ptr(), down._version, up.data_ptr(), up._version)

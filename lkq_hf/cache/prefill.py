@@ -132,16 +132,13 @@ class _Prefill:
     length: int
     suffix_length: int
     mask: torch.Tensor | None
+    budget: int
     stop_observing: Callable[[], None] = field(init=False)
 
     def start(self) -> None:
         self.stop_observing = start_observing(self.decoder, self.observe)
         thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0
         _thread.prefill = self
-
-    @property
-    def budget(self) -> int:
-        return self.cache.entries_to_keep(self.length)
 
     def observe(
         self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
@@ -228,7 +225,8 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     refuse_in(decoder, kwargs, length)
     scorer = cache.scorer.bind(decoder)
     cache.build_layers(decoder.config)
-    if cache.entries_to_keep(length) == length:
+    budget = cache.entries_to_keep(length)
+    if budget == length:
         return None
     mask = _padding_mask(kwargs.get("attention_mask"), length)
     kwargs, suffix_length = _append_suffix(decoder, kwargs, scorer.suffix(decoder), length)
@@ -237,7 +235,7 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
             layer.begin_prefill()
         elif isinstance(layer, UncompressedSlidingLayer):
             layer.begin_prefill(length)
-    prefill = _Prefill(decoder, cache, scorer, length, suffix_length, mask)
+    prefill = _Prefill(decoder, cache, scorer, length, suffix_length, mask, budget)
     prefill.start()
     return (), kwargs
 

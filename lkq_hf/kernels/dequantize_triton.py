@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import ceil_div
 from lkq_hf.kernels.packed_fields_triton import field_value, load_zeros, row_features, row_words
 
 
@@ -55,7 +56,7 @@ def dequantize_triton(
     weight = torch.empty(in_features, columns, dtype=dtype, device=qweight.device)
     block_rows, block_n = 4, 128
     with torch.cuda.device_of(qweight):
-        _dequantize_kernel[(triton.cdiv(in_features // features, block_rows), triton.cdiv(columns, block_n))](
+        _dequantize_kernel[(ceil_div(in_features // features, block_rows), ceil_div(columns, block_n))](
             qweight,
             qzeros,
             scales,

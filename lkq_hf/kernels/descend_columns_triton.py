@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
 from lkq_hf.kernels.round_columns_triton import ROWS, nearest
 
 
@@ -40,7 +41,7 @@ def descend_columns_triton(
     residual, hessian, integers, scale = (t.contiguous() for t in (residual, hessian, integers, scale))
     best, moved = torch.empty_like(integers), torch.empty_like(residual)
     with torch.cuda.device_of(residual):
-        _descend_columns[(triton.cdiv(rows, ROWS),)](
+        _descend_columns[(ceil_div(rows, ROWS),)](
             residual,
             hessian,
             integers,
@@ -50,7 +51,7 @@ def descend_columns_triton(
             rows,
             columns,
             float(largest),
-            COLUMNS=max(16, triton.next_power_of_2(columns)),
+            COLUMNS=max(16, next_power_of_2(columns)),
             ROWS=ROWS,
         )
     return best, moved

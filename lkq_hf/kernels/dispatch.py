@@ -68,3 +68,16 @@ def _triton_installed() -> bool:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+# Triton's own functions of these names go through its compiler's machinery, and take longer than a launch on a GPU.
+
+
+def ceil_div(a: int, b: int) -> int:
+    """``a / b`` rounded up; for launches, on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The smallest power of 2 that is at least ``n``, a positive number; for launches, on the host."""
+    return 1 << (n - 1).bit_length()

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import interpreting
+from lkq_hf.kernels.dispatch import ceil_div, interpreting
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def group_quadratic_triton(levels: Tensor, hessian: Tensor) -> Tensor:
     quadratic = torch.empty(groups, groups, rows, device=levels.device)
     tile = 64
     with torch.cuda.device_of(levels):
-        _group_quadratic_kernel[(groups, triton.cdiv(rows, tile))](
+        _group_quadratic_kernel[(groups, ceil_div(rows, tile))](
             levels,
             hessian,
             quadratic,

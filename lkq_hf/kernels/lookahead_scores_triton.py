@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import interpreting
+from lkq_hf.kernels.dispatch import ceil_div, interpreting, next_power_of_2
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -40,14 +40,14 @@ def lookahead_scores_triton(
 
     # A group is the rows that share a score: those of all query heads of a KV head, or those of one query head.
     groups, group_rows = (1, ratio * n) if reduce_heads else (ratio, n)
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, next_power_of_2(head_dim))
     block_rows, block_keys, num_stages = _tile_sizes(block_d, key.element_size(), group_rows)
-    row_blocks = triton.cdiv(group_rows, block_rows)
+    row_blocks = ceil_div(group_rows, block_rows)
     tiles = groups * row_blocks
 
     wanted_splits = max(1, _resident_programs(key.device) // (tiles * batch * kv_heads))
-    chunk = max(1, triton.cdiv(triton.cdiv(length, wanted_splits), block_keys)) * block_keys
-    splits = max(1, triton.cdiv(length, chunk))
+    chunk = max(1, ceil_div(ceil_div(length, wanted_splits), block_keys)) * block_keys
+    splits = max(1, ceil_div(length, chunk))
 
     partial_lse = torch.empty(batch, kv_heads, splits, ratio * n, dtype=torch.float32, device=key.device)
     scores = torch.empty(row_blocks, batch, kv_heads * groups, length, dtype=torch.float32, device=key.device)
@@ -91,7 +91,7 @@ def lookahead_scores_triton(
             log2_divisor,
             row_power,
             scores,
-            SPLITS=triton.next_power_of_2(splits),
+            SPLITS=next_power_of_2(splits),
             HAS_POWER=row_power != 1,
             **constants,
         )
@@ -109,7 +109,7 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 def _tile_sizes(block_d: int, element_size: int, group_rows: int) -> tuple[int, int, int]:
     """Rows, keys and pipeline stages of a tile, for the 100 kB of shared memory of the smallest supported GPUs."""
-    rows = max(16, triton.next_power_of_2(group_rows))
+    rows = max(16, next_power_of_2(group_rows))
     if element_size == 4:  # float32 dot products have no tensor cores, and large tiles spill registers
         return min(rows, 32), 16, 2
     return min(rows, 16384 // block_d, 128), min(128, max(64, 8192 // block_d)), 3 if block_d <= 128 else 2

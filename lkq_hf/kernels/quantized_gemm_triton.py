@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import interpreting
+from lkq_hf.kernels.dispatch import ceil_div, interpreting
 from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_words
 from lkq_hf.kernels.row_levels_triton import row_levels
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
@@ -106,7 +106,7 @@ def quantized_gemm(
     block_k = next(size for size in (128, 64, 32) if group_size % size == 0)
     tiles = in_features // block_k
     partial = split_buffer(x, columns, split_k)
-    _gemm_kernel[(triton.cdiv(columns, block_n), triton.cdiv(m_rows, block_m), split_k)](
+    _gemm_kernel[(ceil_div(columns, block_n), ceil_div(m_rows, block_m), split_k)](
         x,
         qweight,
         qzeros,
@@ -117,7 +117,7 @@ def quantized_gemm(
         in_features,
         tiles,
         group_size // block_k,
-        triton.cdiv(tiles, split_k),
+        ceil_div(tiles, split_k),
         BITS=bits,
         SYM=sym,
         SCALE_WEIGHT=block_m >= 64,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
+
 ROWS = 16
 
 
@@ -49,7 +51,7 @@ def round_columns_triton(
     block, scale, zero, unit = (t.contiguous() for t in (block, scale, zero, unit))
     integers, errors = torch.empty_like(block), torch.empty_like(block)
     with torch.cuda.device_of(block):
-        _round_columns[(triton.cdiv(rows, ROWS),)](
+        _round_columns[(ceil_div(rows, ROWS),)](
             block,
             scale,
             zero,
@@ -59,7 +61,7 @@ def round_columns_triton(
             rows,
             columns,
             float(largest),
-            COLUMNS=max(16, triton.next_power_of_2(columns)),
+            COLUMNS=max(16, next_power_of_2(columns)),
             ROWS=ROWS,
         )
     return integers, errors

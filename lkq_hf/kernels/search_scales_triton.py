@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import ceil_div
 from lkq_hf.kernels.round_columns_triton import nearest
 
 GROUP_SIZES = (32, 64, 128)
@@ -119,7 +120,7 @@ def search_scales_triton(
     zeros = torch.empty_like(scales)
     tile = 64
     with torch.cuda.device_of(weight):
-        _search_kernel[(groups, triton.cdiv(rows, tile))](
+        _search_kernel[(groups, ceil_div(rows, tile))](
             weight,
             blocks,
             scales,

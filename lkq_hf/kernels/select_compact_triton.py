@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
+
 
 def select_compact_triton(
     scores: Tensor, key: Tensor, value: Tensor, k: int, out: tuple[Tensor, Tensor] | None
@@ -15,7 +17,7 @@ def select_compact_triton(
         out = key.new_empty(batch, kv_heads, k, key_dim), value.new_empty(batch, kv_heads, k, value_dim)
     indices = torch.empty(batch, kv_heads, k, dtype=torch.int64, device=scores.device)
 
-    block = triton.next_power_of_2(length)
+    block = next_power_of_2(length)
     one_block = block <= 16384
     if not one_block:
         block = 8192
@@ -30,7 +32,7 @@ def select_compact_triton(
             ONE_BLOCK=one_block,
             num_warps=max(4, min(32, block // 512)),
         )
-        _copy_kernel[(triton.cdiv(k, block_positions), batch * kv_heads)](
+        _copy_kernel[(ceil_div(k, block_positions), batch * kv_heads)](
             indices,
             key,
             value,
@@ -43,8 +45,8 @@ def select_compact_triton(
             *out[1].stride(),
             KEY_DIM=key_dim,
             VALUE_DIM=value_dim,
-            BLOCK_KEY_DIM=triton.next_power_of_2(key_dim),
-            BLOCK_VALUE_DIM=triton.next_power_of_2(value_dim),
+            BLOCK_KEY_DIM=next_power_of_2(key_dim),
+            BLOCK_VALUE_DIM=next_power_of_2(value_dim),
             BLOCK_POSITIONS=block_positions,
             num_warps=4,
         )

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import ceil_div
+
 
 def split_buffer(x: Tensor, columns: int, splits: int) -> Tensor:
     """Where thread blocks put their parts of a result: `[splits, rows, columns]`, in float32 if there are several."""
@@ -19,9 +21,7 @@ def split_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
         return partial[0]
     total = torch.empty(rows, columns, dtype=dtype, device=partial.device)
     block = 256
-    _split_sum_kernel[(triton.cdiv(rows * columns, block),)](
-        partial, total, rows * columns, SPLITS=splits, BLOCK=block
-    )
+    _split_sum_kernel[(ceil_div(rows * columns, block),)](partial, total, rows * columns, SPLITS=splits, BLOCK=block)
     return total
 
 
