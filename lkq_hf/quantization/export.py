@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lkq_hf import __version__
+from lkq_hf.files import new_directory
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
-from lkq_hf.quantization.directories import new_directory
 from lkq_hf.quantization.packing import checkpoint_format
 from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
