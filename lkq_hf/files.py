@@ -45,6 +45,21 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); save it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold a JSON object, found {type(values).__name__}; save it again")
+    return values
+
+
 def remove_partial(directory: Path) -> None:
     """Removes what killed processes left in a directory where nobody writes any more."""
     for partial in directory.glob(f"{PARTIAL_PREFIX}*"):

@@ -13,8 +13,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from lkq_hf.files import write_json
-from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents, read_json
+from lkq_hf.files import read_json, write_json
+from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents
 from lkq_hf.hub.results import find_results
 from lkq_hf.quantization.config import QUANT_METHOD
 
