@@ -35,6 +35,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.evaluation.models import gemma3_directory, smollm2_directory
+from lkq_hf.files import write_json
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
@@ -178,9 +179,7 @@ class Measurement:
         run = {**cell._asdict(), "increase": increase, **details, "environment": self.environment}
         self.results["runs"].append(run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.results, indent=1) + "\n")
-        temporary.replace(self.path)
+        write_json(self.path, self.results)
         return {name: round(statistics.fmean(values), 4) for name, values in increase.items()}
 
     def _losses(self, model: PreTrainedModel) -> dict[str, list[float]]:

@@ -48,7 +48,9 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
     "Evaluation": [
         ("lkq_hf.evaluation.eviction", ["EvictionEvaluator", "evaluate_eviction", "summarise"]),
         ("lkq_hf.evaluation.perplexity", ["text_windows", "token_nlls", "evaluate_perplexity"]),
+        ("lkq_hf.evaluation.journal", ["Journal"]),
         ("lkq_hf.evaluation.tasks", ["build_task"]),
+        ("lkq_hf.text.passages", ["Corpus"]),
         ("lkq_hf.evaluation.tasks.base", ["Task"]),
         ("lkq_hf.evaluation.tables", ["eviction_table"]),
         ("lkq_hf.evaluation.metrics", ["metric_path", "load_metric"]),
@@ -94,7 +96,9 @@ def signature(name: str, node: Definition) -> str:
         returns = None
     else:
         constructors = [p for p in node.body if isinstance(p, ast.FunctionDef) and p.name == "__init__"]
-        parameters, returns = list_parameters(constructors[0].args) if constructors else [], None
+        if not constructors:
+            return name  # it is called as its base class is
+        parameters, returns = list_parameters(constructors[0].args), None
     arrow = f" -> {ast.unparse(returns)}" if returns is not None else ""
     line = f"{name}({', '.join(parameters)}){arrow}"
     if len(line) <= 100:
@@ -136,7 +140,7 @@ def markdown(docstring: str) -> str:
     lines: list[str] = []
     in_section = in_code = False
     for line in text.splitlines():
-        heading = re.fullmatch(r"(Args|Returns|Raises|Example|Yields):", line)
+        heading = re.fullmatch(r"(Args|Attributes|Returns|Raises|Example|Yields):", line)
         if heading:
             in_section = True
             lines += [f"**{heading[1]}**", ""]

@@ -55,8 +55,8 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         model: a causal language model of transformers, or a PEFT model around one.
 
     Returns:
-        A handle that removes the hooks again. Nothing was added, and nothing will be removed, if the model was
-        already prepared.
+        A handle whose ``remove()``, or whose end as a context manager, takes the hooks off again. Nothing was added,
+        and nothing will be removed, if the model was already prepared.
 
     Raises:
         TypeError: not a transformers model with a decoder.

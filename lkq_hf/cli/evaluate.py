@@ -173,7 +173,7 @@ def _write(out: Path, results: dict[str, Any], table: str) -> bool:
     """Writes and prints the results, in one process only; returns whether this is the one."""
     from accelerate import PartialState
 
-    from lkq_hf.evaluation.journal import write_json
+    from lkq_hf.files import write_json
 
     if not PartialState().is_main_process:
         return False

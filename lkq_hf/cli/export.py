@@ -19,7 +19,7 @@ def export(
         Path, typer.Argument(help="Directory of a quantised checkpoint.", metavar="DIR", exists=True, file_okay=False)
     ],
     format: Annotated[ExportFormat, typer.Option(help="Format of the new checkpoint.")],
-    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint; must not exist.")],
+    out: Annotated[Path, typer.Option(help="Directory for the new checkpoint; must not exist or be empty.")],
     as_json: AsJson = False,
 ) -> None:
     """Write a quantised checkpoint for GPTQModel or vLLM.

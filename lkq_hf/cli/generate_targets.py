@@ -118,7 +118,8 @@ def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[s
     """
     from datasets import Dataset
 
-    from lkq_hf.training.targets import check_recipe, write_atomically
+    from lkq_hf.files import write_atomically
+    from lkq_hf.training.targets import check_recipe
 
     paths = {name: out / name / "prompts.parquet" for name in ("validation", "train")}
     check_recipe(out, recipe, "prompts.json", "prompts")

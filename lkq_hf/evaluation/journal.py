@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lkq_hf.files import write_json
+
 
 class Journal:
     """Finished pieces of work, one JSON file each, written whole or not at all.
@@ -59,10 +61,3 @@ class Journal:
             FileNotFoundError: it was not.
         """
         return json.loads(self._path(name).read_text(encoding="utf-8"))
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)

@@ -1,6 +1,5 @@
 """Model cards of adapters and quantised checkpoints."""
 
-import json
 import math
 import re
 from collections.abc import Sequence
@@ -14,7 +13,8 @@ from huggingface_hub.errors import GatedRepoError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
 
-from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents, read_json
+from lkq_hf.files import read_json, write_json
+from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents
 from lkq_hf.hub.results import find_results
 from lkq_hf.quantization.config import QUANT_METHOD
 
@@ -116,8 +116,7 @@ def write_training_record(directory: Path, options: dict[str, Any], metrics: dic
         options: by name; they appear in the card.
         metrics: of the evaluation after the training.
     """
-    record = json.dumps({"options": options, "metrics": metrics}, indent=2)
-    (directory / TRAINING).write_text(record + "\n", encoding="utf-8")
+    write_json(directory / TRAINING, {"options": options, "metrics": metrics})
 
 
 def write_card(

@@ -1,6 +1,5 @@
 """What a directory holds that can be shared, and whether it is all there."""
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.registration import NAME as PEFT_TYPE
+from lkq_hf.files import read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
 from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
@@ -168,18 +168,3 @@ def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
                 yield name, file.get_slice(name).get_shape()
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or truncated ({error}); save it again") from error
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file.
-
-    Raises:
-        ValueError: the file holds something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error}); save it again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} should hold a JSON object, found {type(values).__name__}; save it again")
-    return values

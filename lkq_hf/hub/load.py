@@ -7,7 +7,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
-from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE, read_json
+from lkq_hf.files import read_json
+from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE
 from lkq_hf.hub.errors import explained
 
 

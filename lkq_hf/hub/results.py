@@ -1,11 +1,12 @@
 """Measured numbers for a model card: from the JSON files that evaluations and trainings write."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult
+
+from lkq_hf.files import read_json
 
 METRICS = {
     "answer_match": "Answers found",
@@ -32,11 +33,7 @@ def read_results(path: str | Path) -> list[EvalResult]:
         ValueError: the file holds no results.
     """
     path = Path(path)
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON ({error})") from error
-    results = list(find_results(values)) if isinstance(values, dict) else []
+    results = list(find_results(read_json(path)))
     if not results:
         raise ValueError(
             f"{path} holds no results: expected the JSON file of lkq-hf evaluate (rows with {', '.join(METRICS)}) or "

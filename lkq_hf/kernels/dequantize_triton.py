@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lkq_hf.kernels.dispatch import ceil_div
-from lkq_hf.kernels.packed_fields_triton import field_value, load_zeros, row_features, row_words
+from lkq_hf.kernels.packed_fields_triton import field_value, load_words, load_zeros, row_features, row_words
 
 
 @triton.jit
@@ -24,17 +24,11 @@ def _dequantize_kernel(
     BLOCK_N: tl.constexpr,
 ):
     FEATURES: tl.constexpr = row_features(BITS)
-    WORDS: tl.constexpr = row_words(BITS)
     row = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS))[:, None]
     column = (tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     mask = (row < packed_rows) & (column < columns)
-    words = qweight + row * (WORDS * columns) + column
-    word0 = tl.load(words, mask=mask, other=0)
-    word1 = word0
-    word2 = word0
-    if WORDS == 3:
-        word1 = tl.load(words + columns, mask=mask, other=0)
-        word2 = tl.load(words + 2 * columns, mask=mask, other=0)
+    words = qweight + row * (row_words(BITS) * columns) + column
+    word0, word1, word2 = load_words(words, mask, columns, BITS)
     group = row // rows_per_group
     scale = tl.load(scales + group * columns + column, mask=mask, other=0.0).to(tl.float32)
     if SYM:

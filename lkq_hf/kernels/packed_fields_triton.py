@@ -21,6 +21,18 @@ def row_words(bits):
 
 
 @triton.jit
+def load_words(pointers, mask, columns, BITS: tl.constexpr):
+    """The three words of packed rows, of which ``pointers`` are to the first; a row of one word has it three times."""
+    word0 = tl.load(pointers, mask=mask, other=0)
+    word1 = word0
+    word2 = word0
+    if row_words(BITS) == 3:
+        word1 = tl.load(pointers + columns, mask=mask, other=0)
+        word2 = tl.load(pointers + 2 * columns, mask=mask, other=0)
+    return word0, word1, word2
+
+
+@triton.jit
 def field_value(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
     """One field of packed rows, int32 of the words' shape. ``word1`` and ``word2`` are read only at 3 bits."""
     OFFSET: tl.constexpr = FIELD * BITS % 32

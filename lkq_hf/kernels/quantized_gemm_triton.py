@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lkq_hf.kernels.dispatch import ceil_div, interpreting
-from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_words
+from lkq_hf.kernels.packed_fields_triton import load_words, load_zeros, row_features, row_words
 from lkq_hf.kernels.row_levels_triton import row_levels
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
@@ -38,7 +38,6 @@ def _gemm_kernel(
     STAGES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    WORDS: tl.constexpr = row_words(BITS)
     ROWS: tl.constexpr = BLOCK_K // row_features(BITS)
     DTYPE: tl.constexpr = x.dtype.element_ty
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -50,13 +49,8 @@ def _gemm_kernel(
     end = tl.minimum(first + tiles_per_split, tiles)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for tile in tl.range(first, end, num_stages=STAGES):
-        words = qweight + (tile * ROWS + row) * (WORDS * columns) + column[:, None]
-        word0 = tl.load(words, mask=inside[:, None], other=0)
-        word1 = word0
-        word2 = word0
-        if WORDS == 3:
-            word1 = tl.load(words + columns, mask=inside[:, None], other=0)
-            word2 = tl.load(words + 2 * columns, mask=inside[:, None], other=0)
+        words = qweight + (tile * ROWS + row) * (row_words(BITS) * columns) + column[:, None]
+        word0, word1, word2 = load_words(words, inside[:, None], columns, BITS)
         group = tile // tiles_per_group
         scale = tl.load(scales + group * columns + column, mask=inside, other=0.0).to(tl.float32)[:, None]
         if SYM:

@@ -10,7 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.packed_fields_triton import load_zeros, row_features, row_words, subnormal_field, subnormal_scale
+from lkq_hf.kernels.dispatch import ceil_div
+from lkq_hf.kernels.packed_fields_triton import (
+    load_words,
+    load_zeros,
+    row_features,
+    row_words,
+    subnormal_field,
+    subnormal_scale,
+)
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
@@ -35,11 +43,10 @@ def _gemv_kernel(
     BLOCK_N: tl.constexpr,
 ):
     FEATURES: tl.constexpr = row_features(BITS)
-    WORDS: tl.constexpr = row_words(BITS)
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     first = tl.program_id(1) * chunks_per_split
     end = tl.minimum(first + chunks_per_split, chunks)
-    row_stride = WORDS * columns
+    row_stride = row_words(BITS) * columns
     total = (tl.zeros((BLOCK_CHUNKS, BLOCK_N), tl.float32),) * M
     for start in range(first, end, BLOCK_CHUNKS):
         chunk = start + tl.arange(0, BLOCK_CHUNKS)
@@ -49,12 +56,7 @@ def _gemv_kernel(
         features = x + tl.minimum(chunk, end - 1)[:, None] * CHUNK
         level_sum = (tl.zeros((BLOCK_CHUNKS, BLOCK_N), tl.float32),) * M
         for row in tl.static_range(CHUNK // FEATURES):
-            word0 = tl.load(words + row * row_stride, mask=mask, other=0)
-            word1 = word0
-            word2 = word0
-            if WORDS == 3:
-                word1 = tl.load(words + row * row_stride + columns, mask=mask, other=0)
-                word2 = tl.load(words + row * row_stride + 2 * columns, mask=mask, other=0)
+            word0, word1, word2 = load_words(words + row * row_stride, mask, columns, BITS)
             for field in tl.static_range(FEATURES):
                 level = subnormal_field(word0, word1, word2, field, BITS)
                 new_level_sum = ()
@@ -109,7 +111,7 @@ def quantized_gemv(
     columns = qweight.shape[1]
     chunks = in_features // chunk_features
     partial = split_buffer(x, columns, split_k)
-    _gemv_kernel[(triton.cdiv(columns, block_n), split_k)](
+    _gemv_kernel[(ceil_div(columns, block_n), split_k)](
         x,
         qweight,
         qzeros,
@@ -118,7 +120,7 @@ def quantized_gemv(
         columns,
         chunks,
         group_size // chunk_features,
-        triton.cdiv(chunks, split_k),
+        ceil_div(chunks, split_k),
         x.stride(0),
         M=rows,
         BITS=bits,

@@ -18,8 +18,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lkq_hf import __version__
+from lkq_hf.files import check_free, new_directory, read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
-from lkq_hf.quantization.directories import new_directory
 from lkq_hf.quantization.packing import checkpoint_format
 from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
@@ -42,7 +42,7 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
         `out`.
 
     Raises:
-        FileExistsError: `out` exists.
+        FileExistsError: `out` is not empty.
         FileNotFoundError: `source` has no config.json or no safetensors file.
         ImportError: compressed-tensors is needed and not installed.
         ValueError: an unknown format, a checkpoint that is not ours, or tensors that disagree with its configuration.
@@ -50,11 +50,10 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     source, out = Path(source), Path(out)
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}; found {format!r}")
-    if out.exists():
-        raise FileExistsError(f"{out} exists; give a new directory, or remove it")
+    check_free(out)
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no checkpoint: expected a config.json and safetensors files")
-    config = json.loads((source / "config.json").read_text())
+    config = read_json(source / "config.json")
     settings = config.get("quantization_config") or {}
     if settings.get("quant_method") != QUANT_METHOD:
         raise ValueError(

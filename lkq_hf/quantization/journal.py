@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lkq_hf.files import write_atomically, write_json
 from lkq_hf.quantization.blocks import linear_weight
 from lkq_hf.quantization.solve import SolverSettings, resolve_group_size
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -72,11 +72,8 @@ class Journal:
                 f"{self.directory} holds blocks of a quantisation but no {note.name} that says of which; delete it or "
                 "name another directory"
             )
-        if not writes:
-            return
-        temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"fingerprint": fingerprint}))
-        os.replace(temporary, note)
+        if writes:
+            write_json(note, {"fingerprint": fingerprint})
 
     def _path(self, index: int) -> Path | None:
         return None if self.directory is None else self.directory / f"block-{index:05d}.safetensors"
@@ -91,9 +88,7 @@ class Journal:
             tensors[f"{name}.integers"] = weight.integers.to(torch.uint8).cpu().contiguous()
             tensors[f"{name}.zeros"] = weight.zeros.to(torch.uint8).cpu().contiguous()
             tensors[f"{name}.scales"] = weight.scales.cpu().contiguous()
-        temporary = path.with_suffix(".tmp")
-        save_file(tensors, temporary, metadata=checksums)
-        os.replace(temporary, path)
+        write_atomically(path, lambda partial: save_file(tensors, partial, metadata=checksums))
 
     def read(self, index: int, checksums: dict[str, str]) -> dict[str, QuantizedWeight] | None:
         """A block finished earlier, or `None`.

@@ -8,10 +8,10 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lkq_hf.files import check_free, new_directory
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
-from lkq_hf.quantization.directories import check_free, new_directory
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
 from lkq_hf.quantization.walk import WalkReport

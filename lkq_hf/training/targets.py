@@ -2,9 +2,7 @@
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,10 @@ from pyarrow import parquet
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from lkq_hf.files import remove_partial, write_atomically, write_json
 from lkq_hf.training.data import TargetCollator
 
 INDEX = "prompt_index"
-PARTIAL_PREFIX = ".partial-"
 """Column of the shards that holds the place of a prompt among all of them."""
 
 
@@ -36,8 +34,8 @@ def generate_targets(
     """Greedy responses of ``model`` to ``prompts``, as a data set with ``"input_ids"`` and ``"response_ids"``.
 
     Work is done in shards of prompts of similar length, so that batches are large and have little padding. A finished
-    shard is a file in ``output_dir``; a run that finds it
-    there does not make it again, so a stopped run is resumed by starting it again with the same arguments.
+    shard is a file in ``output_dir``; a run that finds it there does not make it again, so a stopped run is resumed by
+    starting it again with the same arguments.
 
     Args:
         model: the base model, on the device to use. Adapters take no part: no LookaheadCache is involved.
@@ -73,12 +71,11 @@ def generate_targets(
             else:
                 _write_shard(path, _respond(model, rows, max_new_tokens, batch_tokens))
             progress.update(len(rows))
-    if num_processes > 1 and torch.distributed.is_initialized():
+    grouped = torch.distributed.is_initialized()
+    if num_processes > 1 and grouped:
         PartialState().wait_for_everyone()
-    if process_index == 0:
-        # Nobody writes any more: what is left was begun by a run that was killed.
-        for partial in directory.glob(f"{PARTIAL_PREFIX}*"):
-            shutil.rmtree(partial, ignore_errors=True)
+    if process_index == 0 and (num_processes == 1 or grouped):  # otherwise others may be at work still
+        remove_partial(directory)
     return load_targets(directory)
 
 
@@ -117,7 +114,7 @@ def check_recipe(
             )
         return
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda temporary: temporary.write_text(json.dumps(recipe)))
+    write_json(path, recipe)
 
 
 def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -130,17 +127,7 @@ def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_atomically(path, lambda temporary: Dataset.from_list(rows).to_parquet(str(temporary)))
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Lets ``write`` write a file that appears whole or not at all."""
-    directory = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=path.parent))
-    try:
-        write(directory / path.name)
-        (directory / path.name).replace(path)
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    write_atomically(path, Dataset.from_list(rows).to_parquet)
 
 
 def _respond(

@@ -149,7 +149,7 @@ def test_a_training_without_recall_still_gives_a_card(hub, adapter):
 @pytest.mark.parametrize("content", ["[]", "{}", '{"rows": []}', "not json"])
 def test_a_file_without_results_is_refused(tmp_path, content):
     (tmp_path / "results.json").write_text(content)
-    with pytest.raises(ValueError, match=r"results\.json (holds no results|is not JSON)"):
+    with pytest.raises(ValueError, match=r"results\.json (holds no results|is not JSON|should hold a JSON object)"):
         read_results(tmp_path / "results.json")
 
 

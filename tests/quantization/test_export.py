@@ -140,6 +140,9 @@ def test_bad_sources_write_nothing(checkpoint, tmp_path: Path) -> None:
         export_checkpoint(tmp_path / "base", out, "gptq")
     with pytest.raises(FileExistsError, match="exists"):
         export_checkpoint(ours, tmp_path / "base", "gptq")
+    (tmp_path / "base" / "config.json").write_text('{"model_type": ')
+    with pytest.raises(ValueError, match=r"base.config\.json is not JSON"):
+        export_checkpoint(tmp_path / "base", out, "gptq")
     tensors = load_file(ours / "model.safetensors")
     del tensors["model.layers.0.mlp.down_proj.scales"]
     save_file(tensors, ours / "model.safetensors", metadata={"format": "pt"})

@@ -61,6 +61,7 @@ def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
         return respond(model, rows, *args)
 
     monkeypatch.setattr(targets_module, "_respond", count)
+    (tmp_path / "stopped" / ".partial-0-shard-00000000.parquet").write_text("left by a killed process")
     resumed = generate_targets(model, rows, tmp_path / "stopped", max_new_tokens=4, shard_size=2)
     assert made == [2, 2, 1]
     assert resumed.to_list() == whole.to_list()
@@ -79,11 +80,15 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
 def test_processes_share_the_work(tmp_path):
     model, rows = tiny_model(), prompts()
     whole = generate_targets(model, rows, tmp_path / "one", max_new_tokens=4, shard_size=1)
+    (tmp_path / "two").mkdir()
+    written_by_another = tmp_path / "two" / ".partial-0-shard-00000001.parquet"
+    written_by_another.touch()
     for index in range(2):
         shared = generate_targets(
             model, rows, tmp_path / "two", max_new_tokens=4, shard_size=1, process_index=index, num_processes=2
         )
         assert len(shared) == (3, 5)[index]
+        assert written_by_another.exists()
     assert shared.to_list() == whole.to_list()
 
 

@@ -102,9 +102,7 @@ class Summarise(Task):
 
     def draft(self, length: int, rng: random.Random) -> Draft | None:
         passage, _ = self.passage(length, rng)
-        return Draft(
-            passage, "Excerpt from a book:\n\n{document}\n\nGive a brief account of what this excerpt covers."
-        )
+        return Draft(passage, EXCERPT + "Give a brief account of what this excerpt covers.")
 
 
 class Continue(Task):
@@ -115,6 +113,4 @@ class Continue(Task):
 
     def draft(self, length: int, rng: random.Random) -> Draft | None:
         passage, _ = self.passage(length, rng)
-        return Draft(
-            passage, "Excerpt from a book:\n\n{document}\n\nWhat would the author write next? Carry on from there."
-        )
+        return Draft(passage, EXCERPT + "What would the author write next? Carry on from there.")

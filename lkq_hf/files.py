@@ -1,0 +1,97 @@
+"""Files and directories that appear whole or not at all, whenever a process is killed or a disk is full."""
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTIAL_PREFIX = ".partial-"
+"""Begins the name of a file that is being written. One that stays was begun by a process that was killed."""
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Writes a file that takes its place when it is complete; until then, what was there stays.
+
+    Several processes may write the same file: each writes one of its own, and the last one to finish stays.
+
+    Args:
+        path: the file; its directory exists.
+        write: writes the file whose path it is given, which has the ending of `path`.
+    """
+    partial = path.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}-{path.name}")
+    try:
+        partial.touch(exist_ok=False)
+        mode = partial.stat().st_mode
+        write(partial)
+        # safetensors replaces the file by one that only its owner may read.
+        partial.chmod(mode)
+        # Without this, a machine that loses power may have the new name and not the content. The name itself may get
+        # lost: then the old file is there.
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file as `write_atomically` does."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON ({error}); save it again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} should hold a JSON object, found {type(values).__name__}; save it again")
+    return values
+
+
+def remove_partial(directory: Path) -> None:
+    """Removes what killed processes left in a directory where nobody writes any more."""
+    for partial in directory.glob(f"{PARTIAL_PREFIX}*"):
+        partial.unlink(missing_ok=True)
+
+
+def check_free(directory: Path) -> None:
+    """Refuses a directory that has contents.
+
+    Raises:
+        FileExistsError: it is a file or not empty.
+    """
+    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not an empty directory; choose another one or remove it")
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory beside `target` that takes its place when the block ends without an error.
+
+    A process that was killed leaves it there, under a name that the next one finds and begins anew.
+    """
+    check_free(target)
+    temporary = target.with_name(f".{target.name}.saving")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if target.exists():
+            target.rmdir()
+        temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
