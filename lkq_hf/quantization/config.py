@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damp_percent": 0.1,
         "column_order": "costliest_first",
         "corrected_target": True,
-        "corrected_residual": False,
+        "corrected_residual": True,
         "alpha": 0.25,
         "sweeps": 8,
     },
