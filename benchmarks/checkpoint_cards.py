@@ -136,7 +136,7 @@ def main() -> None:
                 name=name,
                 window=WINDOW,
                 windows=arguments.windows,
-                hardware=hardware.get("gpu") or f"a CPU with {hardware.get('threads')} threads",
+                hardware=hardware.get("gpu") or f"a CPU (threads: {hardware['threads']})",
                 seconds=quantizer.report.seconds,
             )
         )

@@ -151,7 +151,7 @@ def hardware(runs: Runs) -> str:
     for run in runs:
         about = run["environment"]
         versions = about["versions"]
-        place = about.get("gpu") or f"CPU ({about['cpu']}, {about['threads']} threads)"
+        place = about.get("gpu") or f"CPU ({about['cpu']}, threads: {about['threads']})"
         places[f"{place}, torch {versions['torch']}, transformers {versions['transformers']}"] = None
     return "; ".join(places)
 
