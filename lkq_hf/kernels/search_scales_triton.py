@@ -66,7 +66,8 @@ def _search_kernel(
     best_scale = tl.full((ROWS,), 1.0, tl.float32)
     best_zero = tl.zeros((ROWS,), tl.float32)
     best_shrink = tl.full((ROWS,), 100.0, tl.float32)
-    coarse = best_shrink
+    # A tensor of its own: Triton does not carry a name through a loop that is another one's tensor before it.
+    coarse = tl.full((ROWS,), 100.0, tl.float32)
     for step in range(COARSE + FINE):
         if step == COARSE:
             coarse = best_shrink
