@@ -193,10 +193,13 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         if name is None:
             return result
         down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
-        lookahead, tail = x[..., -length:, :], result[..., -length:, :]
+        # A forward of the lookahead tokens alone, as in training, needs no cutting and joining, each with a backward.
+        alone = x.shape[-2] == length
+        lookahead, tail = (x, result) if alone else (x[..., -length:, :], result[..., -length:, :])
         if torch.is_grad_enabled():
             update = self._update(lookahead.to(down.dtype), down, up, result.shape[-1])
-            return torch.cat([result[..., :-length, :], tail + (update * self.scaling[name]).to(result.dtype)], dim=-2)
+            changed = tail + (update * self.scaling[name]).to(result.dtype)
+            return changed if alone else torch.cat([result[..., :-length, :], changed], dim=-2)
         down, up = self._in_dtype(name, down, up, result.dtype)
         lookahead = lookahead.to(result.dtype)
         if tail.ndim == 3 and lookahead.shape[-1] == self.in_features and tail.shape[-1] == self.out_features:
