@@ -2,10 +2,6 @@
 
 The torch search writes an error matrix for every candidate. Here a program keeps one group of some rows, and the
 group's Hessian block, on the chip while it tries all of them.
-
-Two bfloat16 numbers hold 16 bits of a float32's mantissa, enough to tell neighbouring candidates apart. (Triton's own
-splitting, input_precision="tf32x3", is not: on an H100 with Triton 3.6 half of the groups got another candidate than
-from products in float32.)
 """
 
 import torch
@@ -13,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import ceil_div, interpreting
+from lkq_hf.kernels.dispatch import ceil_div
 from lkq_hf.kernels.round_columns_triton import nearest
 
 GROUP_SIZES = (32, 64, 128)
@@ -27,16 +23,39 @@ def _stored(scale):
 
 
 @triton.jit
-def _loss(weight, block, block_rest, scale, zero, largest):
+def _loss(weight, block, scale, zero, largest):
     level = nearest(tl.minimum(tl.maximum(tl.div_rn(weight, scale[:, None]), -largest - 1.0), largest + 1.0))
     level = tl.minimum(tl.maximum(level, -zero[:, None]), largest - zero[:, None])
     error = level * scale[:, None] - weight
-    piece = error.to(block.dtype)
-    rest = (error - piece.to(tl.float32)).to(block.dtype)
-    product = tl.dot(rest, block)
-    product = tl.dot(piece, block_rest, product)
-    product = tl.dot(piece, block, product)
-    return tl.sum(product * error, 1)
+    # Single TF32 products would lose the difference between neighbouring candidates; three keep that of float32.
+    return tl.sum(tl.dot(error, block, input_precision="tf32x3") * error, 1)
+
+
+@triton.jit
+def _better(best, shrink, weight, block, low, high, largest, SYM: tl.constexpr):
+    """``best`` (loss, scale, zero point and shrink of each row), or those of ``shrink`` where it loses less."""
+    best_loss, best_scale, best_zero, best_shrink = best
+    bottom = tl.div_rn(low * shrink, 100.0)
+    span = tl.div_rn(high * shrink, 100.0) - bottom
+    scale = _stored(tl.where(span > 0, tl.div_rn(span, largest), 1.0))
+    if SYM:
+        zero = tl.zeros_like(scale) + (largest + 1) / 2
+        loss = _loss(weight, block, scale, zero, largest)
+    else:
+        exact = tl.div_rn(-bottom, scale)
+        zero = tl.minimum(tl.maximum(tl.floor(exact), 0.0), largest)
+        upper = tl.minimum(tl.maximum(tl.ceil(exact), 0.0), largest)
+        loss = _loss(weight, block, scale, zero, largest)
+        upper_loss = _loss(weight, block, scale, upper, largest)
+        zero = tl.where(upper_loss < loss, upper, zero)
+        loss = tl.minimum(upper_loss, loss)
+    better = loss < best_loss
+    return (
+        tl.where(better, loss, best_loss),
+        tl.where(better, scale, best_scale),
+        tl.where(better, zero, best_zero),
+        tl.where(better, shrink, best_shrink),
+    )
 
 
 @triton.jit
@@ -55,7 +74,6 @@ def _search_kernel(
     FINE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    PIECE: tl.constexpr,
 ):
     group = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -64,52 +82,28 @@ def _search_kernel(
     offsets = row.to(tl.int64)[:, None] * columns + group * GROUP + column[None, :]
     w = tl.load(weight + offsets, mask=inside[:, None], other=0.0)
     square = blocks + group.to(tl.int64) * GROUP * GROUP
-    whole_block = tl.load(square + column[:, None] * GROUP + column[None, :])
-    block = whole_block.to(PIECE)
-    block_rest = (whole_block - block.to(tl.float32)).to(PIECE)
+    block = tl.load(square + column[:, None] * GROUP + column[None, :])
     low = tl.minimum(tl.min(w, 1), 0.0)
     high = tl.maximum(tl.max(w, 1), 0.0)
     if SYM:
         high = tl.maximum(-low, high)
         low = -high
 
-    best = tl.full((ROWS,), float("inf"), tl.float32)
-    best_scale = tl.full((ROWS,), 1.0, tl.float32)
-    best_zero = tl.zeros((ROWS,), tl.float32)
-    best_shrink = tl.full((ROWS,), 100.0, tl.float32)
-    coarse = best_shrink
+    coarse = tl.full((ROWS,), 100.0, tl.float32)
+    best = (tl.full((ROWS,), float("inf"), tl.float32), tl.full((ROWS,), 1.0, tl.float32), tl.zeros_like(low), coarse)
+    # One loop: each of two would keep its own copy of the Hessian block for the tensor cores.
     for step in range(COARSE + FINE):
-        if step == COARSE:
-            coarse = best_shrink
-        if step < COARSE:
-            shrink = tl.full((ROWS,), 100.0, tl.float32) - step * coarse_step
-        else:
-            # ..., -2, -1, 1, 2, ...
-            offset = step - COARSE - FINE // 2
-            offset = tl.where(offset >= 0, offset + 1, offset)
-            shrink = tl.minimum(tl.maximum(coarse + offset, smallest_shrink), 100.0)
-        bottom = tl.div_rn(low * shrink, 100.0)
-        span = tl.div_rn(high * shrink, 100.0) - bottom
-        scale = _stored(tl.where(span > 0, tl.div_rn(span, largest), 1.0))
-        if SYM:
-            zero = tl.zeros((ROWS,), tl.float32) + (largest + 1) / 2
-            loss = _loss(w, block, block_rest, scale, zero, largest)
-        else:
-            exact = tl.div_rn(-bottom, scale)
-            zero = tl.minimum(tl.maximum(tl.floor(exact), 0.0), largest)
-            upper = tl.minimum(tl.maximum(tl.ceil(exact), 0.0), largest)
-            loss = _loss(w, block, block_rest, scale, zero, largest)
-            upper_loss = _loss(w, block, block_rest, scale, upper, largest)
-            zero = tl.where(upper_loss < loss, upper, zero)
-            loss = tl.minimum(upper_loss, loss)
-        better = loss < best
-        best = tl.where(better, loss, best)
-        best_scale = tl.where(better, scale, best_scale)
-        best_zero = tl.where(better, zero, best_zero)
-        best_shrink = tl.where(better, shrink, best_shrink)
+        # ..., -2, -1, 1, 2, ...
+        offset = step - COARSE - FINE // 2
+        offset = tl.where(offset >= 0, offset + 1, offset)
+        fine = tl.minimum(tl.maximum(coarse + offset, smallest_shrink), 100.0)
+        shrink = tl.where(step < COARSE, 100.0 - step * coarse_step, fine)
+        best = _better(best, shrink, w, block, low, high, largest, SYM)
+        # Chosen at every step: what is assigned under "if step == COARSE" does not outlive that step in Triton 3.6.
+        coarse = tl.where(step < COARSE, best[3], coarse)
     target = row * (columns // GROUP) + group
-    tl.store(scales + target, best_scale, mask=inside)
-    tl.store(zeros + target, best_zero, mask=inside)
+    tl.store(scales + target, best[1], mask=inside)
+    tl.store(zeros + target, best[2], mask=inside)
 
 
 def search_scales_triton(
@@ -146,7 +140,6 @@ def search_scales_triton(
             FINE=coarse_step // 2 * 2,
             GROUP=group_size,
             ROWS=tile,
-            PIECE=tl.float32 if interpreting() else tl.bfloat16,  # the interpreter's dot takes no bfloat16
             num_warps=4,
         )
     return scales, zeros
