@@ -72,9 +72,7 @@ def variant(name: str) -> str:
     parameters = name.partition("[")[2].rstrip("]")
     if not parameters:
         return name.rpartition(".")[2]
-    return " ".join(
-        sorted((WORDS.get(each, each) for each in parameters.split("-")), key=lambda e: e in WORDS.values())
-    )
+    return " ".join(WORDS.get(each, each) for each in reversed(parameters.split("-")))
 
 
 def notes(tests: list[Test]) -> str:
