@@ -2,6 +2,10 @@
 
 The torch search writes an error matrix for every candidate. Here a program keeps one group of some rows, and the
 group's Hessian block, on the chip while it tries all of them.
+
+Two bfloat16 numbers hold 16 bits of a float32's mantissa, enough to tell neighbouring candidates apart. (Triton's own
+splitting, input_precision="tf32x3", is not: on an H100 with Triton 3.6 half of the groups got another candidate than
+from products in float32.)
 """
 
 import torch
@@ -9,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import ceil_div
+from lkq_hf.kernels.dispatch import ceil_div, interpreting
 from lkq_hf.kernels.round_columns_triton import nearest
 
 GROUP_SIZES = (32, 64, 128)
@@ -23,12 +27,16 @@ def _stored(scale):
 
 
 @triton.jit
-def _loss(weight, block, scale, zero, largest):
+def _loss(weight, block, block_rest, scale, zero, largest):
     level = nearest(tl.minimum(tl.maximum(tl.div_rn(weight, scale[:, None]), -largest - 1.0), largest + 1.0))
     level = tl.minimum(tl.maximum(level, -zero[:, None]), largest - zero[:, None])
     error = level * scale[:, None] - weight
-    # Single TF32 products would lose the difference between neighbouring candidates; three keep that of float32.
-    return tl.sum(tl.dot(error, block, input_precision="tf32x3") * error, 1)
+    piece = error.to(block.dtype)
+    rest = (error - piece.to(tl.float32)).to(block.dtype)
+    product = tl.dot(rest, block)
+    product = tl.dot(piece, block_rest, product)
+    product = tl.dot(piece, block, product)
+    return tl.sum(product * error, 1)
 
 
 @triton.jit
@@ -47,6 +55,7 @@ def _search_kernel(
     FINE: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
+    PIECE: tl.constexpr,
 ):
     group = tl.program_id(0)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -55,7 +64,9 @@ def _search_kernel(
     offsets = row.to(tl.int64)[:, None] * columns + group * GROUP + column[None, :]
     w = tl.load(weight + offsets, mask=inside[:, None], other=0.0)
     square = blocks + group.to(tl.int64) * GROUP * GROUP
-    block = tl.load(square + column[:, None] * GROUP + column[None, :])
+    whole_block = tl.load(square + column[:, None] * GROUP + column[None, :])
+    block = whole_block.to(PIECE)
+    block_rest = (whole_block - block.to(tl.float32)).to(PIECE)
     low = tl.minimum(tl.min(w, 1), 0.0)
     high = tl.maximum(tl.max(w, 1), 0.0)
     if SYM:
@@ -82,13 +93,13 @@ def _search_kernel(
         scale = _stored(tl.where(span > 0, tl.div_rn(span, largest), 1.0))
         if SYM:
             zero = tl.zeros((ROWS,), tl.float32) + (largest + 1) / 2
-            loss = _loss(w, block, scale, zero, largest)
+            loss = _loss(w, block, block_rest, scale, zero, largest)
         else:
             exact = tl.div_rn(-bottom, scale)
             zero = tl.minimum(tl.maximum(tl.floor(exact), 0.0), largest)
             upper = tl.minimum(tl.maximum(tl.ceil(exact), 0.0), largest)
-            loss = _loss(w, block, scale, zero, largest)
-            upper_loss = _loss(w, block, scale, upper, largest)
+            loss = _loss(w, block, block_rest, scale, zero, largest)
+            upper_loss = _loss(w, block, block_rest, scale, upper, largest)
             zero = tl.where(upper_loss < loss, upper, zero)
             loss = tl.minimum(upper_loss, loss)
         better = loss < best
@@ -135,6 +146,7 @@ def search_scales_triton(
             FINE=coarse_step // 2 * 2,
             GROUP=group_size,
             ROWS=tile,
+            PIECE=tl.float32 if interpreting() else tl.bfloat16,  # the interpreter's dot takes no bfloat16
             num_warps=4,
         )
     return scales, zeros
