@@ -261,6 +261,7 @@ def quantization(results: dict[str, Any]) -> str:
             ]
         ),
         *compared,
+        *([results["remark"]] if "remark" in results else []),
     )
 
 
