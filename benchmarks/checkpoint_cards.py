@@ -35,7 +35,7 @@ COMMANDS = """
 ```sh
 python benchmarks/texts.py python3.11-doc_*.deb --out {calibration}
 lkq-hf quantize {base} --bits {bits} --group-size {group_size} --no-sym --dtype bfloat16 \\
-    --dataset {calibration} --out {name}
+    --dataset {calibration} --num-samples {samples} --model-seqlen {length} --out {name}
 lkq-hf evaluate perplexity {name} --text TEXT --window {window} --max-windows {windows} --out perplexity
 ```
 
@@ -131,10 +131,12 @@ def main() -> None:
                 base=SMOLLM2_NAME,
                 bits=bits,
                 group_size=arguments.group_size,
+                samples=arguments.samples,
+                length=arguments.length,
                 name=name,
                 window=WINDOW,
                 windows=arguments.windows,
-                hardware=hardware.get("gpu") or f"a CPU with {hardware.get('threads')} threads",
+                hardware=hardware.get("gpu") or f"a CPU (threads: {hardware['threads']})",
                 seconds=quantizer.report.seconds,
             )
         )

@@ -59,23 +59,33 @@ STAGES: dict[str, dict[str, Any]] = {
 }
 # The default with one thing changed.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "default, residual stream corrected": {"corrected_residual": True},
-    "default, residual stream corrected, alpha 0.5": {"corrected_residual": True, "alpha": 0.5},
     "default, alpha 0": {"alpha": 0.0},
     "default, alpha 0.5": {"alpha": 0.5},
-    "default, alpha 1": {"alpha": 1.0},
-    "default, 1 sweep": {"sweeps": 1},
     "default, 3 sweeps": {"sweeps": 3},
-    "default, 20 sweeps": {"sweeps": 20},
     "default, group-aware order": {"column_order": "group_aware"},
-    "default, stored order": {"column_order": "stored"},
-    "default, damping 0.01": {"damp_percent": 0.01},
-    "default, damping 0.03": {"damp_percent": 0.03},
     "default, damping 0.3": {"damp_percent": 0.3},
-    "default, stage 2 instead of descent": {"stages": ("stage1", "stage2")},
-    "default without stage 1": {"stages": ("descent",)},
 }
-METHODS = {**DEFAULT, **STAGES, **VARIANTS}
+# The default of before the residual stream's deviation was part of it, and the same with one thing more changed.
+UNCORRECTED = "residual not corrected"
+UNCORRECTED_VARIANTS: dict[str, dict[str, Any]] = {
+    name: {"corrected_residual": False, **changes}
+    for name, changes in {
+        UNCORRECTED: {},
+        f"{UNCORRECTED}, alpha 0.5": {"alpha": 0.5},
+        f"{UNCORRECTED}, alpha 1": {"alpha": 1.0},
+        f"{UNCORRECTED}, 1 sweep": {"sweeps": 1},
+        f"{UNCORRECTED}, 3 sweeps": {"sweeps": 3},
+        f"{UNCORRECTED}, 20 sweeps": {"sweeps": 20},
+        f"{UNCORRECTED}, group-aware order": {"column_order": "group_aware"},
+        f"{UNCORRECTED}, stored order": {"column_order": "stored"},
+        f"{UNCORRECTED}, damping 0.01": {"damp_percent": 0.01},
+        f"{UNCORRECTED}, damping 0.03": {"damp_percent": 0.03},
+        f"{UNCORRECTED}, damping 0.3": {"damp_percent": 0.3},
+        f"{UNCORRECTED}, stage 2 instead of descent": {"stages": ("stage1", "stage2")},
+        f"{UNCORRECTED}, no stage 1": {"stages": ("descent",)},
+    }.items()
+}
+METHODS = {**DEFAULT, **STAGES, **VARIANTS, **UNCORRECTED_VARIANTS}
 MODELS = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}
 
 
@@ -87,7 +97,7 @@ class Cell(NamedTuple):
 
 
 def cells(bits: list[int], schemes: list[str], seeds: list[int], methods: list[str]) -> Iterator[Cell]:
-    """The table, most important cells first. The default's variants are measured with the first scheme only."""
+    """The table, most important cells first. Variants are measured with the first scheme only."""
 
     def tier(names: Iterable[str], scheme: str, some_seeds: list[int]) -> Iterator[Cell]:
         chosen = [name for name in names if name in methods]
@@ -101,6 +111,7 @@ def cells(bits: list[int], schemes: list[str], seeds: list[int], methods: list[s
         yield from tier(DEFAULT, scheme, seeds)
         yield from tier(STAGES, scheme, seeds)
     yield from tier(VARIANTS, schemes[0], seeds[1:])
+    yield from tier(UNCORRECTED_VARIANTS, schemes[0], seeds)
 
 
 def load(source: str, tokenizer: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

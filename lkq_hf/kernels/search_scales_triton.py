@@ -32,33 +32,6 @@ def _loss(weight, block, scale, zero, largest):
 
 
 @triton.jit
-def _better(best, shrink, weight, block, low, high, largest, SYM: tl.constexpr):
-    """``best`` (loss, scale, zero point and shrink of each row), or those of ``shrink`` where it loses less."""
-    best_loss, best_scale, best_zero, best_shrink = best
-    bottom = tl.div_rn(low * shrink, 100.0)
-    span = tl.div_rn(high * shrink, 100.0) - bottom
-    scale = _stored(tl.where(span > 0, tl.div_rn(span, largest), 1.0))
-    if SYM:
-        zero = tl.zeros_like(scale) + (largest + 1) / 2
-        loss = _loss(weight, block, scale, zero, largest)
-    else:
-        exact = tl.div_rn(-bottom, scale)
-        zero = tl.minimum(tl.maximum(tl.floor(exact), 0.0), largest)
-        upper = tl.minimum(tl.maximum(tl.ceil(exact), 0.0), largest)
-        loss = _loss(weight, block, scale, zero, largest)
-        upper_loss = _loss(weight, block, scale, upper, largest)
-        zero = tl.where(upper_loss < loss, upper, zero)
-        loss = tl.minimum(upper_loss, loss)
-    better = loss < best_loss
-    return (
-        tl.where(better, loss, best_loss),
-        tl.where(better, scale, best_scale),
-        tl.where(better, zero, best_zero),
-        tl.where(better, shrink, best_shrink),
-    )
-
-
-@triton.jit
 def _search_kernel(
     weight,
     blocks,
@@ -89,21 +62,44 @@ def _search_kernel(
         high = tl.maximum(-low, high)
         low = -high
 
+    best = tl.full((ROWS,), float("inf"), tl.float32)
+    best_scale = tl.full((ROWS,), 1.0, tl.float32)
+    best_zero = tl.zeros((ROWS,), tl.float32)
+    best_shrink = tl.full((ROWS,), 100.0, tl.float32)
+    # A tensor of its own: Triton does not carry a name through a loop that is another one's tensor before it.
     coarse = tl.full((ROWS,), 100.0, tl.float32)
-    best = (tl.full((ROWS,), float("inf"), tl.float32), tl.full((ROWS,), 1.0, tl.float32), tl.zeros_like(low), coarse)
-    # One loop: each of two would keep its own copy of the Hessian block for the tensor cores.
     for step in range(COARSE + FINE):
-        # ..., -2, -1, 1, 2, ...
-        offset = step - COARSE - FINE // 2
-        offset = tl.where(offset >= 0, offset + 1, offset)
-        fine = tl.minimum(tl.maximum(coarse + offset, smallest_shrink), 100.0)
-        shrink = tl.where(step < COARSE, 100.0 - step * coarse_step, fine)
-        best = _better(best, shrink, w, block, low, high, largest, SYM)
-        # Chosen at every step: what is assigned under "if step == COARSE" does not outlive that step in Triton 3.6.
-        coarse = tl.where(step < COARSE, best[3], coarse)
+        if step == COARSE:
+            coarse = best_shrink
+        if step < COARSE:
+            shrink = tl.full((ROWS,), 100.0, tl.float32) - step * coarse_step
+        else:
+            # ..., -2, -1, 1, 2, ...
+            offset = step - COARSE - FINE // 2
+            offset = tl.where(offset >= 0, offset + 1, offset)
+            shrink = tl.minimum(tl.maximum(coarse + offset, smallest_shrink), 100.0)
+        bottom = tl.div_rn(low * shrink, 100.0)
+        span = tl.div_rn(high * shrink, 100.0) - bottom
+        scale = _stored(tl.where(span > 0, tl.div_rn(span, largest), 1.0))
+        if SYM:
+            zero = tl.zeros((ROWS,), tl.float32) + (largest + 1) / 2
+            loss = _loss(w, block, scale, zero, largest)
+        else:
+            exact = tl.div_rn(-bottom, scale)
+            zero = tl.minimum(tl.maximum(tl.floor(exact), 0.0), largest)
+            upper = tl.minimum(tl.maximum(tl.ceil(exact), 0.0), largest)
+            loss = _loss(w, block, scale, zero, largest)
+            upper_loss = _loss(w, block, scale, upper, largest)
+            zero = tl.where(upper_loss < loss, upper, zero)
+            loss = tl.minimum(upper_loss, loss)
+        better = loss < best
+        best = tl.where(better, loss, best)
+        best_scale = tl.where(better, scale, best_scale)
+        best_zero = tl.where(better, zero, best_zero)
+        best_shrink = tl.where(better, shrink, best_shrink)
     target = row * (columns // GROUP) + group
-    tl.store(scales + target, best[1], mask=inside)
-    tl.store(zeros + target, best[2], mask=inside)
+    tl.store(scales + target, best_scale, mask=inside)
+    tl.store(zeros + target, best_zero, mask=inside)
 
 
 def search_scales_triton(

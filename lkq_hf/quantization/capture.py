@@ -205,22 +205,19 @@ def find_sum(block: nn.Module, name: str, call: BlockCall, hidden: Tensor) -> st
     """
     layer = block.get_submodule(name)
     own: list[Tensor] = []
-    noise: list[Tensor] = []
 
-    def run(disturb: bool) -> dict[str, Tensor]:
+    def run(noise: Tensor | None = None) -> dict[str, Tensor]:
         inputs: dict[str, Tensor] = {}
+        own.clear()
 
         def disturbed(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            if disturb:
-                return output + noise[0]
-            own.append(output.flatten(0, -2))
-            # Large beside the sum, so that in half precision too the sum shows all of it.
-            noise.append(output.flip(-1) * (16 * hidden.abs().max() / output.abs().max().clamp(min=1e-6)))
-            return output
+            own.append(output)
+            return output if noise is None else output + noise
 
         def watch(other: str) -> Any:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if own and args and isinstance(args[0], Tensor):
+                # Only what may be the sum is kept, so that this needs less memory than the block itself.
+                if own and args and isinstance(args[0], Tensor) and args[0].numel() == own[0].numel():
                     inputs.setdefault(other, args[0].flatten(0, -2).clone())
 
             return hook
@@ -233,12 +230,22 @@ def find_sum(block: nn.Module, name: str, call: BlockCall, hidden: Tensor) -> st
             output = call.run(block, hidden, 0)
         return {**inputs, "": output.flatten(0, -2)}
 
-    plain, moved = run(False), run(True)
+    plain = run()
+    stream = hidden.flatten(0, -2).shape
+    if not own or own[0].flatten(0, -2).shape != stream:
+        return None
+    output = own[0]
+    # Large beside the sum, so that in half precision too the sum shows all of it.
+    noise = output.flip(-1) * (16 * hidden.abs().max() / output.abs().max().clamp(min=1e-6))
+    moved = run(noise)
+    wanted = noise.flatten(0, -2)
     for other, value in plain.items():
-        if value.shape != own[0].shape or torch.equal(value, own[0]):
+        after = moved.get(other)
+        if value.shape != stream or after is None or after.shape != stream:
             continue
-        wanted = noise[0].flatten(0, -2)
-        if (moved[other] - value - wanted).float().norm() < SUM_TOLERANCE * wanted.float().norm():
+        if torch.equal(value, output.flatten(0, -2)):
+            continue
+        if (after - value - wanted).float().norm() < SUM_TOLERANCE * wanted.float().norm():
             return other
     return None
 

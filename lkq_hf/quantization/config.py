@@ -27,7 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "damp_percent": 0.1,
         "column_order": "costliest_first",
         "corrected_target": True,
-        "corrected_residual": False,
+        "corrected_residual": True,
         "alpha": 0.25,
         "sweeps": 8,
     },
@@ -67,8 +67,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             minimises the damped objective, which keeps it from fitting what is particular to the calibration data.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, or `"paper"`, the
-            method as published (arXiv 2602.02126). It sets `damp_percent` and
-            those of the next six fields, where they are not given.
+            method as published (arXiv 2602.02126). It sets `damp_percent` and those of the next six fields, where they
+            are not given.
         stages (`tuple[str, ...]`, *optional*): what is done besides GPTQ, any of `"stage1"` (scales searched by their
             effect on the output), `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined
             together after GPTQ). `()` is plain GPTQ.
@@ -77,7 +77,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             others can make up for least). The scales are fixed before, so every order gives the same format.
         corrected_target (`bool`, *optional*): GPTQ aims at `w + alpha w R H^-1` instead of `w`.
         corrected_residual (`bool`, *optional*): a layer whose output is added to the residual stream also answers for
-            what earlier layers have changed there: the deviation is that of the sum, not of the layer's input.
+            what earlier layers have changed there: the deviation is that of the sum, not of the layer's input. Nothing
+            changes where an output is normalised before it is added (Gemma 3).
         alpha (`float`, *optional*): weight of the deviation `R` between full-precision and quantised inputs; 0 to 1.
         sweeps (`int`, *optional*): passes of stage 2 and of the descent.
         scale_search (`str`, defaults to `"minmax"`): scales where stage 1 is off: `"minmax"`, or `"mse"` for the

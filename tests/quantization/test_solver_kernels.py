@@ -92,6 +92,30 @@ def test_search_scales_equals_the_reference(group_size, bits, sym, monkeypatch):
     torch.testing.assert_close(scales, expected_scales, rtol=0.5, atol=0)
 
 
+COMPILE_SEARCH = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from lkq_hf.kernels.search_scales_triton import _search_kernel as kernel
+
+constants = {"SYM": True, "COARSE": 17, "FINE": 4, "GROUP": 32, "ROWS": 64}
+kinds = {"largest": "fp32", "smallest_shrink": "fp32", "coarse_step": "fp32", "rows": "i32", "columns": "i32"}
+signature = {name: "constexpr" if name in constants else kinds.get(name, "*fp32") for name in kernel.arg_names}
+print(compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32)).asm["ttir"])
+"""
+
+
+def test_the_compiled_search_carries_the_coarse_winner_through_its_loop():
+    """The interpreter runs a kernel as Python; the compiler once took two names of one tensor for one variable."""
+    pytest.importorskip("triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    command = [sys.executable, "-c", COMPILE_SEARCH]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    loop = next(line for line in result.stdout.splitlines() if " scf.for " in line)
+    # The best loss, its scale, zero point and range, and the best range of the coarse search.
+    assert ":5 = scf.for" in loop
+
+
 @needs_triton
 @pytest.mark.parametrize(("rows", "groups", "group_size"), [(70, 3, 32), (5, 1, 64), (64, 2, 128)])
 def test_group_quadratic_equals_the_reference(rows, groups, group_size):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from models import tiny_model
 from torch import nn
 from transformers import (
     Gemma3ForCausalLM,
@@ -23,7 +24,7 @@ from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.blocks import find_blocks, layers_to_quantize
 from lkq_hf.quantization.calibrate import find_layers
-from lkq_hf.quantization.capture import capture_block_calls, find_sum, observe_order
+from lkq_hf.quantization.capture import BlockCall, capture_block_calls, find_sum, observe_order
 from lkq_hf.quantization.quantizer import restore_linear
 from lkq_hf.quantization.walk import quantize_blocks
 
@@ -80,6 +81,14 @@ def mixtral():
             num_experts_per_tok=2,
         )
     )
+
+
+def qwen3():
+    return tiny_model("qwen3")
+
+
+def mistral():
+    return tiny_model("mistral")
 
 
 def built(make):
@@ -174,6 +183,9 @@ def test_the_order_inside_a_block_is_that_of_execution(make, expected, tokens):
         (gpt2, {"attn.c_attn": None, "attn.c_proj": "ln_2", "mlp.c_fc": None, "mlp.c_proj": ""}),
         (opt, {"self_attn.q_proj": None, "self_attn.out_proj": "final_layer_norm", "fc1": None, "fc2": ""}),
         (phi3, {"self_attn.o_proj": "post_attention_layernorm", "mlp.gate_up_proj": None, "mlp.down_proj": ""}),
+        (qwen3, {"self_attn.q_proj": None, "self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""}),
+        (mistral, {"self_attn.q_proj": None, "self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""}),
+        (mixtral, {"self_attn.v_proj": None, "self_attn.o_proj": "post_attention_layernorm"}),
     ],
 )
 def test_where_a_layers_output_joins_the_residual_stream_is_seen(make, expected, dtype, tokens):
@@ -184,7 +196,23 @@ def test_where_a_layers_output_joins_the_residual_stream_is_seen(make, expected,
         assert {name: find_sum(block, name, call, hidden[0]) for name in expected} == expected
 
 
-@pytest.mark.parametrize("make", [gemma3, gpt2, opt, phi3])
+def test_a_layer_that_sees_no_token_or_only_some_has_no_sum():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.idle, self.expert, self.plain = (nn.Linear(8, 8) for _ in range(3))
+
+        def forward(self, hidden):
+            self.idle(hidden[:, :0])
+            hidden = hidden + self.plain(hidden)
+            return torch.cat([hidden[:, :1], hidden[:, 1:] + self.expert(hidden[:, 1:])], 1)
+
+    torch.manual_seed(0)
+    block, call, hidden = Block(), BlockCall([((), {})]), torch.randn(2, 4, 8)
+    assert [find_sum(block, name, call, hidden) for name in ("idle", "expert")] == [None, None]
+
+
+@pytest.mark.parametrize("make", [gemma3, gpt2, opt, phi3, qwen3, mistral])
 def test_decoders_of_other_construction_are_quantised_and_stay_close(make, tokens):
     model = built(make)
     with torch.no_grad():
@@ -252,7 +280,7 @@ def test_the_deviation_of_a_layer_that_writes_to_the_residual_stream_is_that_of_
 
     monkeypatch.setattr(walk_module, "_solve_group", spy)
     full = copy.deepcopy(tiny_llama)
-    walk(tiny_llama, tokens, config(corrected_residual=True), true_sequential=sequential)
+    walk(tiny_llama, tokens, true_sequential=sequential)
     writers = {name for name, moments in found.items() if moments.of_output}
     assert writers == {f"model.layers.{i}.{name}" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")}
 
@@ -278,11 +306,25 @@ def test_the_deviation_of_a_layer_that_writes_to_the_residual_stream_is_that_of_
     torch.testing.assert_close(found["model.layers.1.self_attn.o_proj"].deviation, expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("make", "corrected"), [(gemma3, False), (phi3, True)])
+def test_the_residual_stream_is_corrected_by_default_where_a_layer_writes_to_it(make, corrected, tokens):
+    found = []
+    for changes in ({}, {"corrected_residual": False}):
+        model = built(make)
+        walk(model, tokens, config(bits=2, **changes))
+        found.append(model.state_dict())
+    default, without = found
+    assert any(not torch.equal(value, without[name]) for name, value in default.items()) == corrected
+
+
+@pytest.mark.parametrize("make", [gemma3, phi3])
 @pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"true_sequential": False}])
-def test_a_killed_walk_resumes_to_the_same_result(tokens, tmp_path, changes, monkeypatch):
+def test_a_killed_walk_resumes_to_the_same_result(make, tokens, tmp_path, changes, monkeypatch):
+    changes = dict(changes)
     sequential = changes.pop("true_sequential", True)
     settings = config(**changes)
-    whole = built(gemma3)
+    whole = built(make)
+    last = len(find_blocks(whole)[1])
     walk(whole, tokens, settings, true_sequential=sequential)
 
     calls = 0
@@ -291,16 +333,16 @@ def test_a_killed_walk_resumes_to_the_same_result(tokens, tmp_path, changes, mon
     def killed(*args, **kwargs):
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == last:
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
     monkeypatch.setattr(walk_module, "_quantize_block", killed)
     with pytest.raises(KeyboardInterrupt):
-        walk(built(gemma3), tokens, settings, true_sequential=sequential, resume_dir=tmp_path)
-    resumed = built(gemma3)
+        walk(built(make), tokens, settings, true_sequential=sequential, resume_dir=tmp_path)
+    resumed = built(make)
     report = walk(resumed, tokens, settings, true_sequential=sequential, resume_dir=tmp_path)
-    assert report.resumed_blocks == 2
+    assert report.resumed_blocks == last - 1
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
 
