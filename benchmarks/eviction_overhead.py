@@ -254,7 +254,7 @@ def benchmark_prefill(name: str, model: Any, adapted: Any, batch: int, length: i
         )
     overheads_by_method = {row["method"]: row["overhead_ms"] for row in rows}
     for row in rows:
-        if row["method"] == "laq":
+        if row["method"] == "laq" and overheads_by_method["lookahead"] > 0:  # otherwise noise is larger than it
             row["times_the_overhead_of_lookahead"] = row["overhead_ms"] / overheads_by_method["lookahead"]
     return rows
 

@@ -70,10 +70,10 @@ def copies(weight: tuple) -> list[tuple]:
     return [(*(tensor.clone() for tensor in weight[:3]), *weight[3:]) for _ in range(count)]
 
 
-def check(name: str, actual: Tensor, expected: Tensor) -> None:
+def check(name: str, actual: Tensor, expected: Tensor, tolerance: float = 0.02) -> None:
     error = ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-    if not error < 0.02:
-        raise SystemExit(f"{name}: wrong result, largest error {error:.3g} of the largest value")
+    if not error < tolerance:
+        raise ValueError(f"{name}: wrong result, largest error {error:.3g} of the largest value")
 
 
 def gemlite_layers(weight: tuple, count: int, dtype: torch.dtype) -> list[Layer]:
@@ -126,7 +126,8 @@ def peer_layers(weight: tuple, count: int, x: Tensor, expected: Tensor) -> dict[
             continue
         try:
             layers = build(weight, count, x.dtype)
-            check(name, layers[0](x), expected)
+            # Peers round the scales to the activations' dtype, too.
+            check(name, layers[0](x), expected, tolerance=0.05)
         except Exception as error:  # whatever a peer raises, the others are still to be measured
             print(f"{name} W{weight[3]}: {type(error).__name__}: {str(error).splitlines()[:1]}", flush=True)
         else:

@@ -216,7 +216,8 @@ def _decoding(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
 
 
 def _calibration(sizes: dict[str, int], device: str, shrink: int) -> dict[str, float]:
-    """Seconds that a calibration token costs in a layer, its passes and moments, by a walk that solves nothing."""
+    """Seconds of a walk that only rounds: what a calibration token costs in a layer, its passes and moments, and what
+    a layer costs besides, `block`: its checksums, copies and packing, and the rounding, which is not worth a solve."""
     config = TwoStageGPTQConfig(group_size=32, round_to_nearest=True, stages=(), column_order="stored")
     length = 2048 // shrink
 
@@ -231,7 +232,8 @@ def _calibration(sizes: dict[str, int], device: str, shrink: int) -> dict[str, f
 
     walk(2)
     few, many = walk(2), walk(10)
-    return {"seconds": max(many - few, 0.0) / (8 * length) / 2, "bytes": _peak(device)}
+    token = max(many - few, 0.0) / (8 * length) / 2
+    return {"seconds": token, "block": max(few / 2 - 2 * length * token, 0.0), "bytes": _peak(device)}
 
 
 def _solving(sizes: dict[str, int], device: str) -> dict[str, float]:
@@ -459,7 +461,8 @@ def layer_cost(
     hidden, middle = sizes["hidden_size"], sizes["intermediate_size"]
     moments = 2 * 4 * (3 * hidden**2 + middle**2)
     exchange = 2 * moments * (gpus - 1) / gpus / bandwidth(gpus, links) if gpus > 1 else 0.0
-    return passes + solving["rows"] / gpus + solving["rest"] + loading + exchange
+    alone = figures["calibration"]["block"] + solving["rest"] + loading
+    return passes + solving["rows"] / gpus + alone + exchange
 
 
 def quantization_cost(

@@ -16,6 +16,10 @@ from lkq_hf.evaluation.plots import new_figure
 
 RESULTS = Path(__file__).parent / "results"
 PICTURE = Path(__file__).parents[1] / "docs" / "images" / "speed.png"
+EARLIER = (
+    "Rows with * are from an earlier run, on the same kind of machine, before the host's work for each layer was cut."
+)
+NOISE = 1  # per cent of a prefill
 COMMANDS = {
     "decode_speed": "python benchmarks/decode_speed.py --quantized 4",
     "eviction_overhead": "python benchmarks/eviction_overhead.py",
@@ -46,13 +50,34 @@ def section(name: str, title: str, hardware: str, *parts: str) -> str:
     return "\n\n".join([f"## {title}", f"{hardware}. `{COMMANDS[name]}`", *parts])
 
 
+def marked(name: str, row: dict[str, Any]) -> str:
+    return f"{name} *" if row.get("earlier") else name
+
+
+def remark(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """Says what the mark means, if there is one."""
+    return [EARLIER] if any(row.get("earlier") for row in rows) else []
+
+
+def aims(rows: Iterable[tuple[str, str, float | None, bool | None]]) -> str:
+    """A table of what was aimed at and what was measured; None where a measurement cannot say."""
+    verdict = {True: "yes", False: "no", None: "lost in noise"}
+    return table(
+        ["aim", "", "measured", "reached"],
+        [
+            [what, aim, "" if value is None else f"{value:.2f}".rstrip("0").rstrip("."), verdict[reached]]
+            for what, aim, value, reached in rows
+        ],
+    )
+
+
 def decode(results: dict[str, Any]) -> str:
     sizes, hardware = results["sizes"], results["hardware"]
     rows = [
         [
             cell["weights"],
             str(cell["batch"]),
-            cell["cache"],
+            marked(cell["cache"], cell),
             f"{cell['tokens_per_second']:.1f}",
             f"{cell['ms_per_step']:.2f}",
             f"{cell['cache_gib']:.2f}",
@@ -62,11 +87,38 @@ def decode(results: dict[str, Any]) -> str:
         if "error" not in cell
     ]
     header = ["weights", "batch", "cache", "tokens/s", "ms a step", "cache, GiB", "peak, GiB"]
+    speed = {
+        (cell["weights"], cell["batch"], cell["cache"]): cell["tokens_per_second"]
+        for cell in results["cells"]
+        if "error" not in cell
+    }
+    path = (1, "snapkv, static")
+    aimed = []
+    for weights, other, aim in (
+        ("bf16", ("bf16", 1, "dynamic"), 3),
+        ("bf16", ("bf16", 1, "static, short prompt"), 1),
+        ("W4", ("bf16", *path), 2),
+    ):
+        if (weights, *path) in speed and other in speed:
+            ratio = speed[weights, *path] / speed[other]
+            title = f"{weights}, {path[1]}: tokens/s, times those of {other[0]}, {other[2]}"
+            aimed.append((title, f"at least {aim}", ratio, ratio >= aim))
+    profile = results.get("profile")
+    profiled = []
+    if profile is not None:
+        profiled.append(
+            f"A profile of a compiled step ({profile['weights']}, batch {profile['batch']}): {profile['kernels']} "
+            f"kernels keep the GPU busy for {profile['gpu_busy_ms']:.1f} of {profile['ms_per_step']:.1f} ms; the rest "
+            "it waits for the host."
+        )
     return section(
         "decode_speed",
         f"Decoding after a prompt of {sizes['prompt']:,} tokens, {sizes['budget']:,} entries kept",
         f"8B Llama, random weights, through `generate`; {machine(hardware)}",
         table(header, rows),
+        *remark(results["cells"]),
+        aims(aimed),
+        *profiled,
     )
 
 
@@ -88,7 +140,8 @@ def eviction(results: dict[str, Any]) -> str:
             row["model"],
             str(row["batch"]),
             f"{row['length']:,}",
-            row["method"],
+            marked(row["method"], row),
+            str(row["runs"]),
             f"{row['ms']:.1f}",
             f"{row['overhead_ms']:.1f}",
             f"{row['overhead_percent']:.2f}",
@@ -110,10 +163,39 @@ def eviction(results: dict[str, Any]) -> str:
         'Whole prefills. "full + 32" reads a prompt longer by the 32 lookahead tokens, without eviction. The last '
         "column is the peak memory saved, in % of the full KV cache.",
         table(
-            ["model", "batch", "prompt", "method", "ms", "over full, ms", "%", "peak, GiB", "saved, %"],
+            ["model", "batch", "prompt", "method", "runs", "ms", "over full, ms", "%", "peak, GiB", "saved, %"],
             prefills,
         ),
+        *remark(results["prefill"]),
+        f"Differences below about {NOISE} % are noise; some are negative.",
+        aims(eviction_aims(results)),
     )
+
+
+def eviction_aims(results: dict[str, Any]) -> Iterable[tuple[str, str, float | None, bool | None]]:
+    rows = {(row["model"], row["batch"], row["length"], row["method"]): row for row in results["prefill"]}
+    for model, batch, length, most in (
+        ("Llama-3.1-8B", 1, 8192, 1.5),
+        ("Llama-3.1-8B", 1, 32_768, 0.5),
+        ("SmolLM2-135M", 8, 8192, 5),
+    ):
+        if row := rows.get((model, batch, length, "lookahead")):
+            found = row["overhead_percent"]
+            yield f"{model}, {batch} x {length:,}: overhead, %", f"at most {most}", found, found <= most
+    for (model, batch, length, method), row in rows.items():
+        if method == "laq":
+            told = rows[model, batch, length, "lookahead"]["overhead_percent"] > NOISE
+            found = row["times_the_overhead_of_lookahead"] if told else None
+            reached = found >= 14.5 if told else None
+            yield f"{model}, {batch} x {length:,}: laq's overhead, times lookahead's", "at least 14.5", found, reached
+    if row := rows.get(("SmolLM2-135M", 1, 8192, "lookahead")):
+        yield "SmolLM2-135M, 1 x 8,192: ms", "at most 35", row["ms"], row["ms"] <= 35
+    if row := rows.get(("Llama-3.1-8B", 1, 131_072, "lookahead")):
+        found = row["peak_saved_of_full_kv_percent"]
+        yield "Llama-3.1-8B, 1 x 131,072: peak memory saved, %", "at least 90", found, found >= 90
+    for row in results["kernels"]:
+        found = 100 * row["scoring_share_of_copy_bandwidth_counting_two_reads"]
+        yield f"scores, {row['length']:,}: % of copy bandwidth", "at least 50", found, found >= 50
 
 
 def matmul(results: dict[str, Any]) -> str:
@@ -147,13 +229,23 @@ def matmul(results: dict[str, Any]) -> str:
 
 
 def quantization(results: dict[str, Any]) -> str:
+    other = results.get("float32_inputs")
+    compared = []
+    if other is not None:
+        compared.append(
+            f"Calibration inputs are bfloat16. With float32 ones the moments took {other['hessian_seconds']} + "
+            f"{other['deviation_seconds']} s and plain GPTQ {other['plain_gptq_seconds']} s, of which the two stages "
+            f"were {other['two_stages_percent']} %: their share grew since all else became faster, not they slower."
+        )
     steps = list(results["model_seconds"])
     rows = [
         [name, *(f"{1000 * seconds[step]:.0f}" for step in steps)]
         for name, seconds in results["layers_seconds"].items()
     ]
     rows.append(["whole model, s", *(f"{results['model_seconds'][step]:.1f}" for step in steps)])
-    summary = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in results["summary_seconds"].items())
+    found = results["summary_seconds"]
+    summary = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in found.items())
+    share, minutes = 100 * found["two stages"] / found["plain GPTQ"], found["default method"] / 60
     settings = results["settings"]
     return section(
         "quantization_speed",
@@ -162,6 +254,14 @@ def quantization(results: dict[str, Any]) -> str:
         f"{settings['sweeps']} sweeps; {results['hardware']}, {versions(results['versions'])}",
         f"Milliseconds per layer, without forward passes and loading. Whole model: {summary}.",
         table(["layer", *steps], rows),
+        aims(
+            [
+                ("the default method, minutes", "at most 6", minutes, minutes <= 6),
+                ("the two stages, % of plain GPTQ", "at most 15", share, share <= 15),
+            ]
+        ),
+        *compared,
+        *([results["remark"]] if "remark" in results else []),
     )
 
 

@@ -31,6 +31,9 @@ NOT_RUN = """## Not run
 There are tests, but the machines of these runs lacked something.
 """
 
+# For parameters of tests that say nothing to a reader.
+WORDS = {"bad": "with an assistant of random weights", "perfect": "with itself as assistant"}
+
 
 @dataclass
 class Test:
@@ -64,6 +67,14 @@ def read(path: Path) -> list[tuple[str, Test]]:
     return found
 
 
+def variant(name: str) -> str:
+    """What a test was run with, of its name: `test_an_assistant_model[bad-gemma3]`."""
+    parameters = name.partition("[")[2].rstrip("]")
+    if not parameters:
+        return name.rpartition(".")[2]
+    return " ".join(WORDS.get(each, each) for each in reversed(parameters.split("-")))
+
+
 def notes(tests: list[Test]) -> str:
     """With what the item was run, and what did not run although other tests of it did; a test that ran in one of
     several runs has run, unless it was a version of transformers that stopped the other."""
@@ -72,7 +83,7 @@ def notes(tests: list[Test]) -> str:
     for test in tests:
         of_this_version = (test.skipped or "").startswith("transformers")
         if test.skipped is not None and (of_this_version or test.name not in ran):
-            left[test.skipped].add(test.name.partition("[")[2].rstrip("]") or test.name.rpartition(".")[2])
+            left[test.skipped].add(variant(test.name))
     found = sorted({test.packages for test in tests} - {""})
     found += [f"not run: {', '.join(sorted(names))} ({reason})" for reason, names in sorted(left.items())]
     return "; ".join(found)

@@ -196,14 +196,15 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         if name is None:
             return result
         down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
+        start = x.shape[-2] - length
+        # A forward of the lookahead tokens alone, as in training, needs no cutting and joining, each with a backward.
+        lookahead, tail = (x.narrow(-2, start, length), result.narrow(-2, start, length)) if start else (x, result)
         if torch.is_grad_enabled():
-            lookahead, tail = x[..., -length:, :].to(down.dtype), result[..., -length:, :]
-            update = self._update(lookahead, down, up, result.shape[-1])
-            return torch.cat([result[..., :-length, :], tail + (update * self.scaling[name]).to(result.dtype)], dim=-2)
+            update = self._update(lookahead.to(down.dtype), down, up, result.shape[-1])
+            changed = tail + (update * self.scaling[name]).to(result.dtype)
+            return torch.cat([result.narrow(-2, 0, start), changed], dim=-2) if start else changed
         if down.dtype != result.dtype:
             down, up = self._in_dtype(name, down, up, result.dtype)
-        start = x.shape[-2] - length
-        lookahead, tail = x.narrow(-2, start, length), result.narrow(-2, start, length)
         if lookahead.dtype != result.dtype:
             lookahead = lookahead.to(result.dtype)
         if tail.ndim == 3 and lookahead.shape[-1] == self.in_features and tail.shape[-1] == self.out_features:

@@ -143,7 +143,8 @@ def _built_prompts(
     from lkq_hf.text.documents import read_documents
     from lkq_hf.training.prompts import PromptMix, build_prompts_in_parallel, split_documents
 
-    train, validation = split_documents(read_documents(documents), validation_fraction, seed)
+    # Not by the seed: sets of several seeds, trained on together, hold the same documents out.
+    train, validation = split_documents(read_documents(documents), validation_fraction)
     sets = {}
     for name, part, size, part_seed in (
         ("validation", validation, validation_count, seed + 1),

@@ -20,6 +20,8 @@ def dequantize_reference(
     return (scales.t().float().unsqueeze(-1) * levels).to(dtype).flatten(-2).t()
 
 
+# An operator of its own, so that a compiler does not trace into the kernel where a backward pass calls it.
+@torch.library.custom_op("lkq_hf::dequantize", mutates_args=())
 def dequantize(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool, dtype: torch.dtype
 ) -> Tensor:
@@ -34,8 +36,22 @@ def dequantize(
         sym: whether every zero point is ``2**(bits - 1)``.
         dtype: of the result.
     """
-    if group_size % 32 == 0 and use_triton(qweight, qzeros, scales):
+    if _use_triton(qweight, qzeros, scales, group_size):
         from lkq_hf.kernels.dequantize_triton import dequantize_triton
 
         return dequantize_triton(qweight, qzeros, scales, bits, group_size, sym, dtype)
     return dequantize_reference(qweight, qzeros, scales, bits, group_size, sym, dtype)
+
+
+@dequantize.register_fake
+def _(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool, dtype: torch.dtype
+) -> Tensor:
+    in_features, out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    if _use_triton(qweight, qzeros, scales, group_size):
+        return qweight.new_empty((in_features, out_features), dtype=dtype)
+    return qweight.new_empty((out_features, in_features), dtype=dtype).t()
+
+
+def _use_triton(qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int) -> bool:
+    return group_size % 32 == 0 and use_triton(qweight, qzeros, scales)

@@ -21,11 +21,12 @@ _GEMV_ROWS = 2
 # Features per chunk; then chunks and columns per thread block, thread blocks per column, warps.
 _GEMV_CHUNK = {2: 128, 3: 64, 4: 64, 8: 32}
 _GEMV_TILES = ((32, 64, 1, 8), (64, 32, 1, 16), (32, 64, 4, 8), (8, 64, 4, 4))
-# Columns per tile, thread blocks per output tile, warps, stages, by the largest number of rows that they serve.
+# Most rows and columns per tile, thread blocks per output tile, warps, stages, by the largest number of rows that they
+# serve.
 _GEMM_TILES = {
-    16: ((64, 4, 4, 4), (64, 8, 4, 4), (64, 1, 4, 4), (128, 4, 4, 3)),
-    64: ((64, 1, 4, 3), (64, 4, 4, 3), (128, 4, 8, 3)),
-    1024: ((128, 1, 8, 3), (128, 2, 8, 3), (64, 1, 4, 3)),
+    16: ((16, 64, 8, 4, 3), (16, 64, 4, 4, 3), (16, 64, 1, 4, 4)),
+    64: ((64, 64, 4, 4, 3), (64, 64, 1, 4, 4), (64, 128, 4, 8, 4)),
+    1024: ((256, 128, 1, 8, 3), (256, 128, 2, 8, 3), (128, 128, 1, 8, 3), (128, 128, 2, 8, 3)),
 }
 
 
@@ -95,18 +96,19 @@ def _candidates(
         ]
     if bucket > 1:
         most = next(rows for rows in _GEMM_TILES if bucket <= rows)
+        tiles = dict.fromkeys((min(max(bucket, 16), block_m), *tile) for block_m, *tile in _GEMM_TILES[most])
         candidates += [
             partial(
                 quantized_gemm,
                 x,
                 *weight,
-                block_m=min(max(bucket, 16), 256),
+                block_m=block_m,
                 block_n=block_n,
                 split_k=split_k,
                 num_warps=num_warps,
                 num_stages=num_stages,
             )
-            for block_n, split_k, num_warps, num_stages in _GEMM_TILES[most]
+            for block_m, block_n, split_k, num_warps, num_stages in tiles
         ]
     return candidates
 

@@ -136,7 +136,9 @@ def quantize_blocks(
         names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
         block.to(device)
         twin = copy.deepcopy(block) if full is not None else None
-        checksums = weight_checksums({name: block.get_submodule(name) for name in names})
+        checksums = {}
+        if resume_dir is not None:
+            checksums = weight_checksums({name: block.get_submodule(name) for name in names})
         weights = journal.read(index, checksums)
         if weights is None:
             paths = _Paths(block, twin, call, quantized, full, processes)

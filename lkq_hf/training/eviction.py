@@ -92,17 +92,17 @@ def response_logits(
     count = response_ids.shape[1]
     heads = decoder.config.num_attention_heads
     closed = math.log(torch.finfo(torch.float16).tiny)
+    causal = torch.full((count, count), -torch.inf, device=response_ids.device).triu(1)
 
     def bias(module: nn.Module, query: torch.Tensor) -> torch.Tensor | None:
         gate = gates.get(int(module.layer_idx))  # type: ignore[arg-type]
         if gate is None:
             return None
-        causal = query.new_full((count, count), -torch.inf).triu(1)
         # Bounded, because a gradient through an infinite bias is undefined.
         prompt_part = gate.clamp(min=closed * 2).to(query)
         prompt_part = prompt_part.repeat_interleave(heads // gate.shape[1], 1)[:, :, None]
         batch = len(prompt_part)
-        parts = prompt_part.expand(-1, -1, count, -1), causal.expand(batch, heads, -1, -1)
+        parts = prompt_part.expand(-1, -1, count, -1), causal.to(query).expand(batch, heads, -1, -1)
         return torch.cat(parts, -1)
 
     with bias_attention(decoder, bias), _embeddings_with_gradients(decoder):

@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import Trainer, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length
 
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadTokens
@@ -72,8 +72,9 @@ class LookaheadTrainer(Trainer):
     loss_is_scaled_for_ga = False
 
     def __init__(self, model: nn.Module, args: LookaheadTrainingArguments, **kwargs: Any) -> None:
-        self._tokens(model).active_tokens()
-        implementation = get_decoder(model).config._attn_implementation
+        decoder = get_decoder(model)
+        self._tokens(decoder).active_tokens()
+        implementation = decoder.config._attn_implementation
         if args.eviction_weight and implementation not in MASKED_ATTENTION:
             raise ValueError(
                 f"eviction_weight needs an attention that takes masks, {' or '.join(MASKED_ATTENTION)}, found "
@@ -99,8 +100,8 @@ class LookaheadTrainer(Trainer):
         self._broadcast_adapter()
 
     @staticmethod
-    def _tokens(model: nn.Module) -> LookaheadTokens:
-        tokens = getattr(get_decoder(model), ADAPTER_ATTRIBUTE, None)
+    def _tokens(decoder: nn.Module) -> LookaheadTokens:
+        tokens = getattr(decoder, ADAPTER_ATTRIBUTE, None)
         if tokens is None:
             raise ValueError(
                 "LookaheadTrainer needs a model with a LOOKAHEAD_KV adapter: "
@@ -210,11 +211,11 @@ class LookaheadTrainer(Trainer):
         return (loss, scores) if return_outputs else loss
 
     def _loss_and_scores(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[torch.Tensor, Any]:
-        unwrapped = self.accelerator.unwrap_model(model)
-        decoder = get_decoder(unwrapped)
+        # Found once: the search looks at every module.
+        decoder = get_decoder(self.accelerator.unwrap_model(model))
         # All three forwards go through the wrapper, which may have to gather the weights first (FSDP, ZeRO-3).
         prompt = PromptCache(decoder, inputs["input_ids"], inputs["attention_mask"], model)
-        tokens = self._tokens(unwrapped)
+        tokens = self._tokens(decoder)
         row_power = tokens.row_power()
         response = inputs["response_ids"], inputs["response_mask"]
         full_logits = None
@@ -229,33 +230,34 @@ class LookaheadTrainer(Trainer):
                 {layer: mean_over_query_heads(scores, kv_heads) for layer, scores in importance.items()}
                 for importance in (targets, predicted)
             )
-        power = self.args.importance_power
-        losses = [
-            importance_divergence(targets[layer], predicted[layer], power).to(self.args.device) for layer in targets
-        ]
-        loss = torch.stack(losses).mean()
+        # All layers' heads in one tensor: the mean over them is the same, and a step is bound by the number of its
+        # operations.
+        every_target, every_predicted = (
+            torch.cat([scores.to(self.args.device) for scores in importance.values()], dim=1)
+            for importance in (targets, predicted)
+        )
+        loss = importance_divergence(every_target, every_predicted, self.args.importance_power)
         if full_logits is not None:
-            eviction_loss = self._eviction_loss(model, prompt, predicted, response, full_logits)
+            eviction_loss = self._eviction_loss(model, decoder, prompt, predicted, response, full_logits)
             loss = loss + self.args.eviction_weight * eviction_loss
         return loss, (targets, predicted)
 
     def _eviction_loss(
         self,
         model: nn.Module,
+        decoder: PreTrainedModel,
         prompt: PromptCache,
         predicted: dict[int, torch.Tensor],
         response: tuple[torch.Tensor, torch.Tensor],
         full_logits: torch.Tensor,
     ) -> torch.Tensor:
-        unwrapped = self.accelerator.unwrap_model(model)
-        decoder = get_decoder(unwrapped)
         # Prompts that are shorter than the budget keep their gates open.
         gates = eviction_gates(
             predicted,
             decoder.config.num_key_value_heads,
             self._draw_budget(),
             self.args.eviction_temperature,
-            self._tokens(unwrapped).row_power(),
+            self._tokens(decoder).row_power(),
         )
         evicted = response_logits(model, decoder, prompt, *response, gates=gates)
         return response_divergence(full_logits, evicted, response[1]).to(self.args.device)

@@ -334,3 +334,16 @@ def test_a_linear_infers_in_the_dtype_of_its_base_and_follows_the_adapter(batch)
         with lookahead_positions(5):
             torch.testing.assert_close(linear(x).float(), expected(), rtol=0.03, atol=0.03)
         assert torch.equal(linear(x), base(x))
+
+
+def test_lookahead_tokens_alone_are_changed_as_behind_a_prompt():
+    torch.manual_seed(0)
+    linear = LookaheadKVLinear(torch.nn.Linear(16, 24), "default", LookaheadKVConfig(r=4, lora_alpha=8))
+    down, up = linear.lookahead_kv_A["default"], linear.lookahead_kv_B["default"]
+    torch.nn.init.normal_(up)
+    x, weight = torch.randn(2, 9, 16), torch.randn(2, 5, 24)
+    with lookahead_positions(5):
+        behind, alone = linear(x)[:, -5:], linear(x[:, -5:])
+    torch.testing.assert_close(alone, behind)
+    gradients = (torch.autograd.grad((found * weight).sum(), (down, up)) for found in (behind, alone))
+    torch.testing.assert_close(*gradients)

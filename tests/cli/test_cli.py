@@ -5,10 +5,11 @@ import sys
 
 import pytest
 import torch
+from datasets import Dataset
 from models import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
 
 import lkq_hf
 from lkq_hf.cli import app, main
@@ -250,6 +251,30 @@ def test_prompts_of_another_mix(run, base, tmp_path):
     assert set(load_targets(tmp_path / "targets" / "train")["kind"]) == {"summarise"}
     code, _, err = run("generate-targets", base, *options, *cpu, "--mix", '{"length": 0}', "--out", tmp_path / "other")
     assert code == 1 and "answer_start_share" in err
+
+
+def test_sets_of_several_seeds_hold_the_same_documents_out(run, base, tmp_path):
+    documents = [
+        {"document": name, "text": "\n\n".join(f"The report of {name} has a section {i}." for i in range(400))}
+        for name in ("w11", "w22", "w33", "w44")
+    ]
+    (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    options = ["--documents", tmp_path / "documents.jsonl", "--count", "6", "--validation-count", "6"]
+    sizes = ["--min-length", "512", "--max-length", "512", "--validation-fraction", "0.3", "--prompts-only"]
+    sizes += ["--mix", '{"weights": {"raw": 1}}']
+    tokenizer, found = AutoTokenizer.from_pretrained(base), []
+    for seed in range(4):
+        out = tmp_path / str(seed)
+        code, _, err = run("generate-targets", base, *options, *sizes, "--seed", seed, "--out", out)
+        assert code == 0, err
+        for name in ("train", "validation"):
+            rows = Dataset.from_parquet(str(out / name / "prompts.parquet"))
+            texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+            read = {each["document"] for each in documents if any(each["document"] in text for text in texts)}
+            found.append((name, read))
+    held_out = set.union(*(read for name, read in found if name == "validation"))
+    assert len(held_out) == 1
+    assert not held_out & set.union(*(read for name, read in found if name == "train"))
 
 
 def test_what_cannot_be_quantised(run, base, texts, tmp_path):

@@ -23,7 +23,7 @@ def figures(seconds=1.0, besides=2e9, name="8B"):
     return {
         "training": {"seconds": {"layer": seconds, "rest": 0.0}, "bytes": {"layer": weights, "rest": rest}},
         "decoding": {"prompt": {"layer": 0.0, "rest": 0.0}, "token": {"layer": 0.0, "rest": 0.0}},
-        "calibration": {"seconds": 1e-4, "bytes": 5e9},
+        "calibration": {"seconds": 1e-4, "block": 2.0, "bytes": 5e9},
         "solving": {"rows": 8.0, "rest": 1.0, "bytes": 6e9},
     }
 
@@ -55,8 +55,8 @@ def test_a_model_larger_than_a_gpu_is_sharded():
 def test_only_what_rows_take_is_shared_of_a_solve():
     costs = {gpus: scaling.quantization_cost("8B", figures(), gpus).hours * 3600 / 32 for gpus in (1, 4)}
     tokens = scaling.RECIPE["calibration_tokens"] * 1e-4
-    assert costs[1] == pytest.approx(tokens + 8 + 1, rel=0.02)  # and a little for loading
-    assert costs[4] == pytest.approx((tokens + 8) / 4 + 1, rel=0.05)
+    assert costs[1] == pytest.approx(tokens + 8 + 1 + 2, rel=0.02)  # and a little for loading
+    assert costs[4] == pytest.approx((tokens + 8) / 4 + 1 + 2, rel=0.05)
 
 
 def test_nothing_is_said_of_what_was_not_measured():
@@ -76,6 +76,7 @@ def test_it_measures(tmp_path):
     assert found["models"]["8B"].keys() == {"tokens", "training", "decoding", "calibration", "solving"}
     assert found["models"]["8B"]["training"]["seconds"]["layer"] > 0
     assert found["models"]["8B"]["solving"]["rest"] > 0
+    assert found["models"]["8B"]["calibration"]["block"] > 0
     text = page.read_text()
     assert text.startswith("before") and text.endswith("after\n")
     assert "the figures mean nothing" in text and "(DDP)" in text
@@ -99,7 +100,7 @@ def test_runs_are_compared_with_what_is_computed(tmp_path):
     assert [scaling.predicted(run, found) for run in runs] == [
         pytest.approx((32.0, 2 * scaling.parameters(scaling.MODELS["8B"]) + 2e9)),
         None,
-        pytest.approx((2 * (scaling.RECIPE["calibration_tokens"] * 1e-4 + 9), 6e9)),
+        pytest.approx((2 * (scaling.RECIPE["calibration_tokens"] * 1e-4 + 11), 6e9)),
     ]
     text = page.read_text()
     assert "| a training step: 32 layers of the 8B model, 4,096 tokens | 1 |" in text

@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -6,13 +8,13 @@ from lkq_hf.kernels import autotune
 pytest.importorskip("triton")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Time is what the candidate says; nothing is captured, and nothing is remembered from other tests."""
     monkeypatch.setattr(autotune, "_fastest", {})
     monkeypatch.setattr(autotune, "interpreting", lambda: False)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr("triton.testing.do_bench", lambda candidate, **_: candidate.milliseconds)
+    monkeypatch.setattr(autotune, "time_on_gpu", lambda candidate: candidate.milliseconds)
 
 
 class Way:
@@ -24,6 +26,7 @@ class Way:
         return self.value
 
 
+@pytest.mark.usefixtures("without_a_gpu")
 def test_the_fastest_right_candidate_is_chosen_once() -> None:
     wrong, slow, fast, plain = Way(2.5, 1), Way(2, 5), Way(2.001, 3), Way(2, 9)
     assert torch.equal(autotune.run_fastest("key", [wrong, slow, fast], plain), fast.value)
@@ -33,6 +36,7 @@ def test_the_fastest_right_candidate_is_chosen_once() -> None:
     assert plain.calls == calls
 
 
+@pytest.mark.usefixtures("without_a_gpu")
 def test_the_plain_way_may_win_and_replaces_wrong_ones() -> None:
     plain = Way(2, 9)
     autotune.run_fastest("wrong", [Way(1, 1), Way(float("nan"), 1)], plain)
@@ -40,14 +44,29 @@ def test_the_plain_way_may_win_and_replaces_wrong_ones() -> None:
     assert autotune.choices() == {"wrong": 2, "slow": 1}
 
 
+@pytest.mark.usefixtures("without_a_gpu")
 def test_inputs_that_are_not_finite_decide_nothing() -> None:
     plain = Way(float("nan"), 9)
     assert autotune.run_fastest("key", [Way(2, 1)], plain).isnan().any()
     assert autotune.choices() == {}
 
 
+@pytest.mark.usefixtures("without_a_gpu")
 def test_a_capture_takes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     plain = Way(2, 9)
     assert torch.equal(autotune.run_fastest("key", [Way(2, 1)], plain), plain.value)
     assert autotune.choices() == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_slow_host_is_not_what_is_timed() -> None:
+    source, target = torch.rand(2, 2**26, device="cuda")
+
+    def copy_late() -> None:
+        time.sleep(0.002)
+        target.copy_(source)
+
+    quick, late = autotune.time_on_gpu(lambda: target.copy_(source)), autotune.time_on_gpu(copy_late)
+    assert quick < 2 and late == pytest.approx(quick, rel=0.1)

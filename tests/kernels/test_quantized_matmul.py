@@ -109,14 +109,19 @@ def test_every_candidate_agrees() -> None:
             torch.testing.assert_close(candidate().double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
 
 
+@pytest.mark.parametrize(("implementation", "dtype"), [("torch", torch.float32), ("triton", torch.float16)])
 @pytest.mark.parametrize("bits", BITS)
-def test_gradient_and_registration(bits: int) -> None:
+def test_gradient_and_registration(
+    bits: int, implementation: str, dtype: torch.dtype, use_kernels: Callable[[str], None]
+) -> None:
+    use_kernels(implementation)
     weight = packed(bits, 64, False, 128, 64)
-    x = torch.randn(2, 3, 128, device=DEVICE, requires_grad=True)
+    x = torch.randn(2, 3, 128, device=DEVICE, dtype=dtype, requires_grad=True)
+    torch.library.opcheck(dequantize, (*weight, dtype))
     torch.library.opcheck(quantized_matmul, (x, *weight))
-    grad_output = torch.randn(2, 3, 64, device=DEVICE)
+    grad_output = torch.randn(2, 3, 64, device=DEVICE, dtype=dtype)
     (grad,) = torch.autograd.grad(quantized_matmul(x, *weight), x, grad_output)
-    torch.testing.assert_close(grad, grad_output @ dequantize_reference(*weight, torch.float32).t())
+    torch.testing.assert_close(grad, grad_output @ dequantize_reference(*weight, dtype).t())
 
 
 @pytest.mark.gpu
