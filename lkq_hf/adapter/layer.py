@@ -34,8 +34,7 @@ class LookaheadKVLayer(BaseTunerLayer):
         """
         if self.disable_adapters:
             return None
-        names = available._parameters
-        active = [name for name in self.active_adapters if name in names]
+        active = [name for name in self.active_adapters if name in available]
         if len(active) > 1:
             raise ValueError(
                 f"only one LOOKAHEAD_KV adapter can be active at a time, found {', '.join(active)}; "
@@ -205,8 +204,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
             return torch.cat([result.narrow(-2, 0, start), changed], dim=-2) if start else changed
         if down.dtype != result.dtype:
             down, up = self._in_dtype(name, down, up, result.dtype)
-        if lookahead.dtype != result.dtype:
-            lookahead = lookahead.to(result.dtype)
+        lookahead = lookahead.to(result.dtype)
         if tail.ndim == 3 and lookahead.shape[-1] == self.in_features and tail.shape[-1] == self.out_features:
             tail.baddbmm_(F.linear(lookahead, down), up.T.expand(tail.shape[0], -1, -1), alpha=self.scaling[name])
         else:
