@@ -78,6 +78,16 @@ class Journal:
     def _path(self, index: int) -> Path | None:
         return None if self.directory is None else self.directory / f"block-{index:05d}.safetensors"
 
+    def checksums(self, layers: dict[str, nn.Module]) -> dict[str, str]:
+        """The SHA-256 of each layer's weight; none for a journal that keeps nothing."""
+        sums: dict[str, str] = {}
+        if self.directory is None:
+            return sums
+        for name, layer in layers.items():
+            weight = linear_weight(layer).detach().cpu().contiguous()
+            sums[name] = hashlib.sha256(weight.view(torch.uint8).numpy().data).hexdigest()
+        return sums
+
     def write(self, index: int, checksums: dict[str, str], weights: dict[str, QuantizedWeight]) -> None:
         """Keeps a finished block: its layers' quantised weights and the checksums of what they were made from."""
         path = self._path(index)
@@ -119,12 +129,3 @@ class Journal:
             group_size=resolve_group_size(integers.shape[1], self.settings.group_size),
             sym=self.settings.sym,
         )
-
-
-def weight_checksums(layers: dict[str, nn.Module]) -> dict[str, str]:
-    """The SHA-256 of each layer's weight."""
-    sums = {}
-    for name, layer in layers.items():
-        weight = linear_weight(layer).detach().cpu().contiguous()
-        sums[name] = hashlib.sha256(weight.view(torch.uint8).numpy().data).hexdigest()
-    return sums

@@ -25,7 +25,7 @@ from lkq_hf.quantization.capture import (
     observe_order,
 )
 from lkq_hf.quantization.hessian import InputMoments
-from lkq_hf.quantization.journal import Journal, walk_fingerprint, weight_checksums
+from lkq_hf.quantization.journal import Journal, walk_fingerprint
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
@@ -136,9 +136,7 @@ def quantize_blocks(
         names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
         block.to(device)
         twin = copy.deepcopy(block) if full is not None else None
-        checksums = {}
-        if resume_dir is not None:
-            checksums = weight_checksums({name: block.get_submodule(name) for name in names})
+        checksums = journal.checksums({name: block.get_submodule(name) for name in names})
         weights = journal.read(index, checksums)
         if weights is None:
             paths = _Paths(block, twin, call, quantized, full, processes)
