@@ -46,17 +46,18 @@ def machine(hardware: dict[str, Any]) -> str:
     return f"{hardware['gpu']}, {versions(hardware['versions'])}"
 
 
-def section(name: str, title: str, hardware: str, *parts: str) -> str:
-    return "\n\n".join([f"## {title}", f"{hardware}. `{COMMANDS[name]}`", *parts])
+def section(name: str, title: str, hardware: str, *parts: str | None) -> str:
+    """What is None is left out."""
+    return "\n\n".join([f"## {title}", f"{hardware}. `{COMMANDS[name]}`", *filter(None, parts)])
 
 
 def marked(name: str, row: dict[str, Any]) -> str:
     return f"{name} *" if row.get("earlier") else name
 
 
-def remark(rows: Iterable[dict[str, Any]]) -> list[str]:
+def remark(rows: Iterable[dict[str, Any]]) -> str | None:
     """Says what the mark means, if there is one."""
-    return [EARLIER] if any(row.get("earlier") for row in rows) else []
+    return EARLIER if any(row.get("earlier") for row in rows) else None
 
 
 def aims(rows: Iterable[tuple[str, str, float | None, bool | None]]) -> str:
@@ -103,10 +104,9 @@ def decode(results: dict[str, Any]) -> str:
             ratio = speed[weights, *path] / speed[other]
             title = f"{weights}, {path[1]}: tokens/s, times those of {other[0]}, {other[2]}"
             aimed.append((title, f"at least {aim}", ratio, ratio >= aim))
-    profile = results.get("profile")
-    profiled = []
-    if profile is not None:
-        profiled.append(
+    profiled = None
+    if profile := results.get("profile"):
+        profiled = (
             f"A profile of a compiled step ({profile['weights']}, batch {profile['batch']}): {profile['kernels']} "
             f"kernels keep the GPU busy for {profile['gpu_busy_ms']:.1f} of {profile['ms_per_step']:.1f} ms; the rest "
             "it waits for the host."
@@ -116,9 +116,9 @@ def decode(results: dict[str, Any]) -> str:
         f"Decoding after a prompt of {sizes['prompt']:,} tokens, {sizes['budget']:,} entries kept",
         f"8B Llama, random weights, through `generate`; {machine(hardware)}",
         table(header, rows),
-        *remark(results["cells"]),
+        remark(results["cells"]),
         aims(aimed),
-        *profiled,
+        profiled,
     )
 
 
@@ -166,7 +166,7 @@ def eviction(results: dict[str, Any]) -> str:
             ["model", "batch", "prompt", "method", "runs", "ms", "over full, ms", "%", "peak, GiB", "saved, %"],
             prefills,
         ),
-        *remark(results["prefill"]),
+        remark(results["prefill"]),
         f"Differences below about {NOISE} % are noise; some are negative.",
         aims(eviction_aims(results)),
     )
@@ -229,10 +229,9 @@ def matmul(results: dict[str, Any]) -> str:
 
 
 def quantization(results: dict[str, Any]) -> str:
-    other = results.get("float32_inputs")
-    compared = []
-    if other is not None:
-        compared.append(
+    compared = None
+    if other := results.get("float32_inputs"):
+        compared = (
             f"Calibration inputs are bfloat16. With float32 ones the moments took {other['hessian_seconds']} + "
             f"{other['deviation_seconds']} s and plain GPTQ {other['plain_gptq_seconds']} s, of which the two stages "
             f"were {other['two_stages_percent']} %: their share grew since all else became faster, not they slower."
@@ -260,8 +259,8 @@ def quantization(results: dict[str, Any]) -> str:
                 ("the two stages, % of plain GPTQ", "at most 15", share, share <= 15),
             ]
         ),
-        *compared,
-        *([results["remark"]] if "remark" in results else []),
+        compared,
+        results.get("remark"),
     )
 
 
