@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from lkq_hf.adapter.registration import LOOKAHEAD_KV
+from lkq_hf.scoring.pooling import POOLINGS, check_pooling
 
 MAX_LOOKAHEAD_TOKENS = 4096
 MAX_RANK = 4096
@@ -33,6 +34,7 @@ class LookaheadKVConfig(PeftConfig):
         row_power: exponent of the power mean over tokens that makes attention an importance, of the lookahead tokens
             and, in training, of the response: 1 for the paper's mean, 2 for the root mean square.
         pooling_kernel_size: odd width of the pooling along the prompt that suits this adapter, 1 for none.
+        pooling, neighbor_weight: how to pool, see :func:`~lkq_hf.scoring.pooling.pool_scores`.
         base_model_shape: sizes of the model that the adapter was made for; filled in by the first model it is
             attached to, and checked by every later one.
 
@@ -51,6 +53,8 @@ class LookaheadKVConfig(PeftConfig):
     )
     row_power: float = field(default=1.0, metadata={"help": "Exponent of the mean over lookahead tokens; 1: paper."})
     pooling_kernel_size: int = field(default=1, metadata={"help": "Odd width of the pooling of scores, 1 for none."})
+    pooling: str = field(default="max", metadata={"help": f"How scores are pooled: {', '.join(POOLINGS)}."})
+    neighbor_weight: float = field(default=1.0, metadata={"help": "What a neighbour counts, with pooling sum."})
     base_model_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Sizes of the base model; filled in when the adapter is attached."}
     )
@@ -63,6 +67,11 @@ class LookaheadKVConfig(PeftConfig):
         _check_whole("pooling_kernel_size", self.pooling_kernel_size, MAX_POOLING_KERNEL_SIZE)
         if self.pooling_kernel_size % 2 == 0:
             raise ValueError(f"pooling_kernel_size must be odd, got {self.pooling_kernel_size}")
+        if not isinstance(self.pooling, str):
+            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if not _is_number(self.neighbor_weight):
+            raise ValueError(f"neighbor_weight must be a number, got {self.neighbor_weight!r}")
+        check_pooling(self.pooling_kernel_size, self.pooling, self.neighbor_weight)
         if not _is_number(self.lora_alpha) or not 0 < self.lora_alpha <= MAX_LORA_ALPHA:
             raise ValueError(f"lora_alpha must be positive and at most {MAX_LORA_ALPHA:,.0f}, got {self.lora_alpha!r}")
         if not _is_number(self.row_power) or not 1 <= self.row_power <= 8:

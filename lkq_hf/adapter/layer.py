@@ -69,12 +69,12 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
     """The learned tokens, ``[num_lookahead_tokens, hidden]`` for each adapter; attached to the decoder."""
 
     adapter_layer_names = ("lookahead_kv_tokens",)
-    other_param_names = ("pooling_kernel_sizes", "row_powers")
+    other_param_names = ("poolings", "row_powers")
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.lookahead_kv_tokens = nn.ParameterDict()
-        self.pooling_kernel_sizes: dict[str, int] = {}
+        self.poolings: dict[str, dict[str, Any]] = {}
         self.row_powers: dict[str, float] = {}
         self._complete: set[str] = set()
         # In a tuple, so that it is not registered as a submodule and saved twice.
@@ -84,7 +84,11 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         """Adds an adapter's tokens, drawn to look like the model's own embeddings."""
         tokens = _initial_tokens(self._embedding[0], config.num_lookahead_tokens, hidden_size)
         self.lookahead_kv_tokens[adapter_name] = _parameter(tokens, config)
-        self.pooling_kernel_sizes[adapter_name] = config.pooling_kernel_size
+        self.poolings[adapter_name] = {
+            "kernel_size": config.pooling_kernel_size,
+            "pooling": config.pooling,
+            "neighbor_weight": config.neighbor_weight,
+        }
         self.row_powers[adapter_name] = config.row_power
         self._complete.discard(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -134,13 +138,13 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         """
         return _available(self.lookahead_kv_tokens, self._require_active())[None]
 
-    def pooling_kernel_size(self) -> int:
-        """What the active adapter's config recommends.
+    def pooling(self) -> dict[str, Any]:
+        """Arguments of :func:`~lkq_hf.scoring.pooling.pool_scores` that the active adapter's config recommends.
 
         Raises:
             ValueError: no adapter, or more than one, is active.
         """
-        return self.pooling_kernel_sizes[self._require_active()]
+        return self.poolings[self._require_active()]
 
     def row_power(self) -> float:
         """Exponent of the active adapter's mean over its tokens.

@@ -28,6 +28,8 @@ def train(
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the lookahead positions beside the tokens.")] = True,
     row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 1.0,
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
+    pooling: Annotated[str, typer.Option(help="How it pools: max, avg or sum.")] = "max",
+    neighbor_weight: Annotated[float, typer.Option(help="What a neighbour counts, with --pooling sum.")] = 1.0,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
     importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.0,
     eviction_weight: Annotated[
@@ -85,6 +87,8 @@ def train(
             lora_alpha=lora_alpha,
             row_power=row_power,
             pooling_kernel_size=pooling_kernel_size,
+            pooling=pooling,
+            neighbor_weight=neighbor_weight,
             target_modules=None if lora else [],
         )
         peft_model = get_peft_model(causal_lm, config)

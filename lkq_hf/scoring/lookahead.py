@@ -21,28 +21,30 @@ class LookaheadScorer(Scorer):
     Needs a model with a ``LOOKAHEAD_KV`` adapter, whose config also says which mean it was trained for.
 
     Args:
-        kernel_size: odd width of the pooling along the prompt, 1 for none. None takes what the adapter's config
-            recommends.
-        pooling: "max" or "avg".
+        kernel_size: odd width of the pooling along the prompt, 1 for none. None takes the pooling, as a whole, that
+            the adapter's config recommends.
+        pooling, neighbor_weight: see :func:`~lkq_hf.scoring.pooling.pool_scores`; only with a ``kernel_size``.
         row_power: exponent of the power mean over the learned tokens. None takes the adapter's.
     """
 
     kernel_size: int | None = None
     pooling: str = "max"
+    neighbor_weight: float = 1.0
     row_power: float | None = None
     uses_adapter = True
 
     def __post_init__(self) -> None:
-        check_pooling(1 if self.kernel_size is None else self.kernel_size, self.pooling)
+        check_pooling(1 if self.kernel_size is None else self.kernel_size, self.pooling, self.neighbor_weight)
+        if self.kernel_size is None and self.pooling != "max":
+            raise ValueError(
+                f"pooling={self.pooling!r} needs a kernel_size: without one, the adapter's config says how to pool"
+            )
 
     def bind(self, decoder: nn.Module) -> Scorer:
         tokens = self._adapter_tokens(decoder)
         tokens.check_complete(decoder)
-        return replace(
-            self,
-            kernel_size=tokens.pooling_kernel_size() if self.kernel_size is None else self.kernel_size,
-            row_power=tokens.row_power() if self.row_power is None else self.row_power,
-        )
+        pooling = tokens.pooling() if self.kernel_size is None else {}
+        return replace(self, **pooling, row_power=tokens.row_power() if self.row_power is None else self.row_power)
 
     def suffix(self, decoder: nn.Module) -> torch.Tensor:
         return self._adapter_tokens(decoder).active_tokens()
@@ -67,4 +69,4 @@ class LookaheadScorer(Scorer):
             softcap=attention.softcap,
             row_power=self.row_power or 1.0,
         )
-        return pool_scores(scores, self.kernel_size or 1, self.pooling)
+        return pool_scores(scores, self.kernel_size or 1, self.pooling, self.neighbor_weight)

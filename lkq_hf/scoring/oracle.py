@@ -22,16 +22,17 @@ class OracleScorer(Scorer):
         response_mask: ``[batch, response_length]``, True for real tokens, with padding on the right only; None if the
             responses are equally long.
         kernel_size: odd width of the pooling along the prompt, 1 for none.
-        pooling: "max" or "avg".
+        pooling, neighbor_weight: see :func:`~lkq_hf.scoring.pooling.pool_scores`.
     """
 
     response_ids: torch.Tensor
     response_mask: torch.Tensor | None = None
     kernel_size: int = 1
     pooling: str = "max"
+    neighbor_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_pooling(self.kernel_size, self.pooling)
+        check_pooling(self.kernel_size, self.pooling, self.neighbor_weight)
         if self.response_ids.ndim != 2 or self.response_ids.shape[1] == 0:
             raise ValueError(
                 "response_ids must be [batch, response_length] with at least one token, "
@@ -59,4 +60,4 @@ class OracleScorer(Scorer):
             row_mask=None if self.response_mask is None else self.response_mask.to(attention.key.device),
             softcap=attention.softcap,
         )
-        return pool_scores(scores, self.kernel_size, self.pooling)
+        return pool_scores(scores, self.kernel_size, self.pooling, self.neighbor_weight)

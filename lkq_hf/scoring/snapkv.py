@@ -17,17 +17,18 @@ class SnapKVScorer(Scorer):
     Args:
         window: number of last prompt tokens that observe; at most the budget is used.
         kernel_size: odd width of the pooling along the prompt, 1 for none.
-        pooling: "max" or "avg".
+        pooling, neighbor_weight: see :func:`~lkq_hf.scoring.pooling.pool_scores`.
     """
 
     window: int = 32
     kernel_size: int = 7
     pooling: str = "max"
+    neighbor_weight: float = 1.0
 
     def __post_init__(self) -> None:
         if self.window < 1:
             raise ValueError(f"window must be at least 1 token, got {self.window}")
-        check_pooling(self.kernel_size, self.pooling)
+        check_pooling(self.kernel_size, self.pooling, self.neighbor_weight)
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         window = min(self.window, attention.budget)
@@ -39,4 +40,5 @@ class SnapKVScorer(Scorer):
             mask=None if attention.mask is None else attention.mask[:, :before],
             softcap=attention.softcap,
         )
-        return F.pad(pool_scores(scores, self.kernel_size, self.pooling), (0, window), value=torch.inf)
+        pooled = pool_scores(scores, self.kernel_size, self.pooling, self.neighbor_weight)
+        return F.pad(pooled, (0, window), value=torch.inf)

@@ -276,6 +276,7 @@ def test_an_adapter_for_another_base_is_refused(change, said):
     [
         {"r": 10**9}, {"r": 0}, {"r": -1}, {"r": 2.5}, {"r": True}, {"num_lookahead_tokens": 10**9},
         {"num_lookahead_tokens": 0}, {"lora_alpha": 0}, {"lora_alpha": float("nan")}, {"pooling_kernel_size": 2},
+        {"pooling": "median"}, {"neighbor_weight": 0.2},
         {"row_power": 0.5}, {"row_power": float("nan")},
         {"last_layer_modules": "none"},
     ],

@@ -24,7 +24,10 @@ def saved(tmp_path_factory):
     tiny_model().save_pretrained(base_directory)
     model = AutoModelForCausalLM.from_pretrained(base_directory, attn_implementation="eager")
     peft_model = get_peft_model(
-        model, LookaheadKVConfig(num_lookahead_tokens=5, r=4, pooling_kernel_size=3, row_power=2.0)
+        model,
+        LookaheadKVConfig(
+            num_lookahead_tokens=5, r=4, pooling_kernel_size=3, pooling="sum", neighbor_weight=0.25, row_power=2.0
+        ),
     )
     randomise_adapter(peft_model)
     peft_model.save_pretrained(directory)
@@ -80,7 +83,8 @@ def test_every_route_loads_every_tensor(saved, route):
     assert cache.layers[0].keys.shape[-2] == 7
     assert model.peft_config["default"].pooling_kernel_size == 3
     scorer = LookaheadScorer().bind(get_decoder(model))
-    assert (scorer.kernel_size, scorer.row_power) == (3, 2.0)
+    assert (scorer.kernel_size, scorer.pooling, scorer.neighbor_weight, scorer.row_power) == (3, "sum", 0.25, 2.0)
+    assert LookaheadScorer(kernel_size=5).bind(get_decoder(model)).pooling == "max"
 
 
 @pytest.mark.parametrize("route", ["PeftModel", "load_adapter", "AutoModel"])
@@ -94,6 +98,8 @@ def test_saved_again_the_files_are_the_same(saved, tmp_path, route):
         "lora_alpha",
         "row_power",
         "pooling_kernel_size",
+        "pooling",
+        "neighbor_weight",
         "base_model_shape",
     ):
         found, expected = (json.loads((d / "adapter_config.json").read_text())[name] for d in (tmp_path, saved[1]))

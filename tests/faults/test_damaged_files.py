@@ -285,6 +285,8 @@ REFUSED_VALUES = {
     "lora_alpha": [0, -1, 1e300, float("nan"), float("inf"), "x", None, []],
     "row_power": [0.5, 9, float("nan"), "x", None],
     "pooling_kernel_size": [0, 2, 10**9 + 1, 3.0, "3", None],
+    "pooling": ["median", 3, None, ["sum"]],
+    "neighbor_weight": [0, -1, 2, float("nan"), "0.2", None],
     "target_modules": [5, [5], "(", {"q_proj": 1, 5: 2}],
     "last_layer_modules": [5, [5], "q_proj"],
     "base_model_shape": [[1], "x", 5],

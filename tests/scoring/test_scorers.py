@@ -120,10 +120,23 @@ def test_pooling_over_neighbours(pooling, width):
     torch.testing.assert_close(pool_scores(scores, width, pooling), expected)
 
 
+@pytest.mark.parametrize("weight", [0.2, 1.0])
+@pytest.mark.parametrize("width", [1, 3, 5])
+def test_a_weighted_sum_of_neighbours(weight, width):
+    scores = torch.rand(2, 2, 10, generator=torch.Generator().manual_seed(0))
+    half = width // 2
+    expected = scores.clone()
+    for i in range(10):
+        for j in {*range(max(0, i - half), min(10, i + half + 1))} - {i}:
+            expected[..., i] += weight * scores[..., j]
+    torch.testing.assert_close(pool_scores(scores, width, "sum", weight), expected)
+
+
 def test_pooling_does_not_spread_padding():
     scores = torch.tensor([[[-torch.inf, -torch.inf, 0.5, 0.25]]])
     assert torch.equal(pool_scores(scores, 3, "max")[0, 0, 2:], torch.tensor([0.5, 0.5]))
     assert torch.isfinite(pool_scores(scores, 3, "avg")).all()
+    torch.testing.assert_close(pool_scores(scores, 3, "sum", 0.5)[0, 0], torch.tensor([0.0, 0.25, 0.625, 0.5]))
 
 
 def test_every_name_leads_to_its_scorer():
@@ -141,6 +154,9 @@ def test_every_name_leads_to_its_scorer():
         lambda: SnapKVScorer(window=0),
         lambda: SnapKVScorer(kernel_size=4),
         lambda: SnapKVScorer(pooling="median"),
+        lambda: SnapKVScorer(pooling="sum", neighbor_weight=0),
+        lambda: SnapKVScorer(neighbor_weight=0.5),
+        lambda: LookaheadScorer(pooling="avg"),
         lambda: StreamingScorer(sinks=-1),
         lambda: OracleScorer(torch.ones(5, dtype=torch.long)),
         lambda: OracleScorer(torch.ones(2, 0, dtype=torch.long)),
