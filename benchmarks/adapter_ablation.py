@@ -191,7 +191,22 @@ def main() -> None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results, arguments.budgets).splitlines()[-1], flush=True)
-    arguments.out.with_suffix(".md").write_text(table(results, arguments.budgets))
+    arguments.out.with_suffix(".md").write_text(page(results, arguments.budgets))
+
+
+def page(results: dict[str, Any], budgets: list[int]) -> str:
+    """Markdown."""
+    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["settings"].items())
+    hardware, full = results["environment"], results["nll"]["full cache"]
+    device = hardware.get("gpu") or hardware.get("cpu")
+    versions = ", ".join(f"{package} {version}" for package, version in hardware["versions"].items())
+    snapkv = ", ".join(f"{nll:.3f} at {budget}" for budget, nll in results["nll"]["best SnapKV"].items())
+    return f"""# What each part of a lookahead adapter brings
+
+Short trainings that differ from the first in one thing: {settings}. NLL of the responses: {snapkv} with the better of
+two SnapKVs, {full:.3f} with the full cache. {device}; {versions}.
+
+{table(results, budgets)}"""
 
 
 def table(results: dict[str, Any], budgets: list[int]) -> str:

@@ -222,10 +222,32 @@ def matmul(results: dict[str, Any]) -> str:
         "Microseconds in a CUDA graph, weights from memory. Copy bandwidth: "
         f"{hardware['copy_bandwidth_tb_s']:.2f} TB/s.",
         table(
-            ["weights", "out x in", "rows", "us", "bf16 cuBLAS, us", "times bf16", "% of copy", *peers],
+            [
+                *("weights", "out x in", "rows", "us", "bf16 cuBLAS, us", "times bf16", "% of copy"),
+                *(f"{peer.removesuffix('_us')}, us" for peer in peers),
+            ],
             rows,
         ),
+        aims(matmul_aims(results["results"])),
     )
+
+
+def matmul_aims(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str, float | None, bool | None]]:
+    """Of the two largest shapes; the worse one counts."""
+    large = [row for row in rows if row["out_features"] * row["in_features"] >= 14336 * 4096]
+
+    def worst(measure: str, bits: int, count: int) -> float | None:
+        return min((row[measure] for row in large if (row["bits"], row["rows"]) == (bits, count)), default=None)
+
+    share = worst("share_of_copy_bandwidth", 4, 1)
+    if share is not None:
+        yield "W4, 1 row: % of copy bandwidth", "at least 70", 100 * share, share >= 0.7
+    for bits, count, aim in ((4, 1, 2.8), (3, 1, 3.3), (2, 1, 4.2), (4, 16, 2.0)):
+        found = worst("speedup", bits, count)
+        if found is not None:
+            yield f"W{bits}, {count} row{'s' * (count > 1)}: times bf16", f"at least {aim}", found, found >= aim
+    slowest = min(row["speedup"] for row in rows)
+    yield "any row of the table: times bf16", "at least 1", slowest, slowest >= 1
 
 
 def quantization(results: dict[str, Any]) -> str:

@@ -106,15 +106,30 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return result
 
 
-def inverse_factor(hessian: Tensor) -> Tensor:
+def inverse_factor(hessian: Tensor, order: Tensor | None = None, damping: float = 0.0) -> Tensor:
     """The upper triangular `U` with `H^-1 = U^T U`, `[in, in]`, for a positive definite `H`.
 
     Read backwards, `H` has the Cholesky factor `L`; turned round again `L` is upper triangular, its inverse is `U`.
-    One factorisation and one triangular inverse: `H^-1` itself is never formed.
+    One factorisation and one triangular inverse: `H^-1` itself is never formed. Besides `H`, two matrices of its size
+    are alive at a time: for the widest layers of large models they decide what fits on a device.
+
+    Args:
+        hessian: `H`.
+        order: of the rows and columns of `H` before anything is done, int64 `[in]`.
+        damping: added to the diagonal, as a share of its mean.
 
     Raises:
         torch.linalg.LinAlgError: `H` is not positive definite in float32.
     """
-    backwards = torch.linalg.cholesky(hessian.flip(0, 1))
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-    return torch.linalg.solve_triangular(backwards.flip(0, 1), identity, upper=True)
+    if order is None:
+        matrix = hessian.flip(0, 1)
+    else:
+        backwards = order.flip(0)
+        matrix = hessian[backwards][:, backwards]
+    if damping:
+        matrix.diagonal().add_(damping * matrix.diagonal().mean())
+    # One name for all steps, so that each frees what the one before made.
+    matrix = torch.linalg.cholesky(matrix)
+    matrix = matrix.flip(0, 1)
+    factor = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(matrix, factor, upper=True, out=factor)

@@ -109,7 +109,7 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
     target = w
     if not settings.round_to_nearest or settings.needs_deviation:
         order = _column_order(hessian, group_size, settings)
-        factor = _inverse_factor(hessian[order][:, order])
+        factor = _inverse_factor(hessian, order)
         deviation = moments.output_deviation(w) if settings.needs_deviation else None
         if deviation is not None:
             target = corrected_target(w, deviation, factor, order, settings.alpha)
@@ -165,10 +165,10 @@ def _column_order(hessian: Tensor, group_size: int, settings: SolverSettings) ->
     return torch.arange(hessian.shape[0], device=hessian.device)
 
 
-def _inverse_factor(hessian: Tensor) -> Tensor:
+def _inverse_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
     for damping in (0.0, *EXTRA_DAMPING):
         try:
-            return inverse_factor(damped(hessian, damping))
+            return inverse_factor(hessian, order, damping)
         except torch.linalg.LinAlgError:
             continue
     raise ValueError(

@@ -148,7 +148,7 @@ def test_gptq_equals_the_naive_elimination(problem, bits, column_order):
     approximation = reconstruct(found, scales, zeros, GROUP)
     reference_loss = objective(weight, hessian, reconstruct(reference, scales.double(), zeros.double(), GROUP))
     torch.testing.assert_close(
-        objective(weight, hessian, approximation).sum(), reference_loss.sum(), rtol=1e-3, atol=0
+        objective(weight, hessian, approximation).sum(), reference_loss.sum(), rtol=2e-3, atol=0
     )
     rounded = reconstruct(nearest(weight, scales, zeros, bits, GROUP), scales, zeros, GROUP)
     assert objective(weight, hessian, approximation).sum() < 0.9 * objective(weight, hessian, rounded).sum()
