@@ -24,7 +24,8 @@ def pool_scores(
     """Replaces each score by one of its neighbourhood of ``kernel_size`` scores, itself in the middle.
 
     Args:
-        scores: ``[batch, kv_heads, length]``; entries of minus infinity (padding) count as zero in a mean or sum.
+        scores: ``[batch, kv_heads, length]``, not negative, or minus infinity (padding), which counts as zero in a mean
+            or sum.
         kernel_size: odd width of the neighbourhood; 1 changes nothing.
         pooling: "max", "avg" (of the neighbours that exist), or "sum": the score plus ``neighbor_weight`` times each
             of its neighbours.
@@ -35,7 +36,7 @@ def pool_scores(
     padding = kernel_size // 2
     if pooling == "max":
         return F.max_pool1d(scores, kernel_size, stride=1, padding=padding)
-    finite = scores.masked_fill(scores == -torch.inf, 0.0)
+    finite = scores.clamp(min=0.0)
     if pooling == "avg":
         return F.avg_pool1d(finite, kernel_size, stride=1, padding=padding, count_include_pad=False)
     window = F.avg_pool1d(finite, kernel_size, stride=1, padding=padding) * kernel_size
