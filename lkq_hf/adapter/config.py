@@ -34,7 +34,8 @@ class LookaheadKVConfig(PeftConfig):
         row_power: exponent of the power mean over tokens that makes attention an importance, of the lookahead tokens
             and, in training, of the response: 1 for the paper's mean, 2 for the root mean square.
         pooling_kernel_size: odd width of the pooling along the prompt that suits this adapter, 1 for none.
-        pooling, neighbor_weight: how to pool, see :func:`~lkq_hf.scoring.pooling.pool_scores`.
+        pooling: "max", "avg" or "sum" of the neighbourhood.
+        neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
         base_model_shape: sizes of the model that the adapter was made for; filled in by the first model it is
             attached to, and checked by every later one.
 

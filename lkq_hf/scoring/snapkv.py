@@ -17,7 +17,8 @@ class SnapKVScorer(Scorer):
     Args:
         window: number of last prompt tokens that observe; at most the budget is used.
         kernel_size: odd width of the pooling along the prompt, 1 for none.
-        pooling, neighbor_weight: see :func:`~lkq_hf.scoring.pooling.pool_scores`.
+        pooling: "max", "avg" or "sum" of the neighbourhood.
+        neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
     """
 
     window: int = 32
