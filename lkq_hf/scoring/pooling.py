@@ -24,8 +24,8 @@ def pool_scores(
     """Replaces each score by one of its neighbourhood of ``kernel_size`` scores, itself in the middle.
 
     Args:
-        scores: ``[batch, kv_heads, length]``, not negative, or minus infinity (padding), which counts as zero in a mean
-            or sum.
+        scores: ``[batch, kv_heads, length]``, not negative, or minus infinity (padding), which counts as zero in an
+            average or sum.
         kernel_size: odd width of the neighbourhood; 1 changes nothing.
         pooling: "max", "avg" (of the neighbours that exist), or "sum": the score plus ``neighbor_weight`` times each
             of its neighbours.
