@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import evicted_logits, kept_entries, lookahead_attention, scores_of, top_entries
+from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lkq_hf import LookaheadCache
@@ -44,8 +45,11 @@ def test_generation_is_that_of_masked_attention_with_the_naive_top_entries(base,
     cache = LookaheadCache(budget=48)
     output = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **OPTIONS)
     kept = kept_entries(cache)
+    config = model.peft_config["default"]
+    assert (config.pooling, config.pooling_kernel_size) == ("sum", 3)
     for layer, attention in lookahead_attention(base, model, ids).items():
-        scores = scores_of(attention, kv_heads=3, row_power=model.peft_config["default"].row_power)
+        own = scores_of(attention, kv_heads=3, row_power=config.row_power)
+        scores = own + config.neighbor_weight * (F.pad(own[..., :-1], (1, 0)) + F.pad(own[..., 1:], (0, 1)))
         chosen = scores.gather(-1, kept[layer])
         # Where two scores agree to rounding either may be kept.
         torch.testing.assert_close(
