@@ -308,12 +308,14 @@ def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
         "--base-model-name", "someone/something", "--num-lookahead-tokens", "4", "--rank", "2", "--max-steps", "2",
         "--batch-size", "2", "--device-batch-size", "2", "--dtype", "float32", "--device", "cpu",
         "--eviction-weight", "1", "--cut-loops",
+        "--pooling-kernel-size", "3", "--pooling", "sum", "--neighbor-weight", "0.2",
     ]  # fmt: skip
     result = runner.invoke(app, command)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "validation KL" in result.output
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/something"
+    assert [config[name] for name in ("pooling_kernel_size", "pooling", "neighbor_weight")] == [3, "sum", 0.2]
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert saved["base_model.model.model.lookahead.lookahead_kv_tokens"].shape == (4, SIZES["hidden_size"])
 
