@@ -41,8 +41,10 @@ LIKELIHOOD_TASKS = ("explain", "summarise", "continue")
 FACT_TASKS = ("needle", "needle_multi_key")
 AGREEMENT_TASKS = ("paragraph_question", "summarise")
 ORACLE = "oracle"
-SUMS = {"sum-pool 3 (0.2)": (3, "sum", 0.2), "sum-pool 5 (0.2)": (5, "sum", 0.2)}
-"""Weighted sums of neighbouring scores, by name: width, pooling, and what a neighbour counts."""
+SUMS: dict[str, dict[str, Any]] = {
+    f"sum-pool {width} (0.2)": {"kernel_size": width, "pooling": "sum", "neighbor_weight": 0.2} for width in (3, 5)
+}
+"""Weighted sums of neighbouring scores, by name."""
 
 
 def scorers(
@@ -54,12 +56,12 @@ def scorers(
         for kernel in lookahead_kernels:
             name = f"lookahead, max-pool {kernel}" if kernel > 1 else "lookahead, no pooling"
             methods[name] = LookaheadScorer(kernel_size=kernel)
-        methods |= {f"lookahead, {name}": LookaheadScorer(*pooling) for name, pooling in SUMS.items()}
+        methods |= {f"lookahead, {name}": LookaheadScorer(**pooling) for name, pooling in SUMS.items()}
     for kernel in snapkv_kernels:
         for pooling in snapkv_poolings if kernel > 1 else ["max"]:
             name = f"snapkv, {pooling}-pool {kernel}" if kernel > 1 else "snapkv, no pooling"
             methods[name] = SnapKVScorer(kernel_size=kernel, pooling=pooling)
-    methods |= {f"snapkv, {name}": SnapKVScorer(32, *pooling) for name, pooling in SUMS.items()}
+    methods |= {f"snapkv, {name}": SnapKVScorer(**pooling) for name, pooling in SUMS.items()}
     methods["sinks + recent"] = StreamingScorer()
     methods["random"] = RandomScorer()
     return methods

@@ -87,7 +87,7 @@ def time_layer(
     grid = minmax_grid(weight, bits, group_size, False)
 
     def plain_gptq() -> tuple[torch.Tensor, torch.Tensor]:
-        factor = inverse_factor(damped(hessian[order][:, order], 0.01))
+        factor = inverse_factor(damped(hessian, 0.01), order)
         return gptq(weight, factor, *grid, bits, group_size, order), factor
 
     seconds["gptq"], (integers, factor) = timed(plain_gptq, device, repeats)

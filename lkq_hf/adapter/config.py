@@ -68,8 +68,6 @@ class LookaheadKVConfig(PeftConfig):
         _check_whole("pooling_kernel_size", self.pooling_kernel_size, MAX_POOLING_KERNEL_SIZE)
         if self.pooling_kernel_size % 2 == 0:
             raise ValueError(f"pooling_kernel_size must be odd, got {self.pooling_kernel_size}")
-        if not isinstance(self.pooling, str):
-            raise ValueError(f"pooling must be one of {', '.join(POOLINGS)}, got {self.pooling!r}")
         if not _is_number(self.neighbor_weight):
             raise ValueError(f"neighbor_weight must be a number, got {self.neighbor_weight!r}")
         check_pooling(self.pooling_kernel_size, self.pooling, self.neighbor_weight)

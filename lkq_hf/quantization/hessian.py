@@ -106,7 +106,7 @@ def damped(hessian: Tensor, damping: float) -> Tensor:
     return result
 
 
-def inverse_factor(hessian: Tensor, order: Tensor | None = None, damping: float = 0.0) -> Tensor:
+def inverse_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
     """The upper triangular `U` with `H^-1 = U^T U`, `[in, in]`, for a positive definite `H`.
 
     Read backwards, `H` has the Cholesky factor `L`; turned round again `L` is upper triangular, its inverse is `U`.
@@ -116,7 +116,6 @@ def inverse_factor(hessian: Tensor, order: Tensor | None = None, damping: float 
     Args:
         hessian: `H`.
         order: of the rows and columns of `H` before anything is done, int64 `[in]`.
-        damping: added to the diagonal, as a share of its mean.
 
     Raises:
         torch.linalg.LinAlgError: `H` is not positive definite in float32.
@@ -126,8 +125,6 @@ def inverse_factor(hessian: Tensor, order: Tensor | None = None, damping: float 
     else:
         backwards = order.flip(0)
         matrix = hessian[backwards][:, backwards]
-    if damping:
-        matrix.diagonal().add_(damping * matrix.diagonal().mean())
     # One name for all steps, so that each frees what the one before made.
     matrix = torch.linalg.cholesky(matrix)
     matrix = matrix.flip(0, 1)

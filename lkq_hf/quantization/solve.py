@@ -168,7 +168,7 @@ def _column_order(hessian: Tensor, group_size: int, settings: SolverSettings) ->
 def _inverse_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
     for damping in (0.0, *EXTRA_DAMPING):
         try:
-            return inverse_factor(hessian, order, damping)
+            return inverse_factor(damped(hessian, damping) if damping else hessian, order)
         except torch.linalg.LinAlgError:
             continue
     raise ValueError(
