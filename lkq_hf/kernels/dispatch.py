@@ -70,6 +70,24 @@ def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for a CPU, where Triton's interpreter runs one thread block after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> dict[str, bool]:
+    """Options of a Triton launch on ``device``, so that the kernel may start before the one ahead of it is done.
+
+    Such a kernel must call ``gdc_wait`` before it reads what another may have written, and before it writes. Empty
+    where the GPU (before Hopper) or Triton's interpreter cannot do it.
+    """
+    if interpreting() or device.type != "cuda" or torch.version.cuda is None or _capability(device) < (9, 0):
+        return {}
+    return {"launch_pdl": True}
+
+
 # Triton's own functions of these names go through its compiler's machinery, and take longer than a launch on a GPU.
 
 

@@ -43,42 +43,6 @@ def field_value(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
     return value & (2**BITS - 1)
 
 
-@triton.constexpr_function
-def subnormal_scale(field, bits):
-    """What an activation is multiplied by before it meets :func:`subnormal_field`, so that products are 2**-64 q x.
-
-    Activations stay below 2**127 up to a magnitude of 2**42, and products are normal numbers down to 2**-62.
-    """
-    return 2.0 ** (149 - 64 - _position(field, bits))
-
-
-@triton.jit
-def subnormal_field(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
-    """One field of packed rows as a float32 ``q * 2**(position - 149)``: a bit mask and no conversion.
-
-    The bit pattern of an integer below 2**24 is that of the float32 which is 2**-149 times as large (a subnormal
-    number, or one of the smallest normal ones). So fields in the lower 24 bits need only be cut out, and one shift
-    serves the others. GPUs multiply subnormal numbers at full speed.
-    """
-    POSITION: tl.constexpr = _position(FIELD, BITS)
-    OFFSET: tl.constexpr = FIELD * BITS % 32
-    if OFFSET + BITS > 32:
-        return field_value(word0, word1, word2, FIELD, BITS).to(tl.float32, bitcast=True)
-    word, _ = _words_of(word0, word1, word2, FIELD, BITS)
-    if POSITION != OFFSET:
-        word = word >> (OFFSET - POSITION)
-    return (word & ((2**BITS - 1) << POSITION)).to(tl.float32, bitcast=True)
-
-
-@triton.constexpr_function
-def _position(field, bits):
-    """The bit to which :func:`subnormal_field` brings a field's lowest bit."""
-    offset = field * bits % 32
-    if offset + bits <= 24:
-        return offset
-    return 0 if offset + bits > 32 else offset - 16
-
-
 @triton.jit
 def _words_of(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
     """The word in which a field begins, and the one above it."""

@@ -1,86 +1,374 @@
-"""A few activation rows times a packed weight, at the speed of reading the weight.
+"""A few activation rows times a packed weight on the tensor cores, at the speed of reading the weight.
 
-Every thread owns a few neighbouring output columns and some chunks of input features: it loads 16 bytes of
-neighbouring columns at a time, multiplies on the float32 units, and applies scale and zero point once a chunk, to
-sums. A thread block covers all chunks of its columns, or a fixed share of them, so that the result does not depend on
-timing. Triton has no lists: what there is for each activation row is kept in tuples that are made anew.
+Words go from memory into registers and, with a few operations, into operands of the tensor cores: never through shared
+memory, and with the same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four neighbouring ones, of
+every fourth packed row, and the tensor cores add up what the four threads of the same columns have. Scales and zero
+points are applied to float32 sums, once a chunk of input features.
+
+Warps of a thread block share its chunks, and so may thread blocks, in a fixed order: the result does not depend on
+timing. Triton has no lists: registers are kept in tuples that are made anew.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lkq_hf.kernels.dispatch import ceil_div
-from lkq_hf.kernels.packed_fields_triton import (
-    load_words,
-    load_zeros,
-    row_features,
-    row_words,
-    subnormal_field,
-    subnormal_scale,
+from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
+from lkq_hf.kernels.level_pairs_triton import (
+    activation_pair,
+    level_factor,
+    level_pair,
+    magic_number,
+    pair_count,
+    plain_pairs,
 )
+from lkq_hf.kernels.mma_triton import mma
+from lkq_hf.kernels.packed_fields_triton import row_features, row_words
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
-# Specialising these sizes would compile again for another layer and gain nothing.
-@triton.jit(do_not_specialize=["chunks", "chunks_per_group", "chunks_per_split"])
+# Specialising these sizes would compile again for another number of rows or another layer and gain nothing.
+@triton.jit(do_not_specialize=["rows", "group_features", "chunks", "chunks_per_split"])
 def _gemv_kernel(
     x,
     qweight,
     qzeros,
     scales,
     partial,
+    rows,
     columns,
+    in_features,
+    group_features,
     chunks,
-    chunks_per_group,
     chunks_per_split,
-    x_stride,
-    M: tl.constexpr,
+    BITS: tl.constexpr,
+    SYM: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
+    WARPS: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    FEATURES: tl.constexpr = row_features(BITS)
+    thread = tl.arange(0, 32 * WARPS)
+    lane = thread % 32
+    column = tl.program_id(0) * (32 * COLUMN_TILES) + lane // 4 * 4
+    first = tl.program_id(1) * chunks_per_split
+    end = tl.minimum(first + chunks_per_split, chunks)
+    chunk = first + thread // 32
+    if DEPENDENT:
+        gdc_launch_dependents()
+        # Unlike the activations, the weight is there before the kernel ahead of this one is done.
+        for row in tl.static_range(CHUNK // FEATURES // 4 * row_words(BITS)):
+            packed_row = (chunk * (CHUNK // FEATURES) + lane % 4) * row_words(BITS) + 4 * row
+            packed_row = tl.minimum(packed_row, in_features // FEATURES * row_words(BITS) - 1)
+            for tile in tl.static_range(COLUMN_TILES):
+                _prefetch(qweight + packed_row * columns + tl.minimum(column + 32 * tile, columns - 4))
+        gdc_wait()
+    total = (tl.zeros((32 * WARPS,), tl.float32),) * (8 * ROW_TILES * COLUMN_TILES)
+    sources = (x, qweight, qzeros, scales)
+    sizes = (rows, columns, in_features, group_features)
+    if PREFETCH:
+        loaded = _load_chunk(
+            sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
+        )
+    for _ in range(first, end, WARPS):
+        if PREFETCH:
+            current = loaded
+            loaded = _load_chunk(
+                sources, sizes, chunk + WARPS, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
+            )  # fmt: skip
+        else:
+            current = _load_chunk(
+                sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
+            )
+        total = _add_chunk(
+            total,
+            current,
+            column,
+            lane,
+            BITS,
+            SYM,
+            BFLOAT16,
+            CHUNK,
+            CHUNK_GROUPS,
+            ROW_TILES,
+            COLUMN_TILES,
+            INTERPRETED,
+        )
+        chunk += WARPS
+    lane = tl.arange(0, 32)
+    for row_tile in tl.static_range(ROW_TILES):
+        for tile in tl.static_range(COLUMN_TILES):
+            sums = _over_warps(total[8 * (tile * ROW_TILES + row_tile) : 8 * (tile * ROW_TILES + row_tile) + 8], WARPS)
+            for second in tl.static_range(2):
+                # Of the columns 0 to 3, the sums have row `second` at 0 + second, 2 + second, 4 + second, 6 + second.
+                even = tl.join(sums[second], sums[4 + second])
+                odd = tl.join(sums[2 + second], sums[6 + second])
+                four = tl.reshape(tl.join(even, odd), (32, 4))
+                row = (8 * row_tile + lane % 4 * 2 + second)[:, None]
+                at = (tl.program_id(0) * (32 * COLUMN_TILES) + 32 * tile + lane // 4 * 4)[:, None] + tl.arange(0, 4)
+                tl.store(
+                    partial + (tl.program_id(1) * rows + row) * columns + at,
+                    four.to(partial.dtype.element_ty),
+                    mask=(row < rows) & (at < columns),
+                )
+
+
+@triton.jit
+def _load_chunk(
+    sources,
+    sizes,
+    chunk,
+    end,
+    column,
+    lane,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
     CHUNK: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
 ):
+    """What a thread needs of its chunk, in the order of the loops: words, activations, scales and zero points."""
+    x, qweight, qzeros, scales = sources
+    rows, columns, in_features, group_features = sizes
     FEATURES: tl.constexpr = row_features(BITS)
-    column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(1) * chunks_per_split
-    end = tl.minimum(first + chunks_per_split, chunks)
-    row_stride = row_words(BITS) * columns
-    total = (tl.zeros((BLOCK_CHUNKS, BLOCK_N), tl.float32),) * M
-    for start in range(first, end, BLOCK_CHUNKS):
-        chunk = start + tl.arange(0, BLOCK_CHUNKS)
-        mask = (chunk < end)[:, None] & (column < columns)[None, :]
-        words = qweight + chunk[:, None] * (CHUNK // FEATURES * row_stride) + column[None, :]
-        # Beyond the end the last chunk's activations are read, without a mask: their scale is 0.
-        features = x + tl.minimum(chunk, end - 1)[:, None] * CHUNK
-        level_sum = (tl.zeros((BLOCK_CHUNKS, BLOCK_N), tl.float32),) * M
-        for row in tl.static_range(CHUNK // FEATURES):
-            word0, word1, word2 = load_words(words + row * row_stride, mask, columns, BITS)
-            for field in tl.static_range(FEATURES):
-                level = subnormal_field(word0, word1, word2, field, BITS)
-                new_level_sum = ()
-                for m in tl.static_range(M):
-                    value = tl.load(features + m * x_stride + (row * FEATURES + field)).to(tl.float32)
-                    scaled = tl.broadcast_to(value * subnormal_scale(field, BITS), level.shape)
-                    new_level_sum = new_level_sum + (tl.fma(level, scaled, level_sum[m]),)  # type: ignore[assignment]  # noqa: RUF005
-                level_sum = new_level_sum
-        group = (chunk // chunks_per_group)[:, None]
-        scale = tl.load(scales + group * columns + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    loaded = ()
+    for step in tl.static_range(CHUNK // FEATURES // 4):
+        packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
+        inside = (chunk < end) & (packed_row * FEATURES < in_features)
+        for tile in tl.static_range(COLUMN_TILES):
+            for word in tl.static_range(row_words(BITS)):
+                words = qweight + (packed_row * row_words(BITS) + word) * columns + column + 32 * tile
+                loaded = loaded + _load_four(words, inside & (column + 32 * tile < columns))
+    for step in tl.static_range(CHUNK // FEATURES // 4):
+        packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
+        inside = (chunk < end) & (packed_row * FEATURES < in_features)
+        for row_tile in tl.static_range(ROW_TILES):
+            row = 8 * row_tile + lane // 4
+            activations = x + (row * in_features + packed_row * FEATURES) // 2
+            if FEATURES == 4:
+                loaded = loaded + _load_two(activations, inside & (row < rows))
+            else:
+                for eight in tl.static_range(FEATURES // 8):
+                    loaded = loaded + _load_four(activations + 4 * eight, inside & (row < rows))
+    for part in tl.static_range(CHUNK_GROUPS):
+        feature = chunk * CHUNK + part * (CHUNK // CHUNK_GROUPS)
+        group = feature // group_features
+        for tile in tl.static_range(COLUMN_TILES):
+            at = column + 32 * tile
+            inside = (chunk < end) & (feature < in_features) & (at < columns)
+            loaded = loaded + _load_two(scales + (group * columns + at) // 2, inside)
+            if not SYM:
+                zeros = qzeros + (group * columns + at) * BITS // 32
+                loaded = loaded + (tl.load(zeros, mask=inside, other=0),)
+                if BITS == 3:
+                    loaded = loaded + (tl.load(zeros + 1, mask=inside & (at * BITS % 32 > 20), other=0),)
+    return loaded
+
+
+@triton.jit
+def _add_chunk(
+    total,
+    loaded,
+    column,
+    lane,
+    BITS: tl.constexpr,
+    SYM: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNK_GROUPS: tl.constexpr,
+    ROW_TILES: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """``total`` plus a chunk's products: for each column tile and row tile the sums of two operands of the weight."""
+    STEPS: tl.constexpr = CHUNK // row_features(BITS) // 4
+    WORDS: tl.constexpr = 4 * row_words(BITS)
+    PAIRS: tl.constexpr = pair_count(BITS)
+    X: tl.constexpr = row_features(BITS) // 2
+    FIRST_X: tl.constexpr = STEPS * COLUMN_TILES * WORDS
+    FIRST_SCALE: tl.constexpr = FIRST_X + STEPS * ROW_TILES * X
+    SCALES: tl.constexpr = 2 if SYM else 4 if BITS == 3 else 3
+    TILES: tl.constexpr = ROW_TILES * CHUNK_GROUPS  # of activations: a product adds up features of one group
+    zero = tl.zeros(column.shape, tl.float32)
+    sums = (zero,) * (8 * COLUMN_TILES * TILES)
+    plain_sums = (zero,) * (4 * TILES)
+    for step in tl.static_range(STEPS):
+        for pair in tl.static_range(0, PAIRS, 2):
+            right = ()
+            for row_tile in tl.static_range(ROW_TILES):
+                x = loaded[
+                    FIRST_X + (step * ROW_TILES + row_tile) * X : FIRST_X + (step * ROW_TILES + row_tile + 1) * X
+                ]
+                first = activation_pair(x, pair, BITS, BFLOAT16, INTERPRETED)
+                second = activation_pair(x, pair + 1, BITS, BFLOAT16, INTERPRETED)
+                for part in tl.static_range(CHUNK_GROUPS):
+                    if CHUNK_GROUPS == 1:
+                        right = right + (first, second)
+                    else:
+                        mine = lane % 4 // (4 // CHUNK_GROUPS) == part
+                        right = right + (tl.where(mine, first, 0), tl.where(mine, second, 0))
+            left = plain_pairs(lane, pair, pair + 1, BITS, BFLOAT16)
+            plain_sums = _add_products(plain_sums, left, right, TILES, BFLOAT16, INTERPRETED)
+            new_sums = ()
+            for operand in tl.static_range(2 * COLUMN_TILES):
+                words = loaded[
+                    (step * COLUMN_TILES + operand // 2) * WORDS : (step * COLUMN_TILES + operand // 2 + 1) * WORDS
+                ]
+                left = _weight_operand(words, operand % 2, pair, BITS, BFLOAT16, INTERPRETED)
+                new_sums = new_sums + _add_products(
+                    sums[4 * operand * TILES : 4 * (operand + 1) * TILES], left, right, TILES, BFLOAT16, INTERPRETED
+                )
+            sums = new_sums
+    for part in tl.static_range(CHUNK_GROUPS):
+        new_total = ()
+        for tile in tl.static_range(COLUMN_TILES):
+            scales = loaded[
+                FIRST_SCALE + (part * COLUMN_TILES + tile) * SCALES : FIRST_SCALE
+                + (part * COLUMN_TILES + tile + 1) * SCALES
+            ]
+            for row_tile in tl.static_range(ROW_TILES):
+                for operand in tl.static_range(2):
+                    new_total = new_total + _scaled(
+                        total[8 * (tile * ROW_TILES + row_tile) + 4 * operand : 8 * (tile * ROW_TILES + row_tile) + 4 * operand + 4],
+                        sums[4 * ((2 * tile + operand) * TILES + row_tile * CHUNK_GROUPS + part) : 4 * ((2 * tile + operand) * TILES + row_tile * CHUNK_GROUPS + part) + 4],
+                        plain_sums[4 * (row_tile * CHUNK_GROUPS + part) : 4 * (row_tile * CHUNK_GROUPS + part) + 4],
+                        scales,
+                        column + 32 * tile,
+                        operand,
+                        BITS,
+                        SYM,
+                        BFLOAT16,
+                    )  # fmt: skip
+        total = new_total
+    return total
+
+
+@triton.jit
+def _add_products(sums, left, right, TILES: tl.constexpr, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):
+    """One left operand times every tile of activations."""
+    new_sums = ()
+    for tile in tl.static_range(TILES):
+        new_sums = new_sums + mma(
+            sums[4 * tile : 4 * tile + 4], left, right[2 * tile : 2 * tile + 2], BFLOAT16, INTERPRETED
+        )
+    return new_sums
+
+
+@triton.jit
+def _weight_operand(words, OPERAND: tl.constexpr, PAIR: tl.constexpr, BITS: tl.constexpr, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+    """Two pairs of columns 2 * OPERAND and 2 * OPERAND + 1 of the four in ``words``."""
+    left = ()
+    for pair in tl.static_range(2):
+        for column in tl.static_range(2):
+            if BITS == 3:
+                left = left + (
+                    level_pair(
+                        words[2 * OPERAND + column],
+                        words[4 + 2 * OPERAND + column],
+                        words[8 + 2 * OPERAND + column],
+                        PAIR + pair,
+                        BITS,
+                        BFLOAT16,
+                        INTERPRETED,
+                    ),
+                )
+            else:
+                word = words[2 * OPERAND + column]
+                left = left + (level_pair(word, word, word, PAIR + pair, BITS, BFLOAT16, INTERPRETED),)
+    return left
+
+
+@triton.jit
+def _scaled(
+    total,
+    sums,
+    plain_sums,
+    scales,
+    column,
+    OPERAND: tl.constexpr,
+    BITS: tl.constexpr,
+    SYM: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+):
+    """``total`` plus scale times (sum of q x - zero point * sum of x)."""
+    MAGIC: tl.constexpr = magic_number(BFLOAT16)
+    FACTOR: tl.constexpr = level_factor(BITS)
+    new_total = ()
+    for half in tl.static_range(2):
+        scale = (scales[OPERAND] >> (16 * half)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         if SYM:
             zero = 2.0 ** (BITS - 1)
         else:
-            zero = load_zeros(qzeros, group, column[None, :], mask, columns, BITS)
-        new_total = ()
-        for m in tl.static_range(M):
-            x_chunk = tl.load(features + m * x_stride + tl.arange(0, CHUNK)[None, :]).to(tl.float32)
-            x_sum = tl.sum(x_chunk, axis=1)[:, None]
-            result = total[m] + scale * (level_sum[m] * 2.0**64 - zero * x_sum)
-            new_total = new_total + (result,)  # type: ignore[assignment]  # noqa: RUF005
-        total = new_total
-    for m in tl.static_range(M):
-        result = tl.sum(total[m], axis=0).to(partial.dtype.element_ty)
-        tl.store(partial + (tl.program_id(1) * M + m) * columns + column, result, mask=column < columns)
+            offset = column * BITS % 32
+            word = scales[2]
+            if BITS == 3:
+                # Four fields are 12 bits. In the second word is what the first one has no room for.
+                low = (word >> offset) & (2147483647 >> (offset - 1))
+                word = tl.where(offset == 0, word, low | (scales[3] << (32 - offset)))
+            elif BITS < 8:
+                word = word >> offset
+            # The bit pattern of 2**23 + q is that of 2**23 with q in its lowest bits.
+            field = ((word >> (BITS * (2 * OPERAND + half))) & (2**BITS - 1)) | 0x4B000000
+            zero = field.to(tl.float32, bitcast=True) - 8388608.0
+        for row in tl.static_range(2):
+            products = sums[2 * half + row] - MAGIC * plain_sums[row]
+            new_total = new_total + (total[2 * half + row] + scale * (FACTOR * products - zero * plain_sums[2 + row]),)
+    return new_total
+
+
+@triton.jit
+def _over_warps(sums, WARPS: tl.constexpr):
+    """Eight tensors with an element per thread, added up over the warps."""
+    s = ()
+    for i in tl.static_range(8):
+        s = s + (tl.reshape(sums[i], (WARPS, 32)),)
+    return tl.reduce((s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]), 0, _add_eight)
+
+
+@triton.jit
+def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
+
+
+@triton.jit
+def _load_four(pointers, mask):
+    """Four neighbours from every pointer, as four tensors."""
+    four = tl.load(pointers[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
+    even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def _load_two(pointers, mask):
+    """Two neighbours from every pointer, as two tensors."""
+    return tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0))
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Have the L2 cache fetch what pointers point to. Like any cache of all multiprocessors, it is never out of date."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+def chunk_features(bits: int, group_size: int) -> int | None:
+    """Input features to which scales are applied together, or None if groups of this size do not fit the kernel."""
+    step = 4 * row_features(bits)
+    if group_size % step == 0:
+        return max(size for size in (128, 64, 32, step) if size >= step and group_size % size == 0)
+    return step if step % group_size == 0 else None
 
 
 def quantized_gemv(
@@ -92,42 +380,52 @@ def quantized_gemv(
     group_size: int,
     sym: bool,
     *,
-    chunk_features: int,
-    block_chunks: int,
-    block_n: int,
-    split_k: int,
     num_warps: int,
+    column_tiles: int,
+    prefetch: bool,
+    split_k: int,
 ) -> Tensor:
     """``x`` `[rows, in_features]`, contiguous, times the packed weight: `[rows, out_features]`.
 
     Args:
-        chunk_features: input features per chunk, a multiple of 32 that divides ``group_size``.
-        block_chunks: chunks that a thread block has in flight.
-        block_n: output columns of a thread block.
-        split_k: thread blocks that share the chunks of a column.
         num_warps: warps of a thread block.
+        column_tiles: 32 columns each, of a thread block.
+        prefetch: whether a warp loads its next chunk before it multiplies.
+        split_k: thread blocks that share the chunks of a column.
     """
     rows, in_features = x.shape
     columns = qweight.shape[1]
-    chunks = in_features // chunk_features
+    chunk = chunk_features(bits, group_size)
+    assert chunk is not None, (bits, group_size)
+    chunks = ceil_div(in_features, chunk)
+    if x.data_ptr() % 16:  # a view from the middle of other activations
+        x = x.clone()
     partial = split_buffer(x, columns, split_k)
-    _gemv_kernel[(ceil_div(columns, block_n), split_k)](
-        x,
+    launch = dependent_launch(x.device)
+    _gemv_kernel[(ceil_div(columns, 32 * column_tiles), split_k)](
+        x.view(torch.int32),
         qweight,
         qzeros,
-        scales,
+        scales.view(torch.int32),
         partial,
+        rows,
         columns,
+        in_features,
+        group_size,
         chunks,
-        group_size // chunk_features,
         ceil_div(chunks, split_k),
-        x.stride(0),
-        M=rows,
         BITS=bits,
         SYM=sym,
-        CHUNK=chunk_features,
-        BLOCK_CHUNKS=block_chunks,
-        BLOCK_N=block_n,
+        BFLOAT16=x.dtype == torch.bfloat16,
+        CHUNK=chunk,
+        CHUNK_GROUPS=max(1, chunk // group_size),
+        ROW_TILES=ceil_div(rows, 8),
+        COLUMN_TILES=column_tiles,
+        WARPS=num_warps,
+        PREFETCH=prefetch,
+        DEPENDENT=bool(launch),
+        INTERPRETED=interpreting(),
         num_warps=num_warps,
+        **launch,
     )
     return split_sum(partial, x.dtype)

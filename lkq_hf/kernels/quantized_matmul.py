@@ -9,18 +9,17 @@ from torch import Tensor
 
 from lkq_hf.kernels.autotune import run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
-from lkq_hf.kernels.dispatch import use_triton
+from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, use_triton
 
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
 _DEQUANTIZE_ROWS = 1024
-# Rows up to which the float32 units can keep up with reading the weight.
-_GEMV_ROWS = 2
+# Rows that the tensor cores take with hardly more effort than one.
+_GEMV_ROWS = 16
 
-# Features per chunk; then chunks and columns per thread block, thread blocks per column, warps.
-_GEMV_CHUNK = {2: 128, 3: 64, 4: 64, 8: 32}
-_GEMV_TILES = ((32, 64, 1, 8), (64, 32, 1, 16), (32, 64, 4, 8), (8, 64, 4, 4))
+# Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor.
+_GEMV_TILES = ((8, 1, True, 2), (8, 2, False, 2), (4, 2, True, 3), (4, 1, True, 4), (4, 1, False, 4))
 # Most rows and columns per tile, thread blocks per output tile, warps, stages, by the largest number of rows that they
 # serve.
 _GEMM_TILES = {
@@ -73,28 +72,27 @@ def _candidates(
 ) -> list[Callable[[], Tensor]]:
     """Every way worth trying to multiply `[rows, in_features]` activations, ``rows`` rounded up to ``bucket``."""
     from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm
-    from lkq_hf.kernels.quantized_gemv_triton import quantized_gemv
+    from lkq_hf.kernels.quantized_gemv_triton import chunk_features, quantized_gemv
 
     *_, bits, group_size, _sym = weight
     candidates: list[Callable[[], Tensor]] = []
-    if bucket <= _GEMV_ROWS:
-        chunk = max(
-            size for size in (32, 64, _GEMV_CHUNK[bits]) if size <= _GEMV_CHUNK[bits] and group_size % size == 0
-        )
-        candidates += [
-            partial(
-                quantized_gemv,
-                x,
-                *weight,
-                chunk_features=chunk,
-                block_chunks=block_chunks,
-                block_n=block_n,
-                split_k=split_k,
-                num_warps=num_warps,
+    chunk = chunk_features(bits, group_size)
+    if bucket <= _GEMV_ROWS and chunk is not None:
+        columns, chunks = weight[0].shape[1], ceil_div(x.shape[1], chunk)
+        for num_warps, column_tiles, prefetch, blocks in _GEMV_TILES:
+            splits = round(blocks * multiprocessors(x.device) / ceil_div(columns, 32 * column_tiles))
+            candidates.append(
+                partial(
+                    quantized_gemv,
+                    x,
+                    *weight,
+                    num_warps=num_warps,
+                    column_tiles=column_tiles,
+                    prefetch=prefetch,
+                    split_k=max(1, min(splits, chunks // num_warps)),
+                )
             )
-            for block_chunks, block_n, split_k, num_warps in _GEMV_TILES
-        ]
-    if bucket > 1:
+    if not candidates:
         most = next(rows for rows in _GEMM_TILES if bucket <= rows)
         tiles = dict.fromkeys((min(max(bucket, 16), block_m), *tile) for block_m, *tile in _GEMM_TILES[most])
         candidates += [

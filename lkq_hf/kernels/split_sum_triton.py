@@ -4,8 +4,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lkq_hf.kernels.dispatch import ceil_div
+from lkq_hf.kernels.dispatch import ceil_div, dependent_launch
 
 
 def split_buffer(x: Tensor, columns: int, splits: int) -> Tensor:
@@ -21,15 +22,21 @@ def split_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
         return partial[0]
     total = torch.empty(rows, columns, dtype=dtype, device=partial.device)
     block = 256
-    _split_sum_kernel[(ceil_div(rows * columns, block),)](partial, total, rows * columns, SPLITS=splits, BLOCK=block)
+    launch = dependent_launch(partial.device)
+    _split_sum_kernel[(ceil_div(rows * columns, block),)](
+        partial, total, rows * columns, SPLITS=splits, BLOCK=block, DEPENDENT=bool(launch), **launch
+    )
     return total
 
 
 @triton.jit
-def _split_sum_kernel(partial, total, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _split_sum_kernel(partial, total, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     value = tl.zeros((BLOCK,), tl.float32)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     for split in tl.static_range(SPLITS):
         value += tl.load(partial + split * size + index, mask=mask, other=0.0)
     tl.store(total + index, value.to(total.dtype.element_ty), mask=mask)
