@@ -61,7 +61,15 @@ def magic_number(bfloat16):
 
 
 @triton.jit
-def level_pair(word0, word1, word2, PAIR: tl.constexpr, BITS: tl.constexpr, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def level_pair(
+    word0,
+    word1,
+    word2,
+    PAIR: tl.constexpr,
+    BITS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """One pair of packed rows. ``word1`` and ``word2`` are read only at 3 bits."""
     WORD: tl.constexpr = _word(PAIR, BITS, BFLOAT16)
     SHIFT: tl.constexpr = _shift(PAIR, BITS, BFLOAT16)
@@ -92,7 +100,9 @@ def level_pair(word0, word1, word2, PAIR: tl.constexpr, BITS: tl.constexpr, BFLO
 
 
 @triton.jit
-def activation_pair(activations, PAIR: tl.constexpr, BITS: tl.constexpr, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def activation_pair(
+    activations, PAIR: tl.constexpr, BITS: tl.constexpr, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr
+):
     """What a pair of levels is multiplied by. ``activations``: a packed row's, two to an int32, in their order."""
     FIRST: tl.constexpr = _feature(PAIR, 0, BITS, BFLOAT16)
     SECOND: tl.constexpr = _feature(PAIR, 1, BITS, BFLOAT16)

@@ -1,9 +1,9 @@
-"""A few activation rows times a packed weight on the tensor cores, at the speed of reading the weight.
+"""A few activation rows times a packed weight on the tensor cores, at nearly the speed of reading the weight.
 
-Words go from memory into registers and, with a few operations, into operands of the tensor cores: never through shared
-memory, and with the same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four neighbouring ones, of
-every fourth packed row, and the tensor cores add up what the four threads of the same columns have. Scales and zero
-points are applied to float32 sums, once a chunk of input features.
+Words go from memory into registers and, by two operations for two levels, into operands of the tensor cores: not
+through shared memory, and with the same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four
+neighbouring ones, of every fourth packed row, and the tensor cores add up what the four threads of the same columns
+have. Scales and zero points are applied to float32 sums, once a chunk of input features.
 
 Warps of a thread block share its chunks, and so may thread blocks, in a fixed order: the result does not depend on
 timing. Triton has no lists: registers are kept in tuples that are made anew.
@@ -81,13 +81,15 @@ def _gemv_kernel(
     for _ in range(first, end, WARPS):
         if PREFETCH:
             current = loaded
+            chunk += WARPS
             loaded = _load_chunk(
-                sources, sizes, chunk + WARPS, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
-            )  # fmt: skip
+                sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
+            )
         else:
             current = _load_chunk(
                 sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
             )
+            chunk += WARPS
         total = _add_chunk(
             total,
             current,
@@ -106,7 +108,7 @@ def _gemv_kernel(
     lane = tl.arange(0, 32)
     for row_tile in tl.static_range(ROW_TILES):
         for tile in tl.static_range(COLUMN_TILES):
-            sums = _over_warps(total[8 * (tile * ROW_TILES + row_tile) : 8 * (tile * ROW_TILES + row_tile) + 8], WARPS)
+            sums = _over_warps(_part(total, tile * ROW_TILES + row_tile, 8), WARPS)
             for second in tl.static_range(2):
                 # Of the columns 0 to 3, the sums have row `second` at 0 + second, 2 + second, 4 + second, 6 + second.
                 even = tl.join(sums[second], sums[4 + second])
@@ -136,42 +138,44 @@ def _load_chunk(
     ROW_TILES: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
 ):
-    """What a thread needs of its chunk, in the order of the loops: words, activations, scales and zero points."""
+    """What a thread needs of its chunk: words; activations; scales and zero points. The order is that of the loops."""
     x, qweight, qzeros, scales = sources
     rows, columns, in_features, group_features = sizes
     FEATURES: tl.constexpr = row_features(BITS)
-    loaded = ()
+    words = ()
+    activations = ()
     for step in tl.static_range(CHUNK // FEATURES // 4):
         packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
         inside = (chunk < end) & (packed_row * FEATURES < in_features)
         for tile in tl.static_range(COLUMN_TILES):
             for word in tl.static_range(row_words(BITS)):
-                words = qweight + (packed_row * row_words(BITS) + word) * columns + column + 32 * tile
-                loaded = loaded + _load_four(words, inside & (column + 32 * tile < columns))
+                pointers = qweight + (packed_row * row_words(BITS) + word) * columns + column + 32 * tile
+                words = words + _load_four(pointers, inside & (column + 32 * tile < columns))
     for step in tl.static_range(CHUNK // FEATURES // 4):
         packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
         inside = (chunk < end) & (packed_row * FEATURES < in_features)
         for row_tile in tl.static_range(ROW_TILES):
             row = 8 * row_tile + lane // 4
-            activations = x + (row * in_features + packed_row * FEATURES) // 2
+            pointers = x + (row * in_features + packed_row * FEATURES) // 2
             if FEATURES == 4:
-                loaded = loaded + _load_two(activations, inside & (row < rows))
+                activations = activations + _load_two(pointers, inside & (row < rows))
             else:
                 for eight in tl.static_range(FEATURES // 8):
-                    loaded = loaded + _load_four(activations + 4 * eight, inside & (row < rows))
+                    activations = activations + _load_four(pointers + 4 * eight, inside & (row < rows))
+    grid = ()
     for part in tl.static_range(CHUNK_GROUPS):
         feature = chunk * CHUNK + part * (CHUNK // CHUNK_GROUPS)
         group = feature // group_features
         for tile in tl.static_range(COLUMN_TILES):
             at = column + 32 * tile
             inside = (chunk < end) & (feature < in_features) & (at < columns)
-            loaded = loaded + _load_two(scales + (group * columns + at) // 2, inside)
+            grid = grid + _load_two(scales + (group * columns + at) // 2, inside)
             if not SYM:
                 zeros = qzeros + (group * columns + at) * BITS // 32
-                loaded = loaded + (tl.load(zeros, mask=inside, other=0),)
+                grid = grid + (tl.load(zeros, mask=inside, other=0),)
                 if BITS == 3:
-                    loaded = loaded + (tl.load(zeros + 1, mask=inside & (at * BITS % 32 > 20), other=0),)
-    return loaded
+                    grid = grid + (tl.load(zeros + 1, mask=inside & (at * BITS % 32 > 20), other=0),)
+    return words, activations, grid
 
 
 @triton.jit
@@ -189,67 +193,59 @@ def _add_chunk(
     COLUMN_TILES: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """``total`` plus a chunk's products: for each column tile and row tile the sums of two operands of the weight."""
-    STEPS: tl.constexpr = CHUNK // row_features(BITS) // 4
-    WORDS: tl.constexpr = 4 * row_words(BITS)
+    """``total`` plus a chunk's products. For each column tile and row tile, it has the sums of two weight operands."""
+    words, activations, grid = loaded
     PAIRS: tl.constexpr = pair_count(BITS)
-    X: tl.constexpr = row_features(BITS) // 2
-    FIRST_X: tl.constexpr = STEPS * COLUMN_TILES * WORDS
-    FIRST_SCALE: tl.constexpr = FIRST_X + STEPS * ROW_TILES * X
-    SCALES: tl.constexpr = 2 if SYM else 4 if BITS == 3 else 3
     TILES: tl.constexpr = ROW_TILES * CHUNK_GROUPS  # of activations: a product adds up features of one group
     zero = tl.zeros(column.shape, tl.float32)
     sums = (zero,) * (8 * COLUMN_TILES * TILES)
     plain_sums = (zero,) * (4 * TILES)
-    for step in tl.static_range(STEPS):
+    for step in tl.static_range(CHUNK // row_features(BITS) // 4):
         for pair in tl.static_range(0, PAIRS, 2):
             right = ()
             for row_tile in tl.static_range(ROW_TILES):
-                x = loaded[
-                    FIRST_X + (step * ROW_TILES + row_tile) * X : FIRST_X + (step * ROW_TILES + row_tile + 1) * X
-                ]
+                x = _part(activations, step * ROW_TILES + row_tile, row_features(BITS) // 2)
                 first = activation_pair(x, pair, BITS, BFLOAT16, INTERPRETED)
                 second = activation_pair(x, pair + 1, BITS, BFLOAT16, INTERPRETED)
                 for part in tl.static_range(CHUNK_GROUPS):
                     if CHUNK_GROUPS == 1:
-                        right = right + (first, second)
+                        right = right + (first, second)  # type: ignore[assignment]
                     else:
                         mine = lane % 4 // (4 // CHUNK_GROUPS) == part
-                        right = right + (tl.where(mine, first, 0), tl.where(mine, second, 0))
+                        right = right + (tl.where(mine, first, 0), tl.where(mine, second, 0))  # type: ignore[assignment]
             left = plain_pairs(lane, pair, pair + 1, BITS, BFLOAT16)
             plain_sums = _add_products(plain_sums, left, right, TILES, BFLOAT16, INTERPRETED)
             new_sums = ()
             for operand in tl.static_range(2 * COLUMN_TILES):
-                words = loaded[
-                    (step * COLUMN_TILES + operand // 2) * WORDS : (step * COLUMN_TILES + operand // 2 + 1) * WORDS
-                ]
-                left = _weight_operand(words, operand % 2, pair, BITS, BFLOAT16, INTERPRETED)
-                new_sums = new_sums + _add_products(
-                    sums[4 * operand * TILES : 4 * (operand + 1) * TILES], left, right, TILES, BFLOAT16, INTERPRETED
-                )
+                four_columns = _part(words, step * COLUMN_TILES + operand // 2, 4 * row_words(BITS))
+                left = _weight_operand(four_columns, operand % 2, pair, BITS, BFLOAT16, INTERPRETED)
+                products = _part(sums, operand, 4 * TILES)
+                new_sums = new_sums + _add_products(products, left, right, TILES, BFLOAT16, INTERPRETED)
             sums = new_sums
     for part in tl.static_range(CHUNK_GROUPS):
         new_total = ()
         for tile in tl.static_range(COLUMN_TILES):
-            scales = loaded[
-                FIRST_SCALE + (part * COLUMN_TILES + tile) * SCALES : FIRST_SCALE
-                + (part * COLUMN_TILES + tile + 1) * SCALES
-            ]
             for row_tile in tl.static_range(ROW_TILES):
                 for operand in tl.static_range(2):
                     new_total = new_total + _scaled(
-                        total[8 * (tile * ROW_TILES + row_tile) + 4 * operand : 8 * (tile * ROW_TILES + row_tile) + 4 * operand + 4],
-                        sums[4 * ((2 * tile + operand) * TILES + row_tile * CHUNK_GROUPS + part) : 4 * ((2 * tile + operand) * TILES + row_tile * CHUNK_GROUPS + part) + 4],
-                        plain_sums[4 * (row_tile * CHUNK_GROUPS + part) : 4 * (row_tile * CHUNK_GROUPS + part) + 4],
-                        scales,
+                        _part(total, 2 * (tile * ROW_TILES + row_tile) + operand, 4),
+                        _part(sums, ((2 * tile + operand) * ROW_TILES + row_tile) * CHUNK_GROUPS + part, 4),
+                        _part(plain_sums, row_tile * CHUNK_GROUPS + part, 4),
+                        _part(grid, part * COLUMN_TILES + tile, 2 if SYM else 4 if BITS == 3 else 3),
                         column + 32 * tile,
                         operand,
                         BITS,
                         SYM,
                         BFLOAT16,
-                    )  # fmt: skip
+                    )
         total = new_total
     return total
+
+
+@triton.jit
+def _part(values, INDEX: tl.constexpr, SIZE: tl.constexpr):
+    """Part ``INDEX`` of a tuple cut into parts of ``SIZE``."""
+    return values[INDEX * SIZE : (INDEX + 1) * SIZE]
 
 
 @triton.jit
@@ -257,33 +253,28 @@ def _add_products(sums, left, right, TILES: tl.constexpr, BFLOAT16: tl.constexpr
     """One left operand times every tile of activations."""
     new_sums = ()
     for tile in tl.static_range(TILES):
-        new_sums = new_sums + mma(
-            sums[4 * tile : 4 * tile + 4], left, right[2 * tile : 2 * tile + 2], BFLOAT16, INTERPRETED
-        )
+        new_sums = new_sums + mma(_part(sums, tile, 4), left, _part(right, tile, 2), BFLOAT16, INTERPRETED)
     return new_sums
 
 
 @triton.jit
-def _weight_operand(words, OPERAND: tl.constexpr, PAIR: tl.constexpr, BITS: tl.constexpr, BFLOAT16: tl.constexpr, INTERPRETED: tl.constexpr):  # fmt: skip
+def _weight_operand(
+    words,
+    OPERAND: tl.constexpr,
+    PAIR: tl.constexpr,
+    BITS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
     """Two pairs of columns 2 * OPERAND and 2 * OPERAND + 1 of the four in ``words``."""
     left = ()
     for pair in tl.static_range(2):
         for column in tl.static_range(2):
-            if BITS == 3:
-                left = left + (
-                    level_pair(
-                        words[2 * OPERAND + column],
-                        words[4 + 2 * OPERAND + column],
-                        words[8 + 2 * OPERAND + column],
-                        PAIR + pair,
-                        BITS,
-                        BFLOAT16,
-                        INTERPRETED,
-                    ),
-                )
-            else:
-                word = words[2 * OPERAND + column]
-                left = left + (level_pair(word, word, word, PAIR + pair, BITS, BFLOAT16, INTERPRETED),)
+            # At 3 bits a column's words are four apart.
+            word0 = words[2 * OPERAND + column]
+            word1 = words[(4 if BITS == 3 else 0) + 2 * OPERAND + column]
+            word2 = words[(8 if BITS == 3 else 0) + 2 * OPERAND + column]
+            left = left + (level_pair(word0, word1, word2, PAIR + pair, BITS, BFLOAT16, INTERPRETED),)  # type: ignore[assignment]
     return left
 
 
@@ -321,17 +312,17 @@ def _scaled(
             zero = field.to(tl.float32, bitcast=True) - 8388608.0
         for row in tl.static_range(2):
             products = sums[2 * half + row] - MAGIC * plain_sums[row]
-            new_total = new_total + (total[2 * half + row] + scale * (FACTOR * products - zero * plain_sums[2 + row]),)
+            new_total = new_total + (total[2 * half + row] + scale * (FACTOR * products - zero * plain_sums[2 + row]),)  # type: ignore[assignment]
     return new_total
 
 
 @triton.jit
 def _over_warps(sums, WARPS: tl.constexpr):
     """Eight tensors with an element per thread, added up over the warps."""
-    s = ()
+    parts = ()
     for i in tl.static_range(8):
-        s = s + (tl.reshape(sums[i], (WARPS, 32)),)
-    return tl.reduce((s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]), 0, _add_eight)
+        parts = parts + (tl.reshape(sums[i], (WARPS, 32)),)  # type: ignore[assignment]
+    return tl.reduce(parts, 0, _add_eight)
 
 
 @triton.jit
@@ -357,7 +348,7 @@ def _load_two(pointers, mask):
 
 @triton.jit
 def _prefetch(pointers):
-    """Have the L2 cache fetch what pointers point to. Like any cache of all multiprocessors, it is never out of date."""
+    """Have the L2 cache, which is never out of date, fetch what pointers point to."""
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
     )

@@ -15,15 +15,16 @@ KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
 _DEQUANTIZE_ROWS = 1024
-# Rows that the tensor cores take with hardly more effort than one.
-_GEMV_ROWS = 16
-
-# Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor.
-_GEMV_TILES = ((8, 1, True, 2), (8, 2, False, 2), (4, 2, True, 3), (4, 1, True, 4), (4, 1, False, 4))
-# Most rows and columns per tile, thread blocks per output tile, warps, stages, by the largest number of rows that they
-# serve.
+# Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor; by the largest number of rows
+# that they serve.
+_GEMV_TILES = {
+    16: ((4, 2, True, 2), (4, 2, True, 4), (8, 1, True, 2), (8, 2, False, 2), (4, 1, True, 4)),
+    32: ((4, 1, True, 2), (4, 1, False, 2), (8, 1, True, 2)),
+}
+# Most rows and columns per tile, thread blocks per output tile, warps, stages; likewise. Up to 32 rows they are for
+# group sizes that the other kernel does not take.
 _GEMM_TILES = {
-    16: ((16, 64, 8, 4, 3), (16, 64, 4, 4, 3), (16, 64, 1, 4, 4)),
+    32: ((32, 64, 4, 4, 3),),
     64: ((64, 64, 4, 4, 3), (64, 64, 1, 4, 4), (64, 128, 4, 8, 4)),
     1024: ((256, 128, 1, 8, 3), (256, 128, 2, 8, 3), (128, 128, 1, 8, 3), (128, 128, 2, 8, 3)),
 }
@@ -74,41 +75,34 @@ def _candidates(
     from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm
     from lkq_hf.kernels.quantized_gemv_triton import chunk_features, quantized_gemv
 
-    *_, bits, group_size, _sym = weight
-    candidates: list[Callable[[], Tensor]] = []
+    qweight, *_, bits, group_size, _sym = weight
     chunk = chunk_features(bits, group_size)
-    if bucket <= _GEMV_ROWS and chunk is not None:
-        columns, chunks = weight[0].shape[1], ceil_div(x.shape[1], chunk)
-        for num_warps, column_tiles, prefetch, blocks in _GEMV_TILES:
-            splits = round(blocks * multiprocessors(x.device) / ceil_div(columns, 32 * column_tiles))
-            candidates.append(
-                partial(
-                    quantized_gemv,
-                    x,
-                    *weight,
-                    num_warps=num_warps,
-                    column_tiles=column_tiles,
-                    prefetch=prefetch,
-                    split_k=max(1, min(splits, chunks // num_warps)),
-                )
-            )
-    if not candidates:
-        most = next(rows for rows in _GEMM_TILES if bucket <= rows)
-        tiles = dict.fromkeys((min(max(bucket, 16), block_m), *tile) for block_m, *tile in _GEMM_TILES[most])
-        candidates += [
-            partial(
-                quantized_gemm,
-                x,
-                *weight,
-                block_m=block_m,
-                block_n=block_n,
-                split_k=split_k,
-                num_warps=num_warps,
-                num_stages=num_stages,
-            )
-            for block_m, block_n, split_k, num_warps, num_stages in tiles
-        ]
-    return candidates
+    if chunk is not None and bucket <= max(_GEMV_TILES):
+        candidates: list[Callable[[], Tensor]] = []
+        for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
+            splits = round(blocks * multiprocessors(x.device) / ceil_div(qweight.shape[1], 32 * column_tiles))
+            splits = max(1, min(splits, x.shape[1] // chunk // num_warps))
+            options = {"num_warps": num_warps, "column_tiles": column_tiles, "prefetch": prefetch, "split_k": splits}
+            candidates.append(partial(quantized_gemv, x, *weight, **options))
+        return candidates
+    tiles = dict.fromkeys((min(max(bucket, 16), block_m), *tile) for block_m, *tile in _tiles(_GEMM_TILES, bucket))
+    return [
+        partial(
+            quantized_gemm,
+            x,
+            *weight,
+            block_m=block_m,
+            block_n=block_n,
+            split_k=split_k,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        for block_m, block_n, split_k, num_warps, num_stages in tiles
+    ]
+
+
+def _tiles(table: dict[int, tuple], rows: int) -> tuple:
+    return table[min(most for most in table if rows <= most)]
 
 
 @quantized_matmul.register_fake

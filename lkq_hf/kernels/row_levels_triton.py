@@ -25,8 +25,8 @@ def row_levels(word0, word1, word2, zero, BITS: tl.constexpr, DTYPE: tl.constexp
         for pair in tl.static_range(row_features(BITS) // 2):
             first = field_value(word0, word1, word2, 2 * pair, BITS) | 0x4B000000
             second = field_value(word0, word1, word2, 2 * pair + 1, BITS) | 0x4B000000
-            even = even + ((first.to(tl.float32, bitcast=True) - offset).to(DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
-            odd = odd + ((second.to(tl.float32, bitcast=True) - offset).to(DTYPE),)  # type: ignore[assignment]  # noqa: RUF005
+            even = even + ((first.to(tl.float32, bitcast=True) - offset).to(DTYPE),)  # type: ignore[assignment]
+            odd = odd + ((second.to(tl.float32, bitcast=True) - offset).to(DTYPE),)  # type: ignore[assignment]
         return tl.join(_interleave(even, BITS), _interleave(odd, BITS))
     else:
         MAGIC: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
