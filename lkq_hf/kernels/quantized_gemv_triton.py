@@ -104,7 +104,6 @@ def _gemv_kernel(
             COLUMN_TILES,
             INTERPRETED,
         )
-        chunk += WARPS
     lane = tl.arange(0, 32)
     for row_tile in tl.static_range(ROW_TILES):
         for tile in tl.static_range(COLUMN_TILES):
