@@ -2,7 +2,7 @@
 
 The weight is the left operand, which the tensor cores read from registers; on the way from packed words to the order
 in which they read them, Triton takes it through shared memory. A tile holds input features of one group, so that
-integers less zero points, which half precision holds exactly, are multiplied first, and the sums are scaled in float32.
+integers less zero points, which half precision holds exactly, are multiplied first, and sums are scaled in float32.
 """
 
 import triton
