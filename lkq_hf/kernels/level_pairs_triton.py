@@ -1,7 +1,7 @@
 """Packed rows as pairs of half precision numbers for :mod:`~lkq_hf.kernels.mma_triton`, inside a Triton kernel.
 
 A pair is two fields of one packed row, cut out of its words by one shift and one bit operation. The operation also
-puts the fields into the mantissas of a number *magic*, 128 in bfloat16 and 1,024 in float16, which makes the half
+puts the fields into the mantissas of a number *magic*, 2**7 in bfloat16 and 2**10 in float16, which makes the half
 ``magic + 2**position * q``, without a conversion from integers. The product with an activation divided by
 ``2**position`` is then ``q x`` and a multiple of the activation, of which :func:`plain_pairs` gets the sum.
 
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from lkq_hf.kernels.mma_triton import times_pair
+from lkq_hf.kernels.packed_fields_triton import half_powers, magic_exponent
 
 # Per pair: its word, the shift to the right, the mask, its features, the positions of both, whether a sum over
 # activations counts these features (at 8 bits each has two fields). Word 3 stands for the pair that lies across words.
@@ -45,19 +46,13 @@ def _pairs(bits, bfloat16):
 @triton.constexpr_function
 def pair_count(bits):
     """Pairs of a packed row."""
-    return {2: 8, 3: 16, 4: 4, 8: 4}[bits]
+    return len(_pairs(bits, False))
 
 
 @triton.constexpr_function
 def level_factor(bits):
     """What products of levels and activations have still to be multiplied by."""
     return 16.0 if bits == 8 else 1.0
-
-
-@triton.constexpr_function
-def magic_number(bfloat16):
-    """What every half of a pair exceeds its field by."""
-    return 128.0 if bfloat16 else 1024.0
 
 
 @triton.jit
@@ -74,7 +69,7 @@ def level_pair(
     WORD: tl.constexpr = _word(PAIR, BITS, BFLOAT16)
     SHIFT: tl.constexpr = _shift(PAIR, BITS, BFLOAT16)
     MASK: tl.constexpr = _mask(PAIR, BITS, BFLOAT16)
-    MAGIC: tl.constexpr = 0x43004300 if BFLOAT16 else 0x64006400
+    MAGIC: tl.constexpr = half_powers(magic_exponent(BFLOAT16), magic_exponent(BFLOAT16), BFLOAT16)
     if WORD == 3:
         lower = ((word0 >> 29) & 0x6) | ((word1 << 3) & 0x8)
         upper = ((word1 >> 15) & 0x10000) | ((word2 << 17) & 0x60000)
@@ -126,7 +121,7 @@ def activation_pair(
 @triton.jit
 def plain_pairs(like, FIRST: tl.constexpr, SECOND: tl.constexpr, BITS: tl.constexpr, BFLOAT16: tl.constexpr):
     """A left operand for two pairs: rows 0 to 7 sum what activation pairs hold, rows 8 to 15 the activations."""
-    ONES: tl.constexpr = _one(BFLOAT16)
+    ONES: tl.constexpr = half_powers(0, 0, BFLOAT16)
     FIRST_POWERS: tl.constexpr = _powers(FIRST, 1, BITS, BFLOAT16)
     SECOND_POWERS: tl.constexpr = _powers(SECOND, 1, BITS, BFLOAT16)
     ones = tl.full(like.shape, ONES, tl.int32)
@@ -169,14 +164,7 @@ def _powers(pair, sign, bits, bfloat16):
     _, _, _, _, positions, counted = _pairs(bits, bfloat16)[pair]
     if sign > 0 and not counted:
         return 0
-    exponent_bias, mantissa_bits = (127, 7) if bfloat16 else (15, 10)
-    low, high = ((exponent_bias + sign * position) << mantissa_bits for position in positions)
-    return low | (high << 16)
-
-
-@triton.constexpr_function
-def _one(bfloat16):
-    return 0x3F803F80 if bfloat16 else 0x3C003C00
+    return half_powers(sign * positions[0], sign * positions[1], bfloat16)
 
 
 @triton.constexpr_function

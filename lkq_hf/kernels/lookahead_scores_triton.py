@@ -7,7 +7,6 @@ rows of a KV head share a tile, so that grouped-query heads fill the tensor core
 instruction.
 """
 
-import functools
 import math
 
 import torch
@@ -15,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import ceil_div, interpreting, next_power_of_2
+from lkq_hf.kernels.dispatch import ceil_div, interpreting, multiprocessors, next_power_of_2
 
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
@@ -115,11 +114,10 @@ def _tile_sizes(block_d: int, element_size: int, group_rows: int) -> tuple[int, 
     return min(rows, 16384 // block_d, 128), min(128, max(64, 8192 // block_d)), 3 if block_d <= 128 else 2
 
 
-@functools.cache
 def _resident_programs(device: torch.device) -> int:
     if device.type != "cuda":
         return 32  # interpreted: enough for several splits
-    return 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return 2 * multiprocessors(device)
 
 
 @triton.jit

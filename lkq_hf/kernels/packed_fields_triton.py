@@ -20,6 +20,19 @@ def row_words(bits):
     return 3 if bits == 3 else 1
 
 
+@triton.constexpr_function
+def magic_exponent(bfloat16):
+    """How many mantissa bits a half has: ``2**that`` plus a small integer has the integer in its lowest bits."""
+    return 7 if bfloat16 else 10
+
+
+@triton.constexpr_function
+def half_powers(low, high, bfloat16):
+    """The bits of ``2**low`` in the lower half of a register, and of ``2**high`` in the upper one."""
+    bias, mantissa_bits = (127, 7) if bfloat16 else (15, 10)
+    return ((bias + low) << mantissa_bits) | ((bias + high) << mantissa_bits << 16)
+
+
 @triton.jit
 def load_words(pointers, mask, columns, BITS: tl.constexpr):
     """The three words of packed rows, of which ``pointers`` are to the first; a row of one word has it three times."""

@@ -20,12 +20,11 @@ from lkq_hf.kernels.level_pairs_triton import (
     activation_pair,
     level_factor,
     level_pair,
-    magic_number,
     pair_count,
     plain_pairs,
 )
 from lkq_hf.kernels.mma_triton import mma
-from lkq_hf.kernels.packed_fields_triton import row_features, row_words
+from lkq_hf.kernels.packed_fields_triton import magic_exponent, row_features, row_words
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
@@ -65,11 +64,11 @@ def _gemv_kernel(
     if DEPENDENT:
         gdc_launch_dependents()
         # Unlike the activations, the weight is there before the kernel ahead of this one is done.
-        for row in tl.static_range(CHUNK // FEATURES // 4 * row_words(BITS)):
-            packed_row = (chunk * (CHUNK // FEATURES) + lane % 4) * row_words(BITS) + 4 * row
-            packed_row = tl.minimum(packed_row, in_features // FEATURES * row_words(BITS) - 1)
+        LINES: tl.constexpr = CHUNK // FEATURES * row_words(BITS)
+        for four in tl.static_range(LINES // 4):
+            line = tl.minimum(chunk * LINES + 4 * four + lane % 4, in_features // FEATURES * row_words(BITS) - 1)
             for tile in tl.static_range(COLUMN_TILES):
-                _prefetch(qweight + packed_row * columns + tl.minimum(column + 32 * tile, columns - 4))
+                _prefetch(qweight + line * columns + tl.minimum(column + 32 * tile, columns - 4))
         gdc_wait()
     total = (tl.zeros((32 * WARPS,), tl.float32),) * (8 * ROW_TILES * COLUMN_TILES)
     sources = (x, qweight, qzeros, scales)
@@ -290,22 +289,23 @@ def _scaled(
     BFLOAT16: tl.constexpr,
 ):
     """``total`` plus scale times (sum of q x - zero point * sum of x)."""
-    MAGIC: tl.constexpr = magic_number(BFLOAT16)
+    MAGIC: tl.constexpr = 2.0 ** magic_exponent(BFLOAT16)
     FACTOR: tl.constexpr = level_factor(BITS)
+    if not SYM:
+        offset = column * BITS % 32
+        word = scales[2]
+        if BITS == 3:
+            # Four fields are 12 bits. In the second word is what the first one has no room for.
+            low = (word >> offset) & (2147483647 >> (offset - 1))
+            word = tl.where(offset == 0, word, low | (scales[3] << (32 - offset)))
+        elif BITS < 8:
+            word = word >> offset
     new_total = ()
     for half in tl.static_range(2):
         scale = (scales[OPERAND] >> (16 * half)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
         if SYM:
             zero = 2.0 ** (BITS - 1)
         else:
-            offset = column * BITS % 32
-            word = scales[2]
-            if BITS == 3:
-                # Four fields are 12 bits. In the second word is what the first one has no room for.
-                low = (word >> offset) & (2147483647 >> (offset - 1))
-                word = tl.where(offset == 0, word, low | (scales[3] << (32 - offset)))
-            elif BITS < 8:
-                word = word >> offset
             # The bit pattern of 2**23 + q is that of 2**23 with q in its lowest bits.
             field = ((word >> (BITS * (2 * OPERAND + half))) & (2**BITS - 1)) | 0x4B000000
             zero = field.to(tl.float32, bitcast=True) - 8388608.0
@@ -370,6 +370,7 @@ def quantized_gemv(
     group_size: int,
     sym: bool,
     *,
+    chunk: int,
     num_warps: int,
     column_tiles: int,
     prefetch: bool,
@@ -378,6 +379,7 @@ def quantized_gemv(
     """``x`` `[rows, in_features]`, contiguous, times the packed weight: `[rows, out_features]`.
 
     Args:
+        chunk: what :func:`chunk_features` says.
         num_warps: warps of a thread block.
         column_tiles: 32 columns each, of a thread block.
         prefetch: whether a warp loads its next chunk before it multiplies.
@@ -385,8 +387,6 @@ def quantized_gemv(
     """
     rows, in_features = x.shape
     columns = qweight.shape[1]
-    chunk = chunk_features(bits, group_size)
-    assert chunk is not None, (bits, group_size)
     chunks = ceil_div(in_features, chunk)
     if x.data_ptr() % 16:  # a view from the middle of other activations
         x = x.clone()

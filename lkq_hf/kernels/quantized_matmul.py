@@ -1,7 +1,7 @@
 """Activations times a group-wise quantised weight in the GPTQ layout."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -72,33 +72,44 @@ def _candidates(
     x: Tensor, weight: tuple[Tensor, Tensor, Tensor, int, int, bool], bucket: int
 ) -> list[Callable[[], Tensor]]:
     """Every way worth trying to multiply `[rows, in_features]` activations, ``rows`` rounded up to ``bucket``."""
+    qweight, *_, bits, group_size, _sym = weight
+    ways = _ways(x.device, bits, group_size, x.shape[1], qweight.shape[1], bucket)
+    return [partial(kernel, x, *weight, **options) for kernel, options in ways]
+
+
+@cache  # every product asks
+def _ways(
+    device: torch.device, bits: int, group_size: int, in_features: int, columns: int, bucket: int
+) -> list[tuple[Callable[..., Tensor], dict[str, Any]]]:
+    """Kernels and their options."""
     from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm
     from lkq_hf.kernels.quantized_gemv_triton import chunk_features, quantized_gemv
 
-    qweight, *_, bits, group_size, _sym = weight
+    ways: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
     chunk = chunk_features(bits, group_size)
     if chunk is not None and bucket <= max(_GEMV_TILES):
-        candidates: list[Callable[[], Tensor]] = []
         for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
-            splits = round(blocks * multiprocessors(x.device) / ceil_div(qweight.shape[1], 32 * column_tiles))
-            splits = max(1, min(splits, x.shape[1] // chunk // num_warps))
-            options = {"num_warps": num_warps, "column_tiles": column_tiles, "prefetch": prefetch, "split_k": splits}
-            candidates.append(partial(quantized_gemv, x, *weight, **options))
-        return candidates
-    tiles = dict.fromkeys((min(max(bucket, 16), block_m), *tile) for block_m, *tile in _tiles(_GEMM_TILES, bucket))
-    return [
-        partial(
-            quantized_gemm,
-            x,
-            *weight,
-            block_m=block_m,
-            block_n=block_n,
-            split_k=split_k,
-            num_warps=num_warps,
-            num_stages=num_stages,
-        )
-        for block_m, block_n, split_k, num_warps, num_stages in tiles
-    ]
+            splits = round(blocks * multiprocessors(device) / ceil_div(columns, 32 * column_tiles))
+            options = {
+                "chunk": chunk,
+                "num_warps": num_warps,
+                "column_tiles": column_tiles,
+                "prefetch": prefetch,
+                "split_k": max(1, min(splits, in_features // chunk // num_warps)),
+            }
+            ways.append((quantized_gemv, options))
+        return ways
+    for block_m, block_n, split_k, num_warps, num_stages in _tiles(_GEMM_TILES, bucket):
+        options = {
+            "block_m": min(max(bucket, 16), block_m),
+            "block_n": block_n,
+            "split_k": split_k,
+            "num_warps": num_warps,
+            "num_stages": num_stages,
+        }
+        if (quantized_gemm, options) not in ways:
+            ways.append((quantized_gemm, options))
+    return ways
 
 
 def _tiles(table: dict[int, tuple], rows: int) -> tuple:

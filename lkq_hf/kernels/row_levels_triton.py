@@ -7,7 +7,7 @@ PTX, which Triton has no words for. Where it is interpreted, and at 8 bits, Trit
 import triton
 import triton.language as tl
 
-from lkq_hf.kernels.packed_fields_triton import field_value, row_features, row_words
+from lkq_hf.kernels.packed_fields_triton import field_value, half_powers, magic_exponent, row_features, row_words
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def row_levels(word0, word1, word2, zero, BITS: tl.constexpr, DTYPE: tl.constexp
             odd = odd + ((second.to(tl.float32, bitcast=True) - offset).to(DTYPE),)  # type: ignore[assignment]
         return tl.join(_interleave(even, BITS), _interleave(odd, BITS))
     else:
-        MAGIC: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
+        MAGIC: tl.constexpr = 2.0 ** magic_exponent(tl.bfloat16 == DTYPE)
         minus = (-MAGIC - zero).to(DTYPE).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         minus = tl.broadcast_to((minus | (minus << 16))[:, None], word0.shape)
         asm: tl.constexpr = _level_pairs_asm(BITS, tl.bfloat16 == DTYPE)
@@ -55,16 +55,15 @@ def _level_pairs_asm(bits, bfloat16):
     """
     pairs, words = row_features(bits) // 2, row_words(bits)
     word = [f"${pairs + i}" for i in range(words)]
-    if bfloat16:
-        magic, one, kind = "0x43004300", "0x3F803F80", "bf16x2"
-    else:
-        magic, one, kind = "0x64006400", "0x3C003C00", "f16x2"
+    exponent = magic_exponent(bfloat16)
+    magic, one = half_powers(exponent, exponent, bfloat16), half_powers(0, 0, bfloat16)
+    kind = "bf16x2" if bfloat16 else "f16x2"
     mask = (2**bits - 1) * 0x10001
 
     def level(target):
-        return f"lop3.b32 t, t, {mask:#x}, {magic}, 0xEA; fma.rn.{kind} {target}, t, one, ${pairs + words};"
+        return f"lop3.b32 t, t, {mask:#x}, {magic:#x}, 0xEA; fma.rn.{kind} {target}, t, one, ${pairs + words};"
 
-    lines = [f".reg .b32 t, one; mov.b32 one, {one};"]
+    lines = [f".reg .b32 t, one; mov.b32 one, {one:#x};"]
     if bits == 4:
         for j in range(pairs):
             lines.append(f"prmt.b32 t, {word[0]}, 0, 0x444{j}; mul.lo.u32 t, t, 0x1001; {level(f'${j}')}")
