@@ -185,7 +185,7 @@ def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: tor
     weight = packed_weight(bits, group_size, sym, out_features, in_features)
     for candidate in _candidates(torch.randn(rows, in_features, device="cuda", dtype=dtype), weight, rows):
         with contextlib.suppress(OutOfResources):
-            candidate()
+            candidate(*weight[:3])
 
 
 def compile_in_parallel(all_bits: list[int], all_rows: list[int]) -> None:

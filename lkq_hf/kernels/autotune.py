@@ -7,7 +7,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import interpreting
+from lkq_hf.kernels.dispatch import ceil_div, interpreting
 
 _fastest: dict[Hashable, int] = {}
 
@@ -17,7 +17,9 @@ _TOLERANCE = 0.02
 _CYCLES_PER_SECOND = 2e9
 
 
-def run_fastest(key: Hashable, candidates: Sequence[Callable[[], Tensor]], plain: Callable[[], Tensor]) -> Tensor:
+def run_fastest(
+    key: Hashable, candidates: Sequence[Callable[..., Tensor]], plain: Callable[..., Tensor], weight: Sequence[Tensor]
+) -> Tensor:
     """Run the way that was fastest when ``key`` was first seen; that first time, all are run, compared and timed.
 
     Compilers of kernels have faults of their own: a candidate whose result is not that of ``plain`` on this GPU is not
@@ -26,20 +28,22 @@ def run_fastest(key: Hashable, candidates: Sequence[Callable[[], Tensor]], plain
 
     Args:
         key: everything on which the choice depends.
-        candidates: the ways to try.
-        plain: the way that is always right, and one of the choices.
+        candidates: the ways to try; each takes the tensors of ``weight``.
+        plain: the way that is always right, and one of the choices; likewise.
+        weight: what is read from memory. To time the ways it is copied, to twice the size of the L2 cache together.
     """
     if interpreting():
-        return candidates[0]()
+        return candidates[0](*weight)
     if key not in _fastest:
         if torch.cuda.is_current_stream_capturing():
-            return plain()
-        expected = plain()
-        times = [_milliseconds(candidate, expected) for candidate in (*candidates, plain)]
+            return plain(*weight)
+        expected = plain(*weight)
+        weights = _copies(weight)
+        times = [_milliseconds(candidate, weights, expected) for candidate in (*candidates, plain)]
         if min(times) == float("inf"):  # inputs that are not finite tell nothing
             return expected
         _fastest[key] = times.index(min(times))
-    return (*candidates, plain)[_fastest[key]]()
+    return (*candidates, plain)[_fastest[key]](*weight)
 
 
 def choices() -> dict[Hashable, int]:
@@ -47,40 +51,54 @@ def choices() -> dict[Hashable, int]:
     return dict(_fastest)
 
 
-def _milliseconds(candidate: Callable[[], Tensor], expected: Tensor) -> float:
+def _milliseconds(candidate: Callable[..., Tensor], weights: Sequence[Sequence[Tensor]], expected: Tensor) -> float:
     """Infinite if the GPU cannot run the candidate, or its result is wrong."""
     from triton.runtime.errors import OutOfResources
 
     try:
-        error = (candidate().float() - expected.float()).abs().max()
+        error = (candidate(*weights[0]).float() - expected.float()).abs().max()
     except OutOfResources:  # a tile that this GPU's shared memory or registers cannot hold
         return float("inf")
     if not error <= _TOLERANCE * expected.float().abs().max():
         return float("inf")
-    return time_on_gpu(candidate)
+    return time_on_gpu(candidate, weights)
 
 
-def time_on_gpu(run: Callable[[], object], repeats: int = 10) -> float:
-    """Median milliseconds that the GPU takes for what ``run`` launches, from memory rather than from its L2 cache.
+def _copies(weight: Sequence[Tensor]) -> list[Sequence[Tensor]]:
+    """``weight`` and so many copies that going through them reads memory, not the L2 cache."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in weight)
+    cache = torch.cuda.get_device_properties(weight[0].device).L2_cache_size
+    return [weight, *([tensor.clone() for tensor in weight] for _ in range(2 * cache // size))]
 
-    A host is often slower in launching a kernel than a GPU in running it. So the GPU is kept busy until all repeats
-    are launched: then it goes through them without waiting.
+
+def time_on_gpu(run: Callable[..., object], inputs: Sequence[Sequence[Tensor]], rounds: int = 5) -> float:
+    """Milliseconds that the GPU takes for what ``run`` launches, one run following another: the median of ``rounds``.
+
+    That is how layers follow each other. Alone between two events, kernels that may start before the one ahead of them
+    ends look slower than they are, and their order changes. A host is often slower in launching a kernel than a GPU in
+    running it, so the GPU is kept busy until all are launched.
+
+    Args:
+        run: takes the tensors of one of ``inputs``.
+        inputs: what the runs take, in turn.
+        rounds: each at least ten runs.
     """
-    cache = torch.cuda.get_device_properties().L2_cache_size
-    flushed = torch.empty(2 * cache, dtype=torch.int8, device="cuda")
-    events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(repeats)]
+    runs = [*inputs] * ceil_div(10, len(inputs))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
     def launch_all() -> None:
-        for start, end in events:
-            flushed.zero_()
-            start.record()
-            run()
-            end.record()
+        for tensors in runs:
+            run(*tensors)
 
-    began = time.perf_counter()
-    launch_all()
-    launching = time.perf_counter() - began
-    torch.cuda._sleep(int(2 * launching * _CYCLES_PER_SECOND))
-    launch_all()
-    events[-1][1].synchronize()
-    return median(start.elapsed_time(end) for start, end in events)
+    times = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        launch_all()
+        launching = time.perf_counter() - began
+        torch.cuda._sleep(int(2 * launching * _CYCLES_PER_SECOND))
+        start.record()
+        launch_all()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(runs))
+    return median(times)

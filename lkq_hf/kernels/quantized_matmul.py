@@ -63,18 +63,25 @@ def quantized_matmul(
     # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
     bucket = 1 << (rows - 1).bit_length()
     key = (x.device, x.dtype, bits, group_size, sym, *qweight.shape, bucket)
+
+    def plain(*tensors: Tensor) -> Tensor:
+        return flat @ dequantize(*tensors, bits, group_size, sym, flat.dtype)
+
     with torch.cuda.device_of(qweight):
-        y = run_fastest(key, _candidates(flat, weight, bucket), lambda: flat @ dequantize(*weight, flat.dtype))
+        y = run_fastest(key, _candidates(flat, weight, bucket), plain, weight[:3])
     return y.view(*x.shape[:-1], -1)
 
 
 def _candidates(
     x: Tensor, weight: tuple[Tensor, Tensor, Tensor, int, int, bool], bucket: int
-) -> list[Callable[[], Tensor]]:
-    """Every way worth trying to multiply `[rows, in_features]` activations, ``rows`` rounded up to ``bucket``."""
-    qweight, *_, bits, group_size, _sym = weight
+) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Every way worth trying to multiply `[rows, in_features]` activations, ``rows`` rounded up to ``bucket``.
+
+    They take the tensors of a weight like ``weight``.
+    """
+    qweight, *_, bits, group_size, sym = weight
     ways = _ways(x.device, bits, group_size, x.shape[1], qweight.shape[1], bucket)
-    return [partial(kernel, x, *weight, **options) for kernel, options in ways]
+    return [partial(kernel, x, bits=bits, group_size=group_size, sym=sym, **options) for kernel, options in ways]
 
 
 @cache  # every product asks
