@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lkq_hf.kernels.mma_triton import times_pair
-from lkq_hf.kernels.packed_fields_triton import half_powers, magic_exponent
+from lkq_hf.kernels.packed_fields_triton import and_or, half_powers, magic_exponent
 
 # Per pair: its word, the shift to the right, the mask, its features, the positions of both, whether a sum over
 # activations counts these features (at 8 bits each has two fields). Word 3 stands for the pair that lies across words.
@@ -85,13 +85,7 @@ def level_pair(
             fields = fields >> SHIFT
         elif SHIFT < 0:
             fields = fields << -SHIFT
-    if INTERPRETED:
-        return (fields & MASK) | MAGIC
-    else:
-        # Triton's compiler would make two instructions of it.
-        ASM: tl.constexpr = _and_or_asm(MASK)
-        magic = tl.full(fields.shape, MAGIC, tl.int32)
-        return tl.inline_asm_elementwise(ASM, "=r,r,r", [fields, magic], dtype=tl.int32, is_pure=True, pack=1)
+    return and_or(fields, MASK, MAGIC, INTERPRETED)
 
 
 @triton.jit
@@ -165,11 +159,6 @@ def _powers(pair, sign, bits, bfloat16):
     if sign > 0 and not counted:
         return 0
     return half_powers(sign * positions[0], sign * positions[1], bfloat16)
-
-
-@triton.constexpr_function
-def _and_or_asm(mask):
-    return f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;"
 
 
 @triton.constexpr_function

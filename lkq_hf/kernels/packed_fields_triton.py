@@ -70,12 +70,44 @@ def _words_of(word0, word1, word2, FIELD: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def load_zeros(qzeros, group, column, mask, columns, BITS: tl.constexpr):
     """Zero points of ``(group, column)`` pairs as float32; ``group``, ``column`` and ``mask`` broadcast together."""
+    word, above = load_zero_words(qzeros, group, column, mask, columns, BITS)
+    return zero_values(word, above, column, BITS)
+
+
+@triton.jit
+def load_zero_words(qzeros, group, column, mask, columns, BITS: tl.constexpr):
+    """The words with the zero points of :func:`load_zeros`, and those above them, which are read only at 3 bits."""
     bit = column * BITS
-    offset = bit % 32
     pointers = qzeros + group * (columns * BITS // 32) + bit // 32
-    value = tl.load(pointers, mask=mask, other=0) >> offset
+    word = tl.load(pointers, mask=mask, other=0)
+    above = word
+    if BITS == 3:
+        above = tl.load(pointers + 1, mask=mask & (bit % 32 > 29), other=0)
+    return word, above
+
+
+@triton.jit
+def zero_values(word, above, column, BITS: tl.constexpr):
+    """The zero points of :func:`load_zeros` from the words of :func:`load_zero_words`."""
+    offset = column * BITS % 32
+    value = word >> offset
     if BITS == 3:
         known = (32 - offset) & 31
-        above = tl.load(pointers + 1, mask=mask & (offset > 29), other=0)
         value = tl.where(offset > 29, (value & ((1 << known) - 1)) | (above << known), value)
     return (value & (2**BITS - 1)).to(tl.float32)
+
+
+@triton.jit
+def and_or(word, MASK: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``(word & MASK) | BITS``, of which Triton's compiler would make two instructions."""
+    if INTERPRETED:
+        return (word & MASK) | BITS
+    else:
+        ASM: tl.constexpr = _and_or_asm(MASK)
+        bits = tl.full(word.shape, BITS, tl.int32)
+        return tl.inline_asm_elementwise(ASM, "=r,r,r", [word, bits], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.constexpr_function
+def _and_or_asm(mask):
+    return f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;"

@@ -1,22 +1,32 @@
 """Up to a few hundred activation rows times a packed weight, on the tensor cores.
 
-The weight is the left operand, which the tensor cores read from registers; on the way from packed words to the order
-in which they read them, Triton takes it through shared memory. A tile holds input features of one group, so that
-integers less zero points, which half precision holds exactly, are multiplied first, and sums are scaled in float32.
+The weight is the left operand, which the tensor cores read from registers. Its features keep their order: the four
+threads that hold a column's share of an operand read the same words, and each turns its own pairs of fields to the
+place in a float32 mantissa from which they are numbers at once. So fields need no sorting, and the compiler no
+shared memory between packed words and tensor cores, which multiply one tile while the next is unpacked.
+
+A tile holds input features of one group; its scales and zero points are loaded one tile ahead.
 """
 
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from lkq_hf.kernels.dispatch import ceil_div, interpreting
-from lkq_hf.kernels.packed_fields_triton import load_words, load_zeros, row_features, row_words
-from lkq_hf.kernels.row_levels_triton import row_levels
+from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
+from lkq_hf.kernels.packed_fields_triton import (
+    and_or,
+    load_words,
+    load_zero_words,
+    row_features,
+    row_words,
+    zero_values,
+)
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
 # Specialising these would compile again for another number of rows or another layer and gain nothing.
-@triton.jit(do_not_specialize=["m_rows", "tiles", "tiles_per_group", "tiles_per_split"])
+@triton.jit(do_not_specialize=["m_rows", "tiles", "groups", "tiles_per_group", "tiles_per_split"])
 def _gemm_kernel(
     x,
     qweight,
@@ -27,19 +37,19 @@ def _gemm_kernel(
     columns,
     in_features,
     tiles,
+    groups,
     tiles_per_group,
     tiles_per_split,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
-    SCALE_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     ROWS: tl.constexpr = BLOCK_K // row_features(BITS)
-    DTYPE: tl.constexpr = x.dtype.element_ty
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < columns
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
@@ -48,26 +58,98 @@ def _gemm_kernel(
     first = tl.program_id(2) * tiles_per_split
     end = tl.minimum(first + tiles_per_split, tiles)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    # The group of the next tile, counted: a division would be a large part of the integer arithmetic of a tile.
+    group = first // tiles_per_group
+    left_in_group = tiles_per_group - first % tiles_per_group
+    next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM)
+    if DEPENDENT:
+        gdc_launch_dependents()
+        gdc_wait()
     for tile in tl.range(first, end, num_stages=STAGES):
-        words = qweight + (tile * ROWS + row) * (row_words(BITS) * columns) + column[:, None]
+        words = (
+            qweight + tile * (ROWS * row_words(BITS) * columns) + (row * (row_words(BITS) * columns) + column[:, None])
+        )
         word0, word1, word2 = load_words(words, inside[:, None], columns, BITS)
-        group = tile // tiles_per_group
-        scale = tl.load(scales + group * columns + column, mask=inside, other=0.0).to(tl.float32)[:, None]
+        scale, zero_word, zero_above = next_grid
+        # Without a branch: Triton's compiler would move it, and the loads, to the end of the loop.
+        ends = left_in_group == 1
+        left_in_group = tl.where(ends, tiles_per_group, left_in_group - 1)
+        group = tl.where(ends, tl.minimum(group + 1, groups - 1), group)
+        next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM)
         if SYM:
             zero = tl.full((BLOCK_N,), 2.0 ** (BITS - 1), tl.float32)
         else:
-            zero = load_zeros(qzeros, group, column, inside, columns, BITS)
-        levels = row_levels(word0, word1, word2, zero, BITS, DTYPE, INTERPRETED)
-        weight = tl.reshape(levels, (BLOCK_N, BLOCK_K))
-        # The second condition gives the mask the tile's shape, without which it would not be loaded asynchronously.
-        mask = (m < m_rows) & (feature >= 0)
-        activation = tl.load(x + m * in_features + tile * BLOCK_K + feature, mask=mask, other=0.0)
-        if SCALE_WEIGHT:
-            total = tl.dot((weight.to(tl.float32) * scale).to(DTYPE), activation, total)
-        else:
-            total += tl.dot(weight, activation) * scale
+            zero = zero_values(zero_word, zero_above, column, BITS)
+        even, odd = _field_pairs(word0, word1, word2, scale.to(tl.float32), zero, BITS, INTERPRETED)
+        DTYPE: tl.constexpr = x.dtype.element_ty
+        weight = tl.reshape(tl.join(even.to(DTYPE), odd.to(DTYPE)), (BLOCK_N, BLOCK_K))
+        activation = tl.load(x + tile * BLOCK_K + (tl.minimum(m, m_rows - 1) * in_features + feature))
+        total = tl.dot(weight, activation, total)
     target = partial + (tl.program_id(2) * m_rows + m) * columns + column[:, None]
     tl.store(target, total.to(partial.dtype.element_ty), mask=(m < m_rows) & inside[:, None])
+
+
+@triton.jit
+def _load_grid(qzeros, scales, group, column, inside, columns, BITS: tl.constexpr, SYM: tl.constexpr):
+    """Scales of a group, and the words with its zero points."""
+    scale = tl.load(scales + group * columns + column, mask=inside, other=0.0)
+    if SYM:
+        return scale, column, column  # not read
+    else:
+        word, above = load_zero_words(qzeros, group, column, inside, columns, BITS)
+        return scale, word, above
+
+
+@triton.jit
+def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """Fields 2j and fields 2j + 1 of packed rows as ``scale * (q - zero)``, each float32 `[columns, rows, pairs]`.
+
+    The words are `[columns, rows]`, ``scale`` and ``zero`` `[columns]`.
+
+    A float32 of exponent e whose mantissa has a field at bit 23 - e is 2**e + q. Both exponents are small enough for
+    one multiply-add to be as good as a subtraction and a multiplication: it is off by less than 2**-16 of the scale.
+    """
+    pair = tl.arange(0, row_features(BITS) // 2)[None, None, :]
+    UPPER: tl.constexpr = 23 - BITS  # where the mantissa's highest field begins
+    LOWER: tl.constexpr = UPPER if BITS == 8 else UPPER - BITS
+    word0 = word0[:, :, None]
+    if BITS == 3:
+        word1 = word1[:, :, None]
+        word2 = word2[:, :, None]
+        bit = 6 * pair
+        first = tl.where(bit < 32, word0, tl.where(bit < 64, word1, word2))
+        second = tl.where(bit < 32, word1, word2)
+        # Turned to the left, a pair of the first word comes in from below; to the right, one of both from above.
+        above = tl.where(bit % 32 < LOWER, first, second)
+        even = _turned(first, above, (bit - LOWER) & 31, INTERPRETED)
+        odd = even
+    elif BITS == 8:
+        even = _turned(word0, word0, (16 * pair - LOWER) & 31, INTERPRETED)
+        odd = _turned(word0, word0, (16 * pair + 8 - UPPER) & 31, INTERPRETED)
+    else:
+        even = _turned(word0, word0, (2 * BITS * pair - LOWER) & 31, INTERPRETED)
+        odd = even
+    scale = scale[:, None, None]
+    zero = zero[:, None, None]
+    MASK: tl.constexpr = 2**BITS - 1
+    even = and_or(even, MASK << LOWER, (150 - LOWER) << 23, INTERPRETED).to(tl.float32, bitcast=True)
+    odd = and_or(odd, MASK << UPPER, (150 - UPPER) << 23, INTERPRETED).to(tl.float32, bitcast=True)
+    even = tl.fma(even, scale, -(2.0 ** (23 - LOWER) + zero) * scale)
+    odd = tl.fma(odd, scale, -(2.0 ** (23 - UPPER) + zero) * scale)
+    return even, odd
+
+
+@triton.jit
+def _turned(word, above, right, INTERPRETED: tl.constexpr):
+    """The 32 bits from bit ``right`` on, 1 to 31, of a word and the one above it."""
+    if INTERPRETED:
+        below = word.to(tl.uint32, bitcast=True) >> right
+        return (below | (above.to(tl.uint32, bitcast=True) << (32 - right))).to(tl.int32, bitcast=True)
+    else:
+        # Triton's compiler would make three instructions of it.
+        return tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [word, above, right], dtype=tl.int32, is_pure=True, pack=1
+        )
 
 
 def quantized_gemm(
@@ -81,25 +163,28 @@ def quantized_gemm(
     *,
     block_m: int,
     block_n: int,
+    block_k: int,
     split_k: int,
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
     """``x`` `[rows, in_features]`, contiguous, times the packed weight: `[rows, out_features]`.
 
+    Weights are rounded to the dtype of ``x``, as :func:`~lkq_hf.kernels.dequantize.dequantize` does.
+
     Args:
-        block_m: activation rows of a thread block, at least 16. From 64 on the weight is scaled and rounded before the
-            product: a second set of sums would not fit the registers.
+        block_m: activation rows of a thread block, at least 16.
         block_n: output columns of a thread block, 16 for each warp or a multiple of that.
+        block_k: input features of a tile; they divide the group size.
         split_k: thread blocks that share the input features of an output tile.
         num_warps: warps of a thread block.
         num_stages: tiles in flight.
     """
     m_rows, in_features = x.shape
     columns = qweight.shape[1]
-    block_k = next(size for size in (128, 64, 32) if group_size % size == 0)
     tiles = in_features // block_k
     partial = split_buffer(x, columns, split_k)
+    launch = dependent_launch(x.device)
     _gemm_kernel[(ceil_div(columns, block_n), ceil_div(m_rows, block_m), split_k)](
         x,
         qweight,
@@ -110,16 +195,18 @@ def quantized_gemm(
         columns,
         in_features,
         tiles,
+        scales.shape[0],
         group_size // block_k,
         ceil_div(tiles, split_k),
         BITS=bits,
         SYM=sym,
-        SCALE_WEIGHT=block_m >= 64,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
         STAGES=num_stages,
+        DEPENDENT=bool(launch),
         INTERPRETED=interpreting(),
         num_warps=num_warps,
+        **launch,
     )
     return split_sum(partial, x.dtype)

@@ -110,6 +110,7 @@ def _ways(
         options = {
             "block_m": min(max(bucket, 16), block_m),
             "block_n": block_n,
+            "block_k": next(size for size in (64, 32) if group_size % size == 0),
             "split_k": split_k,
             "num_warps": num_warps,
             "num_stages": num_stages,
