@@ -54,7 +54,8 @@ test: lint $(VENV)/.smollm2
 # What other versions of the libraries below this package can break, on the oldest ones that it supports.
 test-oldest: $(OLDEST)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu" \
-		tests/adapter tests/cache tests/compat tests/hub tests/quantization tests/scoring tests/training
+		tests/adapter tests/cache tests/compat tests/hub tests/kernels/test_machine_code.py tests/quantization \
+		tests/scoring tests/training
 
 test-all: lint models
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)

@@ -5,7 +5,7 @@ threads that hold a column's share of an operand read the same words, and each t
 place in a float32 mantissa from which they are numbers at once. So fields need no sorting, and the compiler no
 shared memory between packed words and tensor cores, which multiply one tile while the next is unpacked.
 
-A tile holds input features of one group; its scales and zero points are loaded one tile ahead.
+Scales and zero points are loaded one tile ahead.
 """
 
 import triton
@@ -45,6 +45,7 @@ def _gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
@@ -58,10 +59,10 @@ def _gemm_kernel(
     first = tl.program_id(2) * tiles_per_split
     end = tl.minimum(first + tiles_per_split, tiles)
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # The group of the next tile, counted: a division would be a large part of the integer arithmetic of a tile.
-    group = first // tiles_per_group
+    # The next tile's groups, counted: a division would be a large part of the integer arithmetic of a tile.
+    group = first // tiles_per_group * TILE_GROUPS
     left_in_group = tiles_per_group - first % tiles_per_group
-    next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM)
+    next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM, TILE_GROUPS)
     if DEPENDENT:
         gdc_launch_dependents()
         gdc_wait()
@@ -74,13 +75,14 @@ def _gemm_kernel(
         # Without a branch: Triton's compiler would move it, and the loads, to the end of the loop.
         ends = left_in_group == 1
         left_in_group = tl.where(ends, tiles_per_group, left_in_group - 1)
-        group = tl.where(ends, tl.minimum(group + 1, groups - 1), group)
-        next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM)
+        group = tl.where(ends, tl.minimum(group + TILE_GROUPS, groups - TILE_GROUPS), group)
+        next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM, TILE_GROUPS)
         if SYM:
-            zero = tl.full((BLOCK_N,), 2.0 ** (BITS - 1), tl.float32)
+            zero = tl.full((BLOCK_N, TILE_GROUPS), 2.0 ** (BITS - 1), tl.float32)
         else:
-            zero = zero_values(zero_word, zero_above, column, BITS)
-        even, odd = _field_pairs(word0, word1, word2, scale.to(tl.float32), zero, BITS, INTERPRETED)
+            zero = zero_values(zero_word, zero_above, column[:, None], BITS)
+        scale = _of_rows(scale.to(tl.float32), ROWS)
+        even, odd = _field_pairs(word0, word1, word2, scale, _of_rows(zero, ROWS), BITS, INTERPRETED)
         DTYPE: tl.constexpr = x.dtype.element_ty
         weight = tl.reshape(tl.join(even.to(DTYPE), odd.to(DTYPE)), (BLOCK_N, BLOCK_K))
         activation = tl.load(x + tile * BLOCK_K + (tl.minimum(m, m_rows - 1) * in_features + feature))
@@ -90,21 +92,42 @@ def _gemm_kernel(
 
 
 @triton.jit
-def _load_grid(qzeros, scales, group, column, inside, columns, BITS: tl.constexpr, SYM: tl.constexpr):
-    """Scales of a group, and the words with its zero points."""
+def _load_grid(
+    qzeros,
+    scales,
+    group,
+    column,
+    inside,
+    columns,
+    BITS: tl.constexpr,
+    SYM: tl.constexpr,
+    TILE_GROUPS: tl.constexpr,
+):
+    """Scales of a tile's groups, from ``group`` on, and the words with their zero points: `[columns, groups]`."""
+    group = group + tl.arange(0, TILE_GROUPS)[None, :]
+    column = column[:, None]
+    inside = inside[:, None] & (group >= 0)
     scale = tl.load(scales + group * columns + column, mask=inside, other=0.0)
     if SYM:
-        return scale, column, column  # not read
+        return scale, scale, scale  # not read
     else:
         word, above = load_zero_words(qzeros, group, column, inside, columns, BITS)
         return scale, word, above
 
 
 @triton.jit
+def _of_rows(values, ROWS: tl.constexpr):
+    """`[columns, groups]` repeated for each packed row of a group: `[columns, rows]`."""
+    COLUMNS: tl.constexpr = values.shape[0]
+    GROUPS: tl.constexpr = values.shape[1]
+    return tl.reshape(tl.broadcast_to(values[:, :, None], (COLUMNS, GROUPS, ROWS // GROUPS)), (COLUMNS, ROWS))
+
+
+@triton.jit
 def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
     """Fields 2j and fields 2j + 1 of packed rows as ``scale * (q - zero)``, each float32 `[columns, rows, pairs]`.
 
-    The words are `[columns, rows]`, ``scale`` and ``zero`` `[columns]`.
+    The words, ``scale`` and ``zero`` are `[columns, rows]`.
 
     A float32 of exponent e whose mantissa has a field at bit 23 - e is 2**e + q. Both exponents are small enough for
     one multiply-add to be as good as a subtraction and a multiplication: it is off by less than 2**-16 of the scale.
@@ -129,8 +152,8 @@ def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRET
     else:
         even = _turned(word0, word0, (2 * BITS * pair - LOWER) & 31, INTERPRETED)
         odd = even
-    scale = scale[:, None, None]
-    zero = zero[:, None, None]
+    scale = scale[:, :, None]
+    zero = zero[:, :, None]
     MASK: tl.constexpr = 2**BITS - 1
     even = and_or(even, MASK << LOWER, (150 - LOWER) << 23, INTERPRETED).to(tl.float32, bitcast=True)
     odd = and_or(odd, MASK << UPPER, (150 - UPPER) << 23, INTERPRETED).to(tl.float32, bitcast=True)
@@ -152,6 +175,12 @@ def _turned(word, above, right, INTERPRETED: tl.constexpr):
         )
 
 
+def tile_features(most: int, in_features: int, group_size: int) -> int:
+    """Input features of a tile, at most ``most``: such that tiles have whole groups or groups whole tiles."""
+    sizes = (size for size in (128, 64, 32) if size <= most and in_features % size == 0)
+    return next(size for size in sizes if 0 in (size % group_size, group_size % size))
+
+
 def quantized_gemm(
     x: Tensor,
     qweight: Tensor,
@@ -162,7 +191,6 @@ def quantized_gemm(
     sym: bool,
     *,
     block_m: int,
-    block_n: int,
     block_k: int,
     split_k: int,
     num_warps: int,
@@ -174,14 +202,15 @@ def quantized_gemm(
 
     Args:
         block_m: activation rows of a thread block, at least 16.
-        block_n: output columns of a thread block, 16 for each warp or a multiple of that.
-        block_k: input features of a tile; they divide the group size.
+        block_k: input features of a tile, what :func:`tile_features` says.
         split_k: thread blocks that share the input features of an output tile.
-        num_warps: warps of a thread block.
+        num_warps: warps of a thread block, 4 or a multiple of that; each has 16 output columns. With 32 of them, the
+            assembler overwrote registers that the tensor cores had not read yet (seen with Triton 3.6's).
         num_stages: tiles in flight.
     """
     m_rows, in_features = x.shape
     columns = qweight.shape[1]
+    block_n = 16 * num_warps
     tiles = in_features // block_k
     partial = split_buffer(x, columns, split_k)
     launch = dependent_launch(x.device)
@@ -196,13 +225,14 @@ def quantized_gemm(
         in_features,
         tiles,
         scales.shape[0],
-        group_size // block_k,
+        max(1, group_size // block_k),
         ceil_div(tiles, split_k),
         BITS=bits,
         SYM=sym,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         BLOCK_K=block_k,
+        TILE_GROUPS=max(1, block_k // group_size),
         STAGES=num_stages,
         DEPENDENT=bool(launch),
         INTERPRETED=interpreting(),

@@ -21,12 +21,13 @@ _GEMV_TILES = {
     16: ((4, 2, True, 2), (4, 2, True, 4), (8, 1, True, 2), (8, 2, False, 2), (4, 1, True, 4)),
     32: ((4, 1, True, 2), (4, 1, False, 2), (8, 1, True, 2)),
 }
-# Most rows and columns per tile, thread blocks per output tile, warps, stages; likewise. Up to 32 rows they are for
-# group sizes that the other kernel does not take.
+# Most rows and input features of a tile, warps, stages, thread blocks per multiprocessor; likewise. Up to 32 rows they
+# are for group sizes that the other kernel does not take.
 _GEMM_TILES = {
-    32: ((32, 64, 4, 4, 3),),
-    64: ((64, 64, 4, 4, 3), (64, 64, 1, 4, 4), (64, 128, 4, 8, 4)),
-    1024: ((256, 128, 1, 8, 3), (256, 128, 2, 8, 3), (128, 128, 1, 8, 3), (128, 128, 2, 8, 3)),
+    32: ((32, 128, 4, 4, 2),),
+    64: ((64, 128, 4, 4, 2), (64, 128, 4, 3, 3), (64, 128, 4, 4, 1), (64, 64, 8, 3, 1)),
+    128: ((128, 128, 4, 3, 2), (128, 128, 4, 4, 1), (128, 128, 8, 4, 1), (128, 64, 4, 5, 2)),
+    1024: ((256, 128, 8, 3, 1), (256, 64, 4, 3, 2), (128, 128, 4, 3, 2), (256, 64, 8, 4, 1)),
 }
 
 
@@ -89,7 +90,7 @@ def _ways(
     device: torch.device, bits: int, group_size: int, in_features: int, columns: int, bucket: int
 ) -> list[tuple[Callable[..., Tensor], dict[str, Any]]]:
     """Kernels and their options."""
-    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm
+    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
     from lkq_hf.kernels.quantized_gemv_triton import chunk_features, quantized_gemv
 
     ways: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
@@ -106,12 +107,16 @@ def _ways(
             }
             ways.append((quantized_gemv, options))
         return ways
-    for block_m, block_n, split_k, num_warps, num_stages in _tiles(_GEMM_TILES, bucket):
+    for block_m, most_features, num_warps, num_stages, blocks in _tiles(_GEMM_TILES, bucket):
+        block_m = min(max(bucket, 16), block_m)
+        block_k = tile_features(most_features, in_features, group_size)
+        splits = round(
+            blocks * multiprocessors(device) / (ceil_div(columns, 16 * num_warps) * ceil_div(bucket, block_m))
+        )
         options = {
-            "block_m": min(max(bucket, 16), block_m),
-            "block_n": block_n,
-            "block_k": next(size for size in (64, 32) if group_size % size == 0),
-            "split_k": split_k,
+            "block_m": block_m,
+            "block_k": block_k,
+            "split_k": max(1, min(splits, in_features // block_k // 2)),
             "num_warps": num_warps,
             "num_stages": num_stages,
         }

@@ -1,0 +1,110 @@
+"""What the compiler makes of the product of many rows for Hopper; no GPU is needed to look at it."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+DISASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+
+COMPILE = """
+import subprocess, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lkq_hf.kernels.quantized_gemm_triton import _gemm_kernel
+from lkq_hf.kernels.quantized_matmul import _GEMM_TILES
+
+target, disassembler, bits, group_size = *sys.argv[1:3], *map(int, sys.argv[3:])
+pointers = {"x": "*bf16", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*bf16"}
+aligned = (*pointers, "columns", "in_features")
+names = _gemm_kernel.arg_names
+for block_m, block_k, num_warps, num_stages, _ in {tile for tiles in _GEMM_TILES.values() for tile in tiles}:
+    constants = {
+        "BITS": bits, "SYM": False, "BLOCK_M": block_m, "BLOCK_N": 16 * num_warps, "BLOCK_K": block_k,
+        "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "DEPENDENT": True, "INTERPRETED": False,
+    }
+    kernel = triton.compile(
+        ASTSource(
+            _gemm_kernel,
+            {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names},
+            constants,
+            {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        ),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": num_warps},
+    )
+    with open(target, "wb") as file:
+        file.write(kernel.asm["cubin"])
+    print("KERNEL", block_m, block_k, num_warps, num_stages)
+    print(subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout)
+"""
+
+
+def main_loop(assembly: str) -> list[str]:
+    """Instructions of the innermost loop that multiplies on the tensor cores."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops = []
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?)\s*;", line):
+            instructions.append(instruction[1])
+            branch = re.match(r"BRA.*`\((\.L\w+)\)", instruction[1])
+            if branch and branch[1] in labels:
+                loops.append(instructions[labels[branch[1]] :])
+    return min((loop for loop in loops if any("GMMA" in line for line in loop)), key=len)
+
+
+def overwritten_operands(loop: list[str]) -> list[str]:
+    """Instructions that write to a register of an operand while its product may still be under way."""
+    under_way: list[tuple[int, set[int]]] = []  # the group of a product, the registers of its left operand
+    group, found = 0, []
+    for line in loop * 3:
+        if product := re.match(r"HGMMA\S* R\d+, R(\d+)", line):
+            under_way.append((group, set(range(int(product[1]), int(product[1]) + 4))))
+            group += "gsb0" in line
+        elif wait := re.match(r"WARPGROUP\.DEPBAR\.LE gsb0, (\w+)", line):
+            under_way = [(number, registers) for number, registers in under_way if number >= group - int(wait[1], 16)]
+        elif (write := re.match(r"(\S+) (?:U?P\w+, )*R(\d+)", line)) and not re.match("ST|LDGSTS|[A-Z]*SETP", line):
+            size = 4 if ".128" in write[1] else 2 if re.search(r"\.64|WIDE|CS2R", write[1]) else 1
+            written = set(range(int(write[2]), int(write[2]) + size))
+            found += [line for _, registers in under_way if registers & written]
+    return found
+
+
+@pytest.mark.skipif(not DISASSEMBLER.exists(), reason="this Triton has no disassembler")
+@pytest.mark.parametrize(
+    ("bits", "group_size"),
+    [(4, 128), *(pytest.param(bits, size, marks=pytest.mark.slow) for bits in (2, 3, 4, 8) for size in (32, 64, 128))],
+)
+def test_operands_are_safe_in_registers(bits: int, group_size: int, tmp_path: Path) -> None:
+    compiled = subprocess.run(
+        [sys.executable, "-c", COMPILE, *map(str, (tmp_path / "kernel", DISASSEMBLER, bits, group_size))],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+    )
+    assert not compiled.returncode, compiled.stderr
+    kernels = re.split(r"^KERNEL ", compiled.stdout, flags=re.MULTILINE)[1:]
+    assert len(kernels) > 4
+    for kernel in kernels:
+        tile, block_k = kernel.splitlines()[0], int(kernel.split()[1])
+        loop = main_loop(kernel)
+        assert sum("HGMMA" in line for line in loop) == block_k // 16, tile
+        assert overwritten_operands(loop) == [], tile
+        if group_size >= block_k:
+            assert not any(line.startswith("STS") for line in loop), tile  # nothing goes through shared memory
+
+
+def test_an_overwritten_operand_is_found() -> None:
+    product, wait = "HGMMA.64x64x16.F32.BF16 R24, R84, gdesc[UR16], R24, gsb0", "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+    assert overwritten_operands([product, wait, "LDS.128 R84, [R2]"]) == []
+    assert set(overwritten_operands([product, "LDS.128 R82, [R2]", wait])) == {"LDS.128 R82, [R2]"}
+    assert overwritten_operands([product, wait.replace("0x0", "0x1"), "FADD R87, R1, R2"]) != []
+    assert overwritten_operands([product, "ISETP.GE.AND P5, PT, R84, R2, PT", "FADD R88, R84, R2", wait]) == []
