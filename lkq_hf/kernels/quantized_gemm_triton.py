@@ -64,7 +64,6 @@ def _gemm_kernel(
     left_in_group = tiles_per_group - first % tiles_per_group
     next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM, TILE_GROUPS)
     if DEPENDENT:
-        gdc_launch_dependents()
         gdc_wait()
     for tile in tl.range(first, end, num_stages=STAGES):
         words = (
@@ -87,6 +86,9 @@ def _gemm_kernel(
         weight = tl.reshape(tl.join(even.to(DTYPE), odd.to(DTYPE)), (BLOCK_N, BLOCK_K))
         activation = tl.load(x + tile * BLOCK_K + (tl.minimum(m, m_rows - 1) * in_features + feature))
         total = tl.dot(weight, activation, total)
+    if DEPENDENT:
+        # Not earlier: blocks of the next kernel would crowd on multiprocessors where this one has few.
+        gdc_launch_dependents()
     target = partial + (tl.program_id(2) * m_rows + m) * columns + column[:, None]
     tl.store(target, total.to(partial.dtype.element_ty), mask=(m < m_rows) & inside[:, None])
 
@@ -212,6 +214,8 @@ def quantized_gemm(
     columns = qweight.shape[1]
     block_n = 16 * num_warps
     tiles = in_features // block_k
+    tiles_per_split = ceil_div(tiles, split_k)
+    split_k = ceil_div(tiles, tiles_per_split)  # none without a tile
     partial = split_buffer(x, columns, split_k)
     launch = dependent_launch(x.device)
     _gemm_kernel[(ceil_div(columns, block_n), ceil_div(m_rows, block_m), split_k)](
@@ -226,7 +230,7 @@ def quantized_gemm(
         tiles,
         scales.shape[0],
         max(1, group_size // block_k),
-        ceil_div(tiles, split_k),
+        tiles_per_split,
         BITS=bits,
         SYM=sym,
         BLOCK_M=block_m,

@@ -116,6 +116,19 @@ def test_every_candidate_agrees() -> None:
             )
 
 
+@needs_triton
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_splits_need_not_share_tiles_evenly(group_size: int) -> None:
+    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm
+
+    weight = packed(4, group_size, False, 5 * 128, 64)
+    x = activations(40, 5 * 128, dtype=torch.float16)
+    expected = quantized_matmul_reference(x.double(), *weight)
+    for split_k in range(1, 6):
+        y = quantized_gemm(x, *weight, block_m=64, block_k=128, split_k=split_k, num_warps=4, num_stages=3)
+        torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
+
+
 @pytest.mark.parametrize(("implementation", "dtype"), [("torch", torch.float32), ("triton", torch.float16)])
 @pytest.mark.parametrize("bits", BITS)
 def test_gradient_and_registration(
