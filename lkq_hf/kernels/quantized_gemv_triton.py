@@ -62,7 +62,6 @@ def _gemv_kernel(
     end = tl.minimum(first + chunks_per_split, chunks)
     chunk = first + thread // 32
     if DEPENDENT:
-        gdc_launch_dependents()
         # Unlike the activations, the weight is there before the kernel ahead of this one is done.
         LINES: tl.constexpr = CHUNK // FEATURES * row_words(BITS)
         for four in tl.static_range(LINES // 4):
@@ -103,6 +102,9 @@ def _gemv_kernel(
             COLUMN_TILES,
             INTERPRETED,
         )
+    if DEPENDENT:
+        # Not earlier: blocks of the next kernel would crowd on multiprocessors where this one has few.
+        gdc_launch_dependents()
     lane = tl.arange(0, 32)
     for row_tile in tl.static_range(ROW_TILES):
         for tile in tl.static_range(COLUMN_TILES):
