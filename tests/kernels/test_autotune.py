@@ -72,8 +72,8 @@ def test_a_slow_host_is_not_what_is_timed() -> None:
         time.sleep(0.002)
         target.copy_(source)
 
-    quick = autotune.time_on_gpu(target.copy_, [(source,)])
-    assert quick < 2 and autotune.time_on_gpu(copy_late, [(source,)]) == pytest.approx(quick, rel=0.1)
+    assert autotune.time_on_gpu(target.copy_, [(source,)]) < 1
+    assert autotune.time_on_gpu(copy_late, [(source,)]) < 1
 
 
 @pytest.mark.gpu
