@@ -13,6 +13,7 @@ _fastest: dict[Hashable, int] = {}
 
 # Of the largest value: what rounding to half precision leaves far below, and a wrong tile far above.
 _TOLERANCE = 0.02
+_MOST_COPIES = 64
 # Of a GPU at its fastest.
 _CYCLES_PER_SECOND = 2e9
 
@@ -30,7 +31,7 @@ def run_fastest(
         key: everything on which the choice depends.
         candidates: the ways to try; each takes the tensors of ``weight``.
         plain: the way that is always right, and one of the choices; likewise.
-        weight: what is read from memory. To time the ways it is copied, to twice the size of the L2 cache together.
+        weight: what is read from memory. To time the ways it is copied, to at most twice the size of the L2 cache.
     """
     if interpreting():
         return candidates[0](*weight)
@@ -65,10 +66,10 @@ def _milliseconds(candidate: Callable[..., Tensor], weights: Sequence[Sequence[T
 
 
 def _copies(weight: Sequence[Tensor]) -> list[Sequence[Tensor]]:
-    """``weight`` and so many copies that going through them reads memory, not the L2 cache."""
+    """``weight`` and so many copies that going through them reads memory, not the L2 cache; of a small one, fewer."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in weight)
     cache = torch.cuda.get_device_properties(weight[0].device).L2_cache_size
-    return [weight, *([tensor.clone() for tensor in weight] for _ in range(2 * cache // size))]
+    return [weight, *([tensor.clone() for tensor in weight] for _ in range(min(2 * cache // size, _MOST_COPIES)))]
 
 
 def time_on_gpu(run: Callable[..., object], inputs: Sequence[Sequence[Tensor]], rounds: int = 5) -> float:
