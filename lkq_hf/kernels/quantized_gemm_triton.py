@@ -108,6 +108,7 @@ def _load_grid(
     """Scales of a tile's groups, from ``group`` on, and the words with their zero points: `[columns, groups]`."""
     group = group + tl.arange(0, TILE_GROUPS)[None, :]
     column = column[:, None]
+    # The second condition gives the mask the pointers' shape, of which Triton's compiler makes less code.
     inside = inside[:, None] & (group >= 0)
     scale = tl.load(scales + group * columns + column, mask=inside, other=0.0)
     if SYM:
@@ -132,7 +133,7 @@ def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRET
     The words, ``scale`` and ``zero`` are `[columns, rows]`.
 
     A float32 of exponent e whose mantissa has a field at bit 23 - e is 2**e + q. Both exponents are small enough for
-    one multiply-add to be as good as a subtraction and a multiplication: it is off by less than 2**-16 of the scale.
+    one multiply-add to be as good as a subtraction and a multiplication: it is off by less than 2**-15 of the scale.
     """
     pair = tl.arange(0, row_features(BITS) // 2)[None, None, :]
     UPPER: tl.constexpr = 23 - BITS  # where the mantissa's highest field begins
