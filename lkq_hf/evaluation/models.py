@@ -39,6 +39,7 @@ def _convert(gguf: Path, target: Path, name: str) -> None:
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        _name_special_tokens(tokenizer, gguf)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -54,6 +55,16 @@ def _convert(gguf: Path, target: Path, name: str) -> None:
                 raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
+    """As the file has them: transformers 5.17 takes some for others."""
+    from gguf import GGUFReader
+
+    fields = GGUFReader(gguf).fields
+    for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
+        if identity := fields.get(f"tokenizer.ggml.{field}_token_id"):
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(identity.contents())))
 
 
 def smollm2_directory() -> Path:

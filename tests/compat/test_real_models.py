@@ -12,10 +12,10 @@ import torch
 from models import add_lookahead, left_padded, prompt_ids, tiny_model
 from reference import assert_as_masked, evicted_length, generate
 from torch.nn import functional as F
-from transformers import TextStreamer
+from transformers import AutoTokenizer, TextStreamer
 
 from lkq_hf import LookaheadCache
-from lkq_hf.evaluation.models import load_gemma3, load_smollm2
+from lkq_hf.evaluation.models import gemma3_directory, load_gemma3, load_smollm2, smollm2_directory
 
 item = pytest.mark.item
 pytestmark = pytest.mark.real_model
@@ -51,6 +51,19 @@ def real(request):
     else:
         add_lookahead(model)
     return base, model, tokenizer
+
+
+@pytest.mark.parametrize(
+    ("directory", "tokens"),
+    [
+        (smollm2_directory, ["<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"]),
+        pytest.param(gemma3_directory, ["<bos>", "<eos>", "<pad>", "<unk>"], marks=pytest.mark.slow),
+    ],
+)
+def test_special_tokens_are_those_of_the_file(directory, tokens):
+    """Whichever transformers converted it: 5.17 would take SmolLM2's first token for its last."""
+    tokenizer = AutoTokenizer.from_pretrained(directory())
+    assert [getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")] == tokens
 
 
 def ids_of(tokenizer, text):
