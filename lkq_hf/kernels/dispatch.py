@@ -6,7 +6,6 @@ import os
 from collections.abc import Collection
 
 import torch
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 ENVIRONMENT_VARIABLE = "LKQ_KERNELS"
 """``torch`` or ``triton`` forces that implementation everywhere; unset or empty lets each call choose."""
@@ -38,20 +37,6 @@ def use_triton(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = FLOATIN
         )
     # The interpreter is a debugger: it runs kernels on the CPU only where they are asked for.
     return obstacle is None and (choice == "triton" or not interpreting())
-
-
-def needs_operator(x: torch.Tensor) -> bool:
-    """Whether more than the result is wanted of an operation on ``x``: its gradient, or its place in a graph.
-
-    A compiler, a tracer, and a mode or subclass that sees every operation need one that torch knows.
-    """
-    return (
-        torch.compiler.is_compiling()
-        or (x.requires_grad and torch.is_grad_enabled())
-        or type(x) is not torch.Tensor
-        or is_in_torch_dispatch_mode()
-        or torch.jit.is_tracing()
-    )
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lkq_hf.kernels.autotune import run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
-from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, needs_operator, use_triton
+from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, use_triton
 
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
@@ -38,6 +38,7 @@ def quantized_matmul_reference(
     return x @ dequantize_reference(qweight, qzeros, scales, bits, group_size, sym, x.dtype)
 
 
+@torch.library.custom_op("lkq_hf::quantized_matmul", mutates_args=())
 def quantized_matmul(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool
 ) -> Tensor:
@@ -55,14 +56,6 @@ def quantized_matmul(
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    # An operator's detours take a host as long as the rest of a small product.
-    product = quantized_matmul_op if needs_operator(x) else _quantized_matmul
-    return product(x, qweight, qzeros, scales, bits, group_size, sym)
-
-
-def _quantized_matmul(
-    x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool
-) -> Tensor:
     weight = (qweight, qzeros, scales, bits, group_size, sym)
     rows = x.numel() // x.shape[-1]
     if rows == 0 or rows > _DEQUANTIZE_ROWS or group_size % 32 or not use_triton(x, *weight[:3], dtypes=KERNEL_DTYPES):
@@ -78,9 +71,6 @@ def _quantized_matmul(
     with torch.cuda.device_of(qweight):
         y = run_fastest(key, _candidates(flat, weight, bucket), plain, weight[:3])
     return y.view(*x.shape[:-1], -1)
-
-
-quantized_matmul_op = torch.library.custom_op("lkq_hf::quantized_matmul", _quantized_matmul, mutates_args=())
 
 
 def _candidates(
@@ -139,7 +129,7 @@ def _tiles(table: dict[int, tuple], rows: int) -> tuple:
     return table[min(most for most in table if rows <= most)]
 
 
-@quantized_matmul_op.register_fake
+@quantized_matmul.register_fake
 def _(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[1]))
 
@@ -156,4 +146,4 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_output @ weight.t(), None, None, None, None, None, None
 
 
-quantized_matmul_op.register_autograd(_backward, setup_context=_setup_context)
+quantized_matmul.register_autograd(_backward, setup_context=_setup_context)
