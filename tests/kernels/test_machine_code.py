@@ -1,4 +1,4 @@
-"""What the compiler makes of the product of many rows for Hopper; no GPU is needed to look at it."""
+"""What the compiler makes of the product of many rows for Hopper and Ampere; no GPU is needed to look at it."""
 
 import os
 import re
@@ -19,14 +19,15 @@ from triton.compiler import ASTSource
 from lkq_hf.kernels.quantized_gemm_triton import _gemm_kernel
 from lkq_hf.kernels.quantized_matmul import _GEMM_TILES
 
-target, disassembler, bits, group_size = *sys.argv[1:3], *map(int, sys.argv[3:])
+target, disassembler, capability, bits, group_size = *sys.argv[1:3], *map(int, sys.argv[3:])
 pointers = {"x": "*bf16", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*bf16"}
 aligned = (*pointers, "columns", "in_features")
 names = _gemm_kernel.arg_names
 for block_m, block_k, num_warps, num_stages, _ in {tile for tiles in _GEMM_TILES.values() for tile in tiles}:
     constants = {
         "BITS": bits, "SYM": False, "BLOCK_M": block_m, "BLOCK_N": 16 * num_warps, "BLOCK_K": block_k,
-        "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "DEPENDENT": True, "INTERPRETED": False,
+        "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "INTERPRETED": False,
+        "DEPENDENT": capability >= 90,
     }
     kernel = triton.compile(
         ASTSource(
@@ -35,7 +36,7 @@ for block_m, block_k, num_warps, num_stages, _ in {tile for tiles in _GEMM_TILES
             constants,
             {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         ),
-        target=GPUTarget("cuda", 90, 32),
+        target=GPUTarget("cuda", capability, 32),
         options={"num_warps": num_warps},
     )
     with open(target, "wb") as file:
@@ -58,7 +59,7 @@ def main_loop(assembly: str) -> list[str]:
             branch = re.match(r"BRA.*`\((\.L\w+)\)", instruction[1])
             if branch and branch[1] in labels:
                 loops.append(instructions[labels[branch[1]] :])
-    return min((loop for loop in loops if any("GMMA" in line for line in loop)), key=len)
+    return min((loop for loop in loops if any("MMA." in line for line in loop)), key=len)
 
 
 def overwritten_operands(loop: list[str]) -> list[str]:
@@ -78,14 +79,10 @@ def overwritten_operands(loop: list[str]) -> list[str]:
     return found
 
 
-@pytest.mark.skipif(not DISASSEMBLER.exists(), reason="this Triton has no disassembler")
-@pytest.mark.parametrize(
-    ("bits", "group_size"),
-    [(4, 128), *(pytest.param(bits, size, marks=pytest.mark.slow) for bits in (2, 3, 4, 8) for size in (32, 64, 128))],
-)
-def test_operands_are_safe_in_registers(bits: int, group_size: int, tmp_path: Path) -> None:
+def compiled_loops(capability: int, bits: int, group_size: int, target: Path) -> dict[tuple[int, ...], list[str]]:
+    """The main loop for each tile that the product tries: (rows, input features, warps, stages)."""
     compiled = subprocess.run(
-        [sys.executable, "-c", COMPILE, *map(str, (tmp_path / "kernel", DISASSEMBLER, bits, group_size))],
+        [sys.executable, "-c", COMPILE, *map(str, (target, DISASSEMBLER, capability, bits, group_size))],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
@@ -93,13 +90,32 @@ def test_operands_are_safe_in_registers(bits: int, group_size: int, tmp_path: Pa
     assert not compiled.returncode, compiled.stderr
     kernels = re.split(r"^KERNEL ", compiled.stdout, flags=re.MULTILINE)[1:]
     assert len(kernels) > 4
-    for kernel in kernels:
-        tile, block_k = kernel.splitlines()[0], int(kernel.split()[1])
-        loop = main_loop(kernel)
+    return {tuple(map(int, kernel.splitlines()[0].split())): main_loop(kernel) for kernel in kernels}
+
+
+needs_disassembler = pytest.mark.skipif(not DISASSEMBLER.exists(), reason="this Triton has no disassembler")
+
+
+@needs_disassembler
+@pytest.mark.parametrize(
+    ("bits", "group_size"),
+    [(4, 128), *(pytest.param(bits, size, marks=pytest.mark.slow) for bits in (2, 3, 4, 8) for size in (32, 64, 128))],
+)
+def test_operands_are_safe_in_registers(bits: int, group_size: int, tmp_path: Path) -> None:
+    for tile, loop in compiled_loops(90, bits, group_size, tmp_path / "kernel").items():
+        block_k = tile[1]
         assert sum("HGMMA" in line for line in loop) == block_k // 16, tile
         assert overwritten_operands(loop) == [], tile
         if group_size >= block_k:
             assert not any(line.startswith("STS") for line in loop), tile  # nothing goes through shared memory
+
+
+@needs_disassembler
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_ampere_needs_no_shared_memory_for_weights_either(bits: int, tmp_path: Path) -> None:
+    for tile, loop in compiled_loops(80, bits, 128, tmp_path / "kernel").items():
+        assert any("HMMA" in line for line in loop) and not any(line.startswith("STS") for line in loop), tile
 
 
 def test_an_overwritten_operand_is_found() -> None:
