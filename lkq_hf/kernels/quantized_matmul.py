@@ -21,7 +21,7 @@ _GEMV_TILES = {
     16: ((4, 2, True, 2), (4, 2, True, 4), (8, 1, True, 2), (8, 2, False, 2), (4, 1, True, 4)),
     32: ((4, 1, True, 2), (4, 1, False, 2), (8, 1, True, 2)),
 }
-# Most rows and input features of a tile, warps, stages, thread blocks per multiprocessor; likewise. Up to 32 rows they
+# Most rows and input features of a tile, warps, stages, thread blocks per multiprocessor; likewise. Up to 16 rows they
 # are for group sizes that the other kernel does not take.
 _GEMM_TILES = {
     32: ((32, 128, 4, 4, 2),),
@@ -93,35 +93,35 @@ def _ways(
     from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
     from lkq_hf.kernels.quantized_gemv_triton import chunk_features, quantized_gemv
 
+    def splits(thread_blocks: int, output_tiles: int, most: int) -> int:
+        return max(1, min(round(thread_blocks * multiprocessors(device) / output_tiles), most))
+
     ways: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
     chunk = chunk_features(bits, group_size)
     if chunk is not None and bucket <= max(_GEMV_TILES):
         for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
-            splits = round(blocks * multiprocessors(device) / ceil_div(columns, 32 * column_tiles))
             options = {
                 "chunk": chunk,
                 "num_warps": num_warps,
                 "column_tiles": column_tiles,
                 "prefetch": prefetch,
-                "split_k": max(1, min(splits, in_features // chunk // num_warps)),
+                "split_k": splits(blocks, ceil_div(columns, 32 * column_tiles), in_features // chunk // num_warps),
             }
             ways.append((quantized_gemv, options))
+    if ways and bucket <= 16:
         return ways
-    for block_m, most_features, num_warps, num_stages, blocks in _tiles(_GEMM_TILES, bucket):
-        block_m = min(max(bucket, 16), block_m)
+    for most_rows, most_features, num_warps, num_stages, blocks in _tiles(_GEMM_TILES, bucket):
+        block_m = min(max(bucket, 16), most_rows)
         block_k = tile_features(most_features, in_features, group_size)
-        splits = round(
-            blocks * multiprocessors(device) / (ceil_div(columns, 16 * num_warps) * ceil_div(bucket, block_m))
-        )
+        output_tiles = ceil_div(columns, 16 * num_warps) * ceil_div(bucket, block_m)
         options = {
             "block_m": block_m,
             "block_k": block_k,
-            "split_k": max(1, min(splits, in_features // block_k // 2)),
+            "split_k": splits(blocks, output_tiles, in_features // block_k // 2),
             "num_warps": num_warps,
             "num_stages": num_stages,
         }
-        if (quantized_gemm, options) not in ways:
-            ways.append((quantized_gemm, options))
+        ways.append((quantized_gemm, options))
     return ways
 
 
