@@ -13,6 +13,7 @@ _fastest: dict[Hashable, int] = {}
 
 # Of the largest value: what rounding to half precision leaves far below, and a wrong tile far above.
 _TOLERANCE = 0.02
+# Of a weight: to copy a tiny one until it fills the L2 cache would take longer than it is worth.
 _MOST_COPIES = 64
 # Of a GPU at its fastest.
 _CYCLES_PER_SECOND = 2e9

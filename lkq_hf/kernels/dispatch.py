@@ -81,8 +81,10 @@ def multiprocessors(device: torch.device) -> int:
 def dependent_launch(device: torch.device) -> dict[str, bool]:
     """Options of a Triton launch on ``device``, so that the kernel may start before the one ahead of it is done.
 
-    Such a kernel must call ``gdc_wait`` before it reads what another may have written, and before it writes. Empty
-    where the GPU (before Hopper) or Triton's interpreter cannot do it.
+    Such a kernel must call ``gdc_wait`` before it reads what another may have written, and before it writes. One that
+    takes long should call ``gdc_launch_dependents`` only when it is nearly done: earlier, blocks of the next kernel
+    crowd on multiprocessors where this one has few. Empty where the GPU (before Hopper) or Triton's interpreter cannot
+    do it.
     """
     if interpreting() or device.type != "cuda" or torch.version.cuda is None or _capability(device) < (9, 0):
         return {}

@@ -51,6 +51,7 @@ def _gemm_kernel(
     INTERPRETED: tl.constexpr,
 ):
     ROWS: tl.constexpr = BLOCK_K // row_features(BITS)
+    DTYPE: tl.constexpr = x.dtype.element_ty
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < columns
     m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
@@ -82,12 +83,10 @@ def _gemm_kernel(
             zero = zero_values(zero_word, zero_above, column[:, None], BITS)
         scale = _of_rows(scale.to(tl.float32), ROWS)
         even, odd = _field_pairs(word0, word1, word2, scale, _of_rows(zero, ROWS), BITS, INTERPRETED)
-        DTYPE: tl.constexpr = x.dtype.element_ty
         weight = tl.reshape(tl.join(even.to(DTYPE), odd.to(DTYPE)), (BLOCK_N, BLOCK_K))
         activation = tl.load(x + tile * BLOCK_K + (tl.minimum(m, m_rows - 1) * in_features + feature))
         total = tl.dot(weight, activation, total)
     if DEPENDENT:
-        # Not earlier: blocks of the next kernel would crowd on multiprocessors where this one has few.
         gdc_launch_dependents()
     target = partial + (tl.program_id(2) * m_rows + m) * columns + column[:, None]
     tl.store(target, total.to(partial.dtype.element_ty), mask=(m < m_rows) & inside[:, None])
@@ -131,9 +130,6 @@ def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRET
     """Fields 2j and fields 2j + 1 of packed rows as ``scale * (q - zero)``, each float32 `[columns, rows, pairs]`.
 
     The words, ``scale`` and ``zero`` are `[columns, rows]`.
-
-    A float32 of exponent e whose mantissa has a field at bit 23 - e is 2**e + q. Both exponents are small enough for
-    one multiply-add to be as good as a subtraction and a multiplication: it is off by less than 2**-15 of the scale.
     """
     pair = tl.arange(0, row_features(BITS) // 2)[None, None, :]
     UPPER: tl.constexpr = 23 - BITS  # where the mantissa's highest field begins
@@ -157,12 +153,21 @@ def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRET
         odd = even
     scale = scale[:, :, None]
     zero = zero[:, :, None]
-    MASK: tl.constexpr = 2**BITS - 1
-    even = and_or(even, MASK << LOWER, (150 - LOWER) << 23, INTERPRETED).to(tl.float32, bitcast=True)
-    odd = and_or(odd, MASK << UPPER, (150 - UPPER) << 23, INTERPRETED).to(tl.float32, bitcast=True)
+    even = _number(even, LOWER, BITS, INTERPRETED)
+    odd = _number(odd, UPPER, BITS, INTERPRETED)
+    # With such small exponents as good as a subtraction and a multiplication: off by less than 2**-15 of the scale.
     even = tl.fma(even, scale, -(2.0 ** (23 - LOWER) + zero) * scale)
     odd = tl.fma(odd, scale, -(2.0 ** (23 - UPPER) + zero) * scale)
     return even, odd
+
+
+@triton.jit
+def _number(word, BIT: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constexpr):
+    """``2**(23 - BIT) + q`` in float32 for the field q of ``BITS`` bits that begins at ``BIT`` of a word.
+
+    The field stays where it is, as a part of the mantissa; the exponent is what makes it count as integers.
+    """
+    return and_or(word, (2**BITS - 1) << BIT, (127 + 23 - BIT) << 23, INTERPRETED).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -103,7 +103,6 @@ def _gemv_kernel(
             INTERPRETED,
         )
     if DEPENDENT:
-        # Not earlier: blocks of the next kernel would crowd on multiprocessors where this one has few.
         gdc_launch_dependents()
     lane = tl.arange(0, 32)
     for row_tile in tl.static_range(ROW_TILES):

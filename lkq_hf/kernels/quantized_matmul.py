@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lkq_hf.kernels.autotune import run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
-from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, use_triton
+from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, next_power_of_2, use_triton
 
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
@@ -62,7 +62,7 @@ def quantized_matmul(
         return x @ dequantize(*weight, x.dtype)
     flat = x.reshape(rows, -1).contiguous()
     # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
-    bucket = 1 << (rows - 1).bit_length()
+    bucket = next_power_of_2(rows)
     key = (x.device, x.dtype, bits, group_size, sym, *qweight.shape, bucket)
 
     def plain(*tensors: Tensor) -> Tensor:
