@@ -92,7 +92,7 @@ class LookaheadCache(Cache):
         if self.is_compileable and config._attn_implementation not in MASKED_ATTENTION:
             raise ValueError(
                 "LookaheadCache(max_new_tokens=...) has static shapes, of which the attention must mask what is not "
-                f"yet written; expected {' or '.join(MASKED_ATTENTION)}, found {config._attn_implementation}. Call "
+                f"yet written; expected eager or sdpa, found {config._attn_implementation}. Call "
                 'model.set_attn_implementation("sdpa"), or leave max_new_tokens out.'
             )
         room = self.max_new_tokens or 0

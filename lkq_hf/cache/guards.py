@@ -10,8 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from lkq_hf.cache.cache import LookaheadCache
-
 
 def guard_method(owner: nn.Module, name: str, guard: Callable[..., Any]) -> Callable[[], None]:
     """Makes ``owner.name(...)`` call ``guard(method, ...)``, and returns what undoes it."""
@@ -31,22 +29,23 @@ def guard_method(owner: nn.Module, name: str, guard: Callable[..., Any]) -> Call
     return undo
 
 
-def refuse_chunked_prompts(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Guards ``generate``, which alone knows that what looks like a prompt is a chunk of one.
+def refuse_chunked_prompts(defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """``generate`` alone knows that what looks like a prompt is a chunk of one.
+
+    Args:
+        defaults: the model's own.
+        args, kwargs: what ``generate`` is called with.
 
     Raises:
         ValueError: ``prefill_chunk_size`` would split a prompt for a LookaheadCache.
     """
-    if isinstance(kwargs.get("past_key_values"), LookaheadCache):
-        model: Any = generate.__self__  # type: ignore[attr-defined]
-        chunk_size = _prefill_chunk_size(model.generation_config, args, kwargs)
-        if chunk_size is not None and _prompt_length(args, kwargs) > chunk_size:
-            raise ValueError(
-                f"prefill_chunk_size={chunk_size} reads a prompt piece by piece, but LookaheadCache has to see it "
-                "whole to choose what to keep. Pass prefill_chunk_size=None: the prompt is then read in one forward, "
-                "during which no more than one layer's keys and values are held in full."
-            )
-    return generate(*args, **kwargs)
+    chunk_size = _prefill_chunk_size(defaults, args, kwargs)
+    if chunk_size is not None and _prompt_length(args, kwargs) > chunk_size:
+        raise ValueError(
+            f"prefill_chunk_size={chunk_size} reads a prompt piece by piece, but LookaheadCache has to see it whole to "
+            "choose what to keep. Pass prefill_chunk_size=None: the prompt is then read in one forward, during which "
+            "no more than one layer's keys and values are held in full."
+        )
 
 
 def _prefill_chunk_size(defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

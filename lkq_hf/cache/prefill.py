@@ -7,6 +7,7 @@ layer's entries are scored and evicted; after the forward, the suffix is cut off
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -21,6 +22,7 @@ from transformers.utils import ModelOutput
 
 from lkq_hf.attention import start_observing, thread_state
 from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.scoring import PrefillAttention, Scorer
@@ -82,8 +84,19 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         create_masks = getattr(type(base), MASKS_ATTRIBUTE, create_masks_for_generate)
         setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, create_masks))
         undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
-        undo.append(guard_method(base, "generate", refuse_chunked_prompts))
+        undo.append(guard_method(base, "generate", _generate))
     return EvictionHandle(undo)
+
+
+def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards ``generate``, for what a LookaheadCache needs from the prompt's first to the answer's last token."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, LookaheadCache):
+        return generate(*args, **kwargs)
+    model: Any = generate.__self__  # type: ignore[attr-defined]
+    refuse_chunked_prompts(model.generation_config, args, kwargs)
+    with decoding(get_decoder(model)) if cache.is_compileable else nullcontext():
+        return generate(*args, **kwargs)
 
 
 def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) -> Any:
@@ -95,6 +108,10 @@ def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) 
     cache = kwargs.get("past_key_values")
     if isinstance(cache, LookaheadCache) and not cache.has_prompt:
         return kwargs.get("attention_mask")
+    if isinstance(cache, LookaheadCache) and create_masks is create_masks_for_generate:
+        mask = next_token_mask(**kwargs)
+        if mask is not None:
+            return mask
     return create_masks(**kwargs)
 
 
