@@ -44,6 +44,7 @@ from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig,
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import group_index, pack_zeros
+from lkq_hf.quantization.shared_input import share_inputs
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -334,6 +335,7 @@ def quantize_at_random(model: Any, bits: int) -> None:
             if isinstance(module, nn.Linear):
                 parent, _, attribute = name.rpartition(".")
                 setattr(layer.get_submodule(parent), attribute, random_packed(module, bits))
+    share_inputs(model)
     gc.collect()
 
 

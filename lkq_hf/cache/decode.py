@@ -92,7 +92,7 @@ def decoding(decoder: PreTrainedModel) -> Iterator[None]:
 def next_token_mask(
     config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, past_key_values: LookaheadCache, **others: Any
 ) -> torch.Tensor | dict[str, torch.Tensor] | None:
-    """What transformers' ``create_masks_for_generate`` makes of the same arguments, in 3 operations instead of some 20.
+    """What transformers' ``create_masks_for_generate`` makes of the same arguments, in a tenth of the time.
 
     Returns:
         A mask ``[batch, 1, 1, slots]``, or, as the config's ``layer_types`` demand, a dict of it; None where there is

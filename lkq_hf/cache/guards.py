@@ -42,9 +42,9 @@ def refuse_chunked_prompts(defaults: GenerationConfig, args: tuple[Any, ...], kw
     chunk_size = _prefill_chunk_size(defaults, args, kwargs)
     if chunk_size is not None and _prompt_length(args, kwargs) > chunk_size:
         raise ValueError(
-            f"prefill_chunk_size={chunk_size} reads a prompt piece by piece, but LookaheadCache has to see it whole to "
-            "choose what to keep. Pass prefill_chunk_size=None: the prompt is then read in one forward, during which "
-            "no more than one layer's keys and values are held in full."
+            f"prefill_chunk_size={chunk_size} reads a prompt piece by piece, but LookaheadCache has to see it whole "
+            "to choose what to keep. Pass prefill_chunk_size=None: the prompt is then read in one forward, during "
+            "which no more than one layer's keys and values are held in full."
         )
 
 

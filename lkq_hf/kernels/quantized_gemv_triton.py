@@ -32,12 +32,11 @@ from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 @triton.jit(do_not_specialize=["rows", "group_features", "chunks", "chunks_per_split"])
 def _gemv_kernel(
     x,
-    qweight,
-    qzeros,
-    scales,
+    weights,
+    widths,
     partial,
     rows,
-    columns,
+    all_columns,
     in_features,
     group_features,
     chunks,
@@ -49,15 +48,27 @@ def _gemv_kernel(
     CHUNK_GROUPS: tl.constexpr,
     ROW_TILES: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
+    WEIGHTS: tl.constexpr,
     WARPS: tl.constexpr,
     PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
     FEATURES: tl.constexpr = row_features(BITS)
+    qweight, qzeros, scales = weights[0]
+    columns = widths[0]
+    block = tl.program_id(0)
+    place = 0  # in the result, of the first column of this block's weight
+    for i in tl.static_range(1, WEIGHTS):
+        blocks = tl.cdiv(columns, 32 * COLUMN_TILES)
+        if block >= blocks:
+            block -= blocks
+            place += columns
+            qweight, qzeros, scales = weights[i]
+            columns = widths[i]
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
-    column = tl.program_id(0) * (32 * COLUMN_TILES) + lane // 4 * 4
+    column = block * (32 * COLUMN_TILES) + lane // 4 * 4
     first = tl.program_id(1) * chunks_per_split
     end = tl.minimum(first + chunks_per_split, chunks)
     chunk = first + thread // 32
@@ -114,9 +125,9 @@ def _gemv_kernel(
                 odd = tl.join(sums[2 + second], sums[6 + second])
                 four = tl.reshape(tl.join(even, odd), (32, 4))
                 row = (8 * row_tile + lane % 4 * 2 + second)[:, None]
-                at = (tl.program_id(0) * (32 * COLUMN_TILES) + 32 * tile + lane // 4 * 4)[:, None] + tl.arange(0, 4)
+                at = (block * (32 * COLUMN_TILES) + 32 * tile + lane // 4 * 4)[:, None] + tl.arange(0, 4)
                 tl.store(
-                    partial + (tl.program_id(1) * rows + row) * columns + at,
+                    partial + (tl.program_id(1) * rows + row) * all_columns + place + at,
                     four.to(partial.dtype.element_ty),
                     mask=(row < rows) & (at < columns),
                 )
@@ -364,22 +375,20 @@ def chunk_features(bits: int, group_size: int) -> int | None:
 
 def quantized_gemv(
     x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
+    *weights: Tensor,
     bits: int,
     group_size: int,
     sym: bool,
-    *,
     chunk: int,
     num_warps: int,
     column_tiles: int,
     prefetch: bool,
     split_k: int,
 ) -> Tensor:
-    """``x`` `[rows, in_features]`, contiguous, times the packed weight: `[rows, out_features]`.
+    """``x`` `[rows, in_features]`, contiguous, times packed weights: `[rows, out_features of all of them]`.
 
     Args:
+        weights: qweight, qzeros and scales of one weight after the other.
         chunk: what :func:`chunk_features` says.
         num_warps: warps of a thread block.
         column_tiles: 32 columns each, of a thread block.
@@ -387,20 +396,23 @@ def quantized_gemv(
         split_k: thread blocks that share the chunks of a column.
     """
     rows, in_features = x.shape
-    columns = qweight.shape[1]
+    each = [
+        (qweight, qzeros, scales.view(torch.int32))
+        for qweight, qzeros, scales in zip(weights[::3], weights[1::3], weights[2::3], strict=True)
+    ]
+    widths = [qweight.shape[1] for qweight, *_ in each]
     chunks = ceil_div(in_features, chunk)
     if x.data_ptr() % 16:  # a view from the middle of other activations
         x = x.clone()
-    partial = split_buffer(x, columns, split_k)
+    partial = split_buffer(x, sum(widths), split_k)
     launch = dependent_launch(x.device)
-    _gemv_kernel[(ceil_div(columns, 32 * column_tiles), split_k)](
+    _gemv_kernel[(sum(ceil_div(width, 32 * column_tiles) for width in widths), split_k)](
         x.view(torch.int32),
-        qweight,
-        qzeros,
-        scales.view(torch.int32),
+        tuple(each),
+        tuple(widths),
         partial,
         rows,
-        columns,
+        sum(widths),
         in_features,
         group_size,
         chunks,
@@ -412,6 +424,7 @@ def quantized_gemv(
         CHUNK_GROUPS=max(1, chunk // group_size),
         ROW_TILES=ceil_div(rows, 8),
         COLUMN_TILES=column_tiles,
+        WEIGHTS=len(each),
         WARPS=num_warps,
         PREFETCH=prefetch,
         DEPENDENT=bool(launch),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import cache, partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
 _DEQUANTIZE_ROWS = 1024
+SHARED_ROWS = 16
+"""Up to here the kernel that little more than reads weights is the fastest, and one may serve several weights."""
+
 # Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor; by the largest number of rows
 # that they serve.
 _GEMV_TILES = {
@@ -56,38 +60,71 @@ def quantized_matmul(
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    weight = (qweight, qzeros, scales, bits, group_size, sym)
+    return _product(x, (qweight, qzeros, scales, bits, group_size, sym))
+
+
+@torch.library.custom_op("lkq_hf::quantized_matmul_shared", mutates_args=())
+def quantized_matmul_shared(
+    x: Tensor,
+    qweights: list[Tensor],
+    qzeros: list[Tensor],
+    scales: list[Tensor],
+    bits: int,
+    group_size: int,
+    sym: bool,
+) -> Tensor:
+    """Products of the same activations with several weights, side by side; not differentiable.
+
+    They are one kernel: of several, each has to start and to run dry. For more than :data:`SHARED_ROWS` rows it is not
+    the fastest one. The arguments are those of :func:`quantized_matmul`, with a list for what each weight has.
+
+    Returns:
+        `[..., out_features of all weights]` in the dtype of ``x``.
+    """
+    return _product(x, (*chain.from_iterable(zip(qweights, qzeros, scales, strict=True)), bits, group_size, sym))
+
+
+def _product(x: Tensor, weights: tuple[Any, ...]) -> Tensor:
+    """``weights``: qweight, qzeros and scales of one weight after the other; bits, group_size and sym of all."""
+    *tensors, bits, group_size, sym = weights
     rows = x.numel() // x.shape[-1]
-    if rows == 0 or rows > _DEQUANTIZE_ROWS or group_size % 32 or not use_triton(x, *weight[:3], dtypes=KERNEL_DTYPES):
-        return x @ dequantize(*weight, x.dtype)
+    if rows == 0 or rows > _DEQUANTIZE_ROWS or group_size % 32 or not use_triton(x, *tensors, dtypes=KERNEL_DTYPES):
+        return _dequantized_product(x, *tensors, bits=bits, group_size=group_size, sym=sym)
     flat = x.reshape(rows, -1).contiguous()
     # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
     bucket = next_power_of_2(rows)
-    key = (x.device, x.dtype, bits, group_size, sym, *qweight.shape, bucket)
-
-    def plain(*tensors: Tensor) -> Tensor:
-        return flat @ dequantize(*tensors, bits, group_size, sym, flat.dtype)
-
-    with torch.cuda.device_of(qweight):
-        y = run_fastest(key, _candidates(flat, weight, bucket), plain, weight[:3])
+    candidates = _candidates(flat, weights, bucket)
+    if not candidates:
+        return torch.cat(
+            [_product(x, (*tensors[i : i + 3], bits, group_size, sym)) for i in range(0, len(tensors), 3)], -1
+        )
+    widths = [qweight.shape[1] for qweight in tensors[::3]]
+    key = (x.device, x.dtype, bits, group_size, sym, x.shape[-1], *widths, bucket)
+    plain = partial(_dequantized_product, flat, bits=bits, group_size=group_size, sym=sym)
+    with torch.cuda.device_of(x):
+        y = run_fastest(key, candidates, plain, tensors)
     return y.view(*x.shape[:-1], -1)
 
 
-def _candidates(
-    x: Tensor, weight: tuple[Tensor, Tensor, Tensor, int, int, bool], bucket: int
-) -> list[Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
+    products = [x @ dequantize(*tensors[i : i + 3], bits, group_size, sym, x.dtype) for i in range(0, len(tensors), 3)]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
+def _candidates(x: Tensor, weights: tuple[Any, ...], bucket: int) -> list[Callable[..., Tensor]]:
     """Every way worth trying to multiply `[rows, in_features]` activations, ``rows`` rounded up to ``bucket``.
 
-    They take the tensors of a weight like ``weight``.
+    They take the tensors of weights like ``weights``. There may be none where these are several.
     """
-    qweight, *_, bits, group_size, sym = weight
-    ways = _ways(x.device, bits, group_size, x.shape[1], qweight.shape[1], bucket)
+    *tensors, bits, group_size, sym = weights
+    widths = tuple(qweight.shape[1] for qweight in tensors[::3])
+    ways = _ways(x.device, bits, group_size, x.shape[1], widths, bucket)
     return [partial(kernel, x, bits=bits, group_size=group_size, sym=sym, **options) for kernel, options in ways]
 
 
 @cache  # every product asks
 def _ways(
-    device: torch.device, bits: int, group_size: int, in_features: int, columns: int, bucket: int
+    device: torch.device, bits: int, group_size: int, in_features: int, widths: tuple[int, ...], bucket: int
 ) -> list[tuple[Callable[..., Tensor], dict[str, Any]]]:
     """Kernels and their options."""
     from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
@@ -97,6 +134,7 @@ def _ways(
         return max(1, min(round(thread_blocks * multiprocessors(device) / output_tiles), most))
 
     ways: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
+    columns = sum(widths)
     chunk = chunk_features(bits, group_size)
     if chunk is not None and bucket <= max(_GEMV_TILES):
         for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
@@ -108,7 +146,7 @@ def _ways(
                 "split_k": splits(blocks, ceil_div(columns, 32 * column_tiles), in_features // chunk // num_warps),
             }
             ways.append((quantized_gemv, options))
-    if ways and bucket <= 16:
+    if (ways and bucket <= SHARED_ROWS) or len(widths) > 1:
         return ways
     for most_rows, most_features, num_warps, num_stages, blocks in _tiles(_GEMM_TILES, bucket):
         block_m = min(max(bucket, 16), most_rows)
@@ -144,6 +182,19 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     qweight, qzeros, scales = ctx.saved_tensors
     weight = dequantize(qweight, qzeros, scales, ctx.bits, ctx.group_size, ctx.sym, grad_output.dtype)
     return grad_output @ weight.t(), None, None, None, None, None, None
+
+
+@quantized_matmul_shared.register_fake
+def _(
+    x: Tensor,
+    qweights: list[Tensor],
+    qzeros: list[Tensor],
+    scales: list[Tensor],
+    bits: int,
+    group_size: int,
+    sym: bool,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(qweight.shape[1] for qweight in qweights)))
 
 
 quantized_matmul.register_autograd(_backward, setup_context=_setup_context)

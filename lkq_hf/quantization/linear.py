@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lkq_hf.kernels.dequantize import dequantize
 from lkq_hf.kernels.quantized_matmul import quantized_matmul
 from lkq_hf.quantization.packing import group_index, pack_weight, packed_shapes, unpack_weight, unpack_zeros
+from lkq_hf.quantization.shared_input import SharedInput, autocast
 from lkq_hf.quantization.weight import QuantizedWeight
 
 
@@ -57,6 +58,8 @@ class QuantizedLinear(nn.Linear):
         self.bits = bits
         self.group_size = group_size
         self.sym = sym
+        # Set where other layers have the same input (see lkq_hf.quantization.shared_input), and the place among them.
+        self.shared_input: tuple[SharedInput, int] | None = None
         self.register_parameter("weight", None)
         for name, (shape, buffer_dtype) in self._shapes().items():
             self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
@@ -83,9 +86,14 @@ class QuantizedLinear(nn.Linear):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        y = quantized_matmul(x, self.qweight, self.qzeros, self.scales, self.bits, self.group_size, self.sym)
+        y = None
+        if self.shared_input is not None:
+            shared_input, place = self.shared_input
+            y = shared_input.product(place, x)
+        if y is None:
+            y = quantized_matmul(
+                autocast(x), self.qweight, self.qzeros, self.scales, self.bits, self.group_size, self.sym
+            )
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -15,6 +15,7 @@ from lkq_hf.quantization.blocks import linear_weight
 from lkq_hf.quantization.calibrate import calibrate, find_layers
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.solve import resolve_group_size
 
 SAFETENSORS_DTYPES = {torch.int32: "I32", torch.float16: "F16", torch.float32: "F32", torch.bfloat16: "BF16"}
@@ -67,9 +68,10 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
             for name, parameter in model.named_parameters():
                 if not parameter.is_meta and not bool(torch.isfinite(parameter).all()):
                     raise ValueError(f"{name} holds values that are not finite: the checkpoint is damaged")
-            return
-        self.report = calibrate(model, self.quantization_config)
-        place(model, self.requested_device_map)
+        else:
+            self.report = calibrate(model, self.quantization_config)
+            place(model, self.requested_device_map)
+        share_inputs(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
         # Runs while the model is being saved, which comes before every push.
