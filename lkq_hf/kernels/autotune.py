@@ -74,11 +74,12 @@ def _copies(weight: Sequence[Tensor]) -> list[Sequence[Tensor]]:
 
 
 def time_on_gpu(run: Callable[..., object], inputs: Sequence[Sequence[Tensor]], rounds: int = 5) -> float:
-    """Milliseconds that the GPU takes for what ``run`` launches, one run following another: the median of ``rounds``.
+    """Milliseconds that the GPU takes for what ``run`` launches and a small kernel after it: the median of ``rounds``.
 
-    That is how layers follow each other. Alone between two events, kernels that may start before the one ahead of them
-    ends look slower than they are, and their order changes. A host is often slower in launching a kernel than a GPU in
-    running it, so the GPU is kept busy until all are launched.
+    One run follows another, as layers do, with an ordinary kernel in between, as there are elementwise ones: kernels
+    that may start before the one ahead of them ends would look faster directly behind each other, and their order
+    changes. A host is often slower in launching a kernel than a GPU in running it, so the GPU is kept busy until all
+    are launched.
 
     Args:
         run: takes the tensors of one of ``inputs``.
@@ -87,10 +88,12 @@ def time_on_gpu(run: Callable[..., object], inputs: Sequence[Sequence[Tensor]], 
     """
     runs = [*inputs] * ceil_div(10, len(inputs))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    between = torch.empty(4096, device=inputs[0][0].device)
 
     def launch_all() -> None:
         for tensors in runs:
             run(*tensors)
+            between.zero_()
 
     times = []
     for _ in range(rounds):

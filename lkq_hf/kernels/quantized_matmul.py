@@ -22,7 +22,7 @@ SHARED_ROWS = 16
 # Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor; by the largest number of rows
 # that they serve.
 _GEMV_TILES = {
-    16: ((4, 2, True, 2), (4, 2, True, 4), (8, 1, True, 2), (8, 2, False, 2), (4, 1, True, 4)),
+    16: ((4, 2, True, 2), (4, 2, True, 3), (4, 2, True, 4), (8, 1, True, 2), (8, 2, False, 2), (4, 1, True, 4)),
     32: ((4, 1, True, 2), (4, 1, False, 2), (8, 1, True, 2)),
 }
 # Most rows and input features of a tile, warps, stages, thread blocks per multiprocessor; likewise. Up to 16 rows they

@@ -14,6 +14,7 @@ from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
+from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.walk import WalkReport
 
 
@@ -104,6 +105,7 @@ class TwoStageQuantizer(OptimumQuantizer):
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **self.loading)
         self.report = calibrate(model, run, load_block)
+        share_inputs(model)
         mark_quantized(model, run)
         processes = Processes.current()
         # All have read what they need of the journal, and found the directory free.
