@@ -7,7 +7,6 @@ layer's entries are scored and evicted; after the forward, the suffix is cut off
 
 import threading
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
@@ -25,6 +24,7 @@ from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.quantization.shared_input import weights_fixed
 from lkq_hf.scoring import PrefillAttention, Scorer
 
 MASKS_ATTRIBUTE = "create_masks_for_generate"
@@ -95,7 +95,9 @@ def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return generate(*args, **kwargs)
     model: Any = generate.__self__  # type: ignore[attr-defined]
     refuse_chunked_prompts(model.generation_config, args, kwargs)
-    with decoding(get_decoder(model)) if cache.is_compileable else nullcontext():
+    if not cache.is_compileable:
+        return generate(*args, **kwargs)
+    with decoding(get_decoder(model)), weights_fixed(model):
         return generate(*args, **kwargs)
 
 

@@ -84,6 +84,28 @@ def quantized_matmul_shared(
     return _product(x, (*chain.from_iterable(zip(qweights, qzeros, scales, strict=True)), bits, group_size, sym))
 
 
+fixed_weights: dict[int, tuple[Any, ...]] = {}
+"""Weights that :func:`quantized_matmul_fixed` knows, by handle: qweight, qzeros and scales of one after the other;
+bits, group_size and sym of all. Whoever adds them takes them out again."""
+
+
+@torch.library.custom_op("lkq_hf::quantized_matmul_fixed", mutates_args=())
+def quantized_matmul_fixed(x: Tensor, handle: int, out_features: int) -> Tensor:
+    """:func:`quantized_matmul_shared` with weights that are no inputs of the operator.
+
+    A CUDA graph that holds it reads the memory that was theirs when it was recorded: new weights need a new handle.
+
+    Args:
+        x: `[..., in_features]`, floating point.
+        handle: a key of :data:`fixed_weights`.
+        out_features: of all weights together.
+
+    Returns:
+        `[..., out_features]` in the dtype of ``x``.
+    """
+    return _product(x, fixed_weights[handle])
+
+
 def _product(x: Tensor, weights: tuple[Any, ...]) -> Tensor:
     """``weights``: qweight, qzeros and scales of one weight after the other; bits, group_size and sym of all."""
     *tensors, bits, group_size, sym = weights
@@ -195,6 +217,11 @@ def _(
     sym: bool,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], sum(qweight.shape[1] for qweight in qweights)))
+
+
+@quantized_matmul_fixed.register_fake
+def _(x: Tensor, handle: int, out_features: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 quantized_matmul.register_autograd(_backward, setup_context=_setup_context)

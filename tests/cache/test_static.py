@@ -7,9 +7,14 @@ import torch
 from models import ARCHITECTURES, left_padded, lookahead_model, prompt_ids, tiny_model
 from peft import get_peft_model
 from transformers import CompileConfig
+from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.cache import decode, prefill
+from lkq_hf.cache.decode import next_token_mask
+from lkq_hf.cache.static import DECODE_ATTENTION
 from lkq_hf.evaluation.models import load_smollm2
+from lkq_hf.kernels.decode_attention import decode_attention
 
 NEW_TOKENS = 12
 
@@ -305,3 +310,68 @@ def test_a_real_model(graphs):
         found = generate(model, ids, static_cache(budget, "snapkv"), mask, **compiled_by(graphs))
         assert_same(found, expected, tolerance=5e-3)
     assert graphs.count == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_the_mask_of_the_next_token_is_that_of_transformers(monkeypatch, architecture):
+    model = lookahead_model(architecture, "sdpa")
+    by_layer_type = architecture == "qwen3"
+    compared = []
+
+    def compared_with_transformers(**kwargs):
+        found = next_token_mask(**kwargs)
+        if found is not None:
+            expected = create_masks_for_generate(**kwargs)
+            assert isinstance(found, dict) == isinstance(expected, dict) == by_layer_type
+            if by_layer_type:
+                assert found.keys() == expected.keys()
+                found_mask, expected_mask = found["full_attention"], expected["full_attention"]
+            else:
+                found_mask, expected_mask = found, expected
+            assert torch.equal(found_mask, expected_mask)
+            compared.append(found)
+        return found
+
+    monkeypatch.setattr(prefill, "next_token_mask", compared_with_transformers)
+    ids, mask = padded_prompts()
+    cache = static_cache(20)  # more than the shorter prompt has
+    ids = generate(model, ids, cache, mask).sequences
+    turn = prompt_ids(2, 5, seed=3)
+    ids = torch.cat([ids, turn], 1)
+    mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    generate(model, ids, cache, mask)
+    assert len(compared) == 2 * (NEW_TOKENS - 1)
+
+
+def test_attention_is_ours_while_tokens_are_generated_and_only_then(monkeypatch):
+    model = lookahead_model("llama", "sdpa")
+    calls = []
+
+    def counted(*arguments):
+        assert model.config._attn_implementation == DECODE_ATTENTION
+        calls.append(arguments)
+        if len(calls) == 100:
+            raise KeyboardInterrupt
+        return decode_attention(*arguments)
+
+    monkeypatch.setattr(decode, "decode_attention", counted)
+    ids, mask = padded_prompts()
+    generate(model, ids, static_cache(), mask)
+    assert len(calls) == 3 * (NEW_TOKENS - 1)
+    generate(model, ids, LookaheadCache(7), mask)
+    assert len(calls) == 3 * (NEW_TOKENS - 1)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, static_cache(max_new_tokens=90), mask, new_tokens=90)
+    assert model.config._attn_implementation == "sdpa" and decode._decoding == {}
+
+
+def test_decodes_of_one_model_at_a_time():
+    model = tiny_model("llama", "sdpa")
+    with decode.decoding(model.model):
+        with decode.decoding(model.model):
+            assert model.config._attn_implementation == DECODE_ATTENTION
+        assert model.config._attn_implementation == DECODE_ATTENTION
+    assert model.config._attn_implementation == "sdpa"
+    eager = tiny_model("llama", "eager")
+    with decode.decoding(eager.model):
+        assert eager.config._attn_implementation == "eager"
