@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -110,7 +109,10 @@ def next_token_mask(
         return None
     slots, offset = past_key_values.get_mask_sizes(1, 0)
     # One column for each token of the text up to the new one, as slots are filled: those behind are not seen.
-    seen = attention_mask[:, offset:].bool()
-    mask = F.pad(seen, (0, slots - seen.shape[1]))[:, None, None]
+    # New memory each time, also where all are filled: another layout would compile again.
+    seen = attention_mask[:, offset:]
+    mask = torch.zeros(seen.shape[0], slots, dtype=torch.bool, device=seen.device)
+    mask[:, : seen.shape[1]] = seen
+    mask = mask[:, None, None]
     layer_types = getattr(text_config, "layer_types", None)
     return mask if layer_types is None else dict.fromkeys(layer_types, mask)

@@ -63,7 +63,11 @@ class QuantizedLinear(nn.Linear):
         self.register_parameter("weight", None)
         for name, (shape, buffer_dtype) in self._shapes().items():
             self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
-        self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+        if bias:
+            self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device))
+        else:
+            # An ordinary attribute, for which a compiled model checks less.
+            self.bias = None  # type: ignore[assignment]
 
     @classmethod
     def from_quantized_weight(
@@ -77,6 +81,7 @@ class QuantizedLinear(nn.Linear):
             bits=weight.bits,
             group_size=weight.group_size,
             sym=weight.sym,
+            bias=bias is not None,
             device="meta",
         )
         for name, tensor in pack_weight(weight).items():

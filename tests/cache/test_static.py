@@ -96,6 +96,14 @@ def test_generate_compiles_one_graph_for_all_prompts(architecture, graphs):
     assert graphs.count == 1
 
 
+def test_the_last_free_slot_compiles_nothing(graphs):
+    model = lookahead_model("llama", "sdpa")
+    cache = static_cache(52)
+    generate(model, prompt_ids(1, 80), cache, new_tokens=NEW_TOKENS + 1, **compiled_by(graphs))
+    assert cache.layers[0].free_slots() == 0
+    assert graphs.count == 1
+
+
 def test_storage_that_runs_full_grows_with_one_more_compilation(graphs):
     model = lookahead_model("gemma3", "sdpa")
     ids, mask = padded_prompts()

@@ -91,7 +91,7 @@ def test_who_computes_alone(calls: list[int]) -> None:
 
 def test_autocast_and_bias(calls: list[int]) -> None:
     attention = packed_model().model.layers[0].self_attn
-    attention.k_proj.register_buffer("bias", torch.ones(attention.k_proj.out_features))
+    attention.k_proj.bias = torch.ones(attention.k_proj.out_features)
     expected = alone(attention)
     x = torch.randn(3, 64)
     with torch.autocast("cpu", torch.bfloat16):
