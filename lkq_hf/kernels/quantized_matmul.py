@@ -28,7 +28,6 @@ _GEMV_TILES = {
 # Most rows and input features of a tile, warps, stages, thread blocks per multiprocessor; likewise. Up to 16 rows they
 # are for group sizes that the other kernel does not take.
 _GEMM_TILES = {
-    32: ((32, 128, 4, 4, 2),),
     64: ((64, 128, 4, 5, 2), (64, 128, 4, 3, 3), (64, 128, 8, 3, 1)),
     128: ((128, 128, 4, 3, 2), (128, 128, 4, 4, 1), (128, 128, 8, 4, 1)),
     1024: ((256, 128, 8, 3, 1), (256, 64, 4, 3, 2), (128, 128, 4, 4, 1)),
