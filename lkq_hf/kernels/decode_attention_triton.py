@@ -16,6 +16,7 @@ from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting, mu
 
 _BLOCK_SLOTS = 64
 _BLOCKS_PER_MULTIPROCESSOR = 8
+_MOST_COMBINED = 16384  # values that one thread block puts together
 _WARPS = 4
 _LEAST_ROWS = 16  # of a tile that the tensor cores multiply
 
@@ -25,7 +26,11 @@ def decode_attention_triton(query: Tensor, key: Tensor, value: Tensor, mask: Ten
     kv_heads, slots, value_dim = value.shape[1:]
     groups = heads // kv_heads
     tiles = ceil_div(slots, _BLOCK_SLOTS)
-    splits = min(tiles, ceil_div(_BLOCKS_PER_MULTIPROCESSOR * multiprocessors(query.device), batch * kv_heads))
+    splits = min(
+        tiles,
+        ceil_div(_BLOCKS_PER_MULTIPROCESSOR * multiprocessors(query.device), batch * kv_heads),
+        _MOST_COMBINED // next_power_of_2(value_dim),
+    )
     mask = mask.expand(batch, 1, 1, slots)
     output = query.new_empty(batch, heads, 1, value_dim)
     if interpreting() and key.dtype == torch.bfloat16:
@@ -105,7 +110,7 @@ def _attend_kernel(
     DEPENDENT: tl.constexpr,
 ):
     """One KV head's share of the entries, for the heads of its group."""
-    split, kv_head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    split, kv_head, batch = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     group = tl.arange(0, BLOCK_GROUPS)
     feature = tl.arange(0, BLOCK_HEAD_DIM)
     value_feature = tl.arange(0, BLOCK_VALUE_DIM)

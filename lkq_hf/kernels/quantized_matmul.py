@@ -17,7 +17,7 @@ KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 # From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
 _DEQUANTIZE_ROWS = 1024
 SHARED_ROWS = 16
-"""Up to here the kernel that little more than reads weights is the fastest, and one may serve several weights."""
+"""Up to here the fastest kernel does little more than read weights, and one may serve several."""
 
 # Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor; by the largest number of rows
 # that they serve.

@@ -44,8 +44,9 @@ class SharedInput:
         self._widths = [layer.out_features for layer in layers]
         # The input and each layer's product, from the first layer's call to the last one's.
         self._computed: tuple[Tensor, tuple[Tensor, ...]] | None = None
-        # While weights are fixed, what stands for them; and for which weights it stood last.
+        # While weights are fixed, what stands for them and where they are; and for which weights it stood last.
         self._handle: int | None = None
+        self._device: torch.device | None = None
         self._last_handle = -1
         self._last_weights: list[tuple[weakref.ref[Tensor], int]] = []
         self._times_fixed = 0
@@ -70,11 +71,15 @@ class SharedInput:
             0 < x.numel() <= SHARED_ROWS * x.shape[-1]
             and not (torch.is_grad_enabled() and x.requires_grad)
             # A layer whose weight is elsewhere until it is called (offloading) computes for itself.
-            and (self._handle is not None or all(layer.qweight.device == x.device for layer in self._layers))
+            and (self._is_fixed(x) or all(layer.qweight.device == x.device for layer in self._layers))
         )
 
+    def _is_fixed(self, x: Tensor) -> bool:
+        """Whether a handle stands for the weights, and they have not moved to another device since."""
+        return self._handle is not None and self._device == x.device
+
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self._handle is not None:
+        if self._is_fixed(x):
             y = quantized_matmul_fixed(autocast(x), self._handle, sum(self._widths))
         else:
             qweights, qzeros, scales = (list(tensors) for tensors in zip(*self._weights(), strict=True))
@@ -95,7 +100,8 @@ class SharedInput:
     def fixed(self) -> Iterator[None]:
         """Inside, a handle stands for the weights: the same as last time if they are the same tensors."""
         tensors = list(itertools.chain.from_iterable(self._weights()))
-        if tensors[0].is_meta or len({tensor.device for tensor in tensors}) > 1:
+        device = tensors[0].device
+        if device.type == "meta" or any(tensor.device != device for tensor in tensors):
             yield
             return
         first = self._layers[0]
@@ -105,7 +111,7 @@ class SharedInput:
                 if not self._are_the_last(tensors):
                     self._last_handle = next(_handles)
                     self._last_weights = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
-                self._handle = self._last_handle
+                self._handle, self._device = self._last_handle, device
                 fixed_weights[self._handle] = (*tensors, first.bits, first.group_size, first.sym)
         try:
             yield
@@ -140,8 +146,7 @@ def share_inputs(model: nn.Module) -> None:
 def weights_fixed(model: nn.Module) -> Iterator[None]:
     """Inside, packed weights of ``model`` must not be replaced: graphs compiled inside do not take them as inputs.
 
-    A compiled model checks every tensor that it takes before each call. For some hundred packed weights that takes
-    longer than reading a tenth of them.
+    A compiled model checks each of its inputs before every call, and a packed Linear has three tensors.
     """
     from lkq_hf.quantization.linear import QuantizedLinear
 
