@@ -105,14 +105,13 @@ def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) 
     """What ``generate`` calls, by the name that a model may define, to prepare masks for a compileable cache.
 
     The mask of a prompt stays as it is: eviction has to see the padding, and a prefill, which is not compiled, makes
-    its masks by itself.
+    its masks by itself. That of a single token is made in fewer steps, where no model has masks of its own.
     """
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, LookaheadCache) and not cache.has_prompt:
-        return kwargs.get("attention_mask")
-    if isinstance(cache, LookaheadCache) and create_masks is create_masks_for_generate:
-        mask = next_token_mask(**kwargs)
-        if mask is not None:
+    if isinstance(cache, LookaheadCache):
+        if not cache.has_prompt:
+            return kwargs.get("attention_mask")
+        if create_masks is create_masks_for_generate and (mask := next_token_mask(**kwargs)) is not None:
             return mask
     return create_masks(**kwargs)
 
