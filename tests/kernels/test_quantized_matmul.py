@@ -68,7 +68,7 @@ def test_reference_is_the_formula(bits: int, sym: bool) -> None:
         (16, 96, 32, 96, torch.bfloat16),
         (16, 96, 32, 96, torch.float16),
         (20, 128, 32, 64, torch.bfloat16),
-        (1, 4096, 32, 128, torch.float16),
+        (1, 4096 if DEVICE == "cuda" else 1536, 32, 128, torch.float16),
         (40, 256, 64, 128, torch.float16),
     ],
 )
