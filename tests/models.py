@@ -1,11 +1,11 @@
-"""Tiny random models, and plain computations to compare the package's results with."""
+"""Tiny random models, plain computations to compare the package's results with, and a backend that shows graphs."""
 
 import copy
 from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
 from lkq_hf import LookaheadKVConfig
 from lkq_hf.adapter.model import adapter_parameters
@@ -199,3 +199,28 @@ def base_and_adapted(architecture="llama", **changes):
     """The same random model twice: untouched, and with an adapter."""
     base = tiny_model(architecture, **changes)
     return base, add_lookahead(copy.deepcopy(base))
+
+
+class Graphs:
+    """A backend of torch.compile that runs graphs as they are and keeps them."""
+
+    def __init__(self):
+        self.graphs = []
+
+    def __call__(self, graph, example_inputs):
+        self.graphs.append(graph)
+        return graph.forward
+
+    @property
+    def count(self):
+        return len(self.graphs)
+
+    def __deepcopy__(self, memo):
+        return self  # CompileConfig copies what it hands to torch.compile
+
+
+def compiled_by(backend):
+    """Options of ``generate`` that compile on every device, in one graph or not at all."""
+    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
+    config._compile_all_devices = True
+    return {"compile_config": config}

@@ -9,7 +9,13 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
-from lkq_hf.cache.static import MASKED_ATTENTION, StaticEvictedLayer, StaticSlidingLayer, StaticStorage
+from lkq_hf.cache.static import (
+    DECODE_ATTENTION,
+    MASKED_ATTENTION,
+    StaticEvictedLayer,
+    StaticSlidingLayer,
+    StaticStorage,
+)
 from lkq_hf.scoring import Scorer, get_scorer
 
 
@@ -89,10 +95,10 @@ class LookaheadCache(Cache):
             NotImplementedError: the model has layers whose state cannot be cut to a set of entries.
             ValueError: static shapes are asked for, and the model's attention cannot mask the slots not yet written.
         """
-        if self.is_compileable and config._attn_implementation not in MASKED_ATTENTION:
+        if self.is_compileable and config._attn_implementation not in (*MASKED_ATTENTION, DECODE_ATTENTION):
             raise ValueError(
                 "LookaheadCache(max_new_tokens=...) has static shapes, of which the attention must mask what is not "
-                f"yet written; expected eager or sdpa, found {config._attn_implementation}. Call "
+                f"yet written; expected {' or '.join(MASKED_ATTENTION)}, found {config._attn_implementation}. Call "
                 'model.set_attn_implementation("sdpa"), or leave max_new_tokens out.'
             )
         room = self.max_new_tokens or 0

@@ -69,12 +69,10 @@ def decoding(decoder: PreTrainedModel) -> Iterator[None]:
     config = decoder.config
     with _lock:
         running = _decoding.get(id(config), 0)
-        if not running and (
-            config._attn_implementation != "sdpa" or attention_registry(decoder) is not ALL_ATTENTION_FUNCTIONS
-        ):
-            applies = False
-        else:
-            applies = True
+        applies = running > 0 or (
+            config._attn_implementation == "sdpa" and attention_registry(decoder) is ALL_ATTENTION_FUNCTIONS
+        )
+        if applies:
             config._attn_implementation = DECODE_ATTENTION
             _decoding[id(config)] = running + 1
     try:

@@ -27,7 +27,7 @@ LEAST_GROWTH = 256  # slots; to compile again costs more than they do
 DECODE_ATTENTION = "lookahead_decode"
 """What "sdpa" is called while ``generate`` runs with static shapes (:mod:`lkq_hf.cache.decode`)."""
 
-MASKED_ATTENTION = ("eager", "sdpa", DECODE_ATTENTION)
+MASKED_ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask with one value for each slot."""
 
 

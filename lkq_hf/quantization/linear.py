@@ -58,7 +58,7 @@ class QuantizedLinear(nn.Linear):
         self.bits = bits
         self.group_size = group_size
         self.sym = sym
-        # Set where other layers have the same input (see lkq_hf.quantization.shared_input), and the place among them.
+        # What computes this product together with those of the same input, and the place among them.
         self.shared_input: tuple[SharedInput, int] | None = None
         self.register_parameter("weight", None)
         for name, (shape, buffer_dtype) in self._shapes().items():

@@ -75,8 +75,11 @@ class SharedInput:
         )
 
     def _is_fixed(self, x: Tensor) -> bool:
-        """Whether a handle stands for the weights, and they have not moved to another device since."""
-        return self._handle is not None and self._device == x.device
+        """Whether a handle stands for the weights, and they have not moved to another device since.
+
+        Only compiled graphs gain by it. In other forwards, handles are another thread's, which may end at any time.
+        """
+        return torch.compiler.is_compiling() and self._handle is not None and self._device == x.device
 
     def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
         if self._is_fixed(x):

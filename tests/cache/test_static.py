@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import ARCHITECTURES, left_padded, lookahead_model, prompt_ids, tiny_model
+from models import ARCHITECTURES, Graphs, compiled_by, left_padded, lookahead_model, prompt_ids, tiny_model
 from peft import get_peft_model
-from transformers import CompileConfig
 from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
@@ -19,32 +18,11 @@ from lkq_hf.kernels.decode_attention import decode_attention
 NEW_TOKENS = 12
 
 
-class Graphs:
-    """A backend of torch.compile that runs a graph as it is and counts how often one is made."""
-
-    def __init__(self):
-        self.count = 0
-
-    def __call__(self, graph, example_inputs):
-        self.count += 1
-        return graph.forward
-
-    def __deepcopy__(self, memo):
-        return self  # CompileConfig copies what it hands to torch.compile
-
-
 @pytest.fixture
 def graphs():
     torch._dynamo.reset()
     yield Graphs()
     torch._dynamo.reset()
-
-
-def compiled_by(backend):
-    """Options of ``generate`` that compile on every device, in one graph or not at all."""
-    config = CompileConfig(backend=backend, fullgraph=True, mode=None)
-    config._compile_all_devices = True
-    return {"compile_config": config}
 
 
 def generate(model, ids, cache, mask=None, new_tokens=NEW_TOKENS, **options):

@@ -12,6 +12,7 @@ from models import (
     ARCHITECTURES,
     add_lookahead,
     base_and_adapted,
+    compiled_by,
     kept_entries,
     lookahead_model,
     prompt_ids,
@@ -22,7 +23,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference import assert_as_masked, expected_logits, generate
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, CompileConfig, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
 
@@ -75,10 +76,8 @@ def test_a_compiled_model(architecture, reset_compiler):
 def test_static_decode(architecture, reset_compiler):
     base, model = base_and_adapted(architecture)
     model.set_attn_implementation("sdpa")
-    compilation = CompileConfig(backend="eager", fullgraph=True, mode=None)
-    compilation._compile_all_devices = True
     ids, cache = prompt_ids(2, 40), LookaheadCache(budget=7, max_new_tokens=8)
-    assert_as_masked(base, ids, *generate(model, ids, cache, compile_config=compilation), cache)
+    assert_as_masked(base, ids, *generate(model, ids, cache, **compiled_by("eager")), cache)
 
 
 @item("static decode: LookaheadCache(max_new_tokens=...), compiled by generate")

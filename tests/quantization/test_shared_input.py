@@ -5,9 +5,8 @@ import pickle
 
 import pytest
 import torch
-from models import prompt_ids, tiny_model
+from models import Graphs, compiled_by, prompt_ids, tiny_model
 from torch import nn
-from transformers import CompileConfig
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.kernels.quantized_matmul import fixed_weights
@@ -118,18 +117,10 @@ def test_copies_have_weights_of_their_own(duplicate) -> None:  # type: ignore[no
     other.model.layers[0].self_attn.k_proj.scales.zero_()
     ids = prompt_ids(1, 5)
     with weights_fixed(model), weights_fixed(other):
-        torch.testing.assert_close(model(ids).logits, alone(model)(ids).logits)
-        torch.testing.assert_close(other(ids).logits, alone(other)(ids).logits)
+        for each in (model, other):
+            compiled = torch.compile(each, backend="eager")
+            torch.testing.assert_close(compiled(ids).logits, alone(each)(ids).logits)
     assert not torch.equal(model(ids).logits, other(ids).logits)
-
-
-class Graphs(list):  # type: ignore[type-arg]
-    def __call__(self, graph: torch.fx.GraphModule, inputs: object) -> object:
-        self.append(graph)
-        return graph.forward
-
-    def __deepcopy__(self, memo: object) -> "Graphs":
-        return self
 
 
 def test_compiled_decoding_takes_no_packed_weights_and_notices_new_ones() -> None:
@@ -137,8 +128,6 @@ def test_compiled_decoding_takes_no_packed_weights_and_notices_new_ones() -> Non
     model = packed_model()
     prepare_model_for_eviction(model)
     graphs = Graphs()
-    config = CompileConfig(backend=graphs, fullgraph=True, mode=None)
-    config._compile_all_devices = True
 
     def logits(model: nn.Module, max_new_tokens: int | None, **options: object) -> torch.Tensor:
         cache = LookaheadCache(8, "snapkv", max_new_tokens=max_new_tokens)
@@ -157,13 +146,13 @@ def test_compiled_decoding_takes_no_packed_weights_and_notices_new_ones() -> Non
 
     def check(compilations: int) -> None:
         other = alone(model)
-        torch.testing.assert_close(logits(model, 6, compile_config=config), logits(other, None), atol=1e-4, rtol=1e-4)
-        assert len(graphs) == compilations
+        torch.testing.assert_close(logits(model, 6, **compiled_by(graphs)), logits(other, None), atol=1e-4, rtol=1e-4)
+        assert graphs.count == compilations
         assert fixed_weights == {}
 
     check(1)
     check(1)
-    inputs = [node.meta["example_value"] for node in graphs[0].graph.nodes if node.op == "placeholder"]
+    inputs = [node.meta["example_value"] for node in graphs.graphs[0].graph.nodes if node.op == "placeholder"]
     assert not any(isinstance(value, torch.Tensor) and value.dtype == torch.int32 for value in inputs)
     model.model.layers[1].mlp.down_proj.scales = model.model.layers[1].mlp.down_proj.scales * 2
     check(2)
