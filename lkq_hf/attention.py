@@ -30,10 +30,12 @@ Bias = Callable[[nn.Module, torch.Tensor], torch.Tensor | None]
 
 
 class _ThreadState(threading.local):
-    observer: Observer | None = None
-    bias: Bias | None = None
-    # The last positions of the running forward on which lookahead adapters are active.
-    lookahead_length: int = 0
+    def __init__(self) -> None:
+        # Not defaults of the class, which torch.compile of torch 2.11 reads in the place of what a thread has set.
+        self.observer: Observer | None = None
+        self.bias: Bias | None = None
+        # The last positions of the running forward on which lookahead adapters are active.
+        self.lookahead_length = 0
 
 
 thread_state = _ThreadState()

@@ -203,7 +203,8 @@ class _Prefill:
 
 
 class _Thread(threading.local):
-    prefill: _Prefill | None = None
+    def __init__(self) -> None:
+        self.prefill: _Prefill | None = None
 
 
 _thread = _Thread()

@@ -111,7 +111,7 @@ def test_static_decode(architecture):
         assert_as_masked_on_the_cpu(base, following, second, second_logits, cache, evicted_length=length)
 
 
-@item("torch.compile of the model")
+@item("torch.compile of the model, or of its layers (accelerate's compile_regions)")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_compiled_model(architecture):
     base, model = base_and_adapted(architecture)

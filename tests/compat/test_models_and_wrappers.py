@@ -8,6 +8,7 @@ import importlib.util
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.utils import compile_regions
 from models import (
     ARCHITECTURES,
     add_lookahead,
@@ -26,6 +27,7 @@ from tokenizers import models as tokenizer_models
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.cache.layers import EvictedLayer
 
 item = pytest.mark.item
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -59,14 +61,19 @@ def test_flex_attention(architecture, reset_compiler):
         assert_as_masked(base, ids, *generate(model, ids, cache), cache)
 
 
-@item("torch.compile of the model")
+@item("torch.compile of the model, or of its layers (accelerate's compile_regions)")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-def test_a_compiled_model(architecture, reset_compiler):
+@pytest.mark.parametrize("compiled_parts", [torch.compile, compile_regions])
+def test_a_compiled_model(architecture, compiled_parts, reset_compiler):
     base, model = base_and_adapted(architecture)
-    compiled = torch.compile(model, backend="eager")
-    ids, cache = prompt_ids(2, 40), LookaheadCache(budget=7)
+    ids, cache, uncompiled = prompt_ids(2, 40), LookaheadCache(budget=7), LookaheadCache(budget=7)
     with torch.no_grad():
+        model(input_ids=ids, past_key_values=uncompiled)
+        compiled = compiled_parts(model, backend="eager")
         compiled(input_ids=ids, past_key_values=cache)
+    for layer, expected in zip(cache.layers, uncompiled.layers, strict=True):
+        if isinstance(expected, EvictedLayer):
+            assert torch.equal(layer.kept_indices, expected.kept_indices)
     follow_up = torch.cat([ids, prompt_ids(2, 4, seed=3)], dim=1)
     assert_as_masked(base, follow_up, *generate(compiled, follow_up, cache), cache, evicted_length=40)
 
