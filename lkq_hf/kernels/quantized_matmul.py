@@ -83,26 +83,26 @@ def quantized_matmul_shared(
     return _product(x, (*chain.from_iterable(zip(qweights, qzeros, scales, strict=True)), bits, group_size, sym))
 
 
-fixed_weights: dict[int, tuple[Any, ...]] = {}
-"""Weights that :func:`quantized_matmul_fixed` knows, by handle: qweight, qzeros and scales of one after the other;
-bits, group_size and sym of all. Whoever adds them takes them out again."""
+fixed_weights: dict[int, dict[int, tuple[Any, ...]]] = {}
+"""Weights that :func:`quantized_matmul_fixed` knows, by handle and number: qweight, qzeros and scales of one after the
+other; bits, group_size and sym of all. Whoever adds them takes them out again."""
 
 
 @torch.library.custom_op("lkq_hf::quantized_matmul_fixed", mutates_args=())
-def quantized_matmul_fixed(x: Tensor, handle: int, out_features: int) -> Tensor:
+def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: int) -> Tensor:
     """:func:`quantized_matmul_shared` with weights that are no inputs of the operator.
 
     A CUDA graph that holds it reads the memory that was theirs when it was recorded: new weights need a new handle.
 
     Args:
         x: `[..., in_features]`, floating point.
-        handle: a key of :data:`fixed_weights`.
+        handle, number: of :data:`fixed_weights`.
         out_features: of all weights together.
 
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    return _product(x, fixed_weights[handle])
+    return _product(x, fixed_weights[handle][number])
 
 
 def _product(x: Tensor, weights: tuple[Any, ...]) -> Tensor:
@@ -219,7 +219,7 @@ def _(
 
 
 @quantized_matmul_fixed.register_fake
-def _(x: Tensor, handle: int, out_features: int) -> Tensor:
+def _(x: Tensor, handle: int, number: int, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lkq_hf.kernels.dequantize import dequantize
 from lkq_hf.kernels.quantized_matmul import quantized_matmul
 from lkq_hf.quantization.packing import group_index, pack_weight, packed_shapes, unpack_weight, unpack_zeros
-from lkq_hf.quantization.shared_input import SharedInput, autocast
+from lkq_hf.quantization.shared_input import FixedInput, SharedInput, autocast, shared_product
 from lkq_hf.quantization.weight import QuantizedWeight
 
 
@@ -58,8 +58,11 @@ class QuantizedLinear(nn.Linear):
         self.bits = bits
         self.group_size = group_size
         self.sym = sym
-        # What computes this product together with those of the same input, and the place among them.
-        self.shared_input: tuple[SharedInput, int] | None = None
+        # What computes this product together with those of the same input, the place among them, and what stands for
+        # it in compiled graphs.
+        self.shared_input: SharedInput | None = None
+        self.place = 0
+        self.fixed: FixedInput | None = None
         self.register_parameter("weight", None)
         for name, (shape, buffer_dtype) in self._shapes().items():
             self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
@@ -91,15 +94,15 @@ class QuantizedLinear(nn.Linear):
         return module
 
     def forward(self, x: Tensor) -> Tensor:
-        y = None
-        if self.shared_input is not None:
-            shared_input, place = self.shared_input
-            y = shared_input.product(place, x)
+        y = shared_product(self, x)
         if y is None:
             y = quantized_matmul(
                 autocast(x), self.qweight, self.qzeros, self.scales, self.bits, self.group_size, self.sym
             )
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"fixed": None}  # which stands for this module's tensors, and not for a copy's
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out_features, in_features]`, computed in float32 and rounded once to `dtype`."""

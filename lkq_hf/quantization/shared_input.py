@@ -9,8 +9,8 @@ import itertools
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,102 +28,113 @@ if TYPE_CHECKING:
 # The names that transformers' decoders give to layers of one module that share their input, in the order of calls.
 _SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-_handles = itertools.count()
-_lock = threading.Lock()
-
 
 class SharedInput:
-    """The products of a few packed Linears, of one format and number of input features, with the same input.
+    """A few packed Linears of one format that a module applies to the same input.
 
     Args:
         layers: in the order in which they are called.
     """
 
     def __init__(self, layers: list["QuantizedLinear"]) -> None:
-        self._layers = layers
-        self._widths = [layer.out_features for layer in layers]
-        # The input and each layer's product, from the first layer's call to the last one's.
-        self._computed: tuple[Tensor, tuple[Tensor, ...]] | None = None
-        # While weights are fixed, what stands for them and where they are; and for which weights it stood last.
-        self._handle: int | None = None
-        self._device: torch.device | None = None
-        self._last_handle = -1
-        self._last_weights: list[tuple[weakref.ref[Tensor], int]] = []
-        self._times_fixed = 0
+        self.layers = layers
+        self.widths = [layer.out_features for layer in layers]
+        # The layers' ``fixed``, which stands for these tensors at these addresses.
+        self.fixed: FixedInput | None = None
+        self._fixed_tensors: list[tuple[weakref.ref[Tensor], int]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, here or elsewhere, has weights of its own."""
-        return vars(self) | {"_computed": None, "_handle": None, "_last_weights": [], "_times_fixed": 0}
+        return vars(self) | {"fixed": None, "_fixed_tensors": []}
 
-    def product(self, place: int, x: Tensor) -> Tensor | None:
-        """That of the layer at ``place``, without bias; None if it has to be computed for this layer alone."""
-        if place == 0:
-            self._computed = (x, self._compute(x)) if self._can_compute(x) else None
-        computed = self._computed
-        if computed is None or computed[0] is not x:  # another thread's, perhaps
+    def tensors(self) -> list[Tensor]:
+        """qweight, qzeros and scales of one layer after the other."""
+        return [tensor for layer in self.layers for tensor in (layer.qweight, layer.qzeros, layer.scales)]
+
+    def format(self) -> tuple[int, int, bool]:
+        """bits, group_size and sym."""
+        return self.layers[0].bits, self.layers[0].group_size, self.layers[0].sym
+
+    def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
+        """The product of each layer; None if one has to do it itself, as its weight is elsewhere until it is called."""
+        tensors = self.tensors()
+        if any(tensor.device != x.device for tensor in tensors[::3]):
             return None
-        if place == len(self._widths) - 1:
-            self._computed = None
-        return computed[1][place]
+        y = quantized_matmul_shared(autocast(x), tensors[::3], tensors[1::3], tensors[2::3], *self.format())
+        return y.split(self.widths, -1)
 
-    def _can_compute(self, x: Tensor) -> bool:
+    def is_on_one_device(self) -> bool:
+        devices = {tensor.device for tensor in self.tensors()}
+        return len(devices) == 1 and devices.pop().type != "meta"
+
+    def fix(self, handle: int, number: int) -> None:
+        """From now on, these weights are the one of this number among those that ``handle`` stands for."""
+        tensors = self.tensors()
+        self.fixed = FixedInput(handle, number, tuple(self.widths), str(tensors[0].device))
+        self._fixed_tensors = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
+        for layer in self.layers:
+            layer.fixed = self.fixed
+
+    def is_fixed_by(self, handle: int) -> bool:
+        """Whether ``handle`` stands for the tensors that the layers have now."""
         return (
-            0 < x.numel() <= SHARED_ROWS * x.shape[-1]
-            and not (torch.is_grad_enabled() and x.requires_grad)
-            # A layer whose weight is elsewhere until it is called (offloading) computes for itself.
-            and (self._is_fixed(x) or all(layer.qweight.device == x.device for layer in self._layers))
+            self.fixed is not None
+            and self.fixed.handle == handle
+            and all(layer.fixed == self.fixed for layer in self.layers)
+            and all(
+                reference() is tensor and address == tensor.data_ptr()
+                for tensor, (reference, address) in zip(self.tensors(), self._fixed_tensors, strict=True)
+            )
         )
 
-    def _is_fixed(self, x: Tensor) -> bool:
-        """Whether a handle stands for the weights, and they have not moved to another device since.
 
-        Only compiled graphs gain by it. In other forwards, handles are another thread's, which may end at any time.
-        """
-        return torch.compiler.is_compiling() and self._handle is not None and self._device == x.device
+class FixedInput(NamedTuple):
+    """A :class:`SharedInput` whose weights stay where they are, for graphs that do not take them as inputs.
 
-    def _compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        if self._is_fixed(x):
-            y = quantized_matmul_fixed(autocast(x), self._handle, sum(self._widths))
-        else:
-            qweights, qzeros, scales = (list(tensors) for tensors in zip(*self._weights(), strict=True))
-            first = self._layers[0]
-            y = quantized_matmul_shared(autocast(x), qweights, qzeros, scales, first.bits, first.group_size, first.sym)
-        return y.split(self._widths, -1)
+    Before each call a compiled graph checks all that it has seen. Of modules it checks no more than whether an
+    attribute was set, as long as all attributes that it has seen are immutable: so these are.
+    """
 
-    def _weights(self) -> list[tuple[Tensor, Tensor, Tensor]]:
-        return [(layer.qweight, layer.qzeros, layer.scales) for layer in self._layers]
+    handle: int
+    number: int
+    widths: tuple[int, ...]
+    device: str
 
-    def _are_the_last(self, tensors: list[Tensor]) -> bool:
-        return len(self._last_weights) == len(tensors) and all(
-            reference() is tensor and address == tensor.data_ptr()
-            for tensor, (reference, address) in zip(tensors, self._last_weights, strict=True)
-        )
+    def holds_for(self, x: Tensor) -> bool:
+        """Whether this thread is inside of :func:`weights_fixed`, and the weights have not moved to another device."""
+        return self.handle == _thread.handle and x.device == torch.device(self.device)
 
-    @contextmanager
-    def fixed(self) -> Iterator[None]:
-        """Inside, a handle stands for the weights: the same as last time if they are the same tensors."""
-        tensors = list(itertools.chain.from_iterable(self._weights()))
-        device = tensors[0].device
-        if device.type == "meta" or any(tensor.device != device for tensor in tensors):
-            yield
-            return
-        first = self._layers[0]
-        with _lock:
-            self._times_fixed += 1
-            if self._times_fixed == 1:
-                if not self._are_the_last(tensors):
-                    self._last_handle = next(_handles)
-                    self._last_weights = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
-                self._handle, self._device = self._last_handle, device
-                fixed_weights[self._handle] = (*tensors, first.bits, first.group_size, first.sym)
-        try:
-            yield
-        finally:
-            with _lock:
-                self._times_fixed -= 1
-                if self._times_fixed == 0:
-                    del fixed_weights[self._last_handle]
-                    self._handle = None
+    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
+        return quantized_matmul_fixed(autocast(x), self.handle, self.number, sum(self.widths)).split(self.widths, -1)
+
+
+class _Computed:
+    """Products that the layers after the first one have yet to take: of what, of which input, and they."""
+
+    def __init__(self) -> None:
+        self.products: tuple[SharedInput | FixedInput, Tensor, tuple[Tensor, ...]] | None = None
+
+
+_computed = _Computed()
+
+
+def shared_product(layer: "QuantizedLinear", x: Tensor) -> Tensor | None:
+    """The product of ``layer``, without bias; None if it has to be computed for this layer alone."""
+    # Only compiled graphs gain by fixed weights.
+    fixed = layer.fixed if torch.compiler.is_compiling() else None
+    shared = fixed if fixed is not None and fixed.holds_for(x) else layer.shared_input
+    if shared is None:
+        return None
+    if layer.place == 0:
+        few_rows = 0 < x.numel() <= SHARED_ROWS * x.shape[-1]
+        products = shared.compute(x) if few_rows and not (torch.is_grad_enabled() and x.requires_grad) else None
+        _computed.products = None if products is None else (shared, x, products)
+    computed = _computed.products
+    if computed is None or computed[0] != shared or computed[1] is not x:  # another thread's, perhaps
+        return None
+    if layer.place == len(shared.widths) - 1:
+        _computed.products = None
+    return computed[2][layer.place]
 
 
 def autocast(x: Tensor) -> Tensor:
@@ -142,21 +153,50 @@ def share_inputs(model: nn.Module) -> None:
             if len(layers) == len(names) and len(formats) == 1 and all(layer.shared_input is None for layer in layers):
                 shared_input = SharedInput(layers)
                 for place, layer in enumerate(layers):
-                    layer.shared_input = shared_input, place
+                    layer.shared_input, layer.place = shared_input, place
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.handle: int | None = None  # of the weights that are fixed in this thread
+
+
+_thread = _Thread()
+_handles = itertools.count()
+_lock = threading.Lock()
+_times_fixed: dict[int, int] = {}  # by handle, over all threads
 
 
 @contextmanager
 def weights_fixed(model: nn.Module) -> Iterator[None]:
     """Inside, packed weights of ``model`` must not be replaced: graphs compiled inside do not take them as inputs.
 
-    A compiled model checks each of its inputs before every call, and a packed Linear has three tensors.
+    A compiled model checks each of its inputs before every call, and a packed Linear has three tensors. A handle
+    stands for all of them: the same as last time if they are the same tensors.
     """
     from lkq_hf.quantization.linear import QuantizedLinear
 
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, QuantizedLinear) and module.shared_input is not None:
-                shared_input, place = module.shared_input
-                if place == 0:
-                    stack.enter_context(shared_input.fixed())
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    groups = list(dict.fromkeys(layer.shared_input for layer in layers if layer.shared_input is not None))
+    if not groups or not all(group.is_on_one_device() for group in groups):
         yield
+        return
+    with _lock:
+        handle = -1 if groups[0].fixed is None else groups[0].fixed.handle
+        if not all(group.is_fixed_by(handle) for group in groups):
+            handle = next(_handles)
+            for number, group in enumerate(groups):
+                group.fix(handle, number)
+        _times_fixed[handle] = _times_fixed.get(handle, 0) + 1
+        fixed_weights[handle] = {
+            group.fixed.number: (*group.tensors(), *group.format()) for group in groups if group.fixed is not None
+        }
+    outer, _thread.handle = _thread.handle, handle
+    try:
+        yield
+    finally:
+        _thread.handle = outer
+        with _lock:
+            _times_fixed[handle] -= 1
+            if not _times_fixed[handle]:
+                del _times_fixed[handle], fixed_weights[handle]
