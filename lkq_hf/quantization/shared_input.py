@@ -56,7 +56,7 @@ class SharedInput:
         return self.layers[0].bits, self.layers[0].group_size, self.layers[0].sym
 
     def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """The product of each layer; None if one has to do it itself, as its weight is elsewhere until it is called."""
+        """The product of each layer; None if one, whose weight comes when it is called, has to do it itself."""
         tensors = self.tensors()
         if any(tensor.device != x.device for tensor in tensors[::3]):
             return None
