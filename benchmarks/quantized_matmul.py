@@ -27,7 +27,7 @@ from triton.runtime.errors import OutOfResources
 from lkq_hf.kernels import autotune
 from lkq_hf.kernels.bit_stream import pack, unpack
 from lkq_hf.kernels.dequantize import dequantize
-from lkq_hf.kernels.quantized_matmul import _candidates, quantized_matmul
+from lkq_hf.kernels.quantized_matmul import quantized_matmul, ways_to_multiply
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # out_features, in_features in Llama-3.1-8B
 ROWS = (1, 2, 4, 8, 16, 64, 256)
@@ -183,9 +183,11 @@ def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: tor
     """Run every candidate once, so that Triton's cache on disk has its kernel. One layer's size serves all others."""
     out_features, in_features = min(SHAPES)
     weight = packed_weight(bits, group_size, sym, out_features, in_features)
-    for candidate in _candidates(torch.randn(rows, in_features, device="cuda", dtype=dtype), weight, rows):
+    x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
+    candidates, _ = ways_to_multiply(x.device, bits, group_size, sym, in_features, (out_features,), rows)
+    for candidate in candidates:
         with contextlib.suppress(OutOfResources):
-            candidate(*weight[:3])
+            candidate(x, *weight[:3])
 
 
 def compile_in_parallel(all_bits: list[int], all_rows: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from statistics import median
 
 import torch
@@ -20,7 +21,11 @@ _CYCLES_PER_SECOND = 2e9
 
 
 def run_fastest(
-    key: Hashable, candidates: Sequence[Callable[..., Tensor]], plain: Callable[..., Tensor], weight: Sequence[Tensor]
+    key: Hashable,
+    candidates: Sequence[Callable[..., Tensor]],
+    plain: Callable[..., Tensor],
+    x: Tensor,
+    weight: Sequence[Tensor],
 ) -> Tensor:
     """Run the way that was fastest when ``key`` was first seen; that first time, all are run, compared and timed.
 
@@ -30,22 +35,23 @@ def run_fastest(
 
     Args:
         key: everything on which the choice depends.
-        candidates: the ways to try; each takes the tensors of ``weight``.
+        candidates: the ways to try; each takes ``x`` and the tensors of ``weight``.
         plain: the way that is always right, and one of the choices; likewise.
         weight: what is read from memory. To time the ways it is copied, to at most twice the size of the L2 cache.
     """
     if interpreting():
-        return candidates[0](*weight)
-    if key not in _fastest:
+        return candidates[0](x, *weight)
+    choice = _fastest.get(key)
+    if choice is None:
         if torch.cuda.is_current_stream_capturing():
-            return plain(*weight)
-        expected = plain(*weight)
+            return plain(x, *weight)
+        expected = plain(x, *weight)
         weights = _copies(weight)
-        times = [_milliseconds(candidate, weights, expected) for candidate in (*candidates, plain)]
+        times = [_milliseconds(partial(way, x), weights, expected) for way in (*candidates, plain)]
         if min(times) == float("inf"):  # inputs that are not finite tell nothing
             return expected
-        _fastest[key] = times.index(min(times))
-    return (*candidates, plain)[_fastest[key]](*weight)
+        choice = _fastest[key] = times.index(min(times))
+    return (candidates[choice] if choice < len(candidates) else plain)(x, *weight)
 
 
 def choices() -> dict[Hashable, int]:

@@ -108,23 +108,28 @@ def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: in
 def _product(x: Tensor, weights: tuple[Any, ...]) -> Tensor:
     """``weights``: qweight, qzeros and scales of one weight after the other; bits, group_size and sym of all."""
     *tensors, bits, group_size, sym = weights
-    rows = x.numel() // x.shape[-1]
-    if rows == 0 or rows > _DEQUANTIZE_ROWS or group_size % 32 or not use_triton(x, *tensors, dtypes=KERNEL_DTYPES):
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features
+    if (
+        rows == 0
+        or rows > _DEQUANTIZE_ROWS
+        or group_size % 32
+        # One tensor answers for all weights: every question costs the host time, at every product.
+        or not use_triton(x, tensors[0], dtypes=KERNEL_DTYPES)
+    ):
         return _dequantized_product(x, *tensors, bits=bits, group_size=group_size, sym=sym)
-    flat = x.reshape(rows, -1).contiguous()
+    flat = x.reshape(rows, in_features).contiguous()
+    widths = tuple([qweight.shape[1] for qweight in tensors[::3]])
     # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
-    bucket = next_power_of_2(rows)
-    candidates = _candidates(flat, weights, bucket)
+    shape = (x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
+    candidates, plain = ways_to_multiply(*shape)
     if not candidates:
         return torch.cat(
             [_product(x, (*tensors[i : i + 3], bits, group_size, sym)) for i in range(0, len(tensors), 3)], -1
         )
-    widths = [qweight.shape[1] for qweight in tensors[::3]]
-    key = (x.device, x.dtype, bits, group_size, sym, x.shape[-1], *widths, bucket)
-    plain = partial(_dequantized_product, flat, bits=bits, group_size=group_size, sym=sym)
     with torch.cuda.device_of(x):
-        y = run_fastest(key, candidates, plain, tensors)
-    return y.view(*x.shape[:-1], -1)
+        y = run_fastest((x.dtype, *shape), candidates, plain, flat, tensors)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
@@ -132,56 +137,68 @@ def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int
     return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
-def _candidates(x: Tensor, weights: tuple[Any, ...], bucket: int) -> list[Callable[..., Tensor]]:
-    """Every way worth trying to multiply `[rows, in_features]` activations, ``rows`` rounded up to ``bucket``.
-
-    They take the tensors of weights like ``weights``. There may be none where these are several.
-    """
-    *tensors, bits, group_size, sym = weights
-    widths = tuple(qweight.shape[1] for qweight in tensors[::3])
-    ways = _ways(x.device, bits, group_size, x.shape[1], widths, bucket)
-    return [partial(kernel, x, bits=bits, group_size=group_size, sym=sym, **options) for kernel, options in ways]
+Way = Callable[..., Tensor]
+"""Takes contiguous activations `[rows, in_features]`, and qweight, qzeros and scales of one weight after the other."""
 
 
 @cache  # every product asks
-def _ways(
-    device: torch.device, bits: int, group_size: int, in_features: int, widths: tuple[int, ...], bucket: int
-) -> list[tuple[Callable[..., Tensor], dict[str, Any]]]:
-    """Kernels and their options."""
+def ways_to_multiply(
+    device: torch.device,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    in_features: int,
+    widths: tuple[int, ...],
+    bucket: int,
+) -> tuple[list[Way], Way]:
+    """Every kernel and tile worth trying for up to ``bucket`` rows, none perhaps for several weights; and plain torch.
+
+    Args:
+        widths: output features of each weight.
+    """
     from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
     from lkq_hf.kernels.quantized_gemv_triton import chunk_features, quantized_gemv
 
     def splits(thread_blocks: int, output_tiles: int, most: int) -> int:
         return max(1, min(round(thread_blocks * multiprocessors(device) / output_tiles), most))
 
-    ways: list[tuple[Callable[..., Tensor], dict[str, Any]]] = []
+    def way(function: Way, **options: Any) -> Way:
+        return partial(function, bits=bits, group_size=group_size, sym=sym, **options)
+
+    ways: list[Way] = []
+    plain = way(_dequantized_product)
     columns = sum(widths)
     chunk = chunk_features(bits, group_size)
     if chunk is not None and bucket <= max(_GEMV_TILES):
         for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
-            options = {
-                "chunk": chunk,
-                "num_warps": num_warps,
-                "column_tiles": column_tiles,
-                "prefetch": prefetch,
-                "split_k": splits(blocks, ceil_div(columns, 32 * column_tiles), in_features // chunk // num_warps),
-            }
-            ways.append((quantized_gemv, options))
+            split_k = splits(blocks, ceil_div(columns, 32 * column_tiles), in_features // chunk // num_warps)
+            ways.append(
+                way(
+                    quantized_gemv,
+                    chunk=chunk,
+                    num_warps=num_warps,
+                    column_tiles=column_tiles,
+                    prefetch=prefetch,
+                    split_k=split_k,
+                )
+            )
     if (ways and bucket <= SHARED_ROWS) or len(widths) > 1:
-        return ways
+        return ways, plain
     for most_rows, most_features, num_warps, num_stages, blocks in _tiles(_GEMM_TILES, bucket):
         block_m = min(max(bucket, 16), most_rows)
         block_k = tile_features(most_features, in_features, group_size)
         output_tiles = ceil_div(columns, 16 * num_warps) * ceil_div(bucket, block_m)
-        options = {
-            "block_m": block_m,
-            "block_k": block_k,
-            "split_k": splits(blocks, output_tiles, in_features // block_k // 2),
-            "num_warps": num_warps,
-            "num_stages": num_stages,
-        }
-        ways.append((quantized_gemm, options))
-    return ways
+        ways.append(
+            way(
+                quantized_gemm,
+                block_m=block_m,
+                block_k=block_k,
+                split_k=splits(blocks, output_tiles, in_features // block_k // 2),
+                num_warps=num_warps,
+                num_stages=num_stages,
+            )
+        )
+    return ways, plain
 
 
 def _tiles(table: dict[int, tuple], rows: int) -> tuple:

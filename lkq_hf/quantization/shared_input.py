@@ -61,7 +61,7 @@ class SharedInput:
         if any(tensor.device != x.device for tensor in tensors[::3]):
             return None
         y = quantized_matmul_shared(autocast(x), tensors[::3], tensors[1::3], tensors[2::3], *self.format())
-        return y.split(self.widths, -1)
+        return (y,) if len(self.widths) == 1 else y.split_with_sizes(self.widths, -1)
 
     def is_on_one_device(self) -> bool:
         devices = {tensor.device for tensor in self.tensors()}

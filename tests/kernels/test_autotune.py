@@ -14,44 +14,44 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autotune, "_fastest", {})
     monkeypatch.setattr(autotune, "interpreting", lambda: False)
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(autotune, "time_on_gpu", lambda candidate, weights: candidate.milliseconds)
+    monkeypatch.setattr(autotune, "time_on_gpu", lambda way, weights: way.func.milliseconds)
     monkeypatch.setattr(autotune, "_copies", lambda weight: [weight])
 
 
-WEIGHT = (torch.tensor(1.0),)
+X, WEIGHT = torch.tensor(1.0), (torch.tensor(1.0),)
 
 
 class Way:
     def __init__(self, value: float, milliseconds: float) -> None:
         self.value, self.milliseconds, self.calls = torch.tensor([1.0, value]), milliseconds, 0
 
-    def __call__(self, weight: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         self.calls += 1
-        return self.value * weight
+        return x * self.value * weight
 
 
 @pytest.mark.usefixtures("without_a_gpu")
 def test_the_fastest_right_candidate_is_chosen_once() -> None:
     wrong, slow, fast, plain = Way(2.5, 1), Way(2, 5), Way(2.001, 3), Way(2, 9)
-    assert torch.equal(autotune.run_fastest("key", [wrong, slow, fast], plain, WEIGHT), fast.value)
+    assert torch.equal(autotune.run_fastest("key", [wrong, slow, fast], plain, X, WEIGHT), fast.value)
     assert autotune.choices() == {"key": 2}
     calls = plain.calls
-    assert torch.equal(autotune.run_fastest("key", [wrong, slow, fast], plain, WEIGHT), fast.value)
+    assert torch.equal(autotune.run_fastest("key", [wrong, slow, fast], plain, X, WEIGHT), fast.value)
     assert plain.calls == calls
 
 
 @pytest.mark.usefixtures("without_a_gpu")
 def test_the_plain_way_may_win_and_replaces_wrong_ones() -> None:
     plain = Way(2, 9)
-    autotune.run_fastest("wrong", [Way(1, 1), Way(float("nan"), 1)], plain, WEIGHT)
-    autotune.run_fastest("slow", [Way(2, 10)], plain, WEIGHT)
+    autotune.run_fastest("wrong", [Way(1, 1), Way(float("nan"), 1)], plain, X, WEIGHT)
+    autotune.run_fastest("slow", [Way(2, 10)], plain, X, WEIGHT)
     assert autotune.choices() == {"wrong": 2, "slow": 1}
 
 
 @pytest.mark.usefixtures("without_a_gpu")
 def test_inputs_that_are_not_finite_decide_nothing() -> None:
     plain = Way(float("nan"), 9)
-    assert autotune.run_fastest("key", [Way(2, 1)], plain, WEIGHT).isnan().any()
+    assert autotune.run_fastest("key", [Way(2, 1)], plain, X, WEIGHT).isnan().any()
     assert autotune.choices() == {}
 
 
@@ -59,7 +59,7 @@ def test_inputs_that_are_not_finite_decide_nothing() -> None:
 def test_a_capture_takes_the_plain_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
     plain = Way(2, 9)
-    assert torch.equal(autotune.run_fastest("key", [Way(2, 1)], plain, WEIGHT), plain.value)
+    assert torch.equal(autotune.run_fastest("key", [Way(2, 1)], plain, X, WEIGHT), plain.value)
     assert autotune.choices() == {}
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lkq_hf.kernels.bit_stream import pack
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
-from lkq_hf.kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference
+from lkq_hf.kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference, ways_to_multiply
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = (2, 3, 4, 8)
@@ -104,16 +104,14 @@ def test_dequantize_kernel_is_exact(bits: int, sym: bool) -> None:
 
 @needs_triton
 def test_every_candidate_agrees() -> None:
-    from lkq_hf.kernels.quantized_matmul import _candidates
-
     weight = packed(4, 64, False, 512, 64)
     for rows in (2, 20, 70):
         x = activations(rows, 512, dtype=torch.float16)
         expected = quantized_matmul_reference(x.double(), *weight)
-        for candidate in _candidates(x, weight, 1 << (rows - 1).bit_length()):
-            torch.testing.assert_close(
-                candidate(*weight[:3]).double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3
-            )
+        candidates, _ = ways_to_multiply(x.device, 4, 64, False, 512, (64,), 1 << (rows - 1).bit_length())
+        for candidate in candidates:
+            y = candidate(x, *weight[:3])
+            torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
 
 
 @needs_triton
