@@ -199,7 +199,7 @@ def matmul(results: dict[str, Any]) -> str:
     peers = sorted({key for row in results["results"] for key in row if key.endswith("_us") and key != "cublas_us"})
     rows = [
         [
-            f"W{row['bits']}",
+            marked(f"W{row['bits']}", row),
             f"{row['out_features']} x {row['in_features']}",
             str(row["rows"]),
             f"{row['us']:.1f}",
@@ -226,6 +226,7 @@ def matmul(results: dict[str, Any]) -> str:
             ],
             rows,
         ),
+        remark(results["results"]),
         aims(matmul_aims(results["results"])),
     )
 
