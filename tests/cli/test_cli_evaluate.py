@@ -83,7 +83,7 @@ def test_a_stopped_run_goes_on_and_other_arguments_are_refused(checkpoint, text,
     assert code == 1 and "sha256 was" in error
 
 
-@pytest.mark.parametrize("command", ["eviction", "perplexity"])
+@pytest.mark.parametrize("command", [pytest.param("eviction", marks=pytest.mark.slow), "perplexity"])
 def test_results_do_not_depend_on_the_number_of_processes(checkpoint, text, tmp_path, run, command):
     def arguments(out):
         if command == "eviction":

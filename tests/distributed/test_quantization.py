@@ -101,8 +101,8 @@ def assert_equal_states(found, expected):
     ("architecture", "changes"),
     [
         ("llama", {}),
-        ("llama", {"preset": "paper"}),
-        ("llama", {"true_sequential": False, "bits": 3, "alpha": 0.0}),
+        pytest.param("llama", {"preset": "paper"}, marks=pytest.mark.slow),
+        pytest.param("llama", {"true_sequential": False, "bits": 3, "alpha": 0.0}, marks=pytest.mark.slow),
         ("gemma3", {"sym": True}),
         ("routed", {}),
     ],

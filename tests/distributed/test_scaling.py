@@ -66,6 +66,7 @@ def test_nothing_is_said_of_what_was_not_measured():
     assert text.count("does not fit") == 7  # what failed of the first
 
 
+@pytest.mark.slow
 def test_it_measures(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{scaling.BEGIN}\n{scaling.END}\nafter\n")
@@ -82,6 +83,7 @@ def test_it_measures(tmp_path):
     assert "the figures mean nothing" in text and "(DDP)" in text
 
 
+@pytest.mark.slow
 def test_runs_are_compared_with_what_is_computed(tmp_path):
     page, file, more = (tmp_path / name for name in ("page.md", "results.json", "more.json"))
     page.write_text(f"{scaling.BEGIN}\n{scaling.END}\n")

@@ -95,9 +95,9 @@ def test_masks_and_softcap(device, use_kernels, implementation, reduce_heads, so
 @pytest.mark.parametrize("ratio", [3, 12])  # 12 heads of 16 rows: more than one block of rows
 @pytest.mark.parametrize("reduce_heads", [True, False])
 def test_power_means(device, use_kernels, implementation, row_power, ratio, reduce_heads):
-    query, key = make_inputs(device, ratio=ratio, n=16, length=300)
+    query, key = make_inputs(device, ratio=ratio, n=16, length=150)
     options = {
-        "mask": left_padding(device, 300, [0, 250]),
+        "mask": left_padding(device, 150, [0, 100]),
         "row_mask": torch.arange(16, device=device) < torch.tensor([16, 9], device=device)[:, None],
         "row_power": row_power,
         "reduce_heads": reduce_heads,

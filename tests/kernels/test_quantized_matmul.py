@@ -104,11 +104,11 @@ def test_dequantize_kernel_is_exact(bits: int, sym: bool) -> None:
 
 @needs_triton
 def test_every_candidate_agrees() -> None:
-    weight = packed(4, 64, False, 512, 64)
-    for rows in (2, 20, 70):
-        x = activations(rows, 512, dtype=torch.float16)
+    weight = packed(4, 64, False, 256, 64)
+    for rows in (2, 20, 40):
+        x = activations(rows, 256, dtype=torch.float16)
         expected = quantized_matmul_reference(x.double(), *weight)
-        candidates, _ = ways_to_multiply(x.device, 4, 64, False, 512, (64,), 1 << (rows - 1).bit_length())
+        candidates, _ = ways_to_multiply(x.device, 4, 64, False, 256, (64,), 1 << (rows - 1).bit_length())
         for candidate in candidates:
             y = candidate(x, *weight[:3])
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
@@ -128,7 +128,7 @@ def test_splits_need_not_share_tiles_evenly(group_size: int) -> None:
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), [("torch", torch.float32), ("triton", torch.float16)])
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [3, 4])
 def test_gradient_and_registration(
     bits: int, implementation: str, dtype: torch.dtype, use_kernels: Callable[[str], None]
 ) -> None:

@@ -136,8 +136,8 @@ def test_moments_of_half_precision_inputs_are_those_of_float32(dtype):
 @pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"column_order": "stored", "sym": True}])
 def test_a_solved_layer_equals_the_reference(changes, monkeypatch):
     """Of several groups: kernels take for granted how their inputs lie in memory."""
-    weight, x = randn(48, 96, seed=8), randn(400, 96, seed=9) @ randn(96, 96, seed=10) / 10
-    moments = InputMoments(96, DEVICE)
+    weight, x = randn(32, 64, seed=8), randn(400, 64, seed=9) @ randn(64, 64, seed=10) / 10
+    moments = InputMoments(64, DEVICE)
     moments.add(x, x + 0.1)
     settings = TwoStageGPTQConfig(**{"bits": 4, "group_size": 32, "sym": False} | changes).solver_settings()
     found = quantize_weight(weight, moments, settings)
