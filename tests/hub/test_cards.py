@@ -34,7 +34,11 @@ def run_snippet(hub, tmp_path, repo_id):
 
 @pytest.mark.parametrize(
     "kind",
-    [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adapter", "checkpoint")), "both", "compressed-tensors"],
+    [
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("adapter", "checkpoint")),
+        "both",
+        "compressed-tensors",
+    ],
 )
 def test_the_snippet_of_a_pushed_card_runs(hub, adapter, checkpoint, tmp_path, kind):
     directory = {"adapter": adapter, "checkpoint": checkpoint, "both": checkpoint}.get(kind)
