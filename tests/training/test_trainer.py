@@ -229,6 +229,19 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
         torch.testing.assert_close(weights(resumed)[name], value, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
+def test_a_compiled_model_is_trained_like_any_other(tmp_path):
+    found = []
+    for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        torch._dynamo.reset()
+        model = trainable()
+        train = rows(8, lengths=(24,), responses=(4,))
+        LookaheadTrainer(model, arguments(tmp_path, max_steps=2, **options), train_dataset=train).train()
+        found.append(weights(model))
+    torch._dynamo.reset()
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
+
+
 def test_the_evaluation_reports_loss_and_recall(tmp_path):
     model = trainable()
     trainer = LookaheadTrainer(
