@@ -3,6 +3,7 @@
 import os
 import socket
 
+import pytest
 import torch
 
 # No test reaches the real Hub: tests/hub answers at this address, which huggingface_hub reads when it is imported.
@@ -14,3 +15,11 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Only tests that force LKQ_KERNELS=triton run them: on the CPU the library itself chooses the torch references.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def reset_compiler():
+    """What torch.compile remembers of other tests is forgotten, and what it learns in this one."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()

@@ -83,7 +83,7 @@ def quantized_matmul_shared(
     return _product(x, (*chain.from_iterable(zip(qweights, qzeros, scales, strict=True)), bits, group_size, sym))
 
 
-fixed_weights: dict[int, dict[int, tuple[Any, ...]]] = {}
+fixed_weights: dict[int, list[tuple[Any, ...]]] = {}
 """Weights that :func:`quantized_matmul_fixed` knows, by handle and number: qweight, qzeros and scales of one after the
 other; bits, group_size and sym of all. Whoever adds them takes them out again."""
 
@@ -114,8 +114,8 @@ def _product(x: Tensor, weights: tuple[Any, ...]) -> Tensor:
         rows == 0
         or rows > _DEQUANTIZE_ROWS
         or group_size % 32
-        # One tensor answers for all weights: every question costs the host time, at every product.
-        or not use_triton(x, tensors[0], dtypes=KERNEL_DTYPES)
+        # Scales answer for their weights: every question costs the host time, at every product.
+        or not use_triton(x, *tensors[2::3], dtypes=KERNEL_DTYPES)
     ):
         return _dequantized_product(x, *tensors, bits=bits, group_size=group_size, sym=sym)
     flat = x.reshape(rows, in_features).contiguous()

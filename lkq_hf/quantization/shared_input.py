@@ -38,7 +38,7 @@ class SharedInput:
 
     def __init__(self, layers: list["QuantizedLinear"]) -> None:
         self.layers = layers
-        self.widths = [layer.out_features for layer in layers]
+        self.widths = tuple(layer.out_features for layer in layers)
         # The layers' ``fixed``, which stands for these tensors at these addresses.
         self.fixed: FixedInput | None = None
         self._fixed_tensors: list[tuple[weakref.ref[Tensor], int]] = []
@@ -55,13 +55,12 @@ class SharedInput:
         """bits, group_size and sym."""
         return self.layers[0].bits, self.layers[0].group_size, self.layers[0].sym
 
-    def compute(self, x: Tensor) -> tuple[Tensor, ...] | None:
-        """The product of each layer; None if one, whose weight comes when it is called, has to do it itself."""
+    def compute(self, x: Tensor) -> Tensor | None:
+        """Their products side by side; None if one, whose weight comes when it is called, has to do it itself."""
         tensors = self.tensors()
         if any(tensor.device != x.device for tensor in tensors[::3]):
             return None
-        y = quantized_matmul_shared(autocast(x), tensors[::3], tensors[1::3], tensors[2::3], *self.format())
-        return (y,) if len(self.widths) == 1 else y.split_with_sizes(self.widths, -1)
+        return quantized_matmul_shared(autocast(x), tensors[::3], tensors[1::3], tensors[2::3], *self.format())
 
     def is_on_one_device(self) -> bool:
         devices = {tensor.device for tensor in self.tensors()}
@@ -70,16 +69,16 @@ class SharedInput:
     def fix(self, handle: int, number: int) -> None:
         """From now on, these weights are the one of this number among those that ``handle`` stands for."""
         tensors = self.tensors()
-        self.fixed = FixedInput(handle, number, tuple(self.widths), str(tensors[0].device))
+        self.fixed = FixedInput(handle, number, self.widths, str(tensors[0].device))
         self._fixed_tensors = [(weakref.ref(tensor), tensor.data_ptr()) for tensor in tensors]
         for layer in self.layers:
             layer.fixed = self.fixed
 
-    def is_fixed_by(self, handle: int) -> bool:
-        """Whether ``handle`` stands for the tensors that the layers have now."""
+    def is_fixed_as(self, handle: int, number: int) -> bool:
+        """Whether that is so, of the tensors that the layers have now."""
         return (
             self.fixed is not None
-            and self.fixed.handle == handle
+            and (self.fixed.handle, self.fixed.number) == (handle, number)
             and all(layer.fixed == self.fixed for layer in self.layers)
             and all(
                 reference() is tensor and address == tensor.data_ptr()
@@ -104,8 +103,9 @@ class FixedInput(NamedTuple):
         """Whether this thread is inside of :func:`weights_fixed`, and the weights have not moved to another device."""
         return self.handle == _thread.handle and x.device == torch.device(self.device)
 
-    def compute(self, x: Tensor) -> tuple[Tensor, ...]:
-        return quantized_matmul_fixed(autocast(x), self.handle, self.number, sum(self.widths)).split(self.widths, -1)
+    def compute(self, x: Tensor) -> Tensor:
+        """The products side by side."""
+        return quantized_matmul_fixed(autocast(x), self.handle, self.number, sum(self.widths))
 
 
 class _Computed:
@@ -127,8 +127,8 @@ def shared_product(layer: "QuantizedLinear", x: Tensor) -> Tensor | None:
         return None
     if layer.place == 0:
         few_rows = 0 < x.numel() <= SHARED_ROWS * x.shape[-1]
-        products = shared.compute(x) if few_rows and not (torch.is_grad_enabled() and x.requires_grad) else None
-        _computed.products = None if products is None else (shared, x, products)
+        y = shared.compute(x) if few_rows and not (torch.is_grad_enabled() and x.requires_grad) else None
+        _computed.products = None if y is None else (shared, x, y.split_with_sizes(shared.widths, -1))
     computed = _computed.products
     if computed is None or computed[0] != shared or computed[1] is not x:  # another thread's, perhaps
         return None
@@ -182,15 +182,13 @@ def weights_fixed(model: nn.Module) -> Iterator[None]:
         yield
         return
     with _lock:
-        handle = -1 if groups[0].fixed is None else groups[0].fixed.handle
-        if not all(group.is_fixed_by(handle) for group in groups):
+        handle = None if groups[0].fixed is None else groups[0].fixed.handle
+        if handle is None or not all(group.is_fixed_as(handle, number) for number, group in enumerate(groups)):
             handle = next(_handles)
             for number, group in enumerate(groups):
                 group.fix(handle, number)
         _times_fixed[handle] = _times_fixed.get(handle, 0) + 1
-        fixed_weights[handle] = {
-            group.fixed.number: (*group.tensors(), *group.format()) for group in groups if group.fixed is not None
-        }
+        fixed_weights[handle] = [(*group.tensors(), *group.format()) for group in groups]
     outer, _thread.handle = _thread.handle, handle
     try:
         yield

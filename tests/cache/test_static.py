@@ -19,10 +19,8 @@ NEW_TOKENS = 12
 
 
 @pytest.fixture
-def graphs():
-    torch._dynamo.reset()
-    yield Graphs()
-    torch._dynamo.reset()
+def graphs(reset_compiler):
+    return Graphs()
 
 
 def generate(model, ids, cache, mask=None, new_tokens=NEW_TOKENS, **options):

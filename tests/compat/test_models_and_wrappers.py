@@ -33,13 +33,6 @@ item = pytest.mark.item
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
 
 
-@pytest.fixture
-def reset_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 @item("attention: eager, sdpa")
 @every_architecture
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

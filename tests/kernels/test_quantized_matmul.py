@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lkq_hf.kernels.bit_stream import pack
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
+from lkq_hf.kernels.dispatch import next_power_of_2
 from lkq_hf.kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference, ways_to_multiply
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -108,7 +109,7 @@ def test_every_candidate_agrees() -> None:
     for rows in (2, 20, 40):
         x = activations(rows, 256, dtype=torch.float16)
         expected = quantized_matmul_reference(x.double(), *weight)
-        candidates, _ = ways_to_multiply(x.device, 4, 64, False, 256, (64,), 1 << (rows - 1).bit_length())
+        candidates, _ = ways_to_multiply(x.device, 4, 64, False, 256, (64,), next_power_of_2(rows))
         for candidate in candidates:
             y = candidate(x, *weight[:3])
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
@@ -125,6 +126,13 @@ def test_splits_need_not_share_tiles_evenly(group_size: int) -> None:
     for split_k in range(1, 6):
         y = quantized_gemm(x, *weight, block_m=64, block_k=128, split_k=split_k, num_warps=4, num_stages=3)
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
+
+
+def test_kernels_do_not_take_the_bits_of_other_scales_for_float16(use_kernels: Callable[[str], None]) -> None:
+    use_kernels("triton")
+    qweight, qzeros, scales, *layout = packed(4, 64, False, 128, 64)
+    with pytest.raises(RuntimeError, match=r"the kernel does not take torch\.float32"):
+        quantized_matmul(activations(2, 128, dtype=torch.float16), qweight, qzeros, scales.float(), *layout)
 
 
 @pytest.mark.parametrize(("implementation", "dtype"), [("torch", torch.float32), ("triton", torch.float16)])

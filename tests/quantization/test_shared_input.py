@@ -129,8 +129,8 @@ def test_copies_have_weights_of_their_own(duplicate) -> None:  # type: ignore[no
     assert not torch.equal(model(ids).logits, other(ids).logits)
 
 
+@pytest.mark.usefixtures("reset_compiler")
 def test_compiled_decoding_takes_no_packed_weights_and_notices_new_ones() -> None:
-    torch._dynamo.reset()
     model = packed_model()
     prepare_model_for_eviction(model)
     graphs = Graphs()
@@ -165,4 +165,3 @@ def test_compiled_decoding_takes_no_packed_weights_and_notices_new_ones() -> Non
     model.model.layers[0].self_attn.o_proj = packed(nn.Linear(64, 64), seed=7)
     share_inputs(model)
     check(3)
-    torch._dynamo.reset()

@@ -230,15 +230,13 @@ def test_a_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_trained_like_any_other(tmp_path):
+def test_a_compiled_model_is_trained_like_any_other(tmp_path, reset_compiler):
     found = []
     for options in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        torch._dynamo.reset()
         model = trainable()
         train = rows(8, lengths=(24,), responses=(4,))
         LookaheadTrainer(model, arguments(tmp_path, max_steps=2, **options), train_dataset=train).train()
         found.append(weights(model))
-    torch._dynamo.reset()
     torch.testing.assert_close(*found, atol=1e-6, rtol=1e-5)
 
 
