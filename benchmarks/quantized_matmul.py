@@ -184,7 +184,7 @@ def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: tor
     out_features, in_features = min(SHAPES)
     weight = packed_weight(bits, group_size, sym, out_features, in_features)
     x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
-    candidates, _ = ways_to_multiply(x.device, bits, group_size, sym, in_features, (out_features,), rows)
+    candidates, _ = ways_to_multiply(dtype, x.device, bits, group_size, sym, in_features, (out_features,), rows)
     for candidate in candidates:
         with contextlib.suppress(OutOfResources):
             candidate(x, *weight[:3])

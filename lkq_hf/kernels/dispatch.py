@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Collection
 
 import torch
 
@@ -15,7 +14,7 @@ FLOATING_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 _OLDEST_CUDA_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies start with Ampere
 
 
-def use_triton(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = FLOATING_DTYPES) -> bool:
+def use_triton(*tensors: torch.Tensor, dtypes: frozenset[torch.dtype] = FLOATING_DTYPES) -> bool:
     """Whether an operation on ``tensors`` should run its Triton kernel.
 
     By default it should when Triton is installed, every tensor is on a GPU that Triton serves, and every
@@ -30,7 +29,7 @@ def use_triton(*tensors: torch.Tensor, dtypes: Collection[torch.dtype] = FLOATIN
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be 'torch', 'triton' or unset, found {choice!r}.")
     if choice == "torch":
         return False
-    obstacle = _obstacle(tensors, dtypes)
+    obstacle = next(filter(None, [_obstacle(tensor.dtype, tensor.device, dtypes) for tensor in tensors]), None)
     if choice == "triton" and obstacle is not None:
         raise RuntimeError(
             f"{ENVIRONMENT_VARIABLE}=triton, but {obstacle}. Unset it to use the torch reference where it is needed."
@@ -45,19 +44,19 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def _obstacle(tensors: tuple[torch.Tensor, ...], dtypes: Collection[torch.dtype]) -> str | None:
-    """Why the Triton kernel cannot run on ``tensors``, or None."""
+@functools.cache  # every call of an operation asks
+def _obstacle(dtype: torch.dtype, device: torch.device, dtypes: frozenset[torch.dtype]) -> str | None:
+    """Why a Triton kernel that takes ``dtypes`` cannot run on such a tensor, or None."""
     if not _triton_installed():
         return "triton is not installed"
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype not in dtypes:
-            return f"the kernel does not take {tensor.dtype} (it takes {', '.join(sorted(map(str, dtypes)))})"
-        if interpreting():
-            continue
-        if tensor.device.type != "cuda":
-            return f"a tensor is on {tensor.device} (on a CPU, kernels run only under TRITON_INTERPRET=1)"
-        if _capability(tensor.device) < _OLDEST_CUDA_CAPABILITY:
-            return f"{tensor.device} is older than CUDA capability {'.'.join(map(str, _OLDEST_CUDA_CAPABILITY))}"
+    if dtype.is_floating_point and dtype not in dtypes:
+        return f"the kernel does not take {dtype} (it takes {', '.join(sorted(map(str, dtypes)))})"
+    if interpreting():
+        return None
+    if device.type != "cuda":
+        return f"a tensor is on {device} (on a CPU, kernels run only under TRITON_INTERPRET=1)"
+    if _capability(device) < _OLDEST_CUDA_CAPABILITY:
+        return f"{device} is older than CUDA capability {'.'.join(map(str, _OLDEST_CUDA_CAPABILITY))}"
     return None
 
 

@@ -204,7 +204,7 @@ def quantized_gemm(
     num_warps: int,
     num_stages: int,
 ) -> Tensor:
-    """``x`` `[rows, in_features]`, contiguous, times the packed weight: `[rows, out_features]`.
+    """``x`` `[..., in_features]`, contiguous, times the packed weight: `[..., out_features]`.
 
     Weights are rounded to the dtype of ``x``, as :func:`~lkq_hf.kernels.dequantize.dequantize` does.
 
@@ -216,7 +216,8 @@ def quantized_gemm(
             assembler overwrote registers that the tensor cores had not read yet (seen with Triton 3.6's).
         num_stages: tiles in flight.
     """
-    m_rows, in_features = x.shape
+    in_features = x.shape[-1]
+    m_rows = x.numel() // in_features
     columns = qweight.shape[1]
     block_n = 16 * num_warps
     tiles = in_features // block_k
@@ -249,4 +250,4 @@ def quantized_gemm(
         num_warps=num_warps,
         **launch,
     )
-    return split_sum(partial, x.dtype)
+    return split_sum(x, partial, split_k)

@@ -16,6 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
+from lkq_hf.kernels.launch import RepeatedLaunch
 from lkq_hf.kernels.level_pairs_triton import (
     activation_pair,
     level_factor,
@@ -46,16 +47,17 @@ def _gemv_kernel(
     BFLOAT16: tl.constexpr,
     CHUNK: tl.constexpr,
     CHUNK_GROUPS: tl.constexpr,
-    ROW_TILES: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     WARPS: tl.constexpr,
     PREFETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    ROW_TILES: tl.constexpr,
 ):
     FEATURES: tl.constexpr = row_features(BITS)
-    qweight, qzeros, scales = weights[0]
+    x = x.to(tl.pointer_type(tl.int32), bitcast=True)
+    qweight, qzeros, scales = weights[0], weights[1], weights[2]
     columns = widths[0]
     block = tl.program_id(0)
     place = 0  # in the result, of the first column of this block's weight
@@ -64,8 +66,9 @@ def _gemv_kernel(
         if block >= blocks:
             block -= blocks
             place += columns
-            qweight, qzeros, scales = weights[i]
+            qweight, qzeros, scales = weights[3 * i], weights[3 * i + 1], weights[3 * i + 2]
             columns = widths[i]
+    scales = scales.to(tl.pointer_type(tl.int32), bitcast=True)
     thread = tl.arange(0, 32 * WARPS)
     lane = thread % 32
     column = block * (32 * COLUMN_TILES) + lane // 4 * 4
@@ -373,63 +376,69 @@ def chunk_features(bits: int, group_size: int) -> int | None:
     return step if step % group_size == 0 else None
 
 
-def quantized_gemv(
-    x: Tensor,
-    *weights: Tensor,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    chunk: int,
-    num_warps: int,
-    column_tiles: int,
-    prefetch: bool,
-    split_k: int,
-) -> Tensor:
-    """``x`` `[rows, in_features]`, contiguous, times packed weights: `[rows, out_features of all of them]`.
+class QuantizedGemv:
+    """Activations `[..., in_features]`, contiguous, times packed weights: `[..., out_features of all of them]`.
 
     Args:
-        weights: qweight, qzeros and scales of one weight after the other.
+        dtype, device: of the activations.
+        in_features, bits, group_size, sym: of all weights.
+        widths: output features of each weight.
         chunk: what :func:`chunk_features` says.
         num_warps: warps of a thread block.
         column_tiles: 32 columns each, of a thread block.
         prefetch: whether a warp loads its next chunk before it multiplies.
         split_k: thread blocks that share the chunks of a column.
     """
-    rows, in_features = x.shape
-    each = [
-        (qweight, qzeros, scales.view(torch.int32))
-        for qweight, qzeros, scales in zip(weights[::3], weights[1::3], weights[2::3], strict=True)
-    ]
-    widths = [qweight.shape[1] for qweight, *_ in each]
-    chunks = ceil_div(in_features, chunk)
-    if x.data_ptr() % 16:  # a view from the middle of other activations
-        x = x.clone()
-    partial = split_buffer(x, sum(widths), split_k)
-    launch = dependent_launch(x.device)
-    _gemv_kernel[(sum(ceil_div(width, 32 * column_tiles) for width in widths), split_k)](
-        x.view(torch.int32),
-        tuple(each),
-        tuple(widths),
-        partial,
-        rows,
-        sum(widths),
-        in_features,
-        group_size,
-        chunks,
-        ceil_div(chunks, split_k),
-        BITS=bits,
-        SYM=sym,
-        BFLOAT16=x.dtype == torch.bfloat16,
-        CHUNK=chunk,
-        CHUNK_GROUPS=max(1, chunk // group_size),
-        ROW_TILES=ceil_div(rows, 8),
-        COLUMN_TILES=column_tiles,
-        WEIGHTS=len(each),
-        WARPS=num_warps,
-        PREFETCH=prefetch,
-        DEPENDENT=bool(launch),
-        INTERPRETED=interpreting(),
-        num_warps=num_warps,
-        **launch,
-    )
-    return split_sum(partial, x.dtype)
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        in_features: int,
+        widths: tuple[int, ...],
+        *,
+        bits: int,
+        group_size: int,
+        sym: bool,
+        chunk: int,
+        num_warps: int,
+        column_tiles: int,
+        prefetch: bool,
+        split_k: int,
+    ) -> None:
+        self._widths = widths
+        self._columns = sum(widths)
+        self._split_k = split_k
+        chunks = ceil_div(in_features, chunk)
+        self._grid = (sum(ceil_div(width, 32 * column_tiles) for width in widths), split_k, 1)
+        self._sizes = (self._columns, in_features, group_size, chunks, ceil_div(chunks, split_k))
+        options = dependent_launch(device)
+        self._constants = {
+            "BITS": bits,
+            "SYM": sym,
+            "BFLOAT16": dtype == torch.bfloat16,
+            "CHUNK": chunk,
+            "CHUNK_GROUPS": max(1, chunk // group_size),
+            "COLUMN_TILES": column_tiles,
+            "WEIGHTS": len(widths),
+            "WARPS": num_warps,
+            "PREFETCH": prefetch,
+            "DEPENDENT": bool(options),
+            "INTERPRETED": interpreting(),
+        }
+        self._options = {"num_warps": num_warps, **options}
+        self._launches: dict[int, RepeatedLaunch] = {}
+
+    def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:
+        """``weights``: qweight, qzeros and scales of one after the other."""
+        rows = x.numel() // x.shape[-1]
+        row_tiles = ceil_div(rows, 8)
+        launch = self._launches.get(row_tiles)
+        if launch is None:
+            constants = {**self._constants, "ROW_TILES": row_tiles}
+            launch = self._launches[row_tiles] = RepeatedLaunch(_gemv_kernel, constants, **self._options)
+        partial = split_buffer(x, self._columns, self._split_k)
+        # Activations may be a view from the middle of others.
+        aligned = [tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in (x, *weights)]
+        launch(self._grid, aligned[0], tuple(aligned[1:]), self._widths, partial, rows, *self._sizes)
+        return split_sum(x, partial, self._split_k)

@@ -1,8 +1,7 @@
 """Activations times a group-wise quantised weight in the GPTQ layout."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from lkq_hf.kernels.autotune import run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
 from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, next_power_of_2, use_triton
+from lkq_hf.kernels.launch import operator
 
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
@@ -59,36 +59,33 @@ def quantized_matmul(
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    return _product(x, (qweight, qzeros, scales, bits, group_size, sym))
+    return _product(x, [qweight, qzeros, scales], bits, group_size, sym)
 
 
-@torch.library.custom_op("lkq_hf::quantized_matmul_shared", mutates_args=())
-def quantized_matmul_shared(
-    x: Tensor,
-    qweights: list[Tensor],
-    qzeros: list[Tensor],
-    scales: list[Tensor],
-    bits: int,
-    group_size: int,
-    sym: bool,
-) -> Tensor:
+@operator("lkq_hf::quantized_matmul_shared")
+def quantized_matmul_shared(x: Tensor, weights: list[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
     """Products of the same activations with several weights, side by side; not differentiable.
 
     They are one kernel: of several, each has to start and to run dry. For more than :data:`SHARED_ROWS` rows it is not
-    the fastest one. The arguments are those of :func:`quantized_matmul`, with a list for what each weight has.
+    the fastest one.
+
+    Args:
+        x: `[..., in_features]`, floating point.
+        weights: qweight, qzeros and scales, as :func:`quantized_matmul` takes them, of one weight after the other.
+        bits, group_size, sym: of all weights.
 
     Returns:
         `[..., out_features of all weights]` in the dtype of ``x``.
     """
-    return _product(x, (*chain.from_iterable(zip(qweights, qzeros, scales, strict=True)), bits, group_size, sym))
+    return _product(x, weights, bits, group_size, sym)
 
 
-fixed_weights: dict[int, list[tuple[Any, ...]]] = {}
-"""Weights that :func:`quantized_matmul_fixed` knows, by handle and number: qweight, qzeros and scales of one after the
-other; bits, group_size and sym of all. Whoever adds them takes them out again."""
+fixed_weights: dict[int, list[tuple[list[Tensor], int, int, bool]]] = {}
+"""What :func:`quantized_matmul_fixed` knows, by handle and number: the arguments of :func:`quantized_matmul_shared`
+after the first. Whoever adds them takes them out again."""
 
 
-@torch.library.custom_op("lkq_hf::quantized_matmul_fixed", mutates_args=())
+@operator("lkq_hf::quantized_matmul_fixed")
 def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: int) -> Tensor:
     """:func:`quantized_matmul_shared` with weights that are no inputs of the operator.
 
@@ -102,12 +99,11 @@ def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: in
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    return _product(x, fixed_weights[handle][number])
+    return _product(x, *fixed_weights[handle][number])
 
 
-def _product(x: Tensor, weights: tuple[Any, ...]) -> Tensor:
-    """``weights``: qweight, qzeros and scales of one weight after the other; bits, group_size and sym of all."""
-    *tensors, bits, group_size, sym = weights
+def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
+    """``weights``: qweight, qzeros and scales of one weight after the other."""
     in_features = x.shape[-1]
     rows = x.numel() // in_features
     if (
@@ -115,21 +111,19 @@ def _product(x: Tensor, weights: tuple[Any, ...]) -> Tensor:
         or rows > _DEQUANTIZE_ROWS
         or group_size % 32
         # Scales answer for their weights: every question costs the host time, at every product.
-        or not use_triton(x, *tensors[2::3], dtypes=KERNEL_DTYPES)
+        or not use_triton(x, *weights[2::3], dtypes=KERNEL_DTYPES)
     ):
-        return _dequantized_product(x, *tensors, bits=bits, group_size=group_size, sym=sym)
-    flat = x.reshape(rows, in_features).contiguous()
-    widths = tuple([qweight.shape[1] for qweight in tensors[::3]])
+        return _dequantized_product(x, *weights, bits=bits, group_size=group_size, sym=sym)
+    widths = tuple([qweight.shape[1] for qweight in weights[::3]])
     # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
-    shape = (x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
-    candidates, plain = ways_to_multiply(*shape)
+    key = (x.dtype, x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
+    candidates, plain = ways_to_multiply(*key)
     if not candidates:
         return torch.cat(
-            [_product(x, (*tensors[i : i + 3], bits, group_size, sym)) for i in range(0, len(tensors), 3)], -1
+            [_product(x, weights[i : i + 3], bits, group_size, sym) for i in range(0, len(weights), 3)], -1
         )
     with torch.cuda.device_of(x):
-        y = run_fastest((x.dtype, *shape), candidates, plain, flat, tensors)
-    return y.view(*x.shape[:-1], y.shape[-1])
+        return run_fastest(key, candidates, plain, x.contiguous(), weights)
 
 
 def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
@@ -138,11 +132,12 @@ def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int
 
 
 Way = Callable[..., Tensor]
-"""Takes contiguous activations `[rows, in_features]`, and qweight, qzeros and scales of one weight after the other."""
+"""Takes contiguous activations `[..., in_features]`, and qweight, qzeros and scales of one weight after the other."""
 
 
 @cache  # every product asks
 def ways_to_multiply(
+    dtype: torch.dtype,
     device: torch.device,
     bits: int,
     group_size: int,
@@ -154,27 +149,30 @@ def ways_to_multiply(
     """Every kernel and tile worth trying for up to ``bucket`` rows, none perhaps for several weights; and plain torch.
 
     Args:
+        dtype, device: of the activations.
         widths: output features of each weight.
     """
     from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
-    from lkq_hf.kernels.quantized_gemv_triton import chunk_features, quantized_gemv
+    from lkq_hf.kernels.quantized_gemv_triton import QuantizedGemv, chunk_features
 
     def splits(thread_blocks: int, output_tiles: int, most: int) -> int:
         return max(1, min(round(thread_blocks * multiprocessors(device) / output_tiles), most))
 
-    def way(function: Way, **options: Any) -> Way:
-        return partial(function, bits=bits, group_size=group_size, sym=sym, **options)
-
+    weight_format: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
     ways: list[Way] = []
-    plain = way(_dequantized_product)
+    plain = partial(_dequantized_product, **weight_format)
     columns = sum(widths)
     chunk = chunk_features(bits, group_size)
     if chunk is not None and bucket <= max(_GEMV_TILES):
         for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
             split_k = splits(blocks, ceil_div(columns, 32 * column_tiles), in_features // chunk // num_warps)
             ways.append(
-                way(
-                    quantized_gemv,
+                QuantizedGemv(
+                    dtype,
+                    device,
+                    in_features,
+                    widths,
+                    **weight_format,
                     chunk=chunk,
                     num_warps=num_warps,
                     column_tiles=column_tiles,
@@ -189,8 +187,9 @@ def ways_to_multiply(
         block_k = tile_features(most_features, in_features, group_size)
         output_tiles = ceil_div(columns, 16 * num_warps) * ceil_div(bucket, block_m)
         ways.append(
-            way(
+            partial(
                 quantized_gemm,
+                **weight_format,
                 block_m=block_m,
                 block_k=block_k,
                 split_k=splits(blocks, output_tiles, in_features // block_k // 2),
@@ -222,20 +221,12 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return grad_output @ weight.t(), None, None, None, None, None, None
 
 
-@quantized_matmul_shared.register_fake
-def _(
-    x: Tensor,
-    qweights: list[Tensor],
-    qzeros: list[Tensor],
-    scales: list[Tensor],
-    bits: int,
-    group_size: int,
-    sym: bool,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], sum(qweight.shape[1] for qweight in qweights)))
+@torch.library.register_fake("lkq_hf::quantized_matmul_shared")
+def _(x: Tensor, weights: list[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], sum(qweight.shape[1] for qweight in weights[::3])))
 
 
-@quantized_matmul_fixed.register_fake
+@torch.library.register_fake("lkq_hf::quantized_matmul_fixed")
 def _(x: Tensor, handle: int, number: int, out_features: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 

@@ -35,7 +35,7 @@ def round_columns(block: Tensor, scale: Tensor, zero: Tensor, unit: Tensor, larg
     Returns:
         Integers in `0 .. largest` and the errors `e`, both `[columns, rows]`.
     """
-    if use_triton(block, dtypes=(torch.float32,)):
+    if use_triton(block, dtypes=frozenset({torch.float32})):
         from lkq_hf.kernels.round_columns_triton import round_columns_triton
 
         return round_columns_triton(block, scale, zero, unit, largest)

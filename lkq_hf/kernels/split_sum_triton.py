@@ -1,5 +1,7 @@
 """The second stage of kernels that share a sum between thread blocks: a fixed order, so the result is reproducible."""
 
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -7,30 +9,44 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch
+from lkq_hf.kernels.launch import RepeatedLaunch
+
+_DIVISOR = tl.constexpr(16)  # of the results' sizes, which are packed weights': loads of several values count on it
 
 
 def split_buffer(x: Tensor, columns: int, splits: int) -> Tensor:
-    """Where thread blocks put their parts of a result: `[splits, rows, columns]`, in float32 if there are several."""
-    dtype = x.dtype if splits == 1 else torch.float32
-    return torch.empty(splits, x.shape[0], columns, dtype=dtype, device=x.device)
+    """Where thread blocks put their parts of a product of ``x``: the product itself, if nothing is to be added.
 
-
-def split_sum(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """Sum over the splits of :func:`split_buffer`: `[rows, columns]` in ``dtype``."""
-    splits, rows, columns = partial.shape
+    Returns:
+        `[splits, rows, columns]` in float32; for one split `[..., columns]` in the dtype of ``x``.
+    """
     if splits == 1:
-        return partial[0]
-    total = torch.empty(rows, columns, dtype=dtype, device=partial.device)
-    block = 256
-    launch = dependent_launch(partial.device)
-    _split_sum_kernel[(ceil_div(rows * columns, block),)](
-        partial, total, rows * columns, SPLITS=splits, BLOCK=block, DEPENDENT=bool(launch), **launch
-    )
+        return x.new_empty((*x.shape[:-1], columns))
+    return x.new_empty((splits, x.numel() // x.shape[-1], columns), dtype=torch.float32)
+
+
+def split_sum(x: Tensor, partial: Tensor, splits: int) -> Tensor:
+    """The product of ``x`` `[..., columns]` from what :func:`split_buffer` made."""
+    if splits == 1:
+        return partial
+    _, rows, columns = partial.shape
+    total = x.new_empty((*x.shape[:-1], columns))
+    size, block = rows * columns, 256
+    launch = _launch(x.device, x.dtype, splits, block)
+    launch((ceil_div(size, block), 1, 1), partial, total, size // _DIVISOR.value)
     return total
 
 
-@triton.jit
+@cache
+def _launch(device: torch.device, dtype: torch.dtype, splits: int, block: int) -> RepeatedLaunch:
+    options = dependent_launch(device)
+    constants = {"SPLITS": splits, "BLOCK": block, "DEPENDENT": bool(options)}
+    return RepeatedLaunch(_split_sum_kernel, constants, **options)
+
+
+@triton.jit(do_not_specialize=["size"])
 def _split_sum_kernel(partial, total, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr):
+    size *= _DIVISOR
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = index < size
     value = tl.zeros((BLOCK,), tl.float32)

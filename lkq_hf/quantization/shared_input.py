@@ -39,6 +39,7 @@ class SharedInput:
     def __init__(self, layers: list["QuantizedLinear"]) -> None:
         self.layers = layers
         self.widths = tuple(layer.out_features for layer in layers)
+        self.format = (layers[0].bits, layers[0].group_size, layers[0].sym)
         # The layers' ``fixed``, which stands for these tensors at these addresses.
         self.fixed: FixedInput | None = None
         self._fixed_tensors: list[tuple[weakref.ref[Tensor], int]] = []
@@ -49,18 +50,16 @@ class SharedInput:
 
     def tensors(self) -> list[Tensor]:
         """qweight, qzeros and scales of one layer after the other."""
-        return [tensor for layer in self.layers for tensor in (layer.qweight, layer.qzeros, layer.scales)]
-
-    def format(self) -> tuple[int, int, bool]:
-        """bits, group_size and sym."""
-        return self.layers[0].bits, self.layers[0].group_size, self.layers[0].sym
+        # As attributes of a module they would take ten times as long, at every product.
+        return [layer._buffers[name] for layer in self.layers for name in ("qweight", "qzeros", "scales")]  # type: ignore[misc]
 
     def compute(self, x: Tensor) -> Tensor | None:
         """Their products side by side; None if one, whose weight comes when it is called, has to do it itself."""
-        tensors = self.tensors()
-        if any(tensor.device != x.device for tensor in tensors[::3]):
-            return None
-        return quantized_matmul_shared(autocast(x), tensors[::3], tensors[1::3], tensors[2::3], *self.format())
+        tensors, device = self.tensors(), x.device
+        for tensor in tensors[::3]:
+            if tensor.device != device:
+                return None
+        return quantized_matmul_shared(autocast(x), tensors, *self.format)
 
     def is_on_one_device(self) -> bool:
         devices = {tensor.device for tensor in self.tensors()}
@@ -128,6 +127,8 @@ def shared_product(layer: "QuantizedLinear", x: Tensor) -> Tensor | None:
     if layer.place == 0:
         few_rows = 0 < x.numel() <= SHARED_ROWS * x.shape[-1]
         y = shared.compute(x) if few_rows and not (torch.is_grad_enabled() and x.requires_grad) else None
+        if len(shared.widths) == 1:
+            return y
         _computed.products = None if y is None else (shared, x, y.split_with_sizes(shared.widths, -1))
     computed = _computed.products
     if computed is None or computed[0] != shared or computed[1] is not x:  # another thread's, perhaps
@@ -188,7 +189,7 @@ def weights_fixed(model: nn.Module) -> Iterator[None]:
             for number, group in enumerate(groups):
                 group.fix(handle, number)
         _times_fixed[handle] = _times_fixed.get(handle, 0) + 1
-        fixed_weights[handle] = [(*group.tensors(), *group.format()) for group in groups]
+        fixed_weights[handle] = [(group.tensors(), *group.format) for group in groups]
     outer, _thread.handle = _thread.handle, handle
     try:
         yield

@@ -37,7 +37,7 @@ def search_scales(
         groups = columns // group_size
         blocks = hessian.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         blocks = blocks.contiguous()
-        if use_triton(weight, dtypes=(torch.float32,)):
+        if use_triton(weight, dtypes=frozenset({torch.float32})):
             from lkq_hf.kernels.search_scales_triton import GROUP_SIZES, search_scales_triton
 
             if group_size in GROUP_SIZES:

@@ -51,9 +51,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     found: list[int] = []
     original = shared_input.quantized_matmul_shared
 
-    def counted(x: torch.Tensor, qweights: list[torch.Tensor], *arguments: object) -> torch.Tensor:
-        found.append(len(qweights))
-        return original(x, qweights, *arguments)
+    def counted(x: torch.Tensor, weights: list[torch.Tensor], *arguments: object) -> torch.Tensor:
+        found.append(len(weights) // 3)
+        return original(x, weights, *arguments)
 
     monkeypatch.setattr(shared_input, "quantized_matmul_shared", counted)
     return found

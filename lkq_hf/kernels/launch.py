@@ -1,0 +1,60 @@
+"""What a launch and an operator cost the host, where many follow each other: as little as can be."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lkq_hf.kernels.dispatch import interpreting
+
+
+class RepeatedLaunch:
+    """A Triton kernel that is launched again and again with arguments of the same kind.
+
+    At every launch Triton looks at each argument to find the compiled kernel that it needs, which takes the host
+    longer than the launch itself. This looks once.
+
+    All calls have tensors of the same dtypes on the same device, which begin at a multiple of 16 bytes, as new ones
+    do; and the same integers, but for those that the kernel lists in ``do_not_specialize``.
+
+    Args:
+        kernel: a function with ``triton.jit``.
+        constants: its `tl.constexpr` arguments, which are its last ones, in their order.
+        options: of the launch, such as ``num_warps``.
+    """
+
+    def __init__(self, kernel: Any, constants: dict[str, Any], **options: Any) -> None:
+        self._kernel = kernel
+        self._constants = constants
+        self._options = options
+        self._values = tuple(constants.values())
+        self._compiled: Any = None
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        """Launches the kernel on the current device: so many thread blocks, with all arguments but the constants."""
+        if self._compiled is not None:
+            self._compiled[grid](*arguments, *self._values)
+        elif interpreting():
+            self._kernel[grid](*arguments, **self._constants)
+        else:
+            self._compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
+
+
+def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Makes a function an operator of torch, as `torch.library.custom_op` does: compilers do not look inside.
+
+    Its calls take the host a third of the time, as nothing is checked: the result must not share memory with an input.
+    It is not differentiable. Needs a `torch.library.register_fake`.
+
+    Args:
+        name: with its namespace.
+    """
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        torch.library.define(name, torch.library.infer_schema(function, mutates_args=()))
+        torch.library.impl(name, "default", function)
+        namespace, short_name = name.split("::")
+        overload: Callable[..., Any] = getattr(getattr(torch.ops, namespace), short_name).default
+        return overload
+
+    return make
