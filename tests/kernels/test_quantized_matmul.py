@@ -10,7 +10,12 @@ from torch import Tensor
 from lkq_hf.kernels.bit_stream import pack
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
 from lkq_hf.kernels.dispatch import next_power_of_2
-from lkq_hf.kernels.quantized_matmul import quantized_matmul, quantized_matmul_reference, ways_to_multiply
+from lkq_hf.kernels.quantized_matmul import (
+    quantized_matmul,
+    quantized_matmul_reference,
+    quantized_matmul_shared,
+    ways_to_multiply,
+)
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BITS = (2, 3, 4, 8)
@@ -128,6 +133,17 @@ def test_splits_need_not_share_tiles_evenly(group_size: int) -> None:
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
 
 
+@needs_triton
+def test_tensors_may_begin_anywhere() -> None:
+    """On a GPU, vectors of 16 bytes are loaded; one compiled for tensors that begin at their multiples has run."""
+    qweight, qzeros, scales, *layout = packed(4, 64, False, 128, 64)
+    x = activations(2, 128, dtype=torch.float16)
+    expected = quantized_matmul(x, qweight, qzeros, scales, *layout)
+    moved = [torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape) for t in (x, qweight, qzeros, scales)]
+    assert all(tensor.data_ptr() % 16 for tensor in moved)
+    assert torch.equal(quantized_matmul(*moved, *layout), expected)
+
+
 def test_kernels_do_not_take_the_bits_of_other_scales_for_float16(use_kernels: Callable[[str], None]) -> None:
     use_kernels("triton")
     qweight, qzeros, scales, *layout = packed(4, 64, False, 128, 64)
@@ -148,6 +164,15 @@ def test_gradient_and_registration(
     grad_output = torch.randn(2, 3, 64, device=DEVICE, dtype=dtype)
     (grad,) = torch.autograd.grad(quantized_matmul(x, *weight), x, grad_output)
     torch.testing.assert_close(grad, grad_output @ dequantize_reference(*weight, dtype).t())
+
+
+def test_products_with_several_weights() -> None:
+    weights = [packed(4, 64, False, 128, out_features) for out_features in (64, 32)]
+    tensors = [tensor for weight in weights for tensor in weight[:3]]
+    x = activations(2, 3, 128, dtype=torch.float16)
+    torch.library.opcheck(quantized_matmul_shared, (x, tensors, 4, 64, False))
+    expected = torch.cat([quantized_matmul(x, *weight) for weight in weights], -1)
+    torch.testing.assert_close(quantized_matmul_shared(x, tensors, 4, 64, False), expected)
 
 
 @pytest.mark.gpu
