@@ -34,11 +34,16 @@ class _ThreadState(threading.local):
         # Not defaults of the class, which torch.compile of torch 2.11 reads in the place of what a thread has set.
         self.observer: Observer | None = None
         self.bias: Bias | None = None
-        # The last positions of the running forward on which lookahead adapters are active.
+        # The last positions of the running forward on which lookahead adapters are active, and its batch and length.
         self.lookahead_length = 0
+        self.token_shape = (0, 0)
 
 
 thread_state = _ThreadState()
+
+DECODE_ATTENTION = "lookahead_decode"
+"""What a model's "sdpa" is called while a cache with static shapes is filled (:mod:`lkq_hf.cache.decode`)."""
+_SDPA = ("sdpa", DECODE_ATTENTION)
 
 _lock = threading.RLock()
 # (registry, attention implementation) -> number of forwards that observe it now, over all threads, and the entry that
@@ -104,35 +109,49 @@ class _Overrides(dict[str, Callable[..., Any]]):
 def start_observing(decoder: PreTrainedModel, observer: Observer) -> Callable[[], None]:
     """Shows every attention of ``decoder`` in this thread to ``observer`` until the returned function is called."""
     registry: Any = attention_registry(decoder)
-    implementation: str = decoder.config._attn_implementation
-    identity = (id(registry), implementation)
+    implementations = [decoder.config._attn_implementation]
+    if registry is ALL_ATTENTION_FUNCTIONS and implementations[0] in _SDPA:
+        # Another thread's decode of the same model may begin or end meanwhile.
+        implementations = [*_SDPA]
     with _lock:
-        if identity in _observed:
-            count, previous = _observed[identity]
-        else:
-            # The mapping local to the registry shadows the library-wide one: taking our entry out restores it.
-            if not isinstance(registry._local_mapping, _Overrides):
-                registry._local_mapping = _Overrides(registry)
-            count, previous = 0, registry._local_mapping.get(implementation)
-            registry[implementation] = _wrap(registry.get(implementation))
-        _observed[identity] = count + 1, previous
+        for implementation in implementations:
+            _put_in(registry, implementation)
     outer = thread_state.observer
     thread_state.observer = observer
 
     def stop() -> None:
         thread_state.observer = outer
         with _lock:
-            count, previous = _observed[identity]
-            if count > 1:
-                _observed[identity] = count - 1, previous
-                return
-            del _observed[identity]
-            if previous is None:
-                del registry[implementation]
-            else:
-                registry[implementation] = previous
+            for implementation in implementations:
+                _take_out(registry, implementation)
 
     return stop
+
+
+def _put_in(registry: Any, implementation: str) -> None:
+    identity = (id(registry), implementation)
+    if identity in _observed:
+        count, previous = _observed[identity]
+    else:
+        # The mapping local to the registry shadows the library-wide one: taking our entry out restores it.
+        if not isinstance(registry._local_mapping, _Overrides):
+            registry._local_mapping = _Overrides(registry)
+        count, previous = 0, registry._local_mapping.get(implementation)
+        registry[implementation] = _wrap(registry.get(implementation))
+    _observed[identity] = count + 1, previous
+
+
+def _take_out(registry: Any, implementation: str) -> None:
+    identity = (id(registry), implementation)
+    count, previous = _observed[identity]
+    if count > 1:
+        _observed[identity] = count - 1, previous
+        return
+    del _observed[identity]
+    if previous is None:
+        del registry[implementation]
+    else:
+        registry[implementation] = previous
 
 
 @contextmanager
@@ -157,10 +176,16 @@ def bias_attention(decoder: PreTrainedModel, bias: Bias) -> Iterator[None]:
 
 
 @contextmanager
-def lookahead_positions(length: int) -> Iterator[None]:
-    """Switches lookahead adapters on for the last ``length`` positions of the forwards run inside (in this thread)."""
-    outer, thread_state.lookahead_length = thread_state.lookahead_length, length
+def lookahead_positions(length: int, token_shape: tuple[int, int]) -> Iterator[None]:
+    """Switches lookahead adapters on for the last ``length`` positions of the forwards run inside (in this thread).
+
+    Args:
+        length: positions.
+        token_shape: batch size and length of the forwards' inputs.
+    """
+    outer = thread_state.lookahead_length, thread_state.token_shape
+    thread_state.lookahead_length, thread_state.token_shape = length, token_shape
     try:
         yield
     finally:
-        thread_state.lookahead_length = outer
+        thread_state.lookahead_length, thread_state.token_shape = outer

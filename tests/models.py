@@ -123,9 +123,10 @@ def lookahead_attention(base, adapted, ids, mask=None, name="default"):
             module = base.get_submodule(key.partition(".lookahead_kv_A")[0])
 
             def add(module, args, output, down=down, up=up):
-                output = output.clone()
-                output[:, -count:] += config.lora_alpha / config.r * (args[0][:, -count:] @ down.T @ up.T)
-                return output
+                # Some models feed their MLPs the tokens of all rows in one list.
+                x, changed = (tensor.reshape(ids.shape[0], length + count, -1) for tensor in (args[0], output.clone()))
+                changed[:, -count:] += config.lora_alpha / config.r * (x[:, -count:] @ down.T @ up.T)
+                return changed.view(output.shape)
 
             handles.append(module.register_forward_hook(add))
     mask = torch.ones_like(ids) if mask is None else mask

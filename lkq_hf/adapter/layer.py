@@ -1,7 +1,8 @@
 """The two kinds of tuner layers: learned tokens on the decoder, and a LoRA that knows its positions."""
 
 import math
-from typing import Any
+import weakref
+from typing import Any, NamedTuple, Self
 
 import torch
 from accelerate.utils import align_module_device
@@ -158,6 +159,15 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         return self._embedding[0]
 
 
+class _Converted(NamedTuple):
+    """An adapter's two matrices in another dtype: of which parameters, and in which state of theirs."""
+
+    of: tuple[weakref.ref[torch.Tensor], weakref.ref[torch.Tensor]]
+    state: tuple[Any, ...]
+    down: torch.Tensor
+    up: torch.Tensor
+
+
 class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
     """A linear module with a LoRA on the last positions of a prefill.
 
@@ -165,7 +175,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
     """
 
     adapter_layer_names = ("lookahead_kv_A", "lookahead_kv_B")
-    other_param_names = ("scaling",)
+    other_param_names = ("scaling", "_converted")
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LookaheadKVConfig) -> None:
         super().__init__()
@@ -176,7 +186,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         self.lookahead_kv_A = nn.ParameterDict()
         self.lookahead_kv_B = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
-        self._converted: dict[str, tuple[tuple[Any, ...], torch.Tensor, torch.Tensor]] = {}
+        self._converted: dict[str, _Converted] = {}
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, config)
 
@@ -198,6 +208,28 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         name = self._sole_active_adapter(self.lookahead_kv_A)
         if name is None:
             return result
+        if x.ndim == 2:
+            rows, result_rows = self._by_row(x), self._by_row(result)
+            return self._adapted(name, rows, result_rows, length).flatten(0, 1)
+        return self._adapted(name, x, result, length)
+
+    def _by_row(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, length, features]`` from the tokens of a batch in one list, as some models feed their MLPs.
+
+        Raises:
+            NotImplementedError: it is not the list of all tokens, as where each expert has its own.
+        """
+        batch, length = thread_state.token_shape
+        if x.shape[0] != batch * length:
+            raise NotImplementedError(
+                "a LOOKAHEAD_KV adapter acts on the last positions of a prompt, and a linear module was given "
+                f"{x.shape[0]} of {batch * length} tokens without their positions. Leave such modules, as experts "
+                "are, out of the adapter: LookaheadKVConfig(target_modules=[...])."
+            )
+        return x.unflatten(0, (batch, length))
+
+    def _adapted(self, name: str, x: torch.Tensor, result: torch.Tensor, length: int) -> torch.Tensor:
+        """``result``, with the adapter's part on the last ``length`` positions: itself, where no gradients flow."""
         down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
         start = x.shape[-2] - length
         # A forward of the lookahead tokens alone, as in training, needs no cutting and joining, each with a backward.
@@ -225,9 +257,20 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         if torch.compiler.is_compiling() or down.is_inference() or up.is_inference():  # these have no version
             return down.to(dtype), up.to(dtype)
         state = (dtype, down.data_ptr(), down._version, up.data_ptr(), up._version)
-        if name not in self._converted or self._converted[name][0] != state:
-            self._converted[name] = state, down.detach().to(dtype), up.detach().to(dtype)
-        return self._converted[name][1:]
+        found = self._converted.get(name)
+        # Another adapter of this name may have got the memory of the last one.
+        if found is None or found.of[0]() is not down or found.of[1]() is not up or found.state != state:
+            of = weakref.ref(down), weakref.ref(up)
+            found = self._converted[name] = _Converted(of, state, down.detach().to(dtype), up.detach().to(dtype))
+        return found.down, found.up
+
+    def train(self, mode: bool = True) -> Self:
+        # Writes to a parameter's `.data`, as averaging weights is often written, leave no trace in its version.
+        self._converted.clear()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_converted": {}}
 
     def _update(self, x: torch.Tensor, down: torch.Tensor, up: torch.Tensor, features: int) -> torch.Tensor:
         """``x A^T B^T``, ``[..., features]``.

@@ -1,6 +1,7 @@
 """The LOOKAHEAD_KV tuner: attaches adapters to a model, and checks what is loaded into them."""
 
 import re
+from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -69,6 +70,11 @@ class LookaheadKVModel(BaseTuner):
             for parameter in model.parameters():
                 parameter.requires_grad = False
         else:
+            if config.target_modules is None and not any(map(_is_linear, get_decoder(model).modules())):
+                raise TypeError(
+                    f"{type(model).__name__} has no linear modules for a LOOKAHEAD_KV adapter. Train learned tokens "
+                    "alone: LookaheadKVConfig(target_modules=[])."
+                )
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         # Only now: an injection freezes every module that has no prefix of a tuner in its name.
         self._attach_tokens(model, adapter_name, config)
@@ -93,7 +99,8 @@ class LookaheadKVModel(BaseTuner):
         if peft_config.target_modules is not None:
             return check_target_module_exists(peft_config, key)
         in_layers = key.startswith(self._last_layer.rstrip("0123456789.") + ".")
-        return in_layers and _is_linear(self.model.get_submodule(key))
+        module = self.model.get_submodule(key)
+        return in_layers and _is_linear(module) and "Router" not in type(module).__name__
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -211,9 +218,18 @@ def _refuse_offloaded(decoder: PreTrainedModel) -> None:
             )
 
 
+def _sizes(config: Any) -> dict[str, Any]:
+    """Those of :data:`SHAPE_FIELDS` that a model has; where layers differ in one, transformers names none."""
+    sizes = {}
+    for name in SHAPE_FIELDS:
+        with suppress(AttributeError, RuntimeError):
+            sizes[name] = getattr(config, name)
+    return sizes
+
+
 def _check_shape(config: LookaheadKVConfig, decoder: PreTrainedModel) -> None:
     """Fills the sizes of the base model into a new config, or compares them with a loaded one."""
-    found = {name: getattr(decoder.config, name) for name in SHAPE_FIELDS if hasattr(decoder.config, name)}
+    found = _sizes(decoder.config)
     if config.base_model_shape is None:
         config.base_model_shape = found
     differing = [

@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from lkq_hf.attention import DECODE_ATTENTION
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.cache.static import (
-    DECODE_ATTENTION,
     MASKED_ATTENTION,
     StaticEvictedLayer,
     StaticSlidingLayer,

@@ -17,9 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lkq_hf.attention import attention_registry
+from lkq_hf.attention import DECODE_ATTENTION, attention_registry
 from lkq_hf.cache.cache import LookaheadCache
-from lkq_hf.cache.static import DECODE_ATTENTION, StaticEvictedLayer
+from lkq_hf.cache.static import StaticEvictedLayer
 from lkq_hf.kernels.decode_attention import decode_attention
 
 # Arguments of attention functions that ask for more than a softmax over dot products.

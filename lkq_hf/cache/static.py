@@ -24,9 +24,6 @@ else:
 SLOTS_MULTIPLE = 64  # fewer distinct sizes to compile for, and rows that attention kernels like
 LEAST_GROWTH = 256  # slots; to compile again costs more than they do
 
-DECODE_ATTENTION = "lookahead_decode"
-"""What "sdpa" is called while ``generate`` runs with static shapes (:mod:`lkq_hf.cache.decode`)."""
-
 MASKED_ATTENTION = ("eager", "sdpa")
 """Attention implementations that take a mask with one value for each slot."""
 

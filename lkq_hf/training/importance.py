@@ -147,7 +147,7 @@ def lookahead_importance(
     scores, observe = _recorder(decoder, prompt, None, row_power)
     batch = next(layer.keys.shape[0] for layer in prompt.layers if layer.keys is not None)  # type: ignore[union-attr]
     embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
-    with lookahead_positions(tokens.shape[1]), observe_attention(decoder, observe):
+    with lookahead_positions(tokens.shape[1], (batch, tokens.shape[1])), observe_attention(decoder, observe):
         logits = _read(decoder, model, **prompt.inputs(embeds), inputs_embeds=embeds)
     if torch.is_grad_enabled():
         # Wrappers learn from the gradient of the model's output that a backward pass begins, and wait for one of every

@@ -1,4 +1,5 @@
 import copy
+import pickle
 
 import pytest
 import torch
@@ -117,7 +118,7 @@ def test_the_lora_acts_on_the_last_positions_only():
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         plain = linear(x)
-        with lookahead_positions(4):
+        with lookahead_positions(4, x.shape[:2]):
             changed = linear(x)
     expected = plain.clone()
     down, up = linear.lookahead_kv_A["default"], linear.lookahead_kv_B["default"]
@@ -125,8 +126,19 @@ def test_the_lora_acts_on_the_last_positions_only():
     assert torch.equal(changed[:, :-4], plain[:, :-4])
     torch.testing.assert_close(changed, expected)
     assert not torch.allclose(changed[:, -4:], plain[:, -4:], atol=1e-3)
-    with lookahead_positions(4):
+    with lookahead_positions(4, x.shape[:2]):
         torch.testing.assert_close(linear(x), expected)  # with gradients, another path
+
+
+def test_the_lora_knows_the_positions_of_tokens_in_one_list():
+    linear = lookahead_model().model.layers[0].mlp.up_proj
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    with lookahead_positions(4, (2, 9)):
+        for gradients in (False, True):
+            with torch.set_grad_enabled(gradients):
+                torch.testing.assert_close(linear(x.flatten(0, 1)), linear(x).flatten(0, 1))
+        with pytest.raises(NotImplementedError, match=r"7 of 18 tokens.*target_modules"):
+            linear(x.flatten(0, 1)[:7])
 
 
 def test_a_fresh_lora_changes_nothing_and_only_the_adapter_is_trainable():
@@ -301,6 +313,14 @@ def test_what_is_no_decoder_is_refused():
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LookaheadKVConfig())
 
 
+def test_a_model_without_linear_modules():
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+    with pytest.raises(TypeError, match=r"no linear modules.*target_modules=\[\]"):
+        tiny_model("gpt2", **sizes).add_adapter(LookaheadKVConfig())
+    model = add_lookahead(tiny_model("gpt2", **sizes), target_modules=[])
+    model.generate(prompt_ids(1, 30), past_key_values=LookaheadCache(budget=6), max_new_tokens=2)
+
+
 def test_the_prefix_of_parameters_is_in_no_module_path():
     model = lookahead_model()
     randomise_adapter(model)
@@ -327,14 +347,27 @@ def test_a_linear_infers_in_the_dtype_of_its_base_and_follows_the_adapter(batch)
         for _ in range(3):
             up.add_(torch.randn_like(up))  # as an optimiser changes it, after the first inference too
             for _ in range(2):
-                with lookahead_positions(5):
+                with lookahead_positions(5, x.shape[:2]):
                     found = linear(x)
                 assert found.dtype == torch.bfloat16
                 torch.testing.assert_close(found.float(), expected(), rtol=0.03, atol=0.03)
         up.data = torch.randn_like(up)
-        with lookahead_positions(5):
+        with lookahead_positions(5, x.shape[:2]):
             torch.testing.assert_close(linear(x).float(), expected(), rtol=0.03, atol=0.03)
         assert torch.equal(linear(x), base(x))
+        linear = pickle.loads(pickle.dumps(linear))
+        down, up = linear.lookahead_kv_A["default"], linear.lookahead_kv_B["default"]
+        up.data.copy_(torch.randn_like(up))  # averages of weights are often written so, which the parameter cannot see
+        linear.eval()
+        with lookahead_positions(5, x.shape[:2]):
+            torch.testing.assert_close(linear(x).float(), expected(), rtol=0.03, atol=0.03)
+        # Another adapter, in the memory and with the version of the last one.
+        up.data.copy_(torch.randn_like(up))
+        up = linear.lookahead_kv_B["default"] = torch.nn.Parameter(up.data)
+        with lookahead_positions(5, x.shape[:2]):
+            torch.testing.assert_close(linear(x).float(), expected(), rtol=0.03, atol=0.03)
+    linear.delete_adapter("default")
+    assert not linear._converted
 
 
 def test_lookahead_tokens_alone_are_changed_as_behind_a_prompt():
@@ -343,7 +376,7 @@ def test_lookahead_tokens_alone_are_changed_as_behind_a_prompt():
     down, up = linear.lookahead_kv_A["default"], linear.lookahead_kv_B["default"]
     torch.nn.init.normal_(up)
     x, weight = torch.randn(2, 9, 16), torch.randn(2, 5, 24)
-    with lookahead_positions(5):
+    with lookahead_positions(5, x.shape[:2]):
         behind, alone = linear(x)[:, -5:], linear(x[:, -5:])
     torch.testing.assert_close(alone, behind)
     gradients = (torch.autograd.grad((found * weight).sum(), (down, up)) for found in (behind, alone))

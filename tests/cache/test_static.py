@@ -9,9 +9,9 @@ from peft import get_peft_model
 from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.attention import DECODE_ATTENTION
 from lkq_hf.cache import decode, prefill
 from lkq_hf.cache.decode import next_token_mask
-from lkq_hf.cache.static import DECODE_ATTENTION
 from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.kernels.decode_attention import decode_attention
 

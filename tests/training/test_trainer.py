@@ -186,7 +186,7 @@ def test_the_gradient_is_that_of_one_plain_forward(tmp_path):
 
     embeds = torch.cat([base.get_input_embeddings()(ids).detach(), tokens.detach().expand(2, -1, -1)], 1)
     embeds.requires_grad_()
-    with lookahead_positions(5):
+    with lookahead_positions(5, embeds.shape[:2]):
         attentions = model(inputs_embeds=embeds, output_attentions=True, use_cache=False).attentions
     divergences = []
     for answer, attention in zip(answers, attentions, strict=True):
