@@ -36,7 +36,7 @@ class EvictedLayer(DynamicLayer):
         self.tokens_seen = 0
         self._evicted_length = 0
         self._awaits_eviction = False
-        self._observed_key: torch.Tensor | None = None
+        self._handed_through: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         # Scores and budget of an eviction that waits until drafted tokens are accepted or cropped.
         self._deferred: tuple[torch.Tensor, int] | None = None
 
@@ -44,15 +44,15 @@ class EvictedLayer(DynamicLayer):
         """From now until :meth:`evict`, ``update`` hands the states through and stores nothing."""
         self._awaits_eviction = True
 
-    def awaits_eviction_of(self, key: torch.Tensor) -> bool:
-        """Whether ``key`` is what the last ``update`` of a prefill handed through."""
-        return self._observed_key is key
+    def awaits_eviction_of(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether they are what the last ``update`` of a prefill handed through, and not made of it by the model."""
+        return self._handed_through[0] is key and self._handed_through[1] is value
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self._awaits_eviction:
-            self._observed_key = key_states
+            self._handed_through = key_states, value_states
             return key_states, value_states
         self.tokens_seen += key_states.shape[-2]
         return super().update(key_states, value_states, *args, **kwargs)
@@ -72,7 +72,7 @@ class EvictedLayer(DynamicLayer):
             self.lazy_initialization(key, value)
         self.tokens_seen = length
         self._awaits_eviction = False
-        self._observed_key = None
+        self._handed_through = None, None
         if defer:
             self.keys, self.values = key[:, :, :length].clone(), value[:, :, :length].clone()
             self._deferred = (scores, budget)

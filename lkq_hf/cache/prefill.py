@@ -85,6 +85,8 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, create_masks))
         undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
         undo.append(guard_method(base, "generate", _generate))
+    if decoder not in (base, base.base_model):
+        undo.append(guard_method(base, "forward", _remember_inputs))
     return EvictionHandle(undo)
 
 
@@ -127,7 +129,9 @@ def get_decoder(model: nn.Module) -> PreTrainedModel:
         TypeError: the model has none, or is an encoder.
     """
     base: Any = _base_model(model)
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else None
+    decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else None
+    while hasattr(decoder, "lm_head") and hasattr(decoder, "model"):  # a language model inside of a multimodal one
+        decoder = decoder.model
     if not isinstance(decoder, PreTrainedModel):
         raise TypeError(
             f"expected a decoder-only language model of transformers, found {type(base).__name__} without a decoder"
@@ -147,6 +151,7 @@ class _Prefill:
     decoder: PreTrainedModel
     cache: LookaheadCache
     scorer: Scorer
+    batch: int
     length: int
     suffix_length: int
     mask: torch.Tensor | None
@@ -156,6 +161,7 @@ class _Prefill:
     def start(self) -> None:
         self.stop_observing = start_observing(self.decoder, self.observe)
         thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0
+        thread_state.token_shape = (self.batch, self.length + self.suffix_length)
         _thread.prefill = self
 
     def observe(
@@ -164,7 +170,7 @@ class _Prefill:
         """Scores and evicts one layer, right after its attention."""
         layer_index: int = module.layer_idx  # type: ignore[assignment]
         layer = self.cache.layers[layer_index] if layer_index < len(self.cache.layers) else None
-        if not isinstance(layer, EvictedLayer) or not layer.awaits_eviction_of(key):
+        if not isinstance(layer, EvictedLayer) or not layer.awaits_eviction_of(key, value):
             return
         mask = None if self.mask is None else self.mask.to(key.device)
         scaling = options.get("scaling")
@@ -180,7 +186,7 @@ class _Prefill:
             mask=mask,
             layer_index=layer_index,
         )
-        scores = self.scorer.score(attention)
+        scores = self.scorer.score(attention).float()  # of a float64 model, float64
         if mask is not None:
             scores = scores.masked_fill(~mask[:, None], -torch.inf)
         layer.evict(key, value, scores, self.budget, defer=self.cache.records_past)
@@ -196,6 +202,7 @@ class _Prefill:
             i for i, layer in enumerate(self.cache.layers) if isinstance(layer, EvictedLayer) and not layer.tokens_seen
         ]
         if missed:
+            self.cache.reset()
             raise NotImplementedError(
                 f"the attention of layers {missed} of {type(self.decoder).__name__} could not be observed, so "
                 "their cache cannot be compressed. Generate with DynamicCache for this model."
@@ -205,6 +212,8 @@ class _Prefill:
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.prefill: _Prefill | None = None
+        # Keyword arguments of the model around the decoder, where there is more than a language model's head.
+        self.outer_inputs: dict[str, Any] = {}
 
 
 _thread = _Thread()
@@ -219,6 +228,18 @@ def _forward_or_clean_up(forward: Callable[..., Any], *args: Any, **kwargs: Any)
     except BaseException:
         _abandon_prefill()
         raise
+
+
+def _remember_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards a multimodal model's forward: some give their decoder masks made from the one that they were given."""
+    if torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    names = signature(type(forward.__self__).forward).parameters  # type: ignore[attr-defined]
+    outer, _thread.outer_inputs = _thread.outer_inputs, dict(zip([*names][1:], args, strict=False)) | kwargs
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _thread.outer_inputs = outer
 
 
 def _abandon_prefill() -> None:
@@ -240,21 +261,28 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     if not isinstance(cache, LookaheadCache) or cache.has_prompt:
         return None
     inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    length = inputs.shape[1]
+    batch, length = inputs.shape[:2]
     refuse_in(decoder, kwargs, length)
     scorer = cache.scorer.bind(decoder)
     cache.build_layers(decoder.config)
     budget = cache.entries_to_keep(length)
     if budget == length:
         return None
-    mask = _padding_mask(kwargs.get("attention_mask"), length)
-    kwargs, suffix_length = _append_suffix(decoder, kwargs, scorer.suffix(decoder), length)
+    suffix = scorer.suffix(decoder)
+    given_mask = kwargs.get("attention_mask")
+    if isinstance(given_mask, dict):
+        given_mask = _thread.outer_inputs.get("attention_mask")
+        if suffix is not None:
+            _refuse_masks_of_pictures(decoder, kwargs, given_mask)
+            kwargs = kwargs | {"attention_mask": given_mask}  # the decoder makes the same of it, but longer
+    mask = _padding_mask(given_mask, length)
+    kwargs, suffix_length = _append_suffix(decoder, kwargs, suffix, length)
     for layer in cache.layers:
         if isinstance(layer, EvictedLayer):
             layer.begin_prefill()
         elif isinstance(layer, UncompressedSlidingLayer):
             layer.begin_prefill(length)
-    prefill = _Prefill(decoder, cache, scorer, length, suffix_length, mask, budget)
+    prefill = _Prefill(decoder, cache, scorer, batch, length, suffix_length, mask, budget)
     prefill.start()
     return (), kwargs
 
@@ -268,14 +296,32 @@ def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict
         return None
     prefill.finish()
     prefill.check_all_layers_evicted()
-    return _trim(output, prefill.length, prefill.length + prefill.suffix_length)
+    return _trim(output, prefill.batch, prefill.length, prefill.length + prefill.suffix_length)
+
+
+def _refuse_masks_of_pictures(decoder: PreTrainedModel, inputs: dict[str, Any], padding_mask: Any) -> None:
+    """Refuses masks other than those that the decoder makes by itself: of these no longer ones can be made."""
+    own = create_masks_for_generate(
+        config=decoder.config,
+        inputs_embeds=inputs["inputs_embeds"],
+        attention_mask=padding_mask,
+        past_key_values=inputs["past_key_values"],
+        position_ids=inputs.get("position_ids"),
+        or_mask_function=lambda *_: torch.tensor(False),  # masks as tensors, also where a causal one needs none
+    )
+    for name, mask in inputs["attention_mask"].items():
+        if mask is not None and not (isinstance(mask, torch.Tensor) and torch.equal(mask, own[name])):
+            raise NotImplementedError(
+                f"{type(decoder).__name__} was given attention masks that are not only causal, as for pictures: they "
+                'do not allow for appended tokens. Choose a scorer without them, such as "snapkv".'
+            )
 
 
 def _padding_mask(attention_mask: Any, length: int) -> torch.Tensor | None:
     """``[batch, length]``, True for real tokens; None if there is no padding.
 
     Raises:
-        ValueError: a mask other than one value per token, or padding on the right.
+        ValueError: a mask other than one value per token, or padding anywhere but on the left.
     """
     if attention_mask is None:
         return None
@@ -305,7 +351,15 @@ def _padding_mask(attention_mask: Any, length: int) -> torch.Tensor | None:
         raise ValueError(
             'the batch is padded on the right. Pad prompts on the left: tokenizer(..., padding_side="left").'
         )
+    if (mask[:, 1:] < mask[:, :-1]).any():
+        raise ValueError(
+            "the attention_mask hides tokens in the middle of a prompt. Put a row's padding on its left, and leave "
+            "tokens out of the prompt that are not to be read."
+        )
     return mask
+
+
+_EXTENDED = ("attention_mask", "position_ids")
 
 
 def _append_suffix(
@@ -328,6 +382,11 @@ def _append_suffix(
     kwargs["inputs_embeds"] = torch.cat([embeds, suffix], dim=1)
     if kwargs.get("attention_mask") is not None:
         kwargs["attention_mask"] = F.pad(kwargs["attention_mask"], (0, suffix_length), value=1)
+    for name, value in kwargs.items():
+        # What else is said of each token, such as where pictures are: nothing of these.
+        if name not in _EXTENDED and isinstance(value, torch.Tensor) and value.shape == (embeds.shape[0], length):
+            kwargs[name] = F.pad(value, (0, suffix_length))
+    _refuse_beyond_learned_positions(decoder, length, suffix_length)
     positions = kwargs.get("position_ids")
     bound = _bound_of_positions(decoder.config, positions, length)
     if positions is None and bound is not None:
@@ -340,6 +399,17 @@ def _append_suffix(
     if kwargs.get("cache_position") is not None:
         kwargs["cache_position"] = torch.arange(length + suffix_length, device=embeds.device)
     return kwargs, suffix_length
+
+
+def _refuse_beyond_learned_positions(decoder: PreTrainedModel, length: int, suffix_length: int) -> None:
+    most = getattr(decoder.config, "max_position_embeddings", None)
+    rotary = getattr(decoder.config, "rope_parameters", None)
+    if most is not None and not rotary and length <= most < length + suffix_length:
+        raise ValueError(
+            f"the prompt has {length} tokens, and {type(decoder).__name__} has {most} positions: the {suffix_length} "
+            "lookahead tokens behind the prompt do not fit. Shorten the prompt, or choose a scorer without them, such "
+            'as "snapkv".'
+        )
 
 
 def _bound_of_positions(config: Any, positions: torch.Tensor | None, length: int) -> int | None:
@@ -363,18 +433,20 @@ def _bound_of_positions(config: Any, positions: torch.Tensor | None, length: int
     return min(bounds, default=None)
 
 
-def _trim(value: Any, length: int, total: int) -> Any:
+def _trim(value: Any, batch: int, length: int, total: int) -> Any:
     """Cuts the appended positions off everything the decoder returns."""
     if length == total:
         return value
     if isinstance(value, torch.Tensor):
         if value.ndim == 4 and value.shape[-2:] == (total, total):
             return value[..., :length, :length]
+        if value.ndim == 2 and value.shape[0] == batch * total:  # a router's logits
+            return value.unflatten(0, (batch, total))[:, :length].flatten(0, 1)
         return value[:, :length] if value.ndim == 3 and value.shape[1] == total else value
     if isinstance(value, ModelOutput):
         for name in list(value):
-            value[name] = _trim(value[name], length, total)
+            value[name] = _trim(value[name], batch, length, total)
         return value
     if isinstance(value, tuple):
-        return tuple(_trim(element, length, total) for element in value)
+        return tuple(_trim(element, batch, length, total) for element in value)
     return value

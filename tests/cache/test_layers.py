@@ -20,7 +20,8 @@ def evicted(length=20, budget=6, appended=0, defer=False):
     layer.begin_prefill()
     returned = layer.update(key, value)
     assert returned[0] is key and returned[1] is value
-    assert layer.awaits_eviction_of(key) and not layer.awaits_eviction_of(key.clone())
+    assert layer.awaits_eviction_of(key, value)
+    assert not layer.awaits_eviction_of(key.clone(), value) and not layer.awaits_eviction_of(key, value.clone())
     layer.evict(key, value, scores, budget, defer)
     return layer, key, value, scores
 

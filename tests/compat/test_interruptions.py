@@ -278,3 +278,42 @@ def test_a_method_that_another_library_wrapped_is_given_back_to_it():
     with prepare_model_for_eviction(model), torch.no_grad():
         model(ids, past_key_values=LookaheadCache(budget=7, scorer="snapkv"))
     assert calls == [1] and model.model.forward is wrapped
+
+
+@item("threads: several generations on one model at once")
+@pytest.mark.parametrize("decode_comes", ["before", "within"])
+def test_a_static_decode_that_ends_or_begins_in_another_threads_prefill(decode_comes):
+    """It gives the model's attention another name, for all threads."""
+    model, ids = lookahead_model(attention="sdpa"), prompt_ids(1, 60)
+    expected = model.generate(ids, past_key_values=LookaheadCache(16), max_new_tokens=4, do_sample=False)
+    decoding, go_on = threading.Event(), threading.Event()
+
+    class Waiting:
+        def put(self, _):
+            decoding.set()
+            go_on.wait(60)
+
+        def end(self):
+            pass
+
+    static = {"past_key_values": LookaheadCache(16, max_new_tokens=4), "max_new_tokens": 4, "streamer": Waiting()}
+    other = threading.Thread(target=model.generate, args=(ids,), kwargs=static)
+
+    def within_the_prefill(*_):
+        if threading.current_thread() is threading.main_thread() and not go_on.is_set():
+            if decode_comes == "within":
+                other.start()
+                decoding.wait(60)
+            else:
+                go_on.set()
+                other.join()
+            handle.remove()
+
+    if decode_comes == "before":
+        other.start()
+        decoding.wait(60)
+    handle = model.model.layers[0].register_forward_hook(within_the_prefill)
+    found = model.generate(ids, past_key_values=LookaheadCache(16), max_new_tokens=4, do_sample=False)
+    go_on.set()
+    other.join()
+    assert torch.equal(found, expected)

@@ -44,12 +44,14 @@ def test_rows_equal_each_row_alone(architecture, attention, dtype):
         torch.testing.assert_close(logits[index], alone_logits[0], atol=1e-4, rtol=1e-4)
 
 
-@item("padding on the right, rows of padding only", refused='padding_side="left", no empty rows')
-@pytest.mark.parametrize(("first", "last", "said"), [(0, 30, "on the right"), (0, 40, "row 1.*padding only")])
+@item("padding on the right or in the middle, rows of padding only", refused='padding_side="left", no empty rows')
+@pytest.mark.parametrize(
+    ("first", "last", "said"), [(30, 40, "on the right"), (0, 40, "row 1.*padding only"), (10, 12, "in the middle")]
+)
 def test_other_padding(first, last, said):
     model, cache = lookahead_model(), LookaheadCache(budget=7)
     mask = torch.ones(2, 40, dtype=torch.long)
-    mask[1, first if last == 40 else last :] = 0
+    mask[1, first:last] = 0
     with pytest.raises(ValueError, match=said):
         model.generate(prompt_ids(2, 40), attention_mask=mask, past_key_values=cache, max_new_tokens=2)
     assert cache.get_seq_length() == 0
