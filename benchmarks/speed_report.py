@@ -82,11 +82,12 @@ def decode(results: dict[str, Any]) -> str:
             str(cell["batch"]),
             marked(cell["cache"], cell),
             *(
-                [cell["error"], "", "", ""]
+                [cell["error"], "", "", "", ""]
                 if "error" in cell
                 else [
                     f"{cell['tokens_per_second']:.1f}",
                     f"{cell['ms_per_step']:.2f}",
+                    "{:.1f} to {:.1f}".format(*cell["ms_per_step_p10_p90"]),
                     f"{cell['cache_gib']:.2f}",
                     f"{cell['peak_gib']:.1f}",
                 ]
@@ -94,7 +95,7 @@ def decode(results: dict[str, Any]) -> str:
         ]
         for cell in results["cells"]
     ]
-    header = ["weights", "batch", "cache", "tokens/s", "ms a step", "cache, GiB", "peak, GiB"]
+    header = ["weights", "batch", "cache", "tokens/s", "ms a step", "10 to 90 %", "cache, GiB", "peak, GiB"]
     speed = {
         (cell["weights"], cell["batch"], cell["cache"]): cell["tokens_per_second"]
         for cell in results["cells"]
