@@ -60,6 +60,53 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def keep_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, Any]:
+    """Leaves a note of all that a run's results depend on, or compares it with the note of an earlier run.
+
+    So a run that is started again goes on with what it finds, and no other run does.
+
+    Args:
+        path: the note; its directory is created if need be.
+        arguments: what the results depend on, as JSON.
+        begun: whether results are there already, which an earlier run must have left a note of.
+
+    Returns:
+        The arguments, as JSON makes them: tuples become lists.
+
+    Raises:
+        ValueError: the earlier run had other arguments, or left no note.
+    """
+    now: dict[str, Any] = json.loads(json.dumps(arguments))
+    if path.exists():
+        if changes := _changes(read_json(path), now):
+            raise ValueError(
+                f"{path.parent} holds a run with other arguments ({'; '.join(changes)}). The same arguments go on "
+                "with it; for others, name another output directory."
+            )
+    elif begun:
+        raise ValueError(
+            f"{path.parent} holds results but no {path.name} that says how they were made: name another directory, or "
+            "delete this one"
+        )
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+    return now
+
+
+def _changes(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changes = []
+    for name in {**found, **now}:
+        was, becomes = found.get(name, "not noted"), now.get(name, "not noted")
+        if isinstance(was, dict) and isinstance(becomes, dict):
+            was, becomes = (
+                {key: each[key] for key in each if was.get(key) != becomes.get(key)} for each in (was, becomes)
+            )
+        if was != becomes:
+            changes.append(f"{name} was {was!r}, now {becomes!r}")
+    return changes
+
+
 def remove_partial(directory: Path) -> None:
     """Removes what killed processes left in a directory where nobody writes any more."""
     for partial in directory.glob(f"{PARTIAL_PREFIX}*"):

@@ -1,6 +1,8 @@
 """The command line as a shell and a program see it: help, exit codes, one-line errors, JSON."""
 
 import json
+import random
+import shutil
 import sys
 
 import pytest
@@ -233,6 +235,53 @@ def test_training_as_json(run, base, texts, tmp_path):
 
     code, _, err = run("train", base, *again, *cpu, "--max-repetition", "-1")
     assert code == 1 and "--max-repetition" in err
+
+
+def save_targets(directory, seed):
+    rng = random.Random(seed)
+    for part in ("train", "validation"):
+        rows = [{"input_ids": rng.choices(range(160), k=12), "response_ids": rng.choices(range(160), k=4)}] * 2
+        (directory / part).mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(directory / part / "shard-00000000.parquet")
+
+
+@pytest.fixture
+def other(base, tmp_path):
+    """A model like ``base`` with other weights."""
+    directory = shutil.copytree(base, tmp_path / "other")
+    tiny_model(seed=1).save_pretrained(directory)
+    return directory
+
+
+def test_a_training_goes_on_with_the_same_arguments_only(run, base, other, tmp_path):
+    save_targets(tmp_path / "targets", seed=0)
+    save_targets(tmp_path / "more", seed=1)
+    small = ["--max-steps", "1", "--num-lookahead-tokens", "2", "--batch-size", "2", "--device", "cpu"]
+
+    def train(model, *more):
+        options = ["--targets", tmp_path / "targets", "--out", tmp_path / "adapter", "--dtype", "float32"]
+        return run("train", model, *options, *small, *more)
+
+    assert train(base)[0] == 0
+    trained = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    code, _, err = train(base, "--device-batch-size", "1", "--save-steps", "1")
+    assert code == 0, err  # neither changes the result
+    for model, more, message in (
+        (other, [], f"model was '{base}', now '{other}'"),
+        (base, ["--learning-rate", "0.1"], "learning_rate was 0.001, now 0.1"),
+        (base, ["--rank", "4"], "r was 8, now 4"),
+        (base, ["--targets", tmp_path / "more"], "targets was"),
+    ):
+        code, _, err = train(model, *more)
+        assert code == 1 and message in err.splitlines()[-1] and "name another output directory" in err
+    save_targets(tmp_path / "targets", seed=1)
+    code, _, err = train(base)
+    assert code == 1 and "sha256 was" in err and "validation/shard-00000000.parquet" in err
+    assert (tmp_path / "adapter" / "adapter_config.json").read_text() == trained
+    # As earlier versions left it.
+    (tmp_path / "adapter" / "checkpoints" / "run.json").unlink()
+    code, _, err = train(base)
+    assert code == 1 and "holds results but no run.json that says how they were made" in err
 
 
 def test_prompts_of_another_mix(run, base, tmp_path):

@@ -9,7 +9,7 @@ import torch
 from children import Killed, count_changes, full_disk, killed_at, killed_by_size, run
 from safetensors.torch import load_file, save_file
 
-from lkq_hf.files import check_free, new_directory, remove_partial, write_atomically, write_json
+from lkq_hf.files import check_free, keep_note, new_directory, read_json, remove_partial, write_atomically, write_json
 
 OLD, NEW = "old\n", "new " * 1000
 
@@ -129,3 +129,16 @@ def test_a_directory_begun_by_a_killed_process_begins_anew(tmp_path):
     with new_directory(tmp_path / "target") as temporary:
         assert list(temporary.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_note_is_compared_with_the_earlier_one(tmp_path):
+    note = tmp_path / "run" / "run.json"
+    arguments = {"seed": 0, "sizes": (1, 2), "files": {"a": "1", "b": "2"}}
+    made = keep_note(note, arguments, begun=False)
+    assert made == keep_note(note, arguments, begun=True) == read_json(note) == arguments | {"sizes": [1, 2]}
+    with pytest.raises(ValueError, match=r"files was \{'b': '2'\}, now \{'b': '3', 'c': '4'\}; model was 'not noted'"):
+        keep_note(note, arguments | {"files": {"a": "1", "b": "3", "c": "4"}, "model": "m"}, begun=True)
+    assert read_json(note) == made
+    note.unlink()
+    with pytest.raises(ValueError, match=r"run holds results but no run\.json"):
+        keep_note(note, arguments, begun=True)
