@@ -81,7 +81,7 @@ def keep_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, A
         if changes := _changes(read_json(path), now):
             raise ValueError(
                 f"{path.parent} holds a run with other arguments ({'; '.join(changes)}). The same arguments go on "
-                "with it; for others, name another output directory."
+                "with it; for others, name another directory, or delete this one"
             )
     elif begun:
         raise ValueError(

@@ -237,6 +237,23 @@ def test_training_as_json(run, base, texts, tmp_path):
     assert code == 1 and "--max-repetition" in err
 
 
+def test_targets_of_another_model_are_refused(run, base, other, texts, tmp_path):
+    def generate(model, *more):
+        options = ["--prompts", texts, "--max-new-tokens", "4", "--device", "cpu", "--out", tmp_path / "targets"]
+        return run("generate-targets", model, *options, *more)
+
+    assert generate(base)[0] == 0
+    assert generate(base)[0] == 0
+    code, _, err = generate(other)
+    assert code == 1 and f"validation holds a run with other arguments (model was '{base}', now '{other}'" in err
+    code, _, err = generate(base, "--dtype", "float32")
+    assert code == 1 and "dtype was 'bfloat16', now 'float32'" in err
+    shutil.rmtree(base)
+    other.rename(base)
+    code, _, err = generate(base)
+    assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err and "config" not in err
+
+
 def save_targets(directory, seed):
     rng = random.Random(seed)
     for part in ("train", "validation"):
@@ -273,7 +290,7 @@ def test_a_training_goes_on_with_the_same_arguments_only(run, base, other, tmp_p
         (base, ["--targets", tmp_path / "more"], "targets was"),
     ):
         code, _, err = train(model, *more)
-        assert code == 1 and message in err.splitlines()[-1] and "name another output directory" in err
+        assert code == 1 and message in err.splitlines()[-1] and "name another directory" in err
     save_targets(tmp_path / "targets", seed=1)
     code, _, err = train(base)
     assert code == 1 and "sha256 was" in err and "validation/shard-00000000.parquet" in err
@@ -298,8 +315,15 @@ def test_prompts_of_another_mix(run, base, tmp_path):
     code, _, err = run("generate-targets", base, *options, *sizes, *cpu, *mix, "--out", tmp_path / "targets")
     assert code == 0, err
     assert set(load_targets(tmp_path / "targets" / "train")["kind"]) == {"summarise"}
-    code, _, err = run("generate-targets", base, *options, *cpu, "--mix", '{"length": 0}', "--out", tmp_path / "other")
+    code, _, err = run("generate-targets", base, *options, *cpu, "--mix", '{"length": 0}', "--out", tmp_path / "new")
     assert code == 1 and "answer_start_share" in err
+    # The prompts of another tokenizer.
+    core = json.loads((base / "tokenizer.json").read_text())
+    core["model"]["vocab"] |= {"w1": 5, "w2": 4}
+    (base / "tokenizer.json").write_text(json.dumps(core))
+    again = ["--prompts-only", "--out", tmp_path / "targets"]
+    code, _, err = run("generate-targets", base, *options, *sizes, *mix, *again)
+    assert code == 1 and "tokenizer was" in err
 
 
 def test_sets_of_several_seeds_hold_the_same_documents_out(run, base, tmp_path):
