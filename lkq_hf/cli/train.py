@@ -149,7 +149,7 @@ def train(
             **shape,
             **options,
             "adapter": adapter and str(adapter),
-            **model_note(model, causal_lm, dtype, *shards, *([adapter] if adapter else [])),
+            **model_note(model, causal_lm, dtype, *shards, adapter),
         },
         begun=last is not None,
     )

@@ -254,6 +254,15 @@ def test_targets_of_another_model_are_refused(run, base, other, texts, tmp_path)
     assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err and "config" not in err
 
 
+def test_numbers_of_a_model_that_was_replaced(run, base, other, texts, tmp_path):
+    options = ["--text", texts, "--window", "32", "--max-windows", "2", "--device", "cpu", "--out", tmp_path / "out"]
+    assert run("evaluate", "perplexity", base, *options)[0] == 0
+    assert run("evaluate", "perplexity", base, *options)[0] == 0
+    shutil.copy(other / "model.safetensors", base)
+    code, _, err = run("evaluate", "perplexity", base, *options)
+    assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err
+
+
 def save_targets(directory, seed):
     rng = random.Random(seed)
     for part in ("train", "validation"):
