@@ -1,6 +1,7 @@
 """The command line as a shell and a program see it: help, exit codes, one-line errors, JSON."""
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -193,6 +194,19 @@ def test_quantize_and_export_as_json(run, base, texts, tmp_path):
 
     code, out, _ = run("export", tmp_path / "w4", "--format", "gptq", "--out", tmp_path / "gptq", "--json")
     assert (code, json.loads(out)) == (0, {"checkpoint": str(tmp_path / "gptq"), "format": "gptq"})
+
+
+def test_results_in_the_working_directory(run, base, texts, tmp_path, monkeypatch):
+    shape = ["--num-samples", "4", "--model-seqlen", "32", "--group-size", "32", "--device", "cpu"]
+    for name, command in (
+        ("w4", ["quantize", base, *shape, "--dataset", texts]),
+        ("gptq", ["export", tmp_path / "w4", "--format", "gptq"]),
+    ):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        code, _, err = run(*command, "--out", ".")
+        assert code == 0, err
+        assert "config.json" in os.listdir() and not [each for each in os.listdir() if each.startswith(".")]
 
 
 @pytest.mark.parametrize("relative", [False, True])
