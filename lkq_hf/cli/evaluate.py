@@ -1,5 +1,6 @@
 """``lkq-hf evaluate``: what evicted caches lose on tasks made from the user's texts, and perplexity."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -145,6 +146,8 @@ def perplexity(
             "window": window,
             "max_windows": max_windows,
             "batch_size": batch_size,
+            # Of the same texts, other versions may make other windows.
+            "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             **model_note(model, causal_lm, dtype, *text),
         },
     )

@@ -268,10 +268,14 @@ def test_targets_of_another_model_are_refused(run, base, other, texts, tmp_path)
     assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err and "config" not in err
 
 
-def test_numbers_of_a_model_that_was_replaced(run, base, other, texts, tmp_path):
+def test_numbers_of_a_model_that_was_replaced(run, base, other, texts, tmp_path, monkeypatch):
     options = ["--text", texts, "--window", "32", "--max-windows", "2", "--device", "cpu", "--out", tmp_path / "out"]
     assert run("evaluate", "perplexity", base, *options)[0] == 0
     assert run("evaluate", "perplexity", base, *options)[0] == 0
+    with monkeypatch.context() as otherwise_read:
+        otherwise_read.setattr("lkq_hf.text.documents.read_documents", lambda paths: [{"text": "w1 " * 80}])
+        code, _, err = run("evaluate", "perplexity", base, *options)
+        assert code == 1 and "other arguments (tokens_sha256 was" in err
     shutil.copy(other / "model.safetensors", base)
     code, _, err = run("evaluate", "perplexity", base, *options)
     assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err
