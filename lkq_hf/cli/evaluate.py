@@ -132,12 +132,13 @@ def perplexity(
     processes.
     """
     from lkq_hf.evaluation.journal import Journal
-    from lkq_hf.evaluation.perplexity import evaluate_perplexity, text_windows
+    from lkq_hf.evaluation.perplexity import check_window, evaluate_perplexity, text_windows
     from lkq_hf.evaluation.tables import table
     from lkq_hf.text.documents import read_documents
 
     documents = read_documents(text)
     causal_lm, tokenizer, dtype = _load(model, dtype, device)
+    check_window(causal_lm, window)
     windows = text_windows(documents, tokenizer, window, max_windows)
     journal = Journal(
         out,

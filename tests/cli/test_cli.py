@@ -12,7 +12,7 @@ from datasets import Dataset
 from models import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
 
 import lkq_hf
 from lkq_hf.cli import app, main
@@ -266,6 +266,15 @@ def test_targets_of_another_model_are_refused(run, base, other, texts, tmp_path)
     other.rename(base)
     code, _, err = generate(base)
     assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err and "config" not in err
+
+
+def test_windows_beyond_the_models_positions(run, base, texts, tmp_path):
+    positions = AutoConfig.from_pretrained(base).max_position_embeddings
+    options = ["--text", texts, "--device", "cpu", "--out", tmp_path / "out", "--window", positions + 1]
+    code, _, err = run("evaluate", "perplexity", base, *options)
+    message = f"windows of {positions + 1} tokens are longer than the model's {positions} positions"
+    assert code == 1 and message in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
 
 
 def test_numbers_of_a_model_that_was_replaced(run, base, other, texts, tmp_path, monkeypatch):
