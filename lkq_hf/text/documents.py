@@ -37,7 +37,8 @@ def read_documents(paths: Iterable[Path]) -> list[dict[str, Any]]:
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompts from jsonl or jsonl.gz: ``"messages"``, a chat that the tokenizer's own template turns into
-    a prompt, or ``"text"``, as it is; ``"answer_prefix"`` may add what the answer starts with.
+    a prompt, or ``"text"``, as it is; ``"answer_prefix"`` may add what the answer starts with. Empty texts are left
+    out.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -48,7 +49,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
         if not isinstance(row.get("messages"), list) and not isinstance(row.get("text"), str):
             raise ValueError(f'{path}, line {number}: expected "messages" (a chat) or "text"')
         prefix = row.get("answer_prefix", "") if "messages" in row else row["text"]
-        prompts.append(encode_chat(row.get("messages", []), prefix, tokenizer))
+        if "messages" in row or prefix.strip():
+            prompts.append(encode_chat(row.get("messages", []), prefix, tokenizer))
     if len(prompts) < 2:
         raise ValueError(f"{path} holds {len(prompts)} prompts; at least two are needed, one of them for validation")
     return prompts

@@ -58,7 +58,7 @@ def test_files_without_text_are_refused(tmp_path: Path) -> None:
 def test_prompts_go_through_the_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "Who wrote it?"}]
-    rows = [{"messages": chat, "answer_prefix": "It was"}, {"text": "Once upon a time"}]
+    rows = [{"messages": chat, "answer_prefix": "It was"}, {"text": ""}, {"text": "Once upon a time"}]
     path.write_text("\n".join(map(json.dumps, rows)))
     first, second = read_prompts(path, tokenizer)
     assert tokenizer.decode(first).endswith("Who wrote it?<|im_end|>\n<|im_start|>assistant\nIt was")
