@@ -12,6 +12,12 @@ from typing import Any
 PARTIAL_PREFIX = ".partial-"
 """Begins the name of a file that is being written. One that stays was begun by a process that was killed."""
 
+SAVING = ".saving"
+"""Name, or end of the name, of a directory that is being written."""
+
+PIECES = ".partial"
+"""Name, or end of the name, of the directory of a run's finished pieces."""
+
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """Writes a file that takes its place when it is complete; until then, what was there stays.
@@ -60,6 +66,53 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def keep_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, Any]:
+    """Leaves a note of all that a run's results depend on, or compares it with the note of an earlier run.
+
+    So a run that is started again goes on with what it finds, and no other run does.
+
+    Args:
+        path: the note; its directory is created if need be.
+        arguments: what the results depend on, as JSON.
+        begun: whether results are there already, which an earlier run must have left a note of.
+
+    Returns:
+        The arguments, as JSON makes them: tuples become lists.
+
+    Raises:
+        ValueError: the earlier run had other arguments, or left no note.
+    """
+    now: dict[str, Any] = json.loads(json.dumps(arguments))
+    if path.exists():
+        if changes := _changes(read_json(path), now):
+            raise ValueError(
+                f"{path.parent} holds a run with other arguments ({'; '.join(changes)}). The same arguments go on "
+                "with it; for others, name another directory, or delete this one"
+            )
+    elif begun:
+        raise ValueError(
+            f"{path.parent} holds results but no {path.name} that says how they were made: name another directory, or "
+            "delete this one"
+        )
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+    return now
+
+
+def _changes(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changes = []
+    for name in {**found, **now}:
+        was, becomes = found.get(name, "not noted"), now.get(name, "not noted")
+        if isinstance(was, dict) and isinstance(becomes, dict):
+            was, becomes = (
+                {key: each[key] for key in each if was.get(key) != becomes.get(key)} for each in (was, becomes)
+            )
+        if was != becomes:
+            changes.append(f"{name} was {was!r}, now {becomes!r}")
+    return changes
+
+
 def remove_partial(directory: Path) -> None:
     """Removes what killed processes left in a directory where nobody writes any more."""
     for partial in directory.glob(f"{PARTIAL_PREFIX}*"):
@@ -67,31 +120,57 @@ def remove_partial(directory: Path) -> None:
 
 
 def check_free(directory: Path) -> None:
-    """Refuses a directory that has contents.
+    """Refuses a directory that has contents, other than what a stopped run left to be gone on with.
 
     Raises:
         FileExistsError: it is a file or not empty.
     """
-    if directory.is_file() or (directory.is_dir() and any(directory.iterdir())):
+    if directory.is_file() or (directory.is_dir() and {path.name for path in directory.iterdir()} - {SAVING, PIECES}):
         raise FileExistsError(f"{directory} exists and is not an empty directory; choose another one or remove it")
+
+
+def pieces_directory(target: Path) -> Path:
+    """Where a run keeps the finished pieces of a directory until all of them are there.
+
+    That is beside it, or inside if the directory is there already: what is beside a mount point may be a small disk,
+    or be lost with a container.
+    """
+    beside = target.with_name(target.name + PIECES)
+    return target / PIECES if target.is_dir() and not beside.exists() else beside
 
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory beside `target` that takes its place when the block ends without an error.
+    """A directory whose contents are those of `target` when the block ends without an error.
 
-    A process that was killed leaves it there, under a name that the next one finds and begins anew.
+    It is renamed, so that `target` appears whole. A directory that is there already is filled instead, since a mount
+    point, or where somebody works, cannot be replaced; config.json, without which it is no checkpoint, comes last.
+    A process that was killed leaves the new directory under a name that the next one finds and begins anew.
+
+    Raises:
+        FileExistsError: `target` is a file or not empty.
     """
+    target = target.resolve()
     check_free(target)
-    temporary = target.with_name(f".{target.name}.saving")
+    filled = target.is_dir()
+    temporary = target / SAVING if filled else target.with_name(f".{target.name}{SAVING}")
     if temporary.exists():
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
+    moved: list[Path] = []
     try:
         yield temporary
-        if target.exists():
-            target.rmdir()
-        temporary.rename(target)
+        if filled:
+            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                moved.append(target / path.name)
+                path.rename(moved[-1])
+            temporary.rmdir()
+        else:
+            temporary.rename(target)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for path in (*moved, temporary):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
         raise

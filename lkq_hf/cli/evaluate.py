@@ -1,11 +1,12 @@
 """``lkq-hf evaluate``: what evicted caches lose on tasks made from the user's texts, and perplexity."""
 
+import hashlib
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, find_device, load_model
+from lkq_hf.cli.options import Device, Model, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
@@ -65,7 +66,6 @@ def eviction(
     made, and answers. Writes results.json, results.md and three plots. Under `accelerate launch`, the prompts are
     divided among the processes.
     """
-    from lkq_hf.evaluation.environment import digests
     from lkq_hf.evaluation.eviction import check_budgets, check_scorers, evaluate_eviction, load_evaluator
     from lkq_hf.evaluation.journal import Journal
     from lkq_hf.evaluation.plots import require_matplotlib, save_plots
@@ -88,8 +88,6 @@ def eviction(
         out,
         {
             "command": "evaluate eviction",
-            "model": model,
-            "revision": getattr(causal_lm.config, "_commit_hash", None),
             "adapter": adapter,
             "budgets": kept,
             "scorers": chosen,
@@ -98,8 +96,7 @@ def eviction(
             "examples": examples,
             "batch_size": batch_size,
             "seed": seed,
-            "dtype": dtype,
-            "sha256": digests([*text, *([questions] if questions else []), *([adapter] if adapter else [])]),
+            **model_note(model, causal_lm, dtype, *text, questions, adapter),
         },
     )
     corpus = Corpus(documents, tokenizer)
@@ -134,26 +131,25 @@ def perplexity(
     They are cut into windows that do not overlap. Under `accelerate launch`, the windows are divided among the
     processes.
     """
-    from lkq_hf.evaluation.environment import digests
     from lkq_hf.evaluation.journal import Journal
-    from lkq_hf.evaluation.perplexity import evaluate_perplexity, text_windows
+    from lkq_hf.evaluation.perplexity import check_window, evaluate_perplexity, text_windows
     from lkq_hf.evaluation.tables import table
     from lkq_hf.text.documents import read_documents
 
     documents = read_documents(text)
     causal_lm, tokenizer, dtype = _load(model, dtype, device)
+    check_window(causal_lm, window)
     windows = text_windows(documents, tokenizer, window, max_windows)
     journal = Journal(
         out,
         {
             "command": "evaluate perplexity",
-            "model": model,
-            "revision": getattr(causal_lm.config, "_commit_hash", None),
             "window": window,
             "max_windows": max_windows,
             "batch_size": batch_size,
-            "dtype": dtype,
-            "sha256": digests(text),
+            # Of the same texts, other versions may make other windows.
+            "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
+            **model_note(model, causal_lm, dtype, *text),
         },
     )
     results = evaluate_perplexity(causal_lm, windows, journal, batch_size)

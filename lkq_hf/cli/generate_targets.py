@@ -1,6 +1,7 @@
 """``lkq-hf generate-targets``: prompts from documents, and the model's own responses to them."""
 
 import dataclasses
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, check_dtype, check_model, find_device, load_model
+from lkq_hf.cli.options import Device, Dtype, Model, check_dtype, check_model, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -78,6 +79,7 @@ def generate_targets(
             "validation_fraction": validation_fraction,
             "seed": seed,
             "mix": fields,
+            "tokenizer": _digest(tokenizer),
         }
         sets = _saved_prompts(
             out,
@@ -92,6 +94,7 @@ def generate_targets(
         return
     state, place = find_device(device)
     causal_lm, _ = load_model(model, dtype, place)
+    note = model_note(model, causal_lm, dtype)
     written = {}
     for name, rows in sets.items():
         targets = respond(
@@ -103,6 +106,7 @@ def generate_targets(
             shard_size=shard_size,
             process_index=state.process_index,
             num_processes=state.num_processes,
+            model_note=note,
         )
         written[name] = {"directory": out / name, "prompts": len(targets)}
     lines = [f"{name}: {made['prompts']} prompts with responses in {out / name}" for name, made in written.items()]
@@ -118,16 +122,21 @@ def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[s
     """
     from datasets import Dataset
 
-    from lkq_hf.files import write_atomically
-    from lkq_hf.training.targets import check_recipe
+    from lkq_hf.files import keep_note, write_atomically
 
     paths = {name: out / name / "prompts.parquet" for name in ("validation", "train")}
-    check_recipe(out, recipe, "prompts.json", "prompts")
+    keep_note(out / "prompts.json", recipe, begun=any(path.exists() for path in paths.values()))
     if not all(path.exists() for path in paths.values()):
         for name, rows in build().items():
             paths[name].parent.mkdir(parents=True, exist_ok=True)
             write_atomically(paths[name], Dataset.from_list(rows).to_parquet)
     return {name: Dataset.from_parquet(str(path)) for name, path in paths.items()}
+
+
+def _digest(tokenizer: Any) -> str:
+    """Of what prompts depend on; the same on another machine, whatever the model is called there."""
+    content = json.dumps([sorted(tokenizer.get_vocab().items()), tokenizer.chat_template])
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
 def _built_prompts(

@@ -80,6 +80,26 @@ def check_model(model: str, quantised: bool = True) -> None:
             raise ValueError(f"{model} is quantised already; expected a model in full precision")
 
 
+def model_note(model: str, causal_lm: Any, dtype: str, *files: str | Path | None) -> dict[str, Any]:
+    """What results depend on of a model and of files, for the note of a run's arguments.
+
+    Args:
+        model: a directory or an id on the Hub, as it was given.
+        causal_lm: what was loaded from there.
+        dtype: data type of its weights.
+        files: files, and directories of adapters, that results depend on too; None for one that was not given.
+    """
+    from lkq_hf.evaluation.environment import digests
+
+    return {
+        "model": model,
+        "revision": getattr(causal_lm.config, "_commit_hash", None),
+        "dtype": dtype,
+        # A directory of the same name may hold another model by now.
+        "sha256": digests([model, *(file for file in files if file is not None)]),
+    }
+
+
 def find_device(device: str | None) -> tuple[Any, str]:
     """Where this process stands among those of a launch (``accelerate launch``, ``torchrun``), and its own device.
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model
+from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -55,7 +55,7 @@ def train(
 ) -> None:
     """Train a lookahead adapter.
 
-    Started again after a stop, it goes on from the last checkpoint.
+    Started again after a stop, it goes on from the last checkpoint. What was trained with other arguments is refused.
 
     Under `accelerate launch`, the prompts of each step are divided among the processes.
     """
@@ -64,6 +64,7 @@ def train(
     from transformers import set_seed
 
     from lkq_hf.adapter import LookaheadKVConfig
+    from lkq_hf.files import keep_note
     from lkq_hf.hub import adapter_config, write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
     from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
@@ -76,23 +77,35 @@ def train(
     fsdp, deepspeed = (parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
     # What shards a model takes it from main memory, piece by piece.
     causal_lm, _ = load_model(model, dtype, "cpu" if fsdp or deepspeed else place)
+    shape: dict[str, Any] = {
+        "num_lookahead_tokens": num_lookahead_tokens,
+        "r": rank,
+        "lora_alpha": lora_alpha,
+        "row_power": row_power,
+        "pooling_kernel_size": pooling_kernel_size,
+        "pooling": pooling,
+        "neighbor_weight": neighbor_weight,
+        "target_modules": None if lora else [],
+    }
+    options = {
+        "learning_rate": learning_rate,
+        "batch_size": batch_size,
+        "importance_heads": importance_heads,
+        "importance_power": importance_power,
+        "eviction_weight": eviction_weight,
+        "cut_loops": cut_loops,
+        "max_repetition": max_repetition,
+        "adapter": adapter and adapter.name,
+        "seed": seed,
+        "dtype": dtype,
+    }
+    checkpoints = out / "checkpoints"
     if base_model_name is not None:
         causal_lm.name_or_path = causal_lm.config._name_or_path = base_model_name
     if adapter is not None:
         peft_model = PeftModel.from_pretrained(causal_lm, str(adapter), is_trainable=True)
     else:
-        config = LookaheadKVConfig(
-            num_lookahead_tokens=num_lookahead_tokens,
-            r=rank,
-            lora_alpha=lora_alpha,
-            row_power=row_power,
-            pooling_kernel_size=pooling_kernel_size,
-            pooling=pooling,
-            neighbor_weight=neighbor_weight,
-            target_modules=None if lora else [],
-        )
-        peft_model = get_peft_model(causal_lm, config)
-    checkpoints = out / "checkpoints"
+        peft_model = get_peft_model(causal_lm, LookaheadKVConfig(**shape))
     arguments = LookaheadTrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=learning_rate,
@@ -123,25 +136,29 @@ def train(
         ),
         eval_dataset=_informative([load_targets(targets[0] / "validation")], 1.0, cut_loops),
     )
-    trainer.train(resume_from_checkpoint=last_complete_checkpoint(checkpoints))
+    last = last_complete_checkpoint(checkpoints)
+    shards = [shard for directory in targets for shard in sorted(directory.glob("*/shard-*.parquet"))]
+    keep_note(
+        checkpoints / "run.json",
+        {
+            "command": "train",
+            "targets": list(map(str, targets)),
+            "base_model_name": base_model_name,
+            "epochs": epochs,
+            "max_steps": max_steps,
+            **shape,
+            **options,
+            "adapter": adapter and str(adapter),
+            **model_note(model, causal_lm, dtype, *shards, adapter),
+        },
+        begun=last is not None,
+    )
+    trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
     if state.is_main_process:
         save_adapter(peft_model, out)
-        options = {
-            "steps": trainer.state.global_step,
-            "learning_rate": learning_rate,
-            "batch_size": batch_size,
-            "importance_heads": importance_heads,
-            "importance_power": importance_power,
-            "eviction_weight": eviction_weight,
-            "cut_loops": cut_loops,
-            "max_repetition": max_repetition,
-            "adapter": adapter and adapter.name,
-            "seed": seed,
-            "dtype": dtype,
-        }
-        write_training_record(out, options, metrics)
+        write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)
         report(
             f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
         )

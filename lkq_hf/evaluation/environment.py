@@ -4,6 +4,7 @@ import hashlib
 import os
 import platform
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 import lkq_hf
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "accelerate", "evaluate", "datasets")
+
+_OF_A_MODEL = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 
 
 def environment(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
@@ -34,10 +37,21 @@ def environment(device: torch.device, num_processes: int = 1) -> dict[str, Any]:
 
 
 def digests(paths: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """SHA-256 of files, and of the weights in directories; nothing for what is not here (an id on the Hub)."""
-    found = {}
+    """SHA-256 of files, and of the weights, configuration and tokenizer in directories of models and adapters.
+
+    Nothing for what is not here (an id on the Hub).
+    """
+    files: list[Path] = []
     for path in map(Path, paths):
-        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
-            if file.is_file():
-                found[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
+        if path.is_dir():
+            files += [each for each in sorted(path.iterdir()) if each.suffix in _OF_A_MODEL and each.name[0] != "."]
+        else:
+            files.append(path)
+    files = [file for file in files if file.is_file()]
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(map(str, files), pool.map(_sha256, files), strict=True))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

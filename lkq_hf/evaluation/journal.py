@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lkq_hf.files import write_json
+from lkq_hf.files import keep_note, write_json
 
 
 class Journal:
@@ -24,25 +24,8 @@ class Journal:
     def __init__(self, directory: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
         self.directory = Path(directory)
         self._pieces = self.directory / "journal"
-        # What JSON makes of it (tuples become lists), to compare with what was read from a file.
-        self.arguments: dict[str, Any] = json.loads(json.dumps(arguments))
-        note = self.directory / "run.json"
-        if note.exists():
-            self._check(json.loads(note.read_text(encoding="utf-8")))
-        elif self._pieces.exists():
-            raise ValueError(f"{self.directory} has a journal but no run.json: name another directory")
-        self.directory.mkdir(parents=True, exist_ok=True)
-        write_json(note, self.arguments)
+        self.arguments = keep_note(self.directory / "run.json", arguments, begun=self._pieces.exists())
         self._pieces.mkdir(exist_ok=True)
-
-    def _check(self, found: dict[str, Any]) -> None:
-        names = [name for name in {**found, **self.arguments} if found.get(name) != self.arguments.get(name)]
-        if names:
-            changes = "; ".join(f"{name} was {found.get(name)!r}, now {self.arguments.get(name)!r}" for name in names)
-            raise ValueError(
-                f"{self.directory} holds a run with other arguments ({changes}). The same arguments go on with it; "
-                "for others, name another output directory."
-            )
 
     def _path(self, name: str) -> Path:
         return self._pieces / f"{name}.json"

@@ -51,6 +51,15 @@ def text_windows(
     return torch.tensor([first + tokens[start : start + step] for start in starts])
 
 
+def check_window(model: PreTrainedModel, window: int) -> None:
+    """Raises ValueError for windows that are longer than the model's positions; quantising refuses them too."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise ValueError(
+            f"windows of {window} tokens are longer than the model's {longest} positions: pass a smaller window"
+        )
+
+
 @torch.no_grad()
 def token_nlls(model: PreTrainedModel, windows: torch.Tensor) -> list[list[float]]:
     """Negative log-likelihood in nats of each window's tokens after its first. ``windows``: ``[batch, window]``."""
@@ -78,8 +87,9 @@ def evaluate_perplexity(
         (mean, in nats) and ``perplexity``.
 
     Raises:
-        ValueError: a batch size below 1.
+        ValueError: a batch size below 1, or windows that are longer than the model's positions.
     """
+    check_window(model, windows.shape[1])
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
     state = PartialState()

@@ -12,6 +12,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import safe_open
+from yaml import YAMLError
 
 from lkq_hf.files import read_json, write_json
 from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents
@@ -131,7 +132,7 @@ def write_card(
         Whether it was written.
 
     Raises:
-        ValueError: the directory holds neither an adapter nor a quantised checkpoint.
+        ValueError: the directory holds neither an adapter nor a quantised checkpoint, or a card that cannot be read.
     """
     contents = read_contents(directory)
     if has_card(contents.directory):
@@ -141,9 +142,22 @@ def write_card(
 
 
 def has_card(directory: Path) -> bool:
-    """Whether the directory holds a card that somebody wrote."""
+    """Whether the directory holds a card that somebody wrote.
+
+    Raises:
+        ValueError: its metadata cannot be read.
+    """
     path = directory / CARD
-    return path.is_file() and not is_unfilled(ModelCard.load(path))
+    if not path.is_file():
+        return False
+    try:
+        card = ModelCard.load(path)
+    except (YAMLError, ValueError) as error:
+        raise ValueError(
+            f"{path} should begin with YAML between two lines of ---, found something else ({error}). Mend it, or "
+            "remove the file to get a new card"
+        ) from error
+    return not is_unfilled(card)
 
 
 def is_unfilled(card: ModelCard) -> bool:

@@ -8,7 +8,7 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from lkq_hf.files import check_free, new_directory
+from lkq_hf.files import check_free, new_directory, pieces_directory
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
@@ -65,8 +65,9 @@ class TwoStageQuantizer(OptimumQuantizer):
     ) -> PreTrainedModel:
         """Quantises the model and saves it with its tokenizer: completely, or not at all.
 
-        A killed run leaves its finished blocks in `<save_dir>.partial`, and the same call goes on from there. The
-        processes of a group share the work if all of them make the same call; the first one saves.
+        A killed run leaves its finished blocks in `<save_dir>.partial`, or in `<save_dir>/.partial` if the directory
+        was there, and the same call goes on from there. The processes of a group share the work if all of them make
+        the same call; the first one saves.
 
         Args:
             save_dir: a directory that does not exist yet, or is empty.
@@ -87,9 +88,9 @@ class TwoStageQuantizer(OptimumQuantizer):
         if config is not None and config_kwargs:
             raise ValueError(f"give either config or its fields, found both (fields {sorted(config_kwargs)})")
         config = config or TwoStageGPTQConfig(**config_kwargs)
-        target = Path(save_dir)
+        target = Path(save_dir).resolve()
         check_free(target)
-        partial = Path(config.resume_dir or target.with_name(target.name + ".partial"))
+        partial = Path(config.resume_dir or pieces_directory(target))
         run = TwoStageGPTQConfig(**{**config.__dict__, "resume_dir": partial})
         tokenizer = self._tokenizer(run)
         run.tokenizer = tokenizer

@@ -14,6 +14,8 @@ from lkq_hf.text.chat import encode_chat
 def read_documents(paths: Iterable[Path]) -> list[dict[str, Any]]:
     """Documents, each with ``"text"`` and ``"document"`` (a name), from jsonl, jsonl.gz or plain text files.
 
+    Empty ones are left out.
+
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: a line is not a JSON object with a "text", or the files hold no text.
@@ -27,14 +29,16 @@ def read_documents(paths: Iterable[Path]) -> list[dict[str, Any]]:
             if not isinstance(row.get("text"), str):
                 raise ValueError(f'{path}, line {number}: expected a JSON object with a string "text"')
             documents.append({"document": f"{path.name}:{number}", **row})
-    if not any(document["text"].strip() for document in documents):
+    documents = [document for document in documents if document["text"].strip()]
+    if not documents:
         raise ValueError(f"no text found in {', '.join(map(str, paths))}")
     return documents
 
 
 def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """Token ids of prompts from jsonl or jsonl.gz: ``"messages"``, a chat that the tokenizer's own template turns into
-    a prompt, or ``"text"``, as it is; ``"answer_prefix"`` may add what the answer starts with.
+    a prompt, or ``"text"``, as it is; ``"answer_prefix"`` may add what the answer starts with. Empty texts are left
+    out.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -45,7 +49,8 @@ def read_prompts(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[list[in
         if not isinstance(row.get("messages"), list) and not isinstance(row.get("text"), str):
             raise ValueError(f'{path}, line {number}: expected "messages" (a chat) or "text"')
         prefix = row.get("answer_prefix", "") if "messages" in row else row["text"]
-        prompts.append(encode_chat(row.get("messages", []), prefix, tokenizer))
+        if "messages" in row or prefix.strip():
+            prompts.append(encode_chat(row.get("messages", []), prefix, tokenizer))
     if len(prompts) < 2:
         raise ValueError(f"{path} holds {len(prompts)} prompts; at least two are needed, one of them for validation")
     return prompts
@@ -70,7 +75,10 @@ def read_text(path: Path) -> str:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    # Not splitlines, which also ends lines at characters that JSON allows in a string (U+2028).
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -115,7 +115,7 @@ class Corpus:
             text = document.get("text")
             if not isinstance(text, str) or not text.strip():
                 raise ValueError(
-                    f'document {index} has no text: expected {{"text": "..."}}, got keys {list(document)}'
+                    f'document {index} has no text: expected {{"text": "..."}}, not blank, got keys {list(document)}'
                 )
             self.texts.append(text)
             self.names.append(str(document.get("document", index)))

@@ -1,6 +1,5 @@
 """The model's own responses to the training prompts, written in pieces so that a stopped run goes on where it was."""
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from pyarrow import parquet
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lkq_hf.files import remove_partial, write_atomically, write_json
+from lkq_hf.files import keep_note, remove_partial, write_atomically
 from lkq_hf.training.data import TargetCollator
 
 INDEX = "prompt_index"
@@ -30,6 +29,7 @@ def generate_targets(
     shard_size: int = 512,
     process_index: int = 0,
     num_processes: int = 1,
+    model_note: dict[str, Any] | None = None,
 ) -> Dataset:
     """Greedy responses of ``model`` to ``prompts``, as a data set with ``"input_ids"`` and ``"response_ids"``.
 
@@ -45,19 +45,26 @@ def generate_targets(
         batch_tokens: prompt and response tokens in one batch; prompts of similar length share one.
         shard_size: prompts per shard.
         process_index, num_processes: which share of the shards this process makes.
+        model_note: what tells the model from others, as JSON; by default its name, its revision and its data type.
 
     Returns:
         The data set of all finished shards, in the order of the prompts; in a group of processes, of everyone's.
 
     Raises:
-        ValueError: no prompts, or the directory holds shards of another set of prompts or other arguments, or a
-            damaged one.
+        ValueError: no prompts, or the directory holds shards of another model, another set of prompts or other
+            arguments, or a damaged one.
     """
     if len(prompts) == 0:
         raise ValueError("there are no prompts to respond to")
     directory = Path(output_dir)
-    directory.mkdir(parents=True, exist_ok=True)
-    check_recipe(directory, {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size})
+    if model_note is None:
+        revision = getattr(model.config, "_commit_hash", None)
+        model_note = {"model": model.name_or_path, "revision": revision, "dtype": str(model.dtype)}
+    keep_note(
+        directory / "recipe.json",
+        {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size, **model_note},
+        begun=any(directory.glob("shard-*.parquet")),
+    )
     starts = range(0, len(prompts), shard_size)
     mine = [start for index, start in enumerate(starts) if index % num_processes == process_index]
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
@@ -94,27 +101,6 @@ def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
 
 def _shard_path(directory: Path, start: int) -> Path:
     return directory / f"shard-{start:08d}.parquet"
-
-
-def check_recipe(
-    directory: Path, recipe: dict[str, Any], name: str = "recipe.json", content: str = "responses"
-) -> None:
-    """Leaves in a directory how its content is made, or compares that with what an earlier run left.
-
-    Raises:
-        ValueError: the earlier run was asked for something else.
-    """
-    path = directory / name
-    if path.exists():
-        found = json.loads(path.read_text())
-        if found != recipe:
-            raise ValueError(
-                f"{directory} holds {content} made with {found}, now asked for {recipe}: "
-                "choose another directory, or delete this one"
-            )
-        return
-    directory.mkdir(parents=True, exist_ok=True)
-    write_json(path, recipe)
 
 
 def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,6 +1,9 @@
 """The command line as a shell and a program see it: help, exit codes, one-line errors, JSON."""
 
 import json
+import os
+import random
+import shutil
 import sys
 
 import pytest
@@ -9,7 +12,7 @@ from datasets import Dataset
 from models import tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
+from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
 
 import lkq_hf
 from lkq_hf.cli import app, main
@@ -193,6 +196,19 @@ def test_quantize_and_export_as_json(run, base, texts, tmp_path):
     assert (code, json.loads(out)) == (0, {"checkpoint": str(tmp_path / "gptq"), "format": "gptq"})
 
 
+def test_results_in_the_working_directory(run, base, texts, tmp_path, monkeypatch):
+    shape = ["--num-samples", "4", "--model-seqlen", "32", "--group-size", "32", "--device", "cpu"]
+    for name, command in (
+        ("w4", ["quantize", base, *shape, "--dataset", texts]),
+        ("gptq", ["export", tmp_path / "w4", "--format", "gptq"]),
+    ):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        code, _, err = run(*command, "--out", ".")
+        assert code == 0, err
+        assert "config.json" in os.listdir() and not [each for each in os.listdir() if each.startswith(".")]
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_a_checkpoint_records_no_path_of_this_computer(run, base, texts, tmp_path, monkeypatch, relative):
     monkeypatch.chdir(base.parent)
@@ -235,6 +251,92 @@ def test_training_as_json(run, base, texts, tmp_path):
     assert code == 1 and "--max-repetition" in err
 
 
+def test_targets_of_another_model_are_refused(run, base, other, texts, tmp_path):
+    def generate(model, *more):
+        options = ["--prompts", texts, "--max-new-tokens", "4", "--device", "cpu", "--out", tmp_path / "targets"]
+        return run("generate-targets", model, *options, *more)
+
+    assert generate(base)[0] == 0
+    assert generate(base)[0] == 0
+    code, _, err = generate(other)
+    assert code == 1 and f"validation holds a run with other arguments (model was '{base}', now '{other}'" in err
+    code, _, err = generate(base, "--dtype", "float32")
+    assert code == 1 and "dtype was 'bfloat16', now 'float32'" in err
+    shutil.rmtree(base)
+    other.rename(base)
+    code, _, err = generate(base)
+    assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err and "config" not in err
+
+
+def test_windows_beyond_the_models_positions(run, base, texts, tmp_path):
+    positions = AutoConfig.from_pretrained(base).max_position_embeddings
+    options = ["--text", texts, "--device", "cpu", "--out", tmp_path / "out", "--window", positions + 1]
+    code, _, err = run("evaluate", "perplexity", base, *options)
+    message = f"windows of {positions + 1} tokens are longer than the model's {positions} positions"
+    assert code == 1 and message in err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_a_model_that_was_replaced(run, base, other, texts, tmp_path, monkeypatch):
+    options = ["--text", texts, "--window", "32", "--max-windows", "2", "--device", "cpu", "--out", tmp_path / "out"]
+    assert run("evaluate", "perplexity", base, *options)[0] == 0
+    assert run("evaluate", "perplexity", base, *options)[0] == 0
+    with monkeypatch.context() as otherwise_read:
+        otherwise_read.setattr("lkq_hf.text.documents.read_documents", lambda paths: [{"text": "w1 " * 80}])
+        code, _, err = run("evaluate", "perplexity", base, *options)
+        assert code == 1 and "other arguments (tokens_sha256 was" in err
+    shutil.copy(other / "model.safetensors", base)
+    code, _, err = run("evaluate", "perplexity", base, *options)
+    assert code == 1 and "other arguments (sha256 was" in err and "model.safetensors" in err
+
+
+def save_targets(directory, seed):
+    rng = random.Random(seed)
+    for part in ("train", "validation"):
+        rows = [{"input_ids": rng.choices(range(160), k=12), "response_ids": rng.choices(range(160), k=4)}] * 2
+        (directory / part).mkdir(parents=True, exist_ok=True)
+        Dataset.from_list(rows).to_parquet(directory / part / "shard-00000000.parquet")
+
+
+@pytest.fixture
+def other(base, tmp_path):
+    """A model like ``base`` with other weights."""
+    directory = shutil.copytree(base, tmp_path / "other")
+    tiny_model(seed=1).save_pretrained(directory)
+    return directory
+
+
+def test_a_training_goes_on_with_the_same_arguments_only(run, base, other, tmp_path):
+    save_targets(tmp_path / "targets", seed=0)
+    save_targets(tmp_path / "more", seed=1)
+    small = ["--max-steps", "1", "--num-lookahead-tokens", "2", "--batch-size", "2", "--device", "cpu"]
+
+    def train(model, *more):
+        options = ["--targets", tmp_path / "targets", "--out", tmp_path / "adapter", "--dtype", "float32"]
+        return run("train", model, *options, *small, *more)
+
+    assert train(base)[0] == 0
+    trained = (tmp_path / "adapter" / "adapter_config.json").read_text()
+    code, _, err = train(base, "--device-batch-size", "1", "--save-steps", "1")
+    assert code == 0, err  # neither changes the result
+    for model, more, message in (
+        (other, [], f"model was '{base}', now '{other}'"),
+        (base, ["--learning-rate", "0.1"], "learning_rate was 0.001, now 0.1"),
+        (base, ["--rank", "4"], "r was 8, now 4"),
+        (base, ["--targets", tmp_path / "more"], "targets was"),
+    ):
+        code, _, err = train(model, *more)
+        assert code == 1 and message in err.splitlines()[-1] and "name another directory" in err
+    save_targets(tmp_path / "targets", seed=1)
+    code, _, err = train(base)
+    assert code == 1 and "sha256 was" in err and "validation/shard-00000000.parquet" in err
+    assert (tmp_path / "adapter" / "adapter_config.json").read_text() == trained
+    # As earlier versions left it.
+    (tmp_path / "adapter" / "checkpoints" / "run.json").unlink()
+    code, _, err = train(base)
+    assert code == 1 and "holds results but no run.json that says how they were made" in err
+
+
 def test_prompts_of_another_mix(run, base, tmp_path):
     paragraphs = "\n\n".join(
         f"The report of section {i} says that water level {i} was read twice." for i in range(400)
@@ -249,8 +351,15 @@ def test_prompts_of_another_mix(run, base, tmp_path):
     code, _, err = run("generate-targets", base, *options, *sizes, *cpu, *mix, "--out", tmp_path / "targets")
     assert code == 0, err
     assert set(load_targets(tmp_path / "targets" / "train")["kind"]) == {"summarise"}
-    code, _, err = run("generate-targets", base, *options, *cpu, "--mix", '{"length": 0}', "--out", tmp_path / "other")
+    code, _, err = run("generate-targets", base, *options, *cpu, "--mix", '{"length": 0}', "--out", tmp_path / "new")
     assert code == 1 and "answer_start_share" in err
+    # The prompts of another tokenizer.
+    core = json.loads((base / "tokenizer.json").read_text())
+    core["model"]["vocab"] |= {"w1": 5, "w2": 4}
+    (base / "tokenizer.json").write_text(json.dumps(core))
+    again = ["--prompts-only", "--out", tmp_path / "targets"]
+    code, _, err = run("generate-targets", base, *options, *sizes, *mix, *again)
+    assert code == 1 and "tokenizer was" in err
 
 
 def test_sets_of_several_seeds_hold_the_same_documents_out(run, base, tmp_path):

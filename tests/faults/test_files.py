@@ -3,13 +3,23 @@
 import os
 import stat
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from children import Killed, count_changes, full_disk, killed_at, killed_by_size, run
 from safetensors.torch import load_file, save_file
 
-from lkq_hf.files import check_free, new_directory, remove_partial, write_atomically, write_json
+from lkq_hf.files import (
+    check_free,
+    keep_note,
+    new_directory,
+    pieces_directory,
+    read_json,
+    remove_partial,
+    write_atomically,
+    write_json,
+)
 
 OLD, NEW = "old\n", "new " * 1000
 
@@ -112,15 +122,67 @@ def test_a_directory_appears_whole_or_not_at_all(tmp_path):
         (temporary / "half").touch()
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
-    target.mkdir()  # an empty one is taken
     with new_directory(target) as temporary:
         (temporary / "whole").touch()
-        assert list(target.iterdir()) == []
+        assert not target.exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["target", "whole"]
     with pytest.raises(FileExistsError, match="not an empty directory"):
         check_free(target)
     with pytest.raises(FileExistsError, match="not an empty directory"), new_directory(target / "whole"):
         pass
+
+
+def fill(target):
+    with new_directory(target) as temporary:
+        (temporary / "folder").mkdir()
+        for name in ("config.json", "folder/file", "weights"):
+            (temporary / name).touch()
+
+
+def contents(target):
+    return sorted(str(path.relative_to(target)) for path in target.rglob("*"))
+
+
+@pytest.mark.parametrize("name", ["target", "link", "."])
+def test_an_empty_directory_is_filled_and_stays(tmp_path, monkeypatch, name):
+    """As a mount point has to, and where a shell stands."""
+    target = tmp_path / "target"
+    target.mkdir()
+    (tmp_path / "link").symlink_to("target")
+    monkeypatch.chdir(target if name == "." else tmp_path)
+    before = target.stat()
+    fill(Path(name))
+    assert (target.stat().st_ino, target.stat().st_dev) == (before.st_ino, before.st_dev)
+    assert contents(target) == ["config.json", "folder", "folder/file", "weights"]
+    assert contents(tmp_path)[:2] == ["link", "target"] and (tmp_path / "link").is_symlink()
+
+
+def test_a_directory_is_filled_or_empty_after_an_error(tmp_path, monkeypatch):
+    rename, renamed = Path.rename, []
+
+    def fail(path, target):
+        if path.name == "config.json":
+            raise KeyboardInterrupt
+        renamed.append(path.name)
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path)
+    # Without a config.json nobody takes it for a checkpoint, if the process is killed in between.
+    assert sorted(renamed) == ["folder", "weights"]
+    assert contents(tmp_path) == []
+
+
+def test_pieces_are_kept_beside_a_new_directory_and_inside_one_that_is_there(tmp_path):
+    target = tmp_path / "target"
+    assert pieces_directory(target) == tmp_path / "target.partial"
+    target.mkdir()
+    assert pieces_directory(target) == target / ".partial"
+    (target / ".partial").mkdir()
+    check_free(target)
+    (tmp_path / "target.partial").mkdir()  # of a run that began before the directory was there
+    assert pieces_directory(target) == tmp_path / "target.partial"
 
 
 def test_a_directory_begun_by_a_killed_process_begins_anew(tmp_path):
@@ -129,3 +191,16 @@ def test_a_directory_begun_by_a_killed_process_begins_anew(tmp_path):
     with new_directory(tmp_path / "target") as temporary:
         assert list(temporary.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_note_is_compared_with_the_earlier_one(tmp_path):
+    note = tmp_path / "run" / "run.json"
+    arguments = {"seed": 0, "sizes": (1, 2), "files": {"a": "1", "b": "2"}}
+    made = keep_note(note, arguments, begun=False)
+    assert made == keep_note(note, arguments, begun=True) == read_json(note) == arguments | {"sizes": [1, 2]}
+    with pytest.raises(ValueError, match=r"files was \{'b': '2'\}, now \{'b': '3', 'c': '4'\}; model was 'not noted'"):
+        keep_note(note, arguments | {"files": {"a": "1", "b": "3", "c": "4"}, "model": "m"}, begun=True)
+    assert read_json(note) == made
+    note.unlink()
+    with pytest.raises(ValueError, match=r"run holds results but no run\.json"):
+        keep_note(note, arguments, begun=True)

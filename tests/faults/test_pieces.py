@@ -36,9 +36,14 @@ def test_a_damaged_shard(tmp_path):
     assert respond(tmp_path).to_list() == expected
 
 
-@pytest.fixture
-def stopped(files, tmp_path, monkeypatch):
-    """A quantisation that was stopped when its blocks were done; and a function that starts it again."""
+@pytest.fixture(params=["new", "there"])
+def stopped(files, tmp_path, monkeypatch, request):
+    """Blocks of a quantisation that was stopped when they were done, and a function that starts it again.
+
+    Its directory is new, or there already, as mount points are.
+    """
+    if request.param == "there":
+        (tmp_path / "out").mkdir()
 
     def quantize():
         quantizer = TwoStageQuantizer.from_pretrained(files / "base")
@@ -55,10 +60,10 @@ def stopped(files, tmp_path, monkeypatch):
         patched.setattr("lkq_hf.quantization.optimum_quantizer.mark_quantized", stop)
         with pytest.raises(KeyboardInterrupt):
             quantize()
-    return tmp_path / "out.partial", quantize
+    return tmp_path / ("out.partial" if request.param == "new" else "out/.partial"), quantize
 
 
-def test_a_damaged_block(stopped):
+def test_a_damaged_block(stopped, tmp_path):
     partial, quantize = stopped
     block = partial / "block-00001.safetensors"
     block.write_bytes(block.read_bytes()[:-20])
@@ -68,6 +73,7 @@ def test_a_damaged_block(stopped):
         quantize()
     block.unlink()
     assert quantize() == 1 and not partial.exists()
+    assert (tmp_path / "out" / "config.json").is_file() and not list((tmp_path / "out").glob(".*"))
 
 
 def test_blocks_of_nobody_knows_what(stopped):

@@ -104,6 +104,13 @@ def test_a_users_card_is_never_written_over(hub, adapter):
     assert (adapter / "README.md").read_text() == hub.text("alice/adapter", "README.md") == mine
 
 
+@pytest.mark.parametrize("head", ["license: [mit", "- a list", 'title: "a\n\tb'])
+def test_a_card_whose_metadata_cannot_be_read(hub, adapter, head):
+    (adapter / "README.md").write_text(f"---\n{head}\n---\nMine.\n")
+    with pytest.raises(ValueError, match=r"README\.md should begin with YAML between two lines of ---, found"):
+        push_to_hub(adapter, "alice/adapter")
+
+
 def test_the_forms_of_peft_and_transformers_are_replaced(hub, adapter):
     assert is_unfilled(ModelCard.load(adapter / "README.md")), "PEFT's form has changed"
     assert write_card(adapter, "alice/adapter")

@@ -24,6 +24,21 @@ def test_documents_from_all_kinds_of_files(tmp_path: Path) -> None:
     assert [document["document"] for document in documents] == ["a.txt", "b.jsonl:1", "d", "c.jsonl.gz:1"]
 
 
+def test_lines_end_where_jsonl_ends_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    texts = ["one\u2028two\u2029three", "four\x85five", "six"]
+    path.write_text("\r\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts), newline="")
+    assert [document["text"] for document in read_documents([path])] == texts
+
+
+def test_blank_lines_and_empty_documents_are_left_out(tmp_path: Path) -> None:
+    path, empty = tmp_path / "a.jsonl", tmp_path / "empty.txt"
+    path.write_text('\n{"text": "one"}\n \r\n{"text": ""}\n{"text": " \\n"}\n{"text": "two"}\n\n')
+    empty.touch()
+    documents = read_documents([empty, path])
+    assert [(each["document"], each["text"]) for each in documents] == [("a.jsonl:2", "one"), ("a.jsonl:6", "two")]
+
+
 @pytest.mark.parametrize("line", ['{"title": "no text"}', "[1, 2]", "not json"])
 def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
     path = tmp_path / "bad.jsonl"
@@ -43,7 +58,7 @@ def test_files_without_text_are_refused(tmp_path: Path) -> None:
 def test_prompts_go_through_the_chat_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     path = tmp_path / "prompts.jsonl"
     chat = [{"role": "user", "content": "Who wrote it?"}]
-    rows = [{"messages": chat, "answer_prefix": "It was"}, {"text": "Once upon a time"}]
+    rows = [{"messages": chat, "answer_prefix": "It was"}, {"text": ""}, {"text": "Once upon a time"}]
     path.write_text("\n".join(map(json.dumps, rows)))
     first, second = read_prompts(path, tokenizer)
     assert tokenizer.decode(first).endswith("Who wrote it?<|im_end|>\n<|im_start|>assistant\nIt was")

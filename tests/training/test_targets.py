@@ -77,6 +77,20 @@ def test_another_recipe_in_the_same_directory_is_refused(tmp_path):
         generate_targets(model, prompts()[:3], tmp_path, max_new_tokens=4)
 
 
+def test_another_model_in_the_same_directory_is_refused(tmp_path):
+    model, rows = tiny_model(), prompts()
+    generate_targets(model, rows, tmp_path, max_new_tokens=4, shard_size=2)
+    with pytest.raises(ValueError, match=r"dtype was 'torch\.float32', now 'torch\.bfloat16'.*another directory"):
+        generate_targets(tiny_model().bfloat16(), rows, tmp_path, max_new_tokens=4, shard_size=2)
+    model.name_or_path = "another"
+    with pytest.raises(ValueError, match=r"model was 'tiny-llama', now 'another'"):
+        generate_targets(model, rows, tmp_path, max_new_tokens=4, shard_size=2)
+    # As earlier versions left it.
+    (tmp_path / "recipe.json").write_text('{"prompts": 5, "max_new_tokens": 4, "shard_size": 2}')
+    with pytest.raises(ValueError, match=r"model was 'not noted', now 'another'"):
+        generate_targets(model, rows, tmp_path, max_new_tokens=4, shard_size=2)
+
+
 def test_processes_share_the_work(tmp_path):
     model, rows = tiny_model(), prompts()
     whole = generate_targets(model, rows, tmp_path / "one", max_new_tokens=4, shard_size=1)
