@@ -30,9 +30,17 @@ class TwoStageQuantizer(OptimumQuantizer):
         model: a model in memory, or the directory or Hub id of one.
         dtype: in which a model is loaded; `"auto"` for the checkpoint's own.
         loading: further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        TypeError: something else than a model or the name of one.
     """
 
     def __init__(self, model: PreTrainedModel | str | Path, dtype: str | torch.dtype = "auto", **loading: Any) -> None:
+        if not isinstance(model, PreTrainedModel | str | Path):
+            raise TypeError(
+                f"model must be a transformers model, a directory or a Hub id, found {type(model).__name__}; of a "
+                "PeftModel, pass the base model, or what merge_and_unload() returns"
+            )
         self.model = model
         self.dtype = dtype
         self.loading = loading

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from lkq_hf import LookaheadKVConfig
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
 
 
@@ -224,8 +226,6 @@ def test_damaged_checkpoints_are_refused_before_they_answer_wrongly(base, option
 
 
 def test_lora_trains_on_top(base, options, ids):
-    from peft import LoraConfig, get_peft_model
-
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=TwoStageGPTQConfig(**options))
     before = logits(model, ids)
     packed = {name: buffer.clone() for name, buffer in model.named_buffers() if "qweight" in name}
@@ -308,3 +308,30 @@ def test_layers_can_be_chosen(base, options, tmp_path, ids):
         model.save_pretrained(tmp_path / str(expected))
         again = AutoModelForCausalLM.from_pretrained(tmp_path / str(expected))
         assert torch.equal(logits(model, ids), logits(again, ids))
+
+
+def lora_in_the_model(model):
+    model.add_adapter(LoraConfig(r=32))
+    return model
+
+
+def lora_inside_a_peft_model(model):
+    return get_peft_model(model, LoraConfig(r=4)).get_base_model()
+
+
+def lookahead_without_lora(model):
+    model.add_adapter(LookaheadKVConfig(num_lookahead_tokens=4, target_modules=[]))
+    return model
+
+
+@pytest.mark.parametrize("add", [lora_in_the_model, lora_inside_a_peft_model, lookahead_without_lora])
+def test_models_with_adapters_are_refused(tiny_llama, tokenizer, options, tmp_path, add):
+    quantizer = TwoStageQuantizer.from_pretrained(add(tiny_llama))
+    with pytest.raises(ValueError, match="expected a model without adapters"):
+        quantizer.quantize(tmp_path / "out", tokenizer=tokenizer, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peft_model_is_no_model_to_quantise(tiny_llama):
+    with pytest.raises(TypeError, match=r"found PeftModel; .* what merge_and_unload"):
+        TwoStageQuantizer.from_pretrained(get_peft_model(tiny_llama, LoraConfig(r=4)))
