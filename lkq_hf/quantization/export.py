@@ -89,7 +89,10 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
 
 
 def _linear_names(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -> tuple[set[str], list[str]]:
-    """Names of the packed Linears and of those left in floating point, after comparing files and configuration."""
+    """Names of the packed Linears and of those left in floating point, after comparing files and configuration.
+
+    Those of the packed ones are the files', those of the others the model's.
+    """
     model_config = AutoConfig.from_pretrained(source)
     del model_config.quantization_config
     with torch.device("meta"):
@@ -97,7 +100,15 @@ def _linear_names(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -
     packed = replace_by_packed(model, config)
     check_checkpoint(model, packed, [str(file) for file in files])
     dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
-    return set(packed), dense
+    return {key.removesuffix(".qweight") for key in _keys(files) if key.endswith(".qweight")}, dense
+
+
+def _keys(files: list[Path]) -> list[str]:
+    keys = []
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            keys += file.keys()
+    return keys
 
 
 def _gptq_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The `HfQuantizer`: what `from_pretrained` and `save_pretrained` do for two-stage GPTQ checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.quantizers.base import HfQuantizer
 
 from lkq_hf.quantization.blocks import linear_weight
@@ -167,6 +168,7 @@ def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear],
                     found[key] = (tuple(header.get_shape()), header.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or truncated ({error}); download or write it again") from error
+    found = {name: found[key] for key, name in names_in_model(model, found).items()}
     base = model.base_model_prefix
 
     def look_up(key: str) -> tuple[tuple[int, ...], str]:
@@ -197,11 +199,24 @@ def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear],
                 f"the checkpoint holds packed weights of {layer}, which config.json (modules_to_not_convert, "
                 "modules_in_block_to_quantize) says is not quantised: it belongs to another checkpoint"
             )
-    if get_model_conversion_mapping(model, add_legacy=False):
-        return  # the names in the files are not the model's
+    if any(isinstance(change, WeightConverter) for change in get_model_conversion_mapping(model, add_legacy=False)):
+        return  # some of the model's tensors are put together from several
     for key in _dense_names(model):
         if not look_up(key)[1].startswith(("F", "BF")):
             raise ValueError(f"{key} should hold floating-point numbers, found {look_up(key)[1]}")
+
+
+def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Under which name in `model` transformers loads each tensor of a checkpoint."""
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    names = {}
+    for key in sorted(keys):  # as transformers does: some renamings depend on what came before
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        names[key] = name
+    return names
 
 
 def _dense_names(model: PreTrainedModel) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Gemma3Config, PreTrainedModel
 
 from lkq_hf.quantization import TwoStageGPTQConfig
 from lkq_hf.quantization.export import export_checkpoint
@@ -129,6 +129,47 @@ def test_whole_row_groups_and_shards(checkpoint, tmp_path: Path) -> None:
         mine = {kind: load_file(out / index[f"{name}.{kind}"])[f"{name}.{kind}"] for kind in kinds}
         weight = PackedQuantizationCompressor.decompress(mine, scheme)["weight"]
         assert torch.equal(weight, layer.dequantize(weight.dtype))
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_names_in_the_files_may_differ_from_the_models(tokenizer, texts, tmp_path: Path, format: str) -> None:
+    """Gemma 3's language model is `model.language_model` in memory, and `language_model.model` in its files."""
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=127,
+        boi_token_index=126,
+        eoi_token_index=125,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    settings = TwoStageGPTQConfig(
+        group_size=32, dataset=texts, tokenizer=tokenizer, num_samples=2, model_seqlen=16, preset="paper", stages=()
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    ids = torch.arange(24).view(1, -1)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    out = export_checkpoint(tmp_path / "ours", tmp_path / "export", format)
+    kinds = {name.rpartition(".")[2] for name in load_file(out / "model.safetensors") if "self_attn.q_proj" in name}
+    packed = {"weight_packed", "weight_scale", "weight_shape"}
+    assert kinds >= (packed if format == "compressed-tensors" else {"qweight", "qzeros", "scales", "g_idx"})
 
 
 def test_bad_sources_write_nothing(checkpoint, tmp_path: Path) -> None:
