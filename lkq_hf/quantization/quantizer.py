@@ -55,6 +55,9 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         packed = replace_by_packed(model, self.quantization_config)
+        for layer in packed.values():
+            # Until all is loaded: some models initialise a layer's weight when they initialise what holds the layer.
+            vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         if checkpoint_files:
             check_checkpoint(model, packed, checkpoint_files)
 
@@ -62,6 +65,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             for name, module in model.named_modules():
                 if isinstance(module, QuantizedLinear):
+                    vars(module).pop("weight", None)
                     try:
                         module.validate()
                     except ValueError as error:
