@@ -13,7 +13,7 @@ from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.processes import Processes
-from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
+from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer, torch_dtype
 from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.walk import WalkReport
 
@@ -131,14 +131,6 @@ class TwoStageQuantizer(OptimumQuantizer):
             return config.tokenizer
         name = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else self.model
         return AutoTokenizer.from_pretrained(config.tokenizer or name)
-
-
-def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype must be a torch dtype or the name of one, found {dtype!r}")
-    return found
 
 
 def mark_quantized(model: PreTrainedModel, config: TwoStageGPTQConfig) -> None:

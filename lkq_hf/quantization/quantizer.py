@@ -85,8 +85,9 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         add_card_to_pushes(model)
         return super().get_state_dict_and_metadata(model)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return restore_linear(model, dtype or model.dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+        # A model that has been saved has the name of its dtype in its config.
+        return restore_linear(model, torch_dtype(dtype or model.dtype))
 
     @property
     def is_trainable(self) -> bool:
@@ -99,6 +100,14 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode of a model with packed layers."""
         return True
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype or the name of one, found {dtype!r}")
+    return found
 
 
 def refuse_tensor_parallelism(model: PreTrainedModel) -> None:

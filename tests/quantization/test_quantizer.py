@@ -98,6 +98,17 @@ def test_dequantize_gives_a_plain_model_with_the_same_logits(base, options, ids,
     assert not hasattr(plain.config, "quantization_config")
 
 
+def test_dequantize_takes_the_name_of_a_dtype_which_saving_leaves_in_the_config(base, options, tmp_path):
+    TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
+    for saved, dtype, expected in ((True, None, torch.float32), (False, "bfloat16", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        if saved:
+            model.save_pretrained(tmp_path / "again")
+        assert model.dequantize(dtype).model.layers[0].mlp.up_proj.weight.dtype == expected
+    with pytest.raises(ValueError, match="dtype must be a torch dtype or the name of one, found 'half-ish'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").dequantize("half-ish")
+
+
 def test_dtype_and_device_map_at_load_keep_the_stored_format(base, options, ids, tmp_path):
     TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, device_map="cpu")
