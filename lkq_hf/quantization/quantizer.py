@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from lkq_hf.quantization.blocks import linear_weight
@@ -141,16 +142,24 @@ def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dic
             dtype=weight.dtype,
             device=weight.device,
         )
+        packed[name].replaces = type(layer)
         _set_module(model, name, packed[name])
     return packed
 
 
 def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replaces every `QuantizedLinear` of `model` by an `nn.Linear` with its dequantised weight in `dtype`."""
+    """Replaces every `QuantizedLinear` of `model` by a layer as there was, with the dequantised weight in `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
-            linear.weight = nn.Parameter(module.dequantize(dtype))
+            weight = module.dequantize(dtype)
+            linear: nn.Linear | Conv1D
+            with torch.device("meta"):
+                if issubclass(module.replaces, Conv1D):
+                    linear = Conv1D(module.out_features, module.in_features)
+                    weight = weight.T.contiguous()
+                else:
+                    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            linear.weight = nn.Parameter(weight)
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.to(dtype))
             _set_module(model, name, linear)

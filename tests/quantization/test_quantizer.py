@@ -98,6 +98,20 @@ def test_dequantize_gives_a_plain_model_with_the_same_logits(base, options, ids,
     assert not hasattr(plain.config, "quantization_config")
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_dequantize_puts_back_layers_of_the_kind_that_was_there(tiny_gpt2, tokenizer, options, ids, tmp_path, loaded):
+    tiny_gpt2.save_pretrained(tmp_path / "base")
+    config = TwoStageGPTQConfig(**options, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    if loaded:
+        model.save_pretrained(tmp_path / "out")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = logits(model, ids)
+    model.dequantize().save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits(again, ids), before, rtol=1e-4, atol=1e-4)
+
+
 def test_dequantize_takes_the_name_of_a_dtype_which_saving_leaves_in_the_config(base, options, tmp_path):
     TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
     for saved, dtype, expected in ((True, None, torch.float32), (False, "bfloat16", torch.bfloat16)):
