@@ -14,12 +14,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lkq_hf import __version__
 from lkq_hf.files import check_free, new_directory, read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import checkpoint_format
 from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
@@ -45,7 +47,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
         FileExistsError: `out` is not empty.
         FileNotFoundError: `source` has no config.json or no safetensors file.
         ImportError: compressed-tensors is needed and not installed.
-        ValueError: an unknown format, a checkpoint that is not ours, or tensors that disagree with its configuration.
+        ValueError: an unknown format, a checkpoint that is not ours, tensors that disagree with its configuration, or
+            layers that the format does not know.
     """
     source, out = Path(source), Path(out)
     if format not in FORMATS:
@@ -64,7 +67,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     files = sorted(source.glob("*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{source} has no .safetensors file; only safetensors checkpoints can be exported")
-    packed, dense = _linear_names(source, ours, files)
+    model = _packed_model(source, ours, files)
+    packed, dense = _linear_names(model, files)
 
     convert: Callable[[str, Tensor], dict[str, Tensor]]
     if format == "gptq":
@@ -73,6 +77,7 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
             return {name: tensor}
     else:
+        _refuse_conv1d(model)
         config["quantization_config"] = _compressed_tensors_config(ours, dense)
 
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -88,19 +93,38 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     return out
 
 
-def _linear_names(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -> tuple[set[str], list[str]]:
-    """Names of the packed Linears and of those left in floating point, after comparing files and configuration.
-
-    Those of the packed ones are the files', those of the others the model's.
-    """
+def _packed_model(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -> PreTrainedModel:
+    """The model on the meta device, its layers packed, after comparing files and configuration."""
     model_config = AutoConfig.from_pretrained(source)
     del model_config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    packed = replace_by_packed(model, config)
-    check_checkpoint(model, packed, [str(file) for file in files])
-    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
-    return {key.removesuffix(".qweight") for key in _keys(files) if key.endswith(".qweight")}, dense
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)
+    check_checkpoint(model, replace_by_packed(model, config), [str(file) for file in files])
+    return model
+
+
+def _refuse_conv1d(model: PreTrainedModel) -> None:
+    transposed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and issubclass(module.replaces, Conv1D)
+    ]
+    if transposed:
+        raise ValueError(
+            f"compressed-tensors reads packed weights of nn.Linear only, found Conv1D ({transposed[0]}, as in GPT-2); "
+            "export to gptq"
+        )
+
+
+def _linear_names(model: PreTrainedModel, files: list[Path]) -> tuple[set[str], list[str]]:
+    """Names of the packed Linears, as in the files, and of those left in floating point, as in the model."""
+    packed = {key.removesuffix(".qweight") for key in _keys(files) if key.endswith(".qweight")}
+    dense = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
+    ]
+    return packed, dense
 
 
 def _keys(files: list[Path]) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, Gemma3Config, PreTrainedModel
 
-from lkq_hf.quantization import TwoStageGPTQConfig
+from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.quantization.export import export_checkpoint
 from lkq_hf.quantization.linear import QuantizedLinear
 
@@ -170,6 +170,15 @@ def test_names_in_the_files_may_differ_from_the_models(tokenizer, texts, tmp_pat
     kinds = {name.rpartition(".")[2] for name in load_file(out / "model.safetensors") if "self_attn.q_proj" in name}
     packed = {"weight_packed", "weight_scale", "weight_shape"}
     assert kinds >= (packed if format == "compressed-tensors" else {"qweight", "qzeros", "scales", "g_idx"})
+
+
+def test_compressed_tensors_of_conv1d_are_refused(tiny_gpt2, tokenizer, texts, tmp_path: Path) -> None:
+    settings = {"bits": 4, "group_size": 32, "num_samples": 2, "model_seqlen": 16, "preset": "paper", "stages": ()}
+    ours = tmp_path / "ours"
+    TwoStageQuantizer.from_pretrained(tiny_gpt2).quantize(ours, dataset=texts, tokenizer=tokenizer, **settings)
+    with pytest.raises(ValueError, match=r"found Conv1D \(transformer\.h\.0\.attn\.c_attn.*export to gptq"):
+        export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
+    assert (export_checkpoint(ours, tmp_path / "export", "gptq") / "model.safetensors").is_file()
 
 
 def test_bad_sources_write_nothing(checkpoint, tmp_path: Path) -> None:

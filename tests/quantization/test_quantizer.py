@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from lkq_hf import LookaheadKVConfig
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
@@ -65,13 +65,6 @@ def test_quantise_on_load_save_and_load_again(base, options, ids, tmp_path, tiny
     assert not {"dataset", "tokenizer", "device", "resume_dir"} & set(stored)
     assert str(tmp_path) not in json.dumps(stored["meta"])
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
-
-
-@pytest.fixture
-def tiny_gpt2():
-    torch.manual_seed(0)
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=128, initializer_range=0.2)
-    return GPT2LMHeadModel(config).eval()
 
 
 def test_models_that_initialise_layers_inside_of_others_load_again(tiny_gpt2, tokenizer, options, ids, tmp_path):
