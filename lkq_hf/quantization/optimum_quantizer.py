@@ -112,6 +112,10 @@ class TwoStageQuantizer(OptimumQuantizer):
             load_block = weights.load
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **self.loading)
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                "expected a model in full precision, found one that is quantised already; quantise its base model"
+            )
         self.report = calibrate(model, run, load_block)
         share_inputs(model)
         mark_quantized(model, run)

@@ -347,6 +347,16 @@ def test_layers_can_be_chosen(base, options, tmp_path, ids):
         assert torch.equal(logits(model, ids), logits(again, ids))
 
 
+@pytest.mark.parametrize("form", ["in memory", "directory", "block by block"])
+def test_quantised_models_are_not_quantised_again(base, options, tmp_path, form):
+    first = {**options, "modules_to_not_convert": ["mlp"]}
+    model = TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **first)
+    quantizer = TwoStageQuantizer.from_pretrained(model if form == "in memory" else tmp_path / "out")
+    with pytest.raises(ValueError, match="expected a model in full precision, found one that is quantised already"):
+        quantizer.quantize(tmp_path / "again", **{**options, "bits": 3}, block_by_block=form == "block by block")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
 def lora_in_the_model(model):
     model.add_adapter(LoraConfig(r=32))
     return model
