@@ -27,6 +27,9 @@ from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
 FORMATS = ("gptq", "compressed-tensors")
 
+RECIPE = QUANT_METHOD
+"""Where in its config.json a compressed-tensors export records where it comes from."""
+
 # A model card of ours would tell the reader of an export to import lkq_hf, which it does not need.
 _NOT_COPIED = {"config.json", "quantize_config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME}
 
@@ -79,6 +82,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     else:
         _refuse_conv1d(model)
         config["quantization_config"] = _compressed_tensors_config(ours, dense)
+        # compressed-tensors does without fields of others in its configuration, and may come to refuse them.
+        config[RECIPE] = ours.meta
 
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
             module, _, kind = name.rpartition(".")
