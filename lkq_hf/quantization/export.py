@@ -5,6 +5,7 @@ know. The second is a transpose of every tensor. Neither rounds anything. Whole 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from lkq_hf.files import check_free, new_directory, read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import checkpoint_format
-from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
+from lkq_hf.quantization.quantizer import check_checkpoint, names_in_model, replace_by_packed
 
 FORMATS = ("gptq", "compressed-tensors")
 
@@ -71,17 +72,19 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     if not files:
         raise FileNotFoundError(f"{source} has no .safetensors file; only safetensors checkpoints can be exported")
     model = _packed_model(source, ours, files)
-    packed, dense = _linear_names(model, files)
+    shapes = _shapes(files)
+    packed = {key.removesuffix(".qweight") for key in shapes if key.endswith(".qweight")}
+    single, several = _dense_names(model, shapes)
 
     convert: Callable[[str, Tensor], dict[str, Tensor]]
     if format == "gptq":
-        config["quantization_config"] = _gptq_config(ours, dense)
+        config["quantization_config"] = _gptq_config(ours, single, several)
 
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
             return {name: tensor}
     else:
         _refuse_conv1d(model)
-        config["quantization_config"] = _compressed_tensors_config(ours, dense)
+        config["quantization_config"] = _compressed_tensors_config(ours, single, several)
         # compressed-tensors does without fields of others in its configuration, and may come to refuse them.
         config[RECIPE] = ours.meta
 
@@ -121,26 +124,43 @@ def _refuse_conv1d(model: PreTrainedModel) -> None:
         )
 
 
-def _linear_names(model: PreTrainedModel, files: list[Path]) -> tuple[set[str], list[str]]:
-    """Names of the packed Linears, as in the files, and of those left in floating point, as in the model."""
-    packed = {key.removesuffix(".qweight") for key in _keys(files) if key.endswith(".qweight")}
-    dense = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
-    ]
-    return packed, dense
+def _dense_names(model: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[list[str], list[str]]:
+    """Names of what is not packed and may be a Linear to another engine: single ones, and modules that hold several.
+
+    Experts are fused in the model and single in the files, or both, or neither; engines go by either one's names.
+    """
+    modules = dict(model.named_modules())
+    packed = {name for name, module in modules.items() if isinstance(module, QuantizedLinear)}
+    single = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in packed}
+    several = set()
+    for key, name in names_in_model(model, shapes).items():
+        in_file, _, _ = key.rpartition(".")
+        owner, _, _ = name.rpartition(".")
+        while owner not in modules:
+            owner, _, _ = owner.rpartition(".")
+        no_linear = isinstance(modules[owner], nn.Embedding | nn.modules.conv._ConvNd)
+        if len(shapes[key]) < 2 or f"{in_file}.qweight" in shapes or no_linear:
+            continue
+        below = name.removeprefix(owner)
+        names = {owner, key.removesuffix(below) if key.endswith(below) else in_file}
+        if not owner or any(layer.startswith(f"{owner}.") for layer in packed):
+            single.add(in_file)
+        elif len(shapes[key]) == 2 and below.count(".") == 1:
+            single |= names
+        else:
+            several |= names
+    return sorted(single), sorted(several)
 
 
-def _keys(files: list[Path]) -> list[str]:
-    keys = []
+def _shapes(files: list[Path]) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
-            keys += file.keys()
-    return keys
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a dict
+    return shapes
 
 
-def _gptq_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]:
+def _gptq_config(config: TwoStageGPTQConfig, single: list[str], several: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": config.bits,
@@ -153,13 +173,18 @@ def _gptq_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]
         "meta": {**config.meta, "quantizer": [f"lkq-hf:{__version__}"]},
     }
     # The language model head is known not to be quantised; other exceptions are told by name, as in GPTQModel.
-    exceptions = [name for name in dense if name != "lm_head"]
+    exceptions = [f"^{re.escape(name)}$" for name in single if name != "lm_head"] + _patterns(several)
     if exceptions:
-        settings["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in exceptions}
+        settings["dynamic"] = {f"-:{pattern}": {} for pattern in exceptions}
     return settings
 
 
-def _compressed_tensors_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]:
+def _patterns(several: list[str]) -> list[str]:
+    """Regular expressions for modules and all that is in them."""
+    return [rf"^{re.escape(name)}(\..*)?$" for name in several]
+
+
+def _compressed_tensors_config(config: TwoStageGPTQConfig, single: list[str], several: list[str]) -> dict[str, Any]:
     try:
         from compressed_tensors import CompressionFormat
         from compressed_tensors.quantization import (
@@ -188,7 +213,7 @@ def _compressed_tensors_config(config: TwoStageGPTQConfig, dense: list[str]) -> 
         },
         format=CompressionFormat.pack_quantized.value,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=dense,
+        ignore=single + [f"re:{pattern}" for pattern in _patterns(several)],
     )
     return json.loads(settings.model_dump_json())
 
