@@ -44,6 +44,12 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:
             return device_map
+        if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
+            raise ValueError(
+                f"device_map={device_map!r} leaves a part of the model on disk, but a model that is being quantised "
+                "has to fit into main memory. Quantise without device_map, save, and load the checkpoint with it; or "
+                "use TwoStageQuantizer with block_by_block=True, which reads one block at a time"
+            )
         # The walk takes one block after another to its device: the model itself waits in main memory until it is
         # small, and only then goes where it was asked for.
         self.requested_device_map = device_map
@@ -254,7 +260,9 @@ def place(model: PreTrainedModel, device_map: Any) -> None:
     if device_map is None:
         return
     if isinstance(device_map, str) and device_map in {"auto", "balanced", "balanced_low_0", "sequential"}:
-        device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or ()))
+        inferred = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or ()))
+        # What would go to disk, as if main memory had no room for it, is there.
+        device_map = {name: "cpu" if device == "disk" else device for name, device in inferred.items()}
     if not isinstance(device_map, dict):
         device_map = {"": device_map}
     if len(set(device_map.values())) == 1:

@@ -125,6 +125,20 @@ def test_dtype_and_device_map_at_load_keep_the_stored_format(base, options, ids,
     assert logits(model, ids).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"model.layers.1": "disk", "": "cpu"}])
+def test_a_device_map_with_disk_is_refused_before_quantising(base, options, device_map):
+    config = TwoStageGPTQConfig(**options)
+    with pytest.raises(ValueError, match="leaves a part of the model on disk"):
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map=device_map)
+
+
+def test_what_auto_would_put_on_disk_stays_in_main_memory(base, options, monkeypatch):
+    monkeypatch.setattr("lkq_hf.quantization.quantizer.infer_auto_device_map", lambda *_, **__: {"": "disk"})
+    config = TwoStageGPTQConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="auto")
+    assert model.device.type == "cpu"
+
+
 def test_the_decoder_loads_without_its_head(base, options, ids, tmp_path):
     whole = TwoStageQuantizer.from_pretrained(base).quantize(
         tmp_path / "out", **options, modules_to_not_convert=["lm_head"]
