@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lkq_hf import __version__
 from lkq_hf.files import check_free, new_directory, read_json
@@ -68,7 +69,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
             f"{settings.get('quant_method')!r}"
         )
     ours = TwoStageGPTQConfig.from_dict(dict(settings))
-    files = sorted(source.glob("*.safetensors"))
+    # An adapter may lie beside the checkpoint; it is copied.
+    files = sorted(path for path in source.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
     if not files:
         raise FileNotFoundError(f"{source} has no .safetensors file; only safetensors checkpoints can be exported")
     model = _packed_model(source, ours, files)
@@ -233,7 +235,7 @@ def _transpose(module: str, kind: str, tensor: Tensor, config: TwoStageGPTQConfi
 
 
 def _write(source: Path, files: list[Path], target: Path, convert: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
-    """Convert the weight files one by one, write their index if there are several, and copy the other files."""
+    """Convert the weight files one by one, write their index if there are several, and copy what else is needed."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for path in files:
@@ -248,5 +250,7 @@ def _write(source: Path, files: list[Path], target: Path, convert: Callable[[str
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
+        if path.is_file() and path not in files and path.name not in _NOT_COPIED:
             shutil.copy2(path, target / path.name)
+        elif path.name == CHAT_TEMPLATE_DIR:
+            shutil.copytree(path, target / path.name)

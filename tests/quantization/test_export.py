@@ -242,6 +242,21 @@ def test_compressed_tensors_of_conv1d_are_refused(tiny_gpt2, tokenizer, texts, t
     assert (export_checkpoint(ours, tmp_path / "export", "gptq") / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_what_lies_beside_the_weights_is_copied(checkpoint, tmp_path: Path, format: str) -> None:
+    if format == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    ours, _ = checkpoint(4, True)
+    (ours / "additional_chat_templates").mkdir()
+    (ours / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (ours / "adapter_config.json").write_text("{}")
+    save_file({"lookahead_kv_tokens": torch.ones(2, 3)}, ours / "adapter_model.safetensors")
+    out = export_checkpoint(ours, tmp_path / "export", format)
+    for name in ("additional_chat_templates/rag.jinja", "adapter_config.json", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (ours / name).read_bytes()
+    assert not (out / "model.safetensors.index.json").exists()
+
+
 def test_bad_sources_write_nothing(checkpoint, tmp_path: Path) -> None:
     ours, _ = checkpoint(4, True)
     out = tmp_path / "export"
