@@ -44,11 +44,11 @@ def check_model(model: str, quantised: bool = True) -> None:
 
     Args:
         model: a directory or an id on the Hub.
-        quantised: whether it may be quantised already.
+        quantised: whether it may be quantised already, or have an adapter beside it.
 
     Raises:
         FileNotFoundError: no such directory, or one without a model.
-        ValueError: a weight file in it is damaged, or it is quantised and should not be.
+        ValueError: a weight file in it is damaged, or it is quantised or has an adapter and should not.
         TypeError: a model of another kind.
     """
     from safetensors import SafetensorError, safe_open
@@ -65,6 +65,11 @@ def check_model(model: str, quantised: bool = True) -> None:
                     pass
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged or truncated ({error}); write or copy it again") from error
+        if not quantised and "adapter_config.json" in names:
+            raise ValueError(
+                f"{model} holds an adapter (adapter_config.json); expected a directory with a model alone. Name the "
+                "base model of the adapter; a LoRA that should become a part of its weights has to be merged before"
+            )
         if "adapter_config.json" in names and "config.json" not in names:
             return  # transformers loads the model that the adapter names
         if "config.json" not in names:

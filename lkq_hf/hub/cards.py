@@ -186,8 +186,8 @@ def _describe_quantization(contents: Contents) -> dict[str, Any]:
             "group_size": weights["group_size"] or -1,
             "sym": weights["symmetric"],
         }
-    calibration = settings.get("meta", {}).get("calibration")
-    return settings | {"calibration": calibration, "size": sum(p.stat().st_size for p in contents.weight_files)}
+    size = sum(path.stat().st_size for path in contents.weight_files)
+    return settings | {"calibration": contents.recipe.get("calibration"), "size": size}
 
 
 def _size(path: Path) -> dict[str, int]:

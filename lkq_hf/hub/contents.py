@@ -15,6 +15,7 @@ from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.registration import NAME as PEFT_TYPE
 from lkq_hf.files import read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.export import RECIPE
 from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -50,10 +51,15 @@ class Contents:
         return (self.checkpoint or {}).get("quantization_config") or {}
 
     @property
+    def recipe(self) -> dict[str, Any]:
+        """Where the checkpoint comes from: the ``meta`` of its quantisation."""
+        return self.quantization.get("meta") or (self.checkpoint or {}).get(RECIPE) or {}
+
+    @property
     def base_model(self) -> str | None:
         """Name of the model that the contents were made from, as they record it."""
         if self.checkpoint is not None:
-            return self.quantization.get("meta", {}).get("base_model")
+            return self.recipe.get("base_model")
         return (self.adapter or {}).get("base_model_name_or_path")
 
     @cached_property

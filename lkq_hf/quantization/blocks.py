@@ -106,9 +106,11 @@ def layers_to_quantize(
             raise ValueError(f"{name}: {error}") from None
         layers[name] = module
     if not layers:
+        others = {type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear) and not is_linear(m)}
+        why = f"; {', '.join(sorted(others))} may compute something else than nn.Linear does" if others else ""
         raise ValueError(
-            f"no linear layer of {list_name} is left to quantise; look at modules_in_block_to_quantize={include} and "
-            f"modules_to_not_convert={exclude}"
+            f"no linear layer of {list_name} is left to quantise, expected nn.Linear or Conv1D{why}; look at "
+            f"modules_in_block_to_quantize={include} and modules_to_not_convert={exclude}"
         )
     embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     for name, module in layers.items():

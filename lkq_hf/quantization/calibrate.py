@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -50,6 +51,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
             "compute device one by one: load it without device_map, or with block_by_block=True (TwoStageQuantizer), "
             "which reads one block at a time from disk"
         )
+    _refuse_adapters(model)
     check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
     list_name, layers = find_layers(model, config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
@@ -85,6 +87,16 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         "calibration": recipe.to_dict(),
     }
     return report
+
+
+def _refuse_adapters(model: PreTrainedModel) -> None:
+    # Their weights would be quantised with the model's, and `save_pretrained` would write nothing but them.
+    if getattr(model, "_hf_peft_config_loaded", False) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
+        raise ValueError(
+            "expected a model without adapters, found one that holds an adapter. Quantise the base model alone: a "
+            "lookahead adapter for it can then be loaded onto the quantised model. A LoRA that should become a part "
+            "of the weights has to be merged before (merge_and_unload of PEFT)"
+        )
 
 
 def _base_model(model: PreTrainedModel) -> dict[str, str]:

@@ -5,25 +5,32 @@ know. The second is a transpose of every tensor. Neither rounds anything. Whole 
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from lkq_hf import __version__
 from lkq_hf.files import check_free, new_directory, read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import checkpoint_format
-from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
+from lkq_hf.quantization.quantizer import check_checkpoint, names_in_model, replace_by_packed
 
 FORMATS = ("gptq", "compressed-tensors")
+
+RECIPE = QUANT_METHOD
+"""Where in its config.json a compressed-tensors export records where it comes from."""
 
 # A model card of ours would tell the reader of an export to import lkq_hf, which it does not need.
 _NOT_COPIED = {"config.json", "quantize_config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME}
@@ -45,7 +52,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
         FileExistsError: `out` is not empty.
         FileNotFoundError: `source` has no config.json or no safetensors file.
         ImportError: compressed-tensors is needed and not installed.
-        ValueError: an unknown format, a checkpoint that is not ours, or tensors that disagree with its configuration.
+        ValueError: an unknown format, a checkpoint that is not ours, tensors that disagree with its configuration, or
+            layers that the format does not know.
     """
     source, out = Path(source), Path(out)
     if format not in FORMATS:
@@ -61,19 +69,26 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
             f"{settings.get('quant_method')!r}"
         )
     ours = TwoStageGPTQConfig.from_dict(dict(settings))
-    files = sorted(source.glob("*.safetensors"))
+    # An adapter may lie beside the checkpoint; it is copied.
+    files = sorted(path for path in source.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
     if not files:
         raise FileNotFoundError(f"{source} has no .safetensors file; only safetensors checkpoints can be exported")
-    packed, dense = _linear_names(source, ours, files)
+    model = _packed_model(source, ours, files)
+    shapes = _shapes(files)
+    packed = {key.removesuffix(".qweight") for key in shapes if key.endswith(".qweight")}
+    single, several = _dense_names(model, shapes)
 
     convert: Callable[[str, Tensor], dict[str, Tensor]]
     if format == "gptq":
-        config["quantization_config"] = _gptq_config(ours, dense)
+        config["quantization_config"] = _gptq_config(ours, single, several)
 
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
             return {name: tensor}
     else:
-        config["quantization_config"] = _compressed_tensors_config(ours, dense)
+        _refuse_conv1d(model)
+        config["quantization_config"] = _compressed_tensors_config(ours, single, several)
+        # compressed-tensors does without fields of others in its configuration, and may come to refuse them.
+        config[RECIPE] = ours.meta
 
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
             module, _, kind = name.rpartition(".")
@@ -88,19 +103,66 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     return out
 
 
-def _linear_names(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -> tuple[set[str], list[str]]:
-    """Names of the packed Linears and of those left in floating point, after comparing files and configuration."""
+def _packed_model(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -> PreTrainedModel:
+    """The model on the meta device, its layers packed, after comparing files and configuration."""
     model_config = AutoConfig.from_pretrained(source)
     del model_config.quantization_config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(model_config)
-    packed = replace_by_packed(model, config)
-    check_checkpoint(model, packed, [str(file) for file in files])
-    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in packed]
-    return set(packed), dense
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)
+    check_checkpoint(model, replace_by_packed(model, config), [str(file) for file in files])
+    return model
 
 
-def _gptq_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]:
+def _refuse_conv1d(model: PreTrainedModel) -> None:
+    transposed = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear) and issubclass(module.replaces, Conv1D)
+    ]
+    if transposed:
+        raise ValueError(
+            f"compressed-tensors reads packed weights of nn.Linear only, found Conv1D ({transposed[0]}, as in GPT-2); "
+            "export to gptq"
+        )
+
+
+def _dense_names(model: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[list[str], list[str]]:
+    """Names of what is not packed and may be a Linear to another engine: single ones, and modules that hold several.
+
+    Experts are fused in the model and single in the files, or both, or neither; engines go by either one's names.
+    """
+    modules = dict(model.named_modules())
+    packed = {name for name, module in modules.items() if isinstance(module, QuantizedLinear)}
+    single = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in packed}
+    several = set()
+    for key, name in names_in_model(model, shapes).items():
+        in_file, _, _ = key.rpartition(".")
+        owner, _, _ = name.rpartition(".")
+        while owner not in modules:
+            owner, _, _ = owner.rpartition(".")
+        no_linear = isinstance(modules[owner], nn.Embedding | nn.modules.conv._ConvNd)
+        if len(shapes[key]) < 2 or f"{in_file}.qweight" in shapes or no_linear:
+            continue
+        below = name.removeprefix(owner)
+        names = {owner, key.removesuffix(below) if key.endswith(below) else in_file}
+        if not owner or any(layer.startswith(f"{owner}.") for layer in packed):
+            single.add(in_file)
+        elif len(shapes[key]) == 2 and below.count(".") == 1:
+            single |= names
+        else:
+            several |= names
+    return sorted(single), sorted(several)
+
+
+def _shapes(files: list[Path]) -> dict[str, list[int]]:
+    shapes: dict[str, list[int]] = {}
+    for path in files:
+        with safe_open(path, framework="pt") as file:
+            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a dict
+    return shapes
+
+
+def _gptq_config(config: TwoStageGPTQConfig, single: list[str], several: list[str]) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": config.bits,
@@ -113,13 +175,18 @@ def _gptq_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]
         "meta": {**config.meta, "quantizer": [f"lkq-hf:{__version__}"]},
     }
     # The language model head is known not to be quantised; other exceptions are told by name, as in GPTQModel.
-    exceptions = [name for name in dense if name != "lm_head"]
+    exceptions = [f"^{re.escape(name)}$" for name in single if name != "lm_head"] + _patterns(several)
     if exceptions:
-        settings["dynamic"] = {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in exceptions}
+        settings["dynamic"] = {f"-:{pattern}": {} for pattern in exceptions}
     return settings
 
 
-def _compressed_tensors_config(config: TwoStageGPTQConfig, dense: list[str]) -> dict[str, Any]:
+def _patterns(several: list[str]) -> list[str]:
+    """Regular expressions for modules and all that is in them."""
+    return [rf"^{re.escape(name)}(\..*)?$" for name in several]
+
+
+def _compressed_tensors_config(config: TwoStageGPTQConfig, single: list[str], several: list[str]) -> dict[str, Any]:
     try:
         from compressed_tensors import CompressionFormat
         from compressed_tensors.quantization import (
@@ -148,7 +215,7 @@ def _compressed_tensors_config(config: TwoStageGPTQConfig, dense: list[str]) -> 
         },
         format=CompressionFormat.pack_quantized.value,
         quantization_status=QuantizationStatus.COMPRESSED,
-        ignore=dense,
+        ignore=single + [f"re:{pattern}" for pattern in _patterns(several)],
     )
     return json.loads(settings.model_dump_json())
 
@@ -168,7 +235,7 @@ def _transpose(module: str, kind: str, tensor: Tensor, config: TwoStageGPTQConfi
 
 
 def _write(source: Path, files: list[Path], target: Path, convert: Callable[[str, Tensor], dict[str, Tensor]]) -> None:
-    """Convert the weight files one by one, write their index if there are several, and copy the other files."""
+    """Convert the weight files one by one, write their index if there are several, and copy what else is needed."""
     weight_map: dict[str, str] = {}
     total_size = 0
     for path in files:
@@ -183,5 +250,7 @@ def _write(source: Path, files: list[Path], target: Path, convert: Callable[[str
         index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
         (target / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
     for path in source.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name not in _NOT_COPIED:
+        if path.is_file() and path not in files and path.name not in _NOT_COPIED:
             shutil.copy2(path, target / path.name)
+        elif path.name == CHAT_TEMPLATE_DIR:
+            shutil.copytree(path, target / path.name)

@@ -40,6 +40,9 @@ class QuantizedLinear(nn.Linear):
     scales: Tensor
     g_idx: Tensor
 
+    replaces: type[nn.Module] = nn.Linear
+    """The class of the layer in whose place this one stands."""
+
     def __init__(
         self,
         in_features: int,

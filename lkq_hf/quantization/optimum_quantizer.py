@@ -13,7 +13,7 @@ from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.processes import Processes
-from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
+from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer, torch_dtype
 from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.walk import WalkReport
 
@@ -30,9 +30,17 @@ class TwoStageQuantizer(OptimumQuantizer):
         model: a model in memory, or the directory or Hub id of one.
         dtype: in which a model is loaded; `"auto"` for the checkpoint's own.
         loading: further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        TypeError: something else than a model or the name of one.
     """
 
     def __init__(self, model: PreTrainedModel | str | Path, dtype: str | torch.dtype = "auto", **loading: Any) -> None:
+        if not isinstance(model, PreTrainedModel | str | Path):
+            raise TypeError(
+                f"model must be a transformers model, a directory or a Hub id, found {type(model).__name__}; of a "
+                "PeftModel, pass the base model, or what merge_and_unload() returns"
+            )
         self.model = model
         self.dtype = dtype
         self.loading = loading
@@ -105,6 +113,10 @@ class TwoStageQuantizer(OptimumQuantizer):
             load_block = weights.load
         else:
             model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **self.loading)
+        if getattr(model.config, "quantization_config", None) is not None:
+            raise ValueError(
+                "expected a model in full precision, found one that is quantised already; quantise its base model"
+            )
         self.report = calibrate(model, run, load_block)
         share_inputs(model)
         mark_quantized(model, run)
@@ -124,14 +136,6 @@ class TwoStageQuantizer(OptimumQuantizer):
             return config.tokenizer
         name = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else self.model
         return AutoTokenizer.from_pretrained(config.tokenizer or name)
-
-
-def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
-    """A dtype by its name."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype must be a torch dtype or the name of one, found {dtype!r}")
-    return found
 
 
 def mark_quantized(model: PreTrainedModel, config: TwoStageGPTQConfig) -> None:

@@ -1,6 +1,6 @@
 """The `HfQuantizer`: what `from_pretrained` and `save_pretrained` do for two-stage GPTQ checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -9,6 +9,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
 
 from lkq_hf.quantization.blocks import linear_weight
@@ -42,6 +44,12 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:
             return device_map
+        if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
+            raise ValueError(
+                f"device_map={device_map!r} leaves a part of the model on disk, but a model that is being quantised "
+                "has to fit into main memory. Quantise without device_map, save, and load the checkpoint with it; or "
+                "use TwoStageQuantizer with block_by_block=True, which reads one block at a time"
+            )
         # The walk takes one block after another to its device: the model itself waits in main memory until it is
         # small, and only then goes where it was asked for.
         self.requested_device_map = device_map
@@ -54,6 +62,9 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         if not self.pre_quantized:
             return
         packed = replace_by_packed(model, self.quantization_config)
+        for layer in packed.values():
+            # Until all is loaded: some models initialise a layer's weight when they initialise what holds the layer.
+            vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         if checkpoint_files:
             check_checkpoint(model, packed, checkpoint_files)
 
@@ -61,6 +72,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             for name, module in model.named_modules():
                 if isinstance(module, QuantizedLinear):
+                    vars(module).pop("weight", None)
                     try:
                         module.validate()
                     except ValueError as error:
@@ -80,8 +92,9 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         add_card_to_pushes(model)
         return super().get_state_dict_and_metadata(model)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        return restore_linear(model, dtype or model.dtype)
+    def _dequantize(self, model: PreTrainedModel, dtype: str | torch.dtype | None = None) -> PreTrainedModel:
+        # A model that has been saved has the name of its dtype in its config.
+        return restore_linear(model, torch_dtype(dtype or model.dtype))
 
     @property
     def is_trainable(self) -> bool:
@@ -94,6 +107,14 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode of a model with packed layers."""
         return True
+
+
+def torch_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A dtype by its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype or the name of one, found {dtype!r}")
+    return found
 
 
 def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
@@ -127,16 +148,24 @@ def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dic
             dtype=weight.dtype,
             device=weight.device,
         )
+        packed[name].replaces = type(layer)
         _set_module(model, name, packed[name])
     return packed
 
 
 def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replaces every `QuantizedLinear` of `model` by an `nn.Linear` with its dequantised weight in `dtype`."""
+    """Replaces every `QuantizedLinear` of `model` by a layer as there was, with the dequantised weight in `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
-            linear = nn.Linear(module.in_features, module.out_features, module.bias is not None, "meta")
-            linear.weight = nn.Parameter(module.dequantize(dtype))
+            weight = module.dequantize(dtype)
+            linear: nn.Linear | Conv1D
+            with torch.device("meta"):
+                if issubclass(module.replaces, Conv1D):
+                    linear = Conv1D(module.out_features, module.in_features)
+                    weight = weight.T.contiguous()
+                else:
+                    linear = nn.Linear(module.in_features, module.out_features, module.bias is not None)
+            linear.weight = nn.Parameter(weight)
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.to(dtype))
             _set_module(model, name, linear)
@@ -167,6 +196,7 @@ def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear],
                     found[key] = (tuple(header.get_shape()), header.get_dtype())
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged or truncated ({error}); download or write it again") from error
+    found = {name: found[key] for key, name in names_in_model(model, found).items()}
     base = model.base_model_prefix
 
     def look_up(key: str) -> tuple[tuple[int, ...], str]:
@@ -197,11 +227,24 @@ def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear],
                 f"the checkpoint holds packed weights of {layer}, which config.json (modules_to_not_convert, "
                 "modules_in_block_to_quantize) says is not quantised: it belongs to another checkpoint"
             )
-    if get_model_conversion_mapping(model, add_legacy=False):
-        return  # the names in the files are not the model's
+    if any(isinstance(change, WeightConverter) for change in get_model_conversion_mapping(model, add_legacy=False)):
+        return  # some of the model's tensors are put together from several
     for key in _dense_names(model):
         if not look_up(key)[1].startswith(("F", "BF")):
             raise ValueError(f"{key} should hold floating-point numbers, found {look_up(key)[1]}")
+
+
+def names_in_model(model: PreTrainedModel, keys: Iterable[str]) -> dict[str, str]:
+    """Under which name in `model` transformers loads each tensor of a checkpoint."""
+    changes = get_model_conversion_mapping(model, add_legacy=False)
+    renamings = [change for change in changes if isinstance(change, WeightRenaming)]
+    names = {}
+    for key in sorted(keys):  # as transformers does: some renamings depend on what came before
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        names[key] = name
+    return names
 
 
 def _dense_names(model: PreTrainedModel) -> list[str]:
@@ -217,7 +260,9 @@ def place(model: PreTrainedModel, device_map: Any) -> None:
     if device_map is None:
         return
     if isinstance(device_map, str) and device_map in {"auto", "balanced", "balanced_low_0", "sequential"}:
-        device_map = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or ()))
+        inferred = infer_auto_device_map(model, no_split_module_classes=list(model._no_split_modules or ()))
+        # What would go to disk, as if main memory had no room for it, is there.
+        device_map = {name: "cpu" if device == "disk" else device for name, device in inferred.items()}
     if not isinstance(device_map, dict):
         device_map = {"": device_map}
     if len(set(device_map.values())) == 1:

@@ -317,6 +317,7 @@ def _install(block: nn.Module, name: str, weight: QuantizedWeight) -> None:
         bias=None if bias is None else bias.detach(),
         dtype=parameter.dtype,
     )
+    packed.replaces = type(module)
     parent, _, leaf = name.rpartition(".")
     setattr(block.get_submodule(parent), leaf, packed)
 

@@ -74,6 +74,29 @@ def test_metadata_of_a_checkpoints_card(hub, checkpoint):
         assert said in card.text
 
 
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_the_card_of_an_export_knows_the_base_model_and_the_recipe(hub, checkpoint, tmp_path, format):
+    if format == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    export = export_checkpoint(checkpoint, tmp_path / "export", format)
+    write_card(export, "alice/export")
+    card = ModelCard.load(export / "README.md")
+    assert (card.data.base_model, card.data.license, card.data.language) == (BASE, "apache-2.0", "en")
+    assert f"| base model | `{BASE}` |" in card.text and "| calibration: samples | 4 |" in card.text
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_example_unpacks_what_transformers_cannot_read_packed(checkpoint, tmp_path, symmetric):
+    pytest.importorskip("compressed_tensors")
+    export = export_checkpoint(checkpoint, tmp_path / "export", "compressed-tensors")
+    config = json.loads((export / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"] = symmetric
+    (export / "config.json").write_text(json.dumps(config))
+    (snippet,) = re.findall(r"```python\n(.*?)```", render_card(read_contents(export), "alice/w4").text, re.DOTALL)
+    compile(snippet, "card", "exec")
+    assert ("CompressedTensorsConfig(dequantize=True)" in snippet) != symmetric
+
+
 def test_a_license_of_its_own_name_is_inherited_whole(hub, base_directory, adapter, tmp_path):
     other = shutil.copytree(base_directory, tmp_path / "other")
     header = "---\nlicense: other\nlicense_name: our-license\nlicense_link: LICENSE.md\n---\n"

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="session")
@@ -38,3 +38,10 @@ def tiny_llama():
         eos_token_id=1,
     )
     return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def tiny_gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, vocab_size=128, initializer_range=0.2)
+    return GPT2LMHeadModel(config).eval()

@@ -43,3 +43,10 @@ def test_errors_reach_the_user(files):
     result = run(files, "--bits", "5")
     assert isinstance(result.exception, ValueError) and "bits must be one of" in str(result.exception)
     assert not (files / "out").exists()
+
+
+def test_a_directory_with_an_adapter_is_refused_before_anything_is_read(files):
+    (files / "base" / "adapter_config.json").write_text("{}")
+    result = run(files)
+    assert isinstance(result.exception, ValueError) and "holds an adapter" in str(result.exception)
+    assert not (files / "out").exists()

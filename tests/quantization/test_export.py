@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    Gemma3Config,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
-from lkq_hf.quantization import TwoStageGPTQConfig
+from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.quantization.export import export_checkpoint
 from lkq_hf.quantization.linear import QuantizedLinear
 
@@ -129,6 +137,124 @@ def test_whole_row_groups_and_shards(checkpoint, tmp_path: Path) -> None:
         mine = {kind: load_file(out / index[f"{name}.{kind}"])[f"{name}.{kind}"] for kind in kinds}
         weight = PackedQuantizationCompressor.decompress(mine, scheme)["weight"]
         assert torch.equal(weight, layer.dequantize(weight.dtype))
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_names_in_the_files_may_differ_from_the_models(tokenizer, texts, tmp_path: Path, format: str) -> None:
+    """Gemma 3's language model is `model.language_model` in memory, and `language_model.model` in its files."""
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 32,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        image_token_index=127,
+        boi_token_index=126,
+        eoi_token_index=125,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    settings = TwoStageGPTQConfig(
+        group_size=32, dataset=texts, tokenizer=tokenizer, num_samples=2, model_seqlen=16, preset="paper", stages=()
+    )
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
+    model.save_pretrained(tmp_path / "ours")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    ids = torch.arange(24).view(1, -1)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    out = export_checkpoint(tmp_path / "ours", tmp_path / "export", format)
+    kinds = {name.rpartition(".")[2] for name in load_file(out / "model.safetensors") if "self_attn.q_proj" in name}
+    packed = {"weight_packed", "weight_scale", "weight_shape"}
+    assert kinds >= (packed if format == "compressed-tensors" else {"qweight", "qzeros", "scales", "g_idx"})
+
+
+def test_a_decoder_without_its_head_is_exported(tiny_llama, tokenizer, texts, tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    tiny_llama.model.config.tie_word_embeddings = True
+    tiny_llama.model.save_pretrained(tmp_path / "base")
+    settings = TwoStageGPTQConfig(
+        group_size=32, dataset=texts, tokenizer=tokenizer, num_samples=2, model_seqlen=16, preset="paper", stages=()
+    )
+    AutoModel.from_pretrained(tmp_path / "base", quantization_config=settings).save_pretrained(tmp_path / "ours")
+    out = export_checkpoint(tmp_path / "ours", tmp_path / "export", "compressed-tensors")
+    assert "layers.0.mlp.up_proj.weight_packed" in load_file(out / "model.safetensors")
+    ignored = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert "lm_head" in ignored and not any("proj" in name for name in ignored)
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_experts_and_routers_are_said_to_be_dense(tokenizer, texts, tmp_path: Path, format: str) -> None:
+    """Mixtral holds experts one by one in its files, under `block_sparse_moe`, and fused in memory, under `mlp`."""
+    config = MixtralConfig(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    settings = {"bits": 4, "group_size": 32, "num_samples": 2, "model_seqlen": 16, "preset": "paper", "stages": ()}
+    TwoStageQuantizer.from_pretrained(tmp_path / "base").quantize(
+        tmp_path / "ours", dataset=texts, tokenizer=tokenizer, modules_to_not_convert=["mlp.experts"], **settings
+    )
+    if format == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    out = export_checkpoint(tmp_path / "ours", tmp_path / "export", format)
+    found = json.loads((out / "config.json").read_text())["quantization_config"]
+    patterns = found["dynamic"] if format == "gptq" else found["ignore"]
+
+    def is_dense(name: str) -> bool:
+        regular = [pattern.partition(":")[2] for pattern in patterns if ":" in pattern]
+        return name in patterns or any(re.match(pattern, name) for pattern in regular)
+
+    experts = [f"experts.{index}.{matrix}" for index in range(4) for matrix in ("w1", "w2", "w3")]
+    tensors = load_file(out / "model.safetensors")
+    for name in [*experts, "gate"]:
+        assert f"model.layers.0.block_sparse_moe.{name}.weight" in tensors
+        assert is_dense(f"model.layers.0.block_sparse_moe.{name}")
+    assert is_dense("model.layers.0.block_sparse_moe.experts")
+    assert is_dense("model.layers.0.mlp.experts") and is_dense("model.layers.0.mlp.gate")
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "block_sparse_moe"):
+        assert not is_dense(f"model.layers.0.{name}")
+    assert not is_dense("model.embed_tokens")
+
+
+def test_compressed_tensors_of_conv1d_are_refused(tiny_gpt2, tokenizer, texts, tmp_path: Path) -> None:
+    settings = {"bits": 4, "group_size": 32, "num_samples": 2, "model_seqlen": 16, "preset": "paper", "stages": ()}
+    ours = tmp_path / "ours"
+    TwoStageQuantizer.from_pretrained(tiny_gpt2).quantize(ours, dataset=texts, tokenizer=tokenizer, **settings)
+    with pytest.raises(ValueError, match=r"found Conv1D \(transformer\.h\.0\.attn\.c_attn.*export to gptq"):
+        export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
+    assert (export_checkpoint(ours, tmp_path / "export", "gptq") / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
+def test_what_lies_beside_the_weights_is_copied(checkpoint, tmp_path: Path, format: str) -> None:
+    if format == "compressed-tensors":
+        pytest.importorskip("compressed_tensors")
+    ours, _ = checkpoint(4, True)
+    (ours / "additional_chat_templates").mkdir()
+    (ours / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    (ours / "adapter_config.json").write_text("{}")
+    save_file({"lookahead_kv_tokens": torch.ones(2, 3)}, ours / "adapter_model.safetensors")
+    out = export_checkpoint(ours, tmp_path / "export", format)
+    for name in ("additional_chat_templates/rag.jinja", "adapter_config.json", "adapter_model.safetensors"):
+        assert (out / name).read_bytes() == (ours / name).read_bytes()
+    assert not (out / "model.safetensors.index.json").exists()
 
 
 def test_bad_sources_write_nothing(checkpoint, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import sys
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+from lkq_hf import LookaheadKVConfig
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
 
 
@@ -65,6 +67,18 @@ def test_quantise_on_load_save_and_load_again(base, options, ids, tmp_path, tiny
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
 
 
+def test_models_that_initialise_layers_inside_of_others_load_again(tiny_gpt2, tokenizer, options, ids, tmp_path):
+    tiny_gpt2.save_pretrained(tmp_path / "base")
+    config = TwoStageGPTQConfig(**options, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    model.save_pretrained(tmp_path / "out")
+    # Eager attention reads a mask that is in no checkpoint: GPT-2 makes it where it initialises the layers.
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
+    torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
+    layer = again.transformer.h[0].attn.c_proj
+    assert isinstance(layer, QuantizedLinear) and layer.weight is None
+
+
 @pytest.mark.parametrize("bits", [2, 3, 8])
 @pytest.mark.parametrize("sym", [False, True])
 def test_dequantize_gives_a_plain_model_with_the_same_logits(base, options, ids, bits, sym):
@@ -77,6 +91,31 @@ def test_dequantize_gives_a_plain_model_with_the_same_logits(base, options, ids,
     assert not hasattr(plain.config, "quantization_config")
 
 
+@pytest.mark.parametrize("loaded", [False, True])
+def test_dequantize_puts_back_layers_of_the_kind_that_was_there(tiny_gpt2, tokenizer, options, ids, tmp_path, loaded):
+    tiny_gpt2.save_pretrained(tmp_path / "base")
+    config = TwoStageGPTQConfig(**options, tokenizer=tokenizer)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+    if loaded:
+        model.save_pretrained(tmp_path / "out")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    before = logits(model, ids)
+    model.dequantize().save_pretrained(tmp_path / "plain")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    torch.testing.assert_close(logits(again, ids), before, rtol=1e-4, atol=1e-4)
+
+
+def test_dequantize_takes_the_name_of_a_dtype_which_saving_leaves_in_the_config(base, options, tmp_path):
+    TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
+    for saved, dtype, expected in ((True, None, torch.float32), (False, "bfloat16", torch.bfloat16)):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        if saved:
+            model.save_pretrained(tmp_path / "again")
+        assert model.dequantize(dtype).model.layers[0].mlp.up_proj.weight.dtype == expected
+    with pytest.raises(ValueError, match="dtype must be a torch dtype or the name of one, found 'half-ish'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out").dequantize("half-ish")
+
+
 def test_dtype_and_device_map_at_load_keep_the_stored_format(base, options, ids, tmp_path):
     TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16, device_map="cpu")
@@ -84,6 +123,20 @@ def test_dtype_and_device_map_at_load_keep_the_stored_format(base, options, ids,
     assert layer.scales.dtype == torch.float16 and layer.qweight.dtype == torch.int32
     assert layer.bias.dtype == torch.bfloat16 and model.lm_head.weight.dtype == torch.bfloat16
     assert logits(model, ids).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("device_map", [{"": "disk"}, {"model.layers.1": "disk", "": "cpu"}])
+def test_a_device_map_with_disk_is_refused_before_quantising(base, options, device_map):
+    config = TwoStageGPTQConfig(**options)
+    with pytest.raises(ValueError, match="leaves a part of the model on disk"):
+        AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map=device_map)
+
+
+def test_what_auto_would_put_on_disk_stays_in_main_memory(base, options, monkeypatch):
+    monkeypatch.setattr("lkq_hf.quantization.quantizer.infer_auto_device_map", lambda *_, **__: {"": "disk"})
+    config = TwoStageGPTQConfig(**options)
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="auto")
+    assert model.device.type == "cpu"
 
 
 def test_the_decoder_loads_without_its_head(base, options, ids, tmp_path):
@@ -224,8 +277,6 @@ def test_damaged_checkpoints_are_refused_before_they_answer_wrongly(base, option
 
 
 def test_lora_trains_on_top(base, options, ids):
-    from peft import LoraConfig, get_peft_model
-
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=TwoStageGPTQConfig(**options))
     before = logits(model, ids)
     packed = {name: buffer.clone() for name, buffer in model.named_buffers() if "qweight" in name}
@@ -308,3 +359,40 @@ def test_layers_can_be_chosen(base, options, tmp_path, ids):
         model.save_pretrained(tmp_path / str(expected))
         again = AutoModelForCausalLM.from_pretrained(tmp_path / str(expected))
         assert torch.equal(logits(model, ids), logits(again, ids))
+
+
+@pytest.mark.parametrize("form", ["in memory", "directory", "block by block"])
+def test_quantised_models_are_not_quantised_again(base, options, tmp_path, form):
+    first = {**options, "modules_to_not_convert": ["mlp"]}
+    model = TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **first)
+    quantizer = TwoStageQuantizer.from_pretrained(model if form == "in memory" else tmp_path / "out")
+    with pytest.raises(ValueError, match="expected a model in full precision, found one that is quantised already"):
+        quantizer.quantize(tmp_path / "again", **{**options, "bits": 3}, block_by_block=form == "block by block")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def lora_in_the_model(model):
+    model.add_adapter(LoraConfig(r=32))
+    return model
+
+
+def lora_inside_a_peft_model(model):
+    return get_peft_model(model, LoraConfig(r=4)).get_base_model()
+
+
+def lookahead_without_lora(model):
+    model.add_adapter(LookaheadKVConfig(num_lookahead_tokens=4, target_modules=[]))
+    return model
+
+
+@pytest.mark.parametrize("add", [lora_in_the_model, lora_inside_a_peft_model, lookahead_without_lora])
+def test_models_with_adapters_are_refused(tiny_llama, tokenizer, options, tmp_path, add):
+    quantizer = TwoStageQuantizer.from_pretrained(add(tiny_llama))
+    with pytest.raises(ValueError, match="expected a model without adapters"):
+        quantizer.quantize(tmp_path / "out", tokenizer=tokenizer, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_peft_model_is_no_model_to_quantise(tiny_llama):
+    with pytest.raises(TypeError, match=r"found PeftModel; .* what merge_and_unload"):
+        TwoStageQuantizer.from_pretrained(get_peft_model(tiny_llama, LoraConfig(r=4)))

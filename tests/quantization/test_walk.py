@@ -7,6 +7,8 @@ import torch
 from models import tiny_model
 from torch import nn
 from transformers import (
+    FalconConfig,
+    FalconForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
@@ -390,6 +392,12 @@ def test_fused_experts_are_refused_by_name_unless_left_out(tokens):
     suggested = str(error.value).split("modules_to_not_convert=[")[1].split("]")[0].strip("'")
     report = walk(model, tokens, config(modules_to_not_convert=[suggested]))
     assert {entry.name.split(".")[-1] for entry in report.layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_blocks_with_linears_of_another_class_alone_are_refused_by_its_name():
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    with pytest.raises(ValueError, match=r"expected nn\.Linear or Conv1D; FalconLinear may compute something else"):
+        find_layers(FalconForCausalLM(FalconConfig(**sizes)), config())
 
 
 def test_shared_weights_are_refused_by_name(tiny_llama):
