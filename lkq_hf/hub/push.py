@@ -6,11 +6,11 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi, ModelCard
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, EvalResult, HfApi
 from huggingface_hub.utils import filter_repo_objects
 
 from lkq_hf import __version__
-from lkq_hf.hub.cards import CARD, find_base_model, has_card, is_unfilled, render_card, write_card
+from lkq_hf.hub.cards import CARD, find_base_model, has_card, render_card, write_card
 from lkq_hf.hub.contents import Contents, check_complete, read_contents
 from lkq_hf.hub.errors import explained
 
@@ -118,8 +118,7 @@ def _replaced_files(api: HfApi, contents: Contents, repo_id: str, revision: str 
 def _repository_has_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
     if not api.file_exists(repo_id, CARD, revision=revision):
         return False
-    path = api.hf_hub_download(repo_id, CARD, revision=revision)
-    return not is_unfilled(ModelCard.load(path))
+    return has_card(Path(api.hf_hub_download(repo_id, CARD, revision=revision)).parent)
 
 
 def add_card_to_pushes(model: Any) -> None:

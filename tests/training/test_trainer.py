@@ -309,7 +309,7 @@ def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
     # The documents need not be there any more.
     (tmp_path / "documents.jsonl").unlink()
     result = runner.invoke(app, [*command, "--seed", "1"])
-    assert isinstance(result.exception, ValueError) and "choose another directory" in str(result.exception)
+    assert isinstance(result.exception, ValueError) and "seed was 0, now 1" in str(result.exception)
     result = runner.invoke(app, command)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "train: 4 prompts with responses" in result.output
