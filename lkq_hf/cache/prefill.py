@@ -234,12 +234,20 @@ def _remember_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> 
     """Guards a multimodal model's forward: some give their decoder masks made from the one that they were given."""
     if torch.compiler.is_compiling():
         return forward(*args, **kwargs)
-    names = signature(type(forward.__self__).forward).parameters  # type: ignore[attr-defined]
-    outer, _thread.outer_inputs = _thread.outer_inputs, dict(zip([*names][1:], args, strict=False)) | kwargs
+    model: Any = forward.__self__  # type: ignore[attr-defined]
+    outer, _thread.outer_inputs = _thread.outer_inputs, _by_name(model, args, kwargs)
     try:
         return forward(*args, **kwargs)
     finally:
         _thread.outer_inputs = outer
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the model's forward by their names."""
+    if not args:
+        return kwargs
+    names = list(signature(type(model).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
 
 
 def _abandon_prefill() -> None:
@@ -254,9 +262,7 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     # An interrupt may also come between this function and the forward that it prepares.
     _abandon_prefill()
     refuse_replica(decoder)
-    if args:
-        names = list(signature(type(decoder).forward).parameters)[1:]
-        kwargs = dict(zip(names, args, strict=False)) | kwargs
+    kwargs = _by_name(decoder, args, kwargs)
     cache = kwargs.get("past_key_values")
     if not isinstance(cache, LookaheadCache) or cache.has_prompt:
         return None
@@ -268,14 +274,14 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     budget = cache.entries_to_keep(length)
     if budget == length:
         return None
-    suffix = scorer.suffix(decoder)
     given_mask = kwargs.get("attention_mask")
-    if isinstance(given_mask, dict):
+    if isinstance(given_mask, dict) and _thread.outer_inputs:
         given_mask = _thread.outer_inputs.get("attention_mask")
-        if suffix is not None:
-            _refuse_masks_of_pictures(decoder, kwargs, given_mask)
-            kwargs = kwargs | {"attention_mask": given_mask}  # the decoder makes the same of it, but longer
     mask = _padding_mask(given_mask, length)
+    suffix = scorer.suffix(decoder)
+    if suffix is not None and given_mask is not kwargs.get("attention_mask"):
+        _refuse_masks_of_pictures(decoder, kwargs, given_mask)
+        kwargs = kwargs | {"attention_mask": given_mask}  # the decoder makes the same of it, but longer
     kwargs, suffix_length = _append_suffix(decoder, kwargs, suffix, length)
     for layer in cache.layers:
         if isinstance(layer, EvictedLayer):

@@ -122,6 +122,9 @@ def test_pictures_for_a_multimodal_model():
         "attention_mask": torch.ones_like(ids),
     }
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    with pytest.raises(ValueError, match="prepared mask"):
+        masks = {"full_attention": None, "sliding_attention": None}
+        model.get_decoder()(ids, attention_mask=masks, past_key_values=LookaheadCache(9, "snapkv"))
     plain = model.generate(**inputs, **options)
     cache = LookaheadCache(budget=9, scorer="snapkv")
     found = model.generate(**inputs, **options, past_key_values=cache)
