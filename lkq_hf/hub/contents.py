@@ -6,17 +6,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.utils import filter_repo_objects
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.registration import NAME as PEFT_TYPE
 from lkq_hf.files import read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
 from lkq_hf.quantization.export import RECIPE
-from lkq_hf.quantization.quantizer import check_checkpoint, replace_by_packed
+from lkq_hf.quantization.quantizer import packed_model, tensor_headers
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -158,13 +156,9 @@ def _check_adapter(contents: Contents, tensors: dict[str, list[int]]) -> None:
 def _check_checkpoint(contents: Contents) -> None:
     if contents.quantization["quant_method"] != QUANT_METHOD:
         return  # exports: their own libraries know what belongs into them
-    config = AutoConfig.from_pretrained(contents.directory)
     settings = TwoStageGPTQConfig.from_dict(dict(contents.quantization))
-    del config.quantization_config
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    files = [str(path) for path in contents.weight_files if path.name != ADAPTER_WEIGHTS]
-    check_checkpoint(model, replace_by_packed(model, settings), files)
+    files = [path for path in contents.weight_files if path.name != ADAPTER_WEIGHTS]
+    packed_model(contents.directory, settings, tensor_headers(files))
 
 
 def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import use_triton
+from lkq_hf.kernels.dispatch import FLOAT32_ONLY, use_triton
 
 
 def descend_columns_reference(
@@ -39,7 +39,7 @@ def descend_columns(
     Returns:
         The new integers, and the change of the dequantised weights, both `[columns, rows]`.
     """
-    if use_triton(residual, dtypes=frozenset({torch.float32})):
+    if use_triton(residual, dtypes=FLOAT32_ONLY):
         from lkq_hf.kernels.descend_columns_triton import descend_columns_triton
 
         return descend_columns_triton(residual, hessian, integers, scale, largest)

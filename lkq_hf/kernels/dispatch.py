@@ -10,6 +10,7 @@ ENVIRONMENT_VARIABLE = "LKQ_KERNELS"
 """``torch`` or ``triton`` forces that implementation everywhere; unset or empty lets each call choose."""
 
 FLOATING_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
+FLOAT32_ONLY = frozenset({torch.float32})
 
 _OLDEST_CUDA_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies start with Ampere
 

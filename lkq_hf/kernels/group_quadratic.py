@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import use_triton
+from lkq_hf.kernels.dispatch import FLOAT32_ONLY, use_triton
 
 TRITON_GROUP_SIZES = (32, 64, 128)
 
@@ -28,7 +28,7 @@ def group_quadratic(levels: Tensor, hessian: Tensor) -> Tensor:
             `[rows, groups, group_size]`, contiguous.
         hessian: symmetric, float32 `[groups * group_size, groups * group_size]`, contiguous.
     """
-    if levels.shape[-1] in TRITON_GROUP_SIZES and use_triton(levels, hessian, dtypes=frozenset({torch.float32})):
+    if levels.shape[-1] in TRITON_GROUP_SIZES and use_triton(levels, hessian, dtypes=FLOAT32_ONLY):
         from lkq_hf.kernels.group_quadratic_triton import group_quadratic_triton
 
         return group_quadratic_triton(levels, hessian)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import use_triton
+from lkq_hf.kernels.dispatch import FLOAT32_ONLY, use_triton
 
 
 def round_columns_reference(
@@ -35,7 +35,7 @@ def round_columns(block: Tensor, scale: Tensor, zero: Tensor, unit: Tensor, larg
     Returns:
         Integers in `0 .. largest` and the errors `e`, both `[columns, rows]`.
     """
-    if use_triton(block, dtypes=frozenset({torch.float32})):
+    if use_triton(block, dtypes=FLOAT32_ONLY):
         from lkq_hf.kernels.round_columns_triton import round_columns_triton
 
         return round_columns_triton(block, scale, zero, unit, largest)

@@ -16,7 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_WEIGHTS
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -25,7 +25,7 @@ from lkq_hf.files import check_free, new_directory, read_json
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import checkpoint_format
-from lkq_hf.quantization.quantizer import check_checkpoint, names_in_model, replace_by_packed
+from lkq_hf.quantization.quantizer import Headers, names_in_model, packed_model, tensor_headers
 
 FORMATS = ("gptq", "compressed-tensors")
 
@@ -73,10 +73,10 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     files = sorted(path for path in source.glob("*.safetensors") if path.name != ADAPTER_WEIGHTS)
     if not files:
         raise FileNotFoundError(f"{source} has no .safetensors file; only safetensors checkpoints can be exported")
-    model = _packed_model(source, ours, files)
-    shapes = _shapes(files)
-    packed = {key.removesuffix(".qweight") for key in shapes if key.endswith(".qweight")}
-    single, several = _dense_names(model, shapes)
+    headers = tensor_headers(files)
+    model = packed_model(source, ours, headers)
+    packed = {key.removesuffix(".qweight") for key in headers if key.endswith(".qweight")}
+    single, several = _dense_names(model, headers)
 
     convert: Callable[[str, Tensor], dict[str, Tensor]]
     if format == "gptq":
@@ -103,16 +103,6 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     return out
 
 
-def _packed_model(source: Path, config: TwoStageGPTQConfig, files: list[Path]) -> PreTrainedModel:
-    """The model on the meta device, its layers packed, after comparing files and configuration."""
-    model_config = AutoConfig.from_pretrained(source)
-    del model_config.quantization_config
-    with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)
-    check_checkpoint(model, replace_by_packed(model, config), [str(file) for file in files])
-    return model
-
-
 def _refuse_conv1d(model: PreTrainedModel) -> None:
     transposed = [
         name
@@ -126,7 +116,7 @@ def _refuse_conv1d(model: PreTrainedModel) -> None:
         )
 
 
-def _dense_names(model: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[list[str], list[str]]:
+def _dense_names(model: PreTrainedModel, headers: Headers) -> tuple[list[str], list[str]]:
     """Names of what is not packed and may be a Linear to another engine: single ones, and modules that hold several.
 
     Experts are fused in the model and single in the files, or both, or neither; engines go by either one's names.
@@ -135,31 +125,24 @@ def _dense_names(model: PreTrainedModel, shapes: dict[str, list[int]]) -> tuple[
     packed = {name for name, module in modules.items() if isinstance(module, QuantizedLinear)}
     single = {name for name, module in modules.items() if isinstance(module, nn.Linear) and name not in packed}
     several = set()
-    for key, name in names_in_model(model, shapes).items():
+    for key, name in names_in_model(model, headers).items():
+        shape, _ = headers[key]
         in_file, _, _ = key.rpartition(".")
         owner, _, _ = name.rpartition(".")
         while owner not in modules:
             owner, _, _ = owner.rpartition(".")
         no_linear = isinstance(modules[owner], nn.Embedding | nn.modules.conv._ConvNd)
-        if len(shapes[key]) < 2 or f"{in_file}.qweight" in shapes or no_linear:
+        if len(shape) < 2 or f"{in_file}.qweight" in headers or no_linear:
             continue
         below = name.removeprefix(owner)
         names = {owner, key.removesuffix(below) if key.endswith(below) else in_file}
         if not owner or any(layer.startswith(f"{owner}.") for layer in packed):
             single.add(in_file)
-        elif len(shapes[key]) == 2 and below.count(".") == 1:
+        elif len(shape) == 2 and below.count(".") == 1:
             single |= names
         else:
             several |= names
     return sorted(single), sorted(several)
-
-
-def _shapes(files: list[Path]) -> dict[str, list[int]]:
-    shapes: dict[str, list[int]] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            shapes |= {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a dict
-    return shapes
 
 
 def _gptq_config(config: TwoStageGPTQConfig, single: list[str], several: list[str]) -> dict[str, Any]:

@@ -1,13 +1,14 @@
 """The `HfQuantizer`: what `from_pretrained` and `save_pretrained` do for two-stage GPTQ checkpoints."""
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.pytorch_utils import Conv1D
@@ -66,7 +67,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
             # Until all is loaded: some models initialise a layer's weight when they initialise what holds the layer.
             vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         if checkpoint_files:
-            check_checkpoint(model, packed, checkpoint_files)
+            check_checkpoint(model, packed, tensor_headers(checkpoint_files))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
@@ -173,30 +174,57 @@ def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
     return model
 
 
-def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear], files: Sequence[str]) -> None:
-    """Compares the headers of safetensors files with what the configuration expects, before anything is loaded.
+Headers = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and type, by safetensors' name for it, of each tensor of a checkpoint."""
+
+
+def tensor_headers(files: Iterable[str | Path]) -> Headers:
+    """What safetensors files say of their tensors.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    headers: Headers = {}
+    for path in files:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  # not a dict
+                    header = file.get_slice(key)
+                    headers[key] = (tuple(header.get_shape()), header.get_dtype())
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or truncated ({error}); download or write it again") from error
+    return headers
+
+
+def packed_model(directory: Path, config: TwoStageGPTQConfig, headers: Headers) -> PreTrainedModel:
+    """The model of a checkpoint of ours on the meta device, with packed layers, compared with its files.
+
+    Raises:
+        ValueError: files and configuration disagree (`check_checkpoint`).
+    """
+    model_config = AutoConfig.from_pretrained(directory)
+    del model_config.quantization_config
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(model_config)
+    check_checkpoint(model, replace_by_packed(model, config), headers)
+    return model
+
+
+def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear], headers: Headers) -> None:
+    """Compares the tensors of a checkpoint with what the configuration expects, before anything is loaded.
 
     Transformers only warns about missing tensors, and would go on with whatever was in memory.
 
     Args:
         model: with its packed layers in place.
         packed: those layers (`replace_by_packed`).
-        files: of the checkpoint.
+        headers: of the checkpoint's files (`tensor_headers`).
 
     Raises:
-        ValueError: a tensor of the language model is missing or has another shape or type, a layer is packed in the
-            files and not in the configuration, or a file is damaged.
+        ValueError: a tensor of the language model is missing or has another shape or type, or a layer is packed in the
+            files and not in the configuration.
     """
-    found: dict[str, tuple[tuple[int, ...], str]] = {}
-    for path in files:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118  # not a dict
-                    header = file.get_slice(key)
-                    found[key] = (tuple(header.get_shape()), header.get_dtype())
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or truncated ({error}); download or write it again") from error
-    found = {name: found[key] for key, name in names_in_model(model, found).items()}
+    found = {name: headers[key] for key, name in names_in_model(model, headers).items()}
     base = model.base_model_prefix
 
     def look_up(key: str) -> tuple[tuple[int, ...], str]:

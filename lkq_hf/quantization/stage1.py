@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import use_triton
+from lkq_hf.kernels.dispatch import FLOAT32_ONLY, use_triton
 from lkq_hf.quantization.grid import group_range, scales_of_range, symmetric_range
 
 SMALLEST_SHRINK = 20  # per cent of the group's range
@@ -37,7 +37,7 @@ def search_scales(
         groups = columns // group_size
         blocks = hessian.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
         blocks = blocks.contiguous()
-        if use_triton(weight, dtypes=frozenset({torch.float32})):
+        if use_triton(weight, dtypes=FLOAT32_ONLY):
             from lkq_hf.kernels.search_scales_triton import GROUP_SIZES, search_scales_triton
 
             if group_size in GROUP_SIZES:
