@@ -5,7 +5,13 @@ from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompileConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from lkq_hf import LookaheadKVConfig
 from lkq_hf.adapter.model import adapter_parameters
@@ -53,6 +59,23 @@ def tiny_model(architecture="llama", attention="eager", seed=0, **changes):
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def tiny_gemma3_with_pictures(attention="eager"):
+    """A language model inside of a multimodal one; token 3 stands for a part of a picture."""
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config=tiny_config("gemma3").to_dict(),
+        vision_config=vision | {"image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=4,
+        image_token_index=3,
+        initializer_range=0.2,
+    )
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    return model
 
 
 def add_lookahead(model, name="default", seed=1, **config):

@@ -12,12 +12,11 @@ from models import (
     positions,
     prompt_ids,
     scores_of,
-    tiny_config,
+    tiny_gemma3_with_pictures,
     tiny_model,
     top_entries,
 )
 from reference import assert_as_masked, generate
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 
@@ -79,26 +78,10 @@ def test_adapters_attach(architecture, changes):
         assert torch.equal(cache.layers[layer].kept_indices[1:], indices)
 
 
-def gemma3_with_pictures(attention="eager"):
-    torch.manual_seed(0)
-    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = Gemma3Config(
-        text_config=tiny_config("gemma3").to_dict(),
-        vision_config=vision | {"image_size": 28, "patch_size": 14},
-        mm_tokens_per_image=4,
-        image_token_index=3,
-        initializer_range=0.2,
-    )
-    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=attention).eval()
-    model.generation_config.eos_token_id = None
-    model.generation_config.pad_token_id = 0
-    return model
-
-
 @item("multimodal models that make their decoder's masks (Gemma 3): prompts of text")
 @pytest.mark.parametrize(("attention", "static"), [("eager", False), ("sdpa", False), ("sdpa", True)])
 def test_text_for_a_multimodal_model(attention, static):
-    model, base = gemma3_with_pictures(attention), gemma3_with_pictures()
+    model, base = tiny_gemma3_with_pictures(attention), tiny_gemma3_with_pictures()
     add_lookahead(model)
     ids, mask = left_padded([prompt_ids(1, 40)[0] + 1, prompt_ids(1, 27, seed=1)[0] + 1])
     ids = ids % 160
@@ -111,7 +94,7 @@ def test_text_for_a_multimodal_model(attention, static):
 
 @item("multimodal models that make their decoder's masks (Gemma 3): pictures, with a scorer that appends no tokens")
 def test_pictures_for_a_multimodal_model():
-    model = gemma3_with_pictures()
+    model = tiny_gemma3_with_pictures()
     prepare_model_for_eviction(model)
     ids = prompt_ids(1, 40) + 1
     ids[0, 5:9] = 3

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_gemma3_with_pictures, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     CompressedTensorsConfig,
-    Gemma3Config,
-    MixtralConfig,
     PreTrainedModel,
 )
 
@@ -52,6 +51,13 @@ def checkpoint(tiny_llama, tokenizer, texts, tmp_path):
         return tmp_path / "ours", model
 
     return make
+
+
+@pytest.fixture
+def quick(tokenizer, texts):
+    """Settings for tests that do not look at how well a model is quantised."""
+    rounding = {"bits": 4, "group_size": 32, "preset": "paper", "stages": ()}
+    return {**rounding, "dataset": texts, "tokenizer": tokenizer, "num_samples": 2, "model_seqlen": 16}
 
 
 def packed_layers(model: PreTrainedModel) -> dict[str, QuantizedLinear]:
@@ -140,35 +146,10 @@ def test_whole_row_groups_and_shards(checkpoint, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
-def test_names_in_the_files_may_differ_from_the_models(tokenizer, texts, tmp_path: Path, format: str) -> None:
+def test_names_in_the_files_may_differ_from_the_models(quick, tmp_path: Path, format: str) -> None:
     """Gemma 3's language model is `model.language_model` in memory, and `language_model.model` in its files."""
-    config = Gemma3Config(
-        text_config={
-            "vocab_size": 128,
-            "hidden_size": 64,
-            "intermediate_size": 64,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "head_dim": 32,
-        },
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        mm_tokens_per_image=4,
-        image_token_index=127,
-        boi_token_index=126,
-        eoi_token_index=125,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    settings = TwoStageGPTQConfig(
-        group_size=32, dataset=texts, tokenizer=tokenizer, num_samples=2, model_seqlen=16, preset="paper", stages=()
-    )
+    tiny_gemma3_with_pictures().save_pretrained(tmp_path / "base")
+    settings = TwoStageGPTQConfig(**quick)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=settings)
     model.save_pretrained(tmp_path / "ours")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
@@ -180,13 +161,11 @@ def test_names_in_the_files_may_differ_from_the_models(tokenizer, texts, tmp_pat
     assert kinds >= (packed if format == "compressed-tensors" else {"qweight", "qzeros", "scales", "g_idx"})
 
 
-def test_a_decoder_without_its_head_is_exported(tiny_llama, tokenizer, texts, tmp_path: Path) -> None:
+def test_a_decoder_without_its_head_is_exported(tiny_llama, quick, tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     tiny_llama.model.config.tie_word_embeddings = True
     tiny_llama.model.save_pretrained(tmp_path / "base")
-    settings = TwoStageGPTQConfig(
-        group_size=32, dataset=texts, tokenizer=tokenizer, num_samples=2, model_seqlen=16, preset="paper", stages=()
-    )
+    settings = TwoStageGPTQConfig(**quick)
     AutoModel.from_pretrained(tmp_path / "base", quantization_config=settings).save_pretrained(tmp_path / "ours")
     out = export_checkpoint(tmp_path / "ours", tmp_path / "export", "compressed-tensors")
     assert "layers.0.mlp.up_proj.weight_packed" in load_file(out / "model.safetensors")
@@ -195,21 +174,12 @@ def test_a_decoder_without_its_head_is_exported(tiny_llama, tokenizer, texts, tm
 
 
 @pytest.mark.parametrize("format", ["gptq", "compressed-tensors"])
-def test_experts_and_routers_are_said_to_be_dense(tokenizer, texts, tmp_path: Path, format: str) -> None:
+def test_experts_and_routers_are_said_to_be_dense(quick, tmp_path: Path, format: str) -> None:
     """Mixtral holds experts one by one in its files, under `block_sparse_moe`, and fused in memory, under `mlp`."""
-    config = MixtralConfig(
-        vocab_size=128,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
-    settings = {"bits": 4, "group_size": 32, "num_samples": 2, "model_seqlen": 16, "preset": "paper", "stages": ()}
+    model = tiny_model("mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+    model.save_pretrained(tmp_path / "base")
     TwoStageQuantizer.from_pretrained(tmp_path / "base").quantize(
-        tmp_path / "ours", dataset=texts, tokenizer=tokenizer, modules_to_not_convert=["mlp.experts"], **settings
+        tmp_path / "ours", **quick, modules_to_not_convert=["mlp.experts"]
     )
     if format == "compressed-tensors":
         pytest.importorskip("compressed_tensors")
@@ -233,10 +203,9 @@ def test_experts_and_routers_are_said_to_be_dense(tokenizer, texts, tmp_path: Pa
     assert not is_dense("model.embed_tokens")
 
 
-def test_compressed_tensors_of_conv1d_are_refused(tiny_gpt2, tokenizer, texts, tmp_path: Path) -> None:
-    settings = {"bits": 4, "group_size": 32, "num_samples": 2, "model_seqlen": 16, "preset": "paper", "stages": ()}
+def test_compressed_tensors_of_conv1d_are_refused(tiny_gpt2, quick, tmp_path: Path) -> None:
     ours = tmp_path / "ours"
-    TwoStageQuantizer.from_pretrained(tiny_gpt2).quantize(ours, dataset=texts, tokenizer=tokenizer, **settings)
+    TwoStageQuantizer.from_pretrained(tiny_gpt2).quantize(ours, **quick)
     with pytest.raises(ValueError, match=r"found Conv1D \(transformer\.h\.0\.attn\.c_attn.*export to gptq"):
         export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
     assert (export_checkpoint(ours, tmp_path / "export", "gptq") / "model.safetensors").is_file()
