@@ -1,21 +1,64 @@
-"""Watching the attention of a model while one forward runs, without changing the model.
+"""Taking part in the attention of a model while one forward runs, without changing the model.
 
-transformers models look their attention function up by name in ``ALL_ATTENTION_FUNCTIONS`` at every call. While
-:func:`observe_attention` is active, that name leads to a function that runs the original and then shows queries and
-keys to an observer. The entry is put back afterwards. Other threads, and other models in the same thread, pass
-through: the observer belongs to the thread that set it.
+transformers models look their attention function up by the name in their config. :func:`start_attending` names one
+that is registered here by transformers' own :class:`~transformers.AttentionInterface`; it runs the original, and what
+the thread that called has asked for around it. The name is put back afterwards. Other threads, and other models in
+the same thread, pass through to the original.
 """
 
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+PREFIX = "lookahead|"
+"""What is put before the name of an attention implementation to go through this file."""
+
+
+@dataclass
+class AttentionCall:
+    """One call of a model's attention function.
+
+    Attributes:
+        module: the attention module; its ``layer_idx`` says which layer of the cache it fills.
+        implementation: the name of the original function, such as "sdpa".
+        query: ``[batch, heads, queries, head_dim]``.
+        key, value: ``[batch, kv_heads, length, head_dim]``, as the cache returned them.
+        mask: what the model made for this implementation.
+        options: the other arguments by name, such as ``scaling``, ``dropout`` and ``softcap``.
+    """
+
+    module: nn.Module
+    implementation: str
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    mask: Any
+    options: dict[str, Any]
+
+    @property
+    def scaling(self) -> float:
+        """Factor on the dot products."""
+        scaling = self.options.get("scaling")
+        return self.query.shape[-1] ** -0.5 if scaling is None else scaling
+
+    def run(self) -> Any:
+        """What the original returns."""
+        original = _original(self.module, self.implementation)
+        return original(self.module, self.query, self.key, self.value, self.mask, **self.options)
+
+
+Attend = Callable[[AttentionCall], Any]
+"""Called in the place of each attention; returns what it should return."""
 
 Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], None]
 """Called after each attention with (module, query, key, value, keyword arguments of the attention function).
@@ -30,10 +73,12 @@ Bias = Callable[[nn.Module, torch.Tensor], torch.Tensor | None]
 
 
 class _ThreadState(threading.local):
+    """What this thread has asked for. Set per instance: torch.compile of torch 2.11 reads defaults of the class."""
+
     def __init__(self) -> None:
-        # Not defaults of the class, which torch.compile of torch 2.11 reads in the place of what a thread has set.
-        self.observer: Observer | None = None
-        self.bias: Bias | None = None
+        self.attend: Attend | None = None
+        # Whether `attend` may become part of a compiled graph. Others are called outside of it, anew each time.
+        self.attend_compiles = False
         # The last positions of the running forward on which lookahead adapters are active, and its batch and length.
         self.lookahead_length = 0
         self.token_shape = (0, 0)
@@ -41,123 +86,127 @@ class _ThreadState(threading.local):
 
 thread_state = _ThreadState()
 
-DECODE_ATTENTION = "lookahead_decode"
-"""What a model's "sdpa" is called while a cache with static shapes is filled (:mod:`lkq_hf.cache.decode`)."""
-_SDPA = ("sdpa", DECODE_ATTENTION)
+
+def _original(module: nn.Module, implementation: str) -> Callable[..., Any]:
+    """The attention function that ``module`` would call by this name: a shared one, or one of its modeling file."""
+    file = sys.modules[type(module).__module__]
+    if implementation == "eager":
+        return file.eager_attention_forward
+    registry = getattr(file, "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+    function: Callable[..., Any] = registry[implementation]
+    if "flash" in implementation:
+        return lambda module, *args, **options: function(_Named(module, implementation), *args, **options)
+    return function
+
+
+class _Named:
+    """A module whose config names another attention implementation: flash attention loads its kernel by that name."""
+
+    def __init__(self, module: Any, implementation: str) -> None:
+        self._module = module
+        self._implementation = implementation
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "config":
+            return _Named(self._module.config, self._implementation)
+        if name == "_attn_implementation":
+            return self._implementation
+        return getattr(self._module, name)
+
+
+def _register(implementation: str) -> str:
+    """The name by which ``implementation`` goes through this file, registered with transformers."""
+    name = PREFIX + implementation
+    if name not in AttentionInterface._global_mapping:
+
+        def attention_forward(
+            module: nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            attention_mask: Any,
+            **options: Any,
+        ) -> Any:
+            call = AttentionCall(module, implementation, query, key, value, attention_mask, options)
+            attend = thread_state.attend
+            if attend is None:
+                return call.run()
+            if torch.compiler.is_compiling() and not thread_state.attend_compiles:
+                return _attend_uncompiled(call)
+            return attend(call)
+
+        AttentionInterface.register(name, attention_forward)
+        mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
+        if mask is not None:
+            AttentionMaskInterface.register(name, mask)
+    return name
+
+
+@torch.compiler.disable
+def _attend_uncompiled(call: AttentionCall) -> Any:
+    # A compiled forward would hold on to what one thread asked for once.
+    return call.run() if thread_state.attend is None else thread_state.attend(call)
+
+
+for _implementation in ("eager", "sdpa", "flex_attention", "flash_attention_2", "flash_attention_3"):
+    _register(_implementation)
 
 _lock = threading.RLock()
-# (registry, attention implementation) -> number of forwards that observe it now, over all threads, and the entry that
-# was local to the registry before.
-_observed: dict[tuple[int, str], tuple[int, Callable[..., Any] | None]] = {}
+# id of a config -> how many forwards go through this file now, over all threads, and the name to put back.
+_renamed: dict[int, tuple[int, str]] = {}
+_configs: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
 
 
-def attention_registry(decoder: nn.Module) -> Any:
-    """The attention functions that the modelling file of ``decoder`` looks up: the shared ones, or its own."""
-    return getattr(sys.modules[type(decoder).__module__], "ALL_ATTENTION_FUNCTIONS", ALL_ATTENTION_FUNCTIONS)
+def implementation_of(config: Any) -> str:
+    """The attention implementation that ``config`` names, also while a forward goes through this file."""
+    name: str = config._attn_implementation
+    return name.removeprefix(PREFIX)
 
 
-def _run_original(original: Callable[..., Any] | None, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if original is None:
-        # "eager" is not in the registry: every modelling file brings its own.
-        original = sys.modules[type(module).__module__].eager_attention_forward
-    return original(module, *args, **kwargs)
+def _configs_of(decoder: nn.Module) -> list[Any]:
+    """The configs in which the attention modules of ``decoder`` look up the name."""
+    if decoder not in _configs:
+        modules = [decoder, *(module for module in decoder.modules() if hasattr(module, "layer_idx"))]
+        found = {id(config): config for module in modules if (config := getattr(module, "config", None)) is not None}
+        _configs[decoder] = [config for config in found.values() if hasattr(config, "_attn_implementation")]
+    return _configs[decoder]
 
 
-def _wrap(original: Callable[..., Any] | None) -> Callable[..., Any]:
-    def observed_attention(
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if thread_state.bias is not None and (bias := thread_state.bias(module, query)) is not None:
-            attention_mask = bias
-        output = _run_original(original, module, query, key, value, attention_mask, *args, **kwargs)
-        # A compiled forward would hold on to one observer. Elsewhere the guard against that would only cost time.
-        show = _show_uncompiled if torch.compiler.is_compiling() else _show
-        show(module, query, key, value, kwargs)
-        return output
+def start_attending(decoder: PreTrainedModel, attend: Attend, compiles: bool = False) -> Callable[[], None]:
+    """Calls ``attend`` for every attention of ``decoder`` in this thread until the returned function is called.
 
-    return observed_attention
-
-
-def _show(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, options: dict[str, Any]
-) -> None:
-    if thread_state.observer is not None:
-        thread_state.observer(module, query, key, value, options)
-
-
-_show_uncompiled = torch.compiler.disable(_show)
-
-
-class _Overrides(dict[str, Callable[..., Any]]):
-    """The entries local to a registry, which looks for a key before it reads it: an entry that another thread takes
-    out in between is read from the library-wide ones, and not missed."""
-
-    def __init__(self, registry: Any) -> None:
-        super().__init__(registry._local_mapping)
-        self._library_wide = registry._global_mapping
-
-    def __missing__(self, key: str) -> Callable[..., Any]:
-        return self._library_wide[key]
-
-
-def start_observing(decoder: PreTrainedModel, observer: Observer) -> Callable[[], None]:
-    """Shows every attention of ``decoder`` in this thread to ``observer`` until the returned function is called."""
-    registry: Any = attention_registry(decoder)
-    implementations = [decoder.config._attn_implementation]
-    if registry is ALL_ATTENTION_FUNCTIONS and implementations[0] in _SDPA:
-        # Another thread's decode of the same model may begin or end meanwhile.
-        implementations = [*_SDPA]
+    Args:
+        decoder: the stack of layers.
+        attend: what is called.
+        compiles: whether it may become part of a compiled graph.
+    """
+    configs = _configs_of(decoder)
     with _lock:
-        for implementation in implementations:
-            _put_in(registry, implementation)
-    outer = thread_state.observer
-    thread_state.observer = observer
+        for config in configs:
+            count, name = _renamed.get(id(config), (0, config._attn_implementation))
+            if count == 0:
+                config._attn_implementation = _register(name)
+            _renamed[id(config)] = count + 1, name
+    outer = thread_state.attend, thread_state.attend_compiles
+    thread_state.attend, thread_state.attend_compiles = attend, compiles
 
     def stop() -> None:
-        thread_state.observer = outer
+        thread_state.attend, thread_state.attend_compiles = outer
         with _lock:
-            for implementation in implementations:
-                _take_out(registry, implementation)
+            for config in configs:
+                count, name = _renamed.pop(id(config))
+                if count > 1:
+                    _renamed[id(config)] = count - 1, name
+                elif config._attn_implementation == PREFIX + name:  # nobody has chosen another meanwhile
+                    config._attn_implementation = name
 
     return stop
 
 
-def _put_in(registry: Any, implementation: str) -> None:
-    identity = (id(registry), implementation)
-    if identity in _observed:
-        count, previous = _observed[identity]
-    else:
-        # The mapping local to the registry shadows the library-wide one: taking our entry out restores it.
-        if not isinstance(registry._local_mapping, _Overrides):
-            registry._local_mapping = _Overrides(registry)
-        count, previous = 0, registry._local_mapping.get(implementation)
-        registry[implementation] = _wrap(registry.get(implementation))
-    _observed[identity] = count + 1, previous
-
-
-def _take_out(registry: Any, implementation: str) -> None:
-    identity = (id(registry), implementation)
-    count, previous = _observed[identity]
-    if count > 1:
-        _observed[identity] = count - 1, previous
-        return
-    del _observed[identity]
-    if previous is None:
-        del registry[implementation]
-    else:
-        registry[implementation] = previous
-
-
 @contextmanager
-def observe_attention(decoder: PreTrainedModel, observer: Observer) -> Iterator[None]:
-    """Context manager over :func:`start_observing`."""
-    stop = start_observing(decoder, observer)
+def attending(decoder: PreTrainedModel, attend: Attend, compiles: bool = False) -> Iterator[None]:
+    """Context manager over :func:`start_attending`."""
+    stop = start_attending(decoder, attend, compiles)
     try:
         yield
     finally:
@@ -165,14 +214,31 @@ def observe_attention(decoder: PreTrainedModel, observer: Observer) -> Iterator[
 
 
 @contextmanager
+def observe_attention(decoder: PreTrainedModel, observer: Observer) -> Iterator[None]:
+    """Shows every attention of ``decoder`` in this thread to ``observer``, after it has run."""
+    outer = thread_state.attend
+
+    def attend(call: AttentionCall) -> Any:
+        output = call.run() if outer is None else outer(call)
+        observer(call.module, call.query, call.key, call.value, call.options)
+        return output
+
+    with attending(decoder, attend):
+        yield
+
+
+@contextmanager
 def bias_attention(decoder: PreTrainedModel, bias: Bias) -> Iterator[None]:
     """Replaces the mask of every attention of ``decoder`` in this thread. Implementations without masks ignore it."""
-    outer, thread_state.bias = thread_state.bias, bias
-    try:
-        with observe_attention(decoder, lambda *_: None):
-            yield
-    finally:
-        thread_state.bias = outer
+
+    def attend(call: AttentionCall) -> Any:
+        found = bias(call.module, call.query)
+        if found is not None:
+            call.mask = found
+        return call.run()
+
+    with attending(decoder, attend):
+        yield
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from transformers import (
 
 from lkq_hf import LookaheadKVConfig
 from lkq_hf.adapter.model import adapter_parameters
-from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.cache.prepare import get_decoder
 
 ARCHITECTURES = ("llama", "qwen3", "mistral", "phi3", "gemma3")
 
@@ -173,46 +173,52 @@ def scores_of(attention, kv_heads=SIZES["num_key_value_heads"], row_power=1.0):
 
 
 def top_entries(scores, budget, mask=None):
-    """Sorted indices of the highest scores, real tokens first."""
-    if mask is not None:
-        scores = scores.masked_fill(~mask.bool()[:, None], -torch.inf)
-    return scores.topk(budget, dim=-1).indices.sort(dim=-1).values
+    """Which entries have the highest scores of each head, bool ``[batch, kv_heads, length]``; padding never."""
+    kept = torch.zeros(scores.shape, dtype=torch.bool)
+    for row in range(scores.shape[0]):
+        real = torch.ones(scores.shape[-1], dtype=torch.bool) if mask is None else mask[row].bool()
+        for head in range(scores.shape[1]):
+            best = scores[row, head].masked_fill(~real, -torch.inf).argsort(descending=True, stable=True)
+            kept[row, head, best[: min(budget, int(real.sum()))]] = True
+    return kept
 
 
 def kept_entries(cache):
-    """``{layer: [batch, kv_heads, budget]}`` of the layers that were cut."""
-    return {
-        index: layer.kept_indices
-        for index, layer in enumerate(cache.layers)
-        if getattr(layer, "kept_indices", None) is not None
-    }
+    """``{layer: bool [batch, kv_heads, length]}`` of the layers that were cut."""
+    found = {index: layer.kept() for index, layer in enumerate(cache.layers) if hasattr(layer, "kept")}
+    return {index: kept for index, kept in found.items() if kept is not None}
 
 
-def evicted_logits(base, ids, mask, kept, prompt_length):
+def evicted_logits(base, ids, mask, kept, prompt_length=None):
     """Logits of an eager model that keeps its whole cache and masks, head by head, what was evicted.
 
-    Positions from ``prompt_length`` on see only the entries ``kept`` of the prompt; the prompt sees itself in full.
+    Args:
+        kept: for each layer what was kept of the first ``prompt_length`` tokens, ``[batch, kv_heads, prompt_length]``,
+            which later tokens see with all that follow it. A list of several such dictionaries for several evictions,
+            each for the tokens up to the next.
     """
+    stages = kept if isinstance(kept, list) else [kept]
 
     def hide(layer):
         def change(module, args, kwargs):
             attention_mask = kwargs["attention_mask"]
-            indices = kept[layer]
-            visible = torch.zeros(*indices.shape[:2], ids.shape[1], dtype=torch.bool)
-            visible.scatter_(-1, indices, True)
-            visible[..., prompt_length:] = True
             heads = module.config.num_attention_heads
-            visible = visible.repeat_interleave(heads // indices.shape[1], dim=1)[:, :, None, :]
-            late = torch.arange(ids.shape[1])[:, None] >= prompt_length
-            full = attention_mask.expand(-1, heads, -1, -1)
-            hidden = full.masked_fill(late & ~visible, torch.finfo(full.dtype).min)
+            hidden = attention_mask.expand(-1, heads, -1, -1).clone()
+            for stage in stages:
+                one = stage[layer]
+                length = one.shape[-1] if prompt_length is None else prompt_length
+                gone = ~one.repeat_interleave(heads // one.shape[1], dim=1)[:, :, None, :length]
+                # What a later eviction has brought back (from main memory) is seen again.
+                hidden[:, :, length:, :length] = attention_mask[:, :, length:, :length].expand(-1, heads, -1, -1)
+                hidden[:, :, length:, :length].masked_fill_(gone, torch.finfo(hidden.dtype).min)
             return args, kwargs | {"attention_mask": hidden}
 
         return change
 
     decoder = get_decoder(base)
     handles = [
-        decoder.layers[layer].self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True) for layer in kept
+        decoder.layers[layer].self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True)
+        for layer in stages[0]
     ]
     mask = torch.ones_like(ids) if mask is None else F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
     with torch.no_grad(), _hooks(handles):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
-from lkq_hf.cache.prefill import get_decoder, prepare_model_for_eviction
+from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 QUERY_AND_KEY_MODULES = (

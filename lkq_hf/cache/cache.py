@@ -1,6 +1,7 @@
 """The cache that a user passes to ``generate``."""
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -8,8 +9,11 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from lkq_hf.attention import DECODE_ATTENTION
+from lkq_hf.attention import implementation_of
+from lkq_hf.cache.allocation import ALLOCATIONS
+from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.cache.static import (
     MASKED_ATTENTION,
     StaticEvictedLayer,
@@ -56,27 +60,67 @@ class LookaheadCache(Cache):
     """
 
     def __init__(
-        self, budget: int | float, scorer: str | Scorer = "lookahead", max_new_tokens: int | None = None
+        self,
+        budget: int | float,
+        scorer: str | Scorer = "lookahead",
+        max_new_tokens: int | None = None,
+        allocation: str = "global",
+        evict_later_turns: bool = True,
     ) -> None:
         super().__init__(layers=[])
         self.layers: list[Any]
         self.budget = _check_budget(budget)
         self.scorer = get_scorer(scorer)
         self.max_new_tokens = _check_max_new_tokens(max_new_tokens)
+        self.allocation = _check_allocation(allocation)
+        self.evict_later_turns = evict_later_turns
         self._records_past = False
+        # A later turn begins with the next forward, even if that has one token only.
+        self._turn_begins = False
         # Slots that are free for certain; the exact number is on the device.
         self._free_slots = 0
+        self._deferred: _Deferred | None = None
 
     def entries_to_keep(self, length: int) -> int:
-        """Entries that a prompt of ``length`` tokens keeps per KV head, at most ``length``."""
+        """Entries that a text of ``length`` tokens keeps per KV head on average, at most ``length``."""
         if isinstance(self.budget, int):
             return min(self.budget, length)
         return min(max(round(self.budget * length), 1), length)
 
     @property
     def has_prompt(self) -> bool:
-        """Whether a prompt has been read, so that what comes next is appended."""
+        """Whether a prompt has been read."""
         return self._has_static_storage or self.get_seq_length() > 0
+
+    @property
+    def has_prefix(self) -> bool:
+        """Whether something was evicted."""
+        return any(self.layers[index].prefix is not None for index in self.evicted_layers())
+
+    def evicted_layers(self) -> list[int]:
+        """Indices of the layers that are cut to the budget."""
+        return [index for index, layer in enumerate(self.layers) if isinstance(layer, EvictedLayer)]
+
+    def begin_turn(self) -> None:
+        """Says that the next forward reads a prompt or a later turn, even if it has one token only."""
+        self._turn_begins = True
+
+    def end_turn_begin(self) -> None:
+        """Says that it is under way."""
+        self._turn_begins = False
+
+    def will_read(self, length: int) -> bool:
+        """Whether a forward of ``length`` tokens reads, and then evicts, rather than being stored behind what there is.
+
+        The first prompt is read, and what follows if it is a turn: more than one token, or announced by
+        :meth:`begin_turn`. Nothing is evicted while the whole text fits into the budget.
+        """
+        if self.has_prompt and (
+            self._records_past or not self.evict_later_turns or not (length > 1 or self._turn_begins)
+        ):
+            return False
+        total = int(self.get_seq_length()) + length if self.has_prompt else length
+        return self.entries_to_keep(total) < total
 
     @property
     def is_compileable(self) -> bool:
@@ -95,10 +139,10 @@ class LookaheadCache(Cache):
             NotImplementedError: the model has layers whose state cannot be cut to a set of entries.
             ValueError: static shapes are asked for, and the model's attention cannot mask the slots not yet written.
         """
-        if self.is_compileable and config._attn_implementation not in (*MASKED_ATTENTION, DECODE_ATTENTION):
+        if self.is_compileable and implementation_of(config) not in MASKED_ATTENTION:
             raise ValueError(
                 "LookaheadCache(max_new_tokens=...) has static shapes, of which the attention must mask what is not "
-                f"yet written; expected {' or '.join(MASKED_ATTENTION)}, found {config._attn_implementation}. Call "
+                f"yet written; expected {' or '.join(MASKED_ATTENTION)}, found {implementation_of(config)}. Call "
                 'model.set_attn_implementation("sdpa"), or leave max_new_tokens out.'
             )
         room = self.max_new_tokens or 0
@@ -170,6 +214,44 @@ class LookaheadCache(Cache):
             self._free_slots = min(layer.free_slots() for layer in layers)
         self._free_slots -= query_length
 
+    def begin_eviction(self, decoder: Any, length: int) -> Eviction:
+        """The eviction of a text of ``length`` tokens, for the layers to hand in their candidates."""
+        return Eviction(self.entries_to_keep(length), self.allocation, static=self.is_compileable)
+
+    def pools(self) -> list[Pool]:
+        """What an eviction may write into: with static shapes, what the last one wrote."""
+        return list(self._used_pools()) if self.is_compileable else []
+
+    def _used_pools(self) -> dict[Pool, None]:
+        prefixes = (self.layers[index].prefix for index in self.evicted_layers())
+        return dict.fromkeys(prefix.pool for prefix in prefixes if prefix is not None)
+
+    def evict_to(self, prefixes: dict[int, Prefix], recent: int = 0) -> None:
+        """Replaces what the layers hold, but for the last ``recent`` tokens, by these."""
+        for index, prefix in prefixes.items():
+            self.layers[index].evict_to(prefix, recent)
+
+    def defer(
+        self,
+        eviction: Eviction,
+        tails: dict[int, tuple[torch.Tensor, torch.Tensor]],
+        scores: dict[int, torch.Tensor],
+        seen: int,
+        mask: torch.Tensor | None,
+    ) -> None:
+        """Stores everything now and evicts at the next :meth:`crop`, which says what was only a draft.
+
+        Args:
+            eviction: to be carried out then.
+            tails: for each layer all keys and values.
+            scores: for each layer theirs.
+            seen: length of the text.
+            mask: ``[batch, seen]``, True for real tokens.
+        """
+        for index, tail in tails.items():
+            self.layers[index].replace_tail(*tail, seen)
+        self._deferred = _Deferred(eviction, scores, mask)
+
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; of every layer, or, if one cannot, of none.
 
@@ -183,29 +265,64 @@ class LookaheadCache(Cache):
             if isinstance(layer, EvictedLayer | UncompressedSlidingLayer):
                 layer.croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
+        deferred, self._deferred = self._deferred, None
+        if deferred is not None:
+            self._evict_deferred(deferred)
+
+    def _evict_deferred(self, deferred: "_Deferred") -> None:
+        seen = int(self.get_seq_length())
+        scored = min(seen, next(iter(deferred.scores.values())).shape[-1])
+        if self.entries_to_keep(scored) >= scored:
+            return
+        deferred.eviction.budget = self.entries_to_keep(scored)
+        mask = None if deferred.mask is None else deferred.mask[:, :scored]
+        later = seen - scored
+        for index, scores in deferred.scores.items():
+            layer = self.layers[index]
+            candidates = layer.candidates(layer.keys, layer.values, scored, mask)
+            deferred.eviction.add(index, candidates, scores[..., :scored])
+        self.evict_to(deferred.eviction.settle(scored), later)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take_rows(lambda rows: rows[beam_idx.to(rows.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._take_rows(lambda rows: rows.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take_rows(lambda rows: rows[indices.to(rows.device)])
+
+    def _take_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self._deferred is not None:
+            self._deferred = self._deferred.rows(choose)
 
     def reset(self) -> None:
         """Forgets everything that was read; the next prompt is compressed again."""
         self.layers = []
+        self._deferred = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored keys and values."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for layer in self.layers
-            for tensor in (layer.keys, layer.values)
-            if tensor is not None
-        )
+        """Bytes of the stored entries."""
+        tails = (tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None)
+        return sum(tensor.nbytes for tensor in tails) + sum(pool.nbytes for pool in self._used_pools())
 
     def summary(self) -> dict[str, Any]:
-        """What the cache holds: tokens read, entries stored per KV head of the compressed layers, bytes, and the bytes
-        that the same text takes without eviction; ``"layers"`` lists the same for each layer."""
+        """What the cache holds.
+
+        Returns:
+            ``tokens_seen``; ``entries_stored``, the mean over KV heads of the evicted layers; ``bytes``;
+            ``bytes_without_eviction``, of the same text; and ``layers``, for each layer its ``entries`` (of each KV
+            head, mean over the batch), the ``least``, ``mean`` and ``most`` of these, and its bytes.
+        """
         layers = [_layer_summary(layer) for layer in self.layers]
-        compressed = [row for row, layer in zip(layers, self.layers, strict=True) if isinstance(layer, EvictedLayer)]
+        evicted = [layers[index]["mean"] for index in self.evicted_layers()]
         return {
             "tokens_seen": int(self.get_seq_length()),
-            "entries_stored": max((row["entries_stored"] for row in compressed), default=0),
+            "entries_stored": sum(evicted) / len(evicted) if evicted else 0,
             "bytes": self.nbytes,
             "bytes_without_eviction": sum(row["bytes_without_eviction"] for row in layers),
             "layers": layers,
@@ -214,23 +331,51 @@ class LookaheadCache(Cache):
     def __repr__(self) -> str:
         summary = self.summary()
         return (
-            f"{type(self).__name__}(budget={self.budget}, scorer={self.scorer!r}, "
-            f"tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']}, "
+            f"{type(self).__name__}(budget={self.budget}, scorer={self.scorer!r}, allocation={self.allocation!r}, "
+            f"tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']:g}, "
             f"bytes={summary['bytes']:,} of {summary['bytes_without_eviction']:,})"
         )
 
 
-def _layer_summary(layer: Any) -> dict[str, int]:
-    tensors = [tensor for tensor in (layer.keys, layer.values) if tensor is not None and tensor.numel()]
-    if not tensors:
-        return {"entries_stored": 0, "bytes": 0, "bytes_without_eviction": 0}
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    slots = tensors[0].shape[-2]
+@dataclass
+class _Deferred:
+    """An eviction that waits until drafted tokens are accepted or cropped."""
+
+    eviction: Eviction
+    scores: dict[int, torch.Tensor]
+    mask: torch.Tensor | None
+
+    def rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> "_Deferred":
+        scores = {index: choose(layer) for index, layer in self.scores.items()}
+        return replace(self, scores=scores, mask=None if self.mask is None else choose(self.mask))
+
+
+def _layer_summary(layer: Any) -> dict[str, Any]:
+    keys, values = layer.keys, layer.values
+    if keys is None or values is None or not layer.is_initialized:
+        return {"entries": [], "least": 0, "mean": 0, "most": 0, "bytes": 0, "bytes_without_eviction": 0}
+    batch, heads = keys.shape[:2]
+    entry = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
     if not isinstance(layer, EvictedLayer):
         # A window loses nothing to eviction.
-        return {"entries_stored": slots, "bytes": size, "bytes_without_eviction": size}
-    whole = size // slots * int(layer.get_seq_length())
-    return {"entries_stored": layer.stored, "bytes": size, "bytes_without_eviction": whole}
+        stored, whole = [keys.shape[-2]] * heads, keys.shape[-2]
+    else:
+        stored, whole = layer.entries_by_head(), int(layer.get_seq_length())
+    size = round(sum(stored) * batch * entry)
+    return {
+        "entries": stored,
+        "least": min(stored),
+        "mean": sum(stored) / heads,
+        "most": max(stored),
+        "bytes": size,
+        "bytes_without_eviction": whole * batch * heads * entry,
+    }
+
+
+def _check_allocation(allocation: str) -> str:
+    if allocation not in ALLOCATIONS:
+        raise ValueError(f"unknown allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
+    return allocation
 
 
 def _check_max_new_tokens(max_new_tokens: int | None) -> int | None:

@@ -1,11 +1,12 @@
-"""Cache layers that take part in one compressing prefill and are ordinary dynamic layers afterwards."""
+"""What a LookaheadCache holds of one layer: a prefix that was evicted to, and an ordinary tail of later tokens."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from lkq_hf.kernels.select_compact import select_compact
+from lkq_hf.cache.prefix import Prefix
 
 
 def tokens_removed(seen: int, tokens_to_remove: int) -> int:
@@ -14,16 +15,40 @@ def tokens_removed(seen: int, tokens_to_remove: int) -> int:
     return max(seen - amount, 0) if amount > 0 else -amount
 
 
+class Candidates(NamedTuple):
+    """The entries among which an eviction chooses.
+
+    Attributes:
+        keys, values: ``[batch, kv_heads, >= count, features]``, in the order of the text; what lies behind ``count`` is
+            not to be chosen.
+        positions: ``[batch, kv_heads, count]`` int32, their places in the text, padding included.
+        valid: ``[batch, kv_heads or 1, count]`` bool, False for padding; None if there is none.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    valid: torch.Tensor | None
+
+    def without_last(self, count: int) -> "Candidates":
+        """All but the last ``count``."""
+        valid = None if self.valid is None else self.valid[..., :-count]
+        return self._replace(positions=self.positions[..., :-count], valid=valid)
+
+    def one_mask_for_all_heads(self) -> torch.Tensor | None:
+        """``valid`` as scorers get it: ``[batch, count]`` where all heads have the same candidates."""
+        return self.valid[:, 0] if self.valid is not None and self.valid.shape[1] == 1 else self.valid
+
+
 class EvictedLayer(DynamicLayer):
     """A full-attention layer that stores few entries and reports the length of the text they came from.
 
-    Reporting the logical length is what keeps rotary positions, padded batches and later turns right: the mask is
-    asked for ``stored + new`` columns that end at the true position, as for a sliding window.
+    Reporting the logical length is what keeps rotary positions, padded batches and later turns right. Masks are asked
+    for the tail alone, which ends at the true position, as for a sliding window; every token sees the whole prefix.
 
     Attributes:
-        keys, values: ``[batch, kv_heads, stored, head_dim]``.
-        kept_indices: ``[batch, kv_heads, kept]`` positions in the prompt of the entries kept by the eviction, sorted;
-            None if nothing was evicted.
+        keys, values: the tail, ``[batch, kv_heads, tail, head_dim]``: all tokens since the last eviction.
+        prefix: what the last eviction kept; None before the first.
         tokens_seen: logical length, padding included.
     """
 
@@ -32,64 +57,114 @@ class EvictedLayer(DynamicLayer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kept_indices: torch.Tensor | None = None
+        self.prefix: Prefix | None = None
         self.tokens_seen = 0
-        self._evicted_length = 0
-        self._awaits_eviction = False
-        self._handed_through: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
-        # Scores and budget of an eviction that waits until drafted tokens are accepted or cropped.
-        self._deferred: tuple[torch.Tensor, int] | None = None
+        self._reading = False
+        self._returned: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
-    def begin_prefill(self) -> None:
-        """From now until :meth:`evict`, ``update`` hands the states through and stores nothing."""
-        self._awaits_eviction = True
+    @property
+    def evicted_length(self) -> int:
+        """Tokens at the beginning of the text of which only the prefix is left."""
+        return 0 if self.prefix is None else self.prefix.source_length
 
-    def awaits_eviction_of(self, key: torch.Tensor, value: torch.Tensor) -> bool:
-        """Whether they are what the last ``update`` of a prefill handed through, and not made of it by the model."""
-        return self._handed_through[0] is key and self._handed_through[1] is value
+    def begin_reading(self, appended: int) -> None:
+        """From now until :meth:`end_reading`, ``update`` returns the tail with what is new, and stores nothing."""
+        self._reading = True
+
+    def end_reading(self) -> None:
+        self._reading = False
+        self._returned = None, None
+
+    def abandon_reading(self) -> None:
+        """Goes back to what was stored before :meth:`begin_reading`."""
+        self.end_reading()
+
+    def returned(self, key: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether they are what the last ``update`` returned, and not made of it by the model."""
+        keys, values = self._returned if self._reading else (self.keys, self.values)
+        return keys is key and values is value
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._awaits_eviction:
-            self._handed_through = key_states, value_states
+        if self._reading:
+            if self.is_initialized and self.keys.shape[-2]:
+                key_states = torch.cat([self.keys, key_states], dim=-2)
+                value_states = torch.cat([self.values, value_states], dim=-2)
+            self._returned = key_states, value_states
             return key_states, value_states
         self.tokens_seen += key_states.shape[-2]
-        return super().update(key_states, value_states, *args, **kwargs)
+        return self.append(key_states, value_states)
 
-    def evict(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, budget: int, defer: bool) -> None:
-        """Stores the ``budget`` entries with the highest scores for each KV head.
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Puts entries behind the tail, and returns the whole tail."""
+        return super().update(key, value)
+
+    def candidates(self, key: torch.Tensor, value: torch.Tensor, tail: int, mask: torch.Tensor | None) -> Candidates:
+        """The prefix and the first ``tail`` entries of ``key`` and ``value``, ``[batch, kv_heads, >= tail, ...]``.
 
         Args:
-            key, value: ``[batch, kv_heads, >= length, head_dim]``; entries from ``length`` on are dropped.
-            scores: ``[batch, kv_heads, length]``.
-            budget: entries to keep, less than ``length``.
-            defer: store everything now and evict at the next :meth:`crop`, which says how many tokens at the end were
-                only drafts.
+            mask: ``[batch, length]`` over the text up to the last of them, True for real tokens; None if all are.
         """
-        length = scores.shape[-1]
+        batch, kv_heads = key.shape[:2]
+        first = self.evicted_length
+        places = torch.arange(first, first + tail, dtype=torch.int32, device=key.device).expand(batch, kv_heads, -1)
+        real = None if mask is None else mask[:, None, first : first + tail].to(key.device)
+        if self.prefix is None:
+            return Candidates(key, value, places, real)
+        keys, values, positions, valid = self.prefix.padded()
+        real = torch.ones_like(places, dtype=torch.bool) if real is None else real.expand(batch, kv_heads, -1)
+        return Candidates(
+            torch.cat([keys, key], dim=2),
+            torch.cat([values, value], dim=2),
+            torch.cat([positions, places], dim=2),
+            torch.cat([valid, real], dim=2),
+        )
+
+    def evict_to(self, prefix: Prefix, recent: int = 0) -> None:
+        """Replaces everything but the last ``recent`` tokens by ``prefix``."""
+        pool, heads = prefix.pool, prefix.lengths.shape
         if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        self.tokens_seen = length
-        self._awaits_eviction = False
-        self._handed_through = None, None
-        if defer:
-            self.keys, self.values = key[:, :, :length].clone(), value[:, :, :length].clone()
-            self._deferred = (scores, budget)
+            self.lazy_initialization(pool.keys, pool.values)
+        if recent:
+            self.keys, self.values = self.keys[:, :, -recent:].clone(), self.values[:, :, -recent:].clone()
         else:
-            self.keys, self.values, self.kept_indices = select_compact(scores, key, value, budget)
-            self._evicted_length = length
+            self.keys = pool.keys.new_empty(*heads, 0, pool.keys.shape[-1])
+            self.values = pool.values.new_empty(*heads, 0, pool.values.shape[-1])
+        self.prefix = prefix
+        self.tokens_seen = prefix.source_length + recent
+
+    def replace_tail(self, keys: torch.Tensor, values: torch.Tensor, tokens_seen: int) -> None:
+        """Stores a tail, ``[batch, kv_heads, tail, features]``, which ends a text of ``tokens_seen`` tokens."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        self.keys, self.values, self.tokens_seen = keys, values, tokens_seen
+
+    def kept(self) -> torch.Tensor | None:
+        """Which of the first :attr:`evicted_length` tokens each row and head has kept, bool ``[batch, kv_heads,
+        evicted_length]``; None before the first eviction."""
+        if self.prefix is None:
+            return None
+        _, _, positions, valid = self.prefix.padded()
+        kept = torch.zeros(*valid.shape[:2], self.evicted_length + 1, dtype=torch.bool, device=valid.device)
+        return kept.scatter_(-1, torch.where(valid, positions, self.evicted_length).long(), True)[..., :-1]
+
+    def entries_by_head(self) -> list[float]:
+        """Entries stored for each KV head, mean over the batch."""
+        heads = self.keys.shape[1]
+        kept = [0.0] * heads if self.prefix is None else self.prefix.lengths.float().mean(0).tolist()
+        return [number + self.tail_length for number in kept]
 
     @property
-    def stored(self) -> int:
-        """Entries stored for each KV head."""
-        return self.keys.shape[-2] if self.is_initialized and self.keys.numel() else 0
+    def tail_length(self) -> int:
+        """Tokens in the tail."""
+        return self.tokens_seen - self.evicted_length
 
     def get_seq_length(self) -> int:
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.stored + query_length, self.tokens_seen - self.stored
+        return self.tail_length + query_length, self.evicted_length
 
     def croppable(self, tokens_to_remove: int) -> int:
         """How many tokens a :meth:`crop` removes.
@@ -98,9 +173,9 @@ class EvictedLayer(DynamicLayer):
             ValueError: it cannot.
         """
         remove = tokens_removed(self.tokens_seen, tokens_to_remove)
-        if self.tokens_seen - remove < self._evicted_length:
+        if self.tokens_seen - remove < self.evicted_length:
             raise ValueError(
-                f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self._evicted_length} "
+                f"cannot remove {remove} of {self.tokens_seen} tokens: entries of the first {self.evicted_length} "
                 "were evicted, so the cache cannot go back before them. Start again with a new LookaheadCache."
             )
         return remove
@@ -112,21 +187,12 @@ class EvictedLayer(DynamicLayer):
             tokens_to_remove: minus the number of tokens to remove, or (older transformers) the length to crop to.
 
         Raises:
-            ValueError: the crop reaches into the part of the prompt from which entries were evicted.
+            ValueError: the crop reaches into the part of the text from which entries were evicted.
         """
         remove = self.croppable(tokens_to_remove)
         if remove:
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.tokens_seen -= remove
-        if self._deferred is not None:
-            scores, budget = self._deferred
-            self._deferred = None
-            length = min(scores.shape[-1], self.tokens_seen)
-            if budget < length:
-                later = self.keys[:, :, length:], self.values[:, :, length:]
-                self.evict(self.keys, self.values, scores[..., :length], budget, defer=False)
-                if later[0].shape[-2]:
-                    self.update(*later)
 
     def reset(self) -> None:
         super().reset()
@@ -134,32 +200,32 @@ class EvictedLayer(DynamicLayer):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
-        self._map_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+        self._take_rows(lambda row: row[beam_idx.to(row.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
-        self._map_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+        self._take_rows(lambda row: row.repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         super().batch_select_indices(indices)
-        self._map_batch(lambda tensor: tensor[indices])
+        self._take_rows(lambda row: row[indices.to(row.device)])
 
-    def _map_batch(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        if self.kept_indices is not None:
-            self.kept_indices = change(self.kept_indices)
-        if self._deferred is not None:
-            self._deferred = (change(self._deferred[0]), self._deferred[1])
+    def _take_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.prefix is not None:
+            rows = torch.arange(self.prefix.starts.shape[0], device=self.prefix.starts.device)
+            self.prefix = self.prefix.rows(choose(rows))
 
 
 class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
-    """A sliding-window layer: already bounded, so left alone, but for the tokens appended during the prefill."""
+    """A sliding-window layer: already bounded, so left alone, but for tokens that are appended to a forward."""
 
     keys: torch.Tensor
     values: torch.Tensor
 
     def __init__(self, sliding_window: int) -> None:
         super().__init__(sliding_window)
-        self._prefill_length: int | None = None
+        self._appended = 0
+        self._before: tuple[torch.Tensor | None, torch.Tensor | None, int] | None = None
 
     def croppable(self, tokens_to_remove: int) -> int:
         """How many tokens a ``crop`` removes.
@@ -180,20 +246,39 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
             )
         return remove
 
-    def begin_prefill(self, length: int) -> None:
-        """The next ``update`` brings the prompt's ``length`` tokens and appended ones, which are not stored."""
-        self._prefill_length = length
+    def begin_reading(self, appended: int) -> None:
+        """The last ``appended`` tokens of the next ``update`` are seen and not stored."""
+        self._appended = appended
+        self._before = self.keys, self.values, self.cumulative_length
+
+    def end_reading(self) -> None:
+        self._appended = 0
+        self._before = None
+
+    def abandon_reading(self) -> None:
+        """Goes back to what was stored before :meth:`begin_reading`."""
+        if self._before is not None:
+            self.keys, self.values, self.cumulative_length = self._before  # type: ignore[assignment]
+        self.end_reading()
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._prefill_length is None:
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
+        length = key_states.shape[-2] - self._appended
+        if length == 0:  # a pass of appended tokens alone
+            keys, values = self.keys, self.values
+        else:
+            keys, values = super().update(key_states[:, :, :length], value_states[:, :, :length], *args, **kwargs)
             # While it records the past, older transformers (5.17) returns more than it tells the mask.
-            told = self.sliding_window - 1 + key_states.shape[-2]
-            return keys[:, :, -told:], values[:, :, -told:]
-        length, self._prefill_length = self._prefill_length, None
-        super().update(key_states[:, :, :length], value_states[:, :, :length], *args, **kwargs)
+            told = self.sliding_window - 1 + length
+            keys, values = keys[:, :, -told:], values[:, :, -told:]
+        if self._before is None:
+            return keys, values
         # A slice would keep the whole prompt alive.
         self.keys, self.values = self.keys.clone(), self.values.clone()
-        return key_states, value_states
+        if keys.shape[-2] == length:
+            return key_states, value_states
+        return (
+            torch.cat([keys, key_states[:, :, length:]], dim=-2),
+            torch.cat([values, value_states[:, :, length:]], dim=-2),
+        )

@@ -1,20 +1,23 @@
 """Layers with static shapes, for a decode that is compiled once and replayed as a CUDA graph.
 
-When the prompt has been read, its entries are copied to the front of tensors with room for the tokens to come. From
-then on nothing moves: a new entry is written into the next slot, and how many slots are filled is a number on the
-device, which a graph can read and raise. The slot of a token is its position less a constant, ``offset``, since
-whatever was dropped was dropped before; so transformers' own masks (causal, padding, sliding window), which get that
-offset, also hide the slots that nothing was written to yet.
+When a prompt has been read, its tail lies at the front of tensors with room for the tokens to come. From then on
+nothing moves: a new entry is written into the next slot, and how many slots are filled is a number on the device,
+which a graph can read and raise. The slot of a token is its position less a constant, ``offset``, since whatever was
+dropped was dropped before; so transformers' own masks (causal, padding, sliding window), which get that offset, also
+hide the slots that nothing was written to yet. A later eviction empties the slots and writes the new prefix where the
+old one lay.
 
 A sliding-window layer is laid out in the same way, its window followed by room for the new tokens: a few entries
 more than a ring would need, but neither a rotation in each step nor a counter that the graph would have to know.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer, tokens_removed
+from lkq_hf.cache.prefix import Prefix
 
 if TYPE_CHECKING:
     from transformers.cache_utils import DynamicLayer as _Layer
@@ -43,36 +46,34 @@ class StaticStorage(_Layer):
     keys: torch.Tensor
     values: torch.Tensor
     _filled: torch.Tensor  # slots written, a scalar on the device of the keys
+    _offset: torch.Tensor  # position of the token in slot 0, the same; the host knows it as `_first`
 
     def __init__(self, room: int, *args: int) -> None:
         super().__init__(*args)
         self._room, self._arguments = room, args
         # Whether the prompt has been stored, so that shapes and addresses do not change any more.
         self.has_static_storage = False
-        self._offset = 0  # position of the token in slot 0
+        self._first = 0
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.has_static_storage:
-            keys, values = super().update(key_states, value_states, *args, **kwargs)
-            if self.is_initialized:
-                self._lay_out()
-            return keys, values
-        count = key_states.shape[-2]
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes entries into the next slots, and returns all slots."""
+        count = key.shape[-2]
         slots = torch.arange(count, device=self._filled.device) + self._filled
         self._filled.add_(count)
-        self.keys.index_copy_(2, slots, key_states)
-        self.values.index_copy_(2, slots, value_states)
+        self.keys.index_copy_(2, slots, key)
+        self.values.index_copy_(2, slots, value)
         return self.keys, self.values
 
     @torch.compiler.disable  # storage made by a graph would be overwritten by its next replay
     def _lay_out(self) -> None:
         """Moves what the prompt left into static storage."""
         stored = self.keys.shape[-2]
-        self._offset = int(super().get_seq_length()) - stored
-        self._filled = torch.full((), stored, device=self.keys.device)  # no wait for the device, unlike torch.tensor
+        self._first = int(super().get_seq_length()) - stored
+        # No wait for the device, unlike torch.tensor.
+        self._filled = torch.full((), stored, device=self.keys.device)
+        self._offset = torch.full((), self._first, device=self.keys.device)
         torch._dynamo.mark_static_address(self._filled)
+        torch._dynamo.mark_static_address(self._offset)
         self._allocate(self.keys, self.values, stored + self._room)
         self.has_static_storage = True
 
@@ -99,7 +100,8 @@ class StaticStorage(_Layer):
         first = self._first_needed_slot(filled)
         slots = max(2 * self.keys.shape[-2], filled - first + max(tokens, LEAST_GROWTH))
         self._allocate(self.keys[:, :, first:filled], self.values[:, :, first:filled], slots)
-        self._offset += first
+        self._first += first
+        self._offset.fill_(self._first)
         self._filled.fill_(filled - first)
 
     def _first_needed_slot(self, filled: int) -> int:
@@ -116,7 +118,7 @@ class StaticStorage(_Layer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if not self.has_static_storage:
             return super().get_mask_sizes(query_length)
-        return self.keys.shape[-2], self._offset
+        return self.keys.shape[-2], self._first
 
     def crop(self, tokens_to_remove: int) -> None:
         """Removes the last tokens; see :meth:`EvictedLayer.crop`.
@@ -150,8 +152,9 @@ class StaticStorage(_Layer):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         keys, values = self.keys, self.values
         super().reorder_cache(beam_idx)
-        # Back to where a compiled decode expects them.
-        self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)
+        if self.has_static_storage:
+            # Back to where a compiled decode expects them.
+            self.keys, self.values = keys.copy_(self.keys), values.copy_(self.values)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
@@ -170,25 +173,110 @@ class StaticStorage(_Layer):
 
 
 class StaticEvictedLayer(StaticStorage, EvictedLayer):
-    """An :class:`EvictedLayer` with static storage after the prefill."""
+    """An :class:`EvictedLayer` whose tail and prefix have static shapes after the prefill."""
 
-    def evict(self, key: torch.Tensor, value: torch.Tensor, scores: torch.Tensor, budget: int, defer: bool) -> None:
-        super().evict(key, value, scores, budget, defer)
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.has_static_storage:
+            if not self._reading:
+                return self.append(key_states, value_states)
+            filled = int(self._filled)
+            key_states = torch.cat([self.keys[:, :, :filled], key_states], dim=-2)
+            value_states = torch.cat([self.values[:, :, :filled], value_states], dim=-2)
+            self._returned = key_states, value_states
+            return key_states, value_states
+        if self._reading:
+            return super().update(key_states, value_states)
+        self.tokens_seen += key_states.shape[-2]
+        self.keys, self.values = EvictedLayer.append(self, key_states, value_states)
+        keys, values = self.keys, self.values
         self._lay_out()
+        return keys, values
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return (
+            StaticStorage.append(self, key, value)
+            if self.has_static_storage
+            else EvictedLayer.append(self, key, value)
+        )
+
+    def evict_to(self, prefix: Prefix, recent: int = 0) -> None:
+        if self.prefix is not None and self.has_static_storage and self._fits(prefix):
+            # Where a compiled decode expects them.
+            self.prefix.starts.copy_(prefix.starts)
+            self.prefix.lengths.copy_(prefix.lengths)
+            prefix.starts, prefix.lengths = self.prefix.starts, self.prefix.lengths
+        else:
+            for tensor in (prefix.starts, prefix.lengths):
+                torch._dynamo.mark_static_address(tensor)
+        if not self.has_static_storage:
+            super().evict_to(prefix, recent)
+            self._lay_out()
+            return
+        filled = int(self._filled) if recent else 0
+        for storage in (self.keys, self.values):
+            storage[:, :, :recent] = storage[:, :, filled - recent : filled].clone()
+        self.prefix = prefix
+        self._first = prefix.source_length
+        self._offset.fill_(self._first)
+        self._filled.fill_(recent)
+
+    def _fits(self, prefix: Prefix) -> bool:
+        return self.prefix is not None and self.prefix.starts.shape == prefix.starts.shape
 
     @property
-    def stored(self) -> int:
-        return int(self._filled) if self.has_static_storage else super().stored
+    def tail_length(self) -> int:
+        return int(self._filled) if self.has_static_storage else super().tail_length
+
+    def _take_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        before = self.prefix
+        super()._take_rows(choose)
+        if before is None or self.prefix is None:
+            return
+        if self._fits(before):
+            before.starts.copy_(self.prefix.starts)
+            before.lengths.copy_(self.prefix.lengths)
+            self.prefix.starts, self.prefix.lengths = before.starts, before.lengths
+        else:
+            torch._dynamo.mark_static_address(self.prefix.starts)
+            torch._dynamo.mark_static_address(self.prefix.lengths)
 
     def _first_croppable_length(self) -> int:
-        return self._evicted_length
+        return self.evicted_length
 
 
 class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
     """An :class:`UncompressedSlidingLayer` with static storage after the prefill."""
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_static_storage:
+            keys, values = UncompressedSlidingLayer.update(self, key_states, value_states, *args, **kwargs)
+            if self.is_initialized:
+                self._lay_out()
+            return keys, values
+        returned = self.append(key_states, value_states)
+        if self._appended:  # seen by this forward alone; the next one writes over them
+            self._filled.sub_(self._appended)
+        return returned
+
+    def begin_reading(self, appended: int) -> None:
+        super().begin_reading(appended)
+        self._filled_before = self._filled.clone() if self.has_static_storage else None
+
+    def abandon_reading(self) -> None:
+        if self.has_static_storage and self._filled_before is not None:
+            self._filled.copy_(self._filled_before)
+            self.end_reading()
+        elif self.has_static_storage:
+            self.reset()
+        else:
+            super().abandon_reading()
+
     def _first_needed_slot(self, filled: int) -> int:
         return max(filled - self.sliding_window + 1, 0)
 
     def _first_croppable_length(self) -> int:
-        return self._offset + self.sliding_window - 1 if self._offset else 0
+        return self._first + self.sliding_window - 1 if self._first else 0

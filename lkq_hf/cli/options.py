@@ -23,7 +23,7 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from lkq_hf.cache.prefill import get_decoder
+    from lkq_hf.cache.prepare import get_decoder
 
     check_dtype(dtype)
     check_model(model)

@@ -16,8 +16,9 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from lkq_hf.attention import observe_attention
 from lkq_hf.cache import LookaheadCache
-from lkq_hf.cache.layers import EvictedLayer
-from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.cache.layers import Candidates, EvictedLayer
+from lkq_hf.cache.prefix import stack_prefixes
+from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.evaluation.decoding import Answers, score_answers
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 from lkq_hf.scoring import OracleScorer, PrefillAttention, Scorer
@@ -47,17 +48,19 @@ class Prefill:
 class _Recorder(Scorer):
     """Fills a cache for each cell while the prompt passes. Scorers that append a suffix must append the same."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], budgets: Sequence[int], config: Any):
+    def __init__(self, scorers: Mapping[str, Scorer], budgets: Sequence[int], config: Any, allocation: str):
         self.scorers = dict(scorers)
         self.uses_adapter = any(scorer.uses_adapter for scorer in scorers.values())
         self.full = DynamicCache(config=config)
         self.caches = {
-            (name, budget): LookaheadCache(budget=budget, scorer=scorer)
+            (name, budget): LookaheadCache(budget, scorer, allocation=allocation, evict_later_turns=False)
             for budget in budgets
             for name, scorer in scorers.items()
         }
-        for cache in self.caches.values():
+        self.evictions = {}
+        for cell, cache in self.caches.items():
             cache.build_layers(config)
+            self.evictions[cell] = cache.begin_eviction(None, cell[1])
 
     def bind(self, decoder: nn.Module) -> Scorer:
         self.scorers = {name: scorer.bind(decoder) for name, scorer in self.scorers.items()}
@@ -74,13 +77,17 @@ class _Recorder(Scorer):
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         key, value, length = attention.key, attention.value, attention.length
         self.full.update(key[:, :, :length], value[:, :, :length], attention.layer_index)
-        for (name, budget), cache in self.caches.items():
+        candidates = _prompt_entries(key, value, length, attention.mask)
+        for (name, budget), eviction in self.evictions.items():
             # Some scorers look at the budget.
             scores = self.scorers[name].score(replace(attention, budget=budget))
-            if attention.mask is not None:
-                scores = scores.masked_fill(~attention.mask[:, None], -torch.inf)
-            cache.layers[attention.layer_index].evict(key, value, scores, budget, defer=False)
+            eviction.add(attention.layer_index, candidates, scores)
         return torch.zeros(*key.shape[:2], length, device=key.device)
+
+    def finish(self, length: int) -> None:
+        """Cuts every cache to its budget, after prompts of ``length`` tokens."""
+        for cell, eviction in self.evictions.items():
+            self.caches[cell].evict_to(eviction.settle(length))
 
     def take_bounded_layers(self, passed: LookaheadCache) -> None:
         """Layers with a sliding window, which are not scored, are the same in every cache."""
@@ -90,6 +97,10 @@ class _Recorder(Scorer):
                     cache.layers[index] = copy.deepcopy(layer)
 
 
+def _prompt_entries(key: torch.Tensor, value: torch.Tensor, length: int, mask: torch.Tensor | None) -> Candidates:
+    return EvictedLayer().candidates(key, value, length, mask)
+
+
 @torch.no_grad()
 def read_prompts(
     model: PreTrainedModel,
@@ -97,6 +108,7 @@ def read_prompts(
     mask: torch.Tensor,
     scorers: Mapping[str, Scorer],
     budgets: Sequence[int],
+    allocation: str = "global",
 ) -> Prefill:
     """Reads a batch of prompts once, into the full cache and one evicted cache for each scorer and budget.
 
@@ -107,6 +119,7 @@ def read_prompts(
         scorers: by name; those that append tokens to the prompt must append the same (so not the oracle: see
             :func:`add_oracle`).
         budgets: entries to keep per KV head, each below the length of the shortest prompt.
+        allocation: how they are shared out among heads, as in :class:`~lkq_hf.LookaheadCache`.
 
     Raises:
         ValueError: no budget or one that is not below the length of the shortest prompt, or two scorers that append
@@ -118,8 +131,8 @@ def read_prompts(
             f"budgets must be below the length of the shortest prompt, {shortest} tokens, so that something is "
             f"evicted; got {list(budgets)}"
         )
-    recorder = _Recorder(scorers, budgets, get_decoder(model).config)
-    passed = LookaheadCache(budget=1, scorer=recorder)
+    recorder = _Recorder(scorers, budgets, get_decoder(model).config, allocation)
+    passed = LookaheadCache(budget=1, scorer=recorder, allocation="uniform")
     output = model(
         input_ids=input_ids,
         attention_mask=mask,
@@ -128,6 +141,7 @@ def read_prompts(
         use_cache=True,
         logits_to_keep=1,
     )
+    recorder.finish(input_ids.shape[1])
     recorder.take_bounded_layers(passed)
     return Prefill(input_ids, mask, output.logits[:, -1], recorder.full, recorder.caches)
 
@@ -152,7 +166,9 @@ class ScoredAnswers:
 
 
 @torch.no_grad()
-def add_oracle(model: PreTrainedModel, prefill: Prefill, answers: Answers, budgets: Sequence[int]) -> ScoredAnswers:
+def add_oracle(
+    model: PreTrainedModel, prefill: Prefill, answers: Answers, budgets: Sequence[int], allocation: str = "global"
+) -> ScoredAnswers:
     """Scores the answers with the full cache, and fills the oracle's caches from what they attend to.
 
     This costs one forward of the answers. They are appended to ``prefill.full``.
@@ -161,13 +177,17 @@ def add_oracle(model: PreTrainedModel, prefill: Prefill, answers: Answers, budge
     mask = None if bool(prefill.mask.all()) else prefill.mask.bool()
     length = prefill.mask.shape[1]
     scorer = OracleScorer(answers.ids, answers.mask)
-    caches = {budget: LookaheadCache(budget=budget, scorer=scorer) for budget in budgets}
-    for cache in caches.values():
+    caches = {
+        budget: LookaheadCache(budget, scorer, allocation=allocation, evict_later_turns=False) for budget in budgets
+    }
+    evictions = {}
+    for budget, cache in caches.items():
         cache.build_layers(decoder.config)
+        evictions[budget] = cache.begin_eviction(decoder, budget)
         for index, layer in enumerate(cache.layers):
             if not isinstance(layer, EvictedLayer):
                 cache.layers[index] = copy.deepcopy(prefill.full.layers[index])
-    compressed = {i for i, layer in enumerate(next(iter(caches.values())).layers) if isinstance(layer, EvictedLayer)}
+    compressed = set(next(iter(caches.values())).evicted_layers())
     attention: dict[int, torch.Tensor] = {}
 
     def observe(
@@ -186,11 +206,14 @@ def add_oracle(model: PreTrainedModel, prefill: Prefill, answers: Answers, budge
             softcap=options.get("softcap"),
         )
         attention[index] = scores
-        for budget, cache in caches.items():
-            cache.layers[index].evict(key[:, :, :length], value[:, :, :length], scores, budget, defer=False)
+        candidates = _prompt_entries(key, value, length, mask)
+        for eviction in evictions.values():
+            eviction.add(index, candidates, scores)
 
     with observe_attention(decoder, observe):
         nll, chosen = score_answers(model, prefill.logits, prefill.mask, prefill.full, answers)
+    for budget, eviction in evictions.items():
+        caches[budget].evict_to(eviction.settle(length))
     return ScoredAnswers(answers, nll, chosen, attention, caches)
 
 
@@ -205,21 +228,21 @@ def stack_caches(caches: Sequence[LookaheadCache]) -> LookaheadCache:
         if layer.is_initialized:
             layer.keys = torch.cat([cache.layers[index].keys for cache in caches])
             layer.values = torch.cat([cache.layers[index].values for cache in caches])
-        if isinstance(layer, EvictedLayer):
-            layer.kept_indices = torch.cat([cache.layers[index].kept_indices for cache in caches])
+    prefixes = stack_prefixes([{i: cache.layers[i].prefix for i in cache.evicted_layers()} for cache in caches])
+    for index, prefix in prefixes.items():
+        stacked.layers[index].prefix = prefix
     return stacked
 
 
 def kept_entries(cache: LookaheadCache) -> dict[int, torch.Tensor]:
-    """For each compressed layer the positions of the kept entries, sorted, ``[batch, kv_heads, kept]``."""
-    return {
-        index: layer.kept_indices
-        for index, layer in enumerate(cache.layers)
-        if isinstance(layer, EvictedLayer) and layer.kept_indices is not None
-    }
+    """For each evicted layer which tokens each head keeps, bool ``[batch, kv_heads, length]``."""
+    found = {index: cache.layers[index].kept() for index in cache.evicted_layers()}
+    return {index: kept for index, kept in found.items() if kept is not None}
 
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of the stored keys and values."""
+    if isinstance(cache, LookaheadCache):
+        return cache.nbytes
     layers: list[Any] = cache.layers
     return sum(tensor.nbytes for layer in layers for tensor in (layer.keys, layer.values) if tensor is not None)

@@ -113,13 +113,13 @@ def inspect_eviction(
     full_bytes = cache_bytes(prefill.full)
     caches = {name: prefill.caches[name, budget] for name in scorers}
     kept_bytes = cache_bytes(caches[scorers[0]])
-    kept = {name: _as_mask(cache, len(ids)) for name, cache in caches.items()}
+    kept = {name: _as_mask(cache) for name, cache in caches.items()}
     attention, answers = None, {}
     if oracle:
         own = _answer(model, prefill, copy.deepcopy(prefill.full), max_new_tokens)
         scored = add_oracle(model, prefill, own, [budget])
         caches[ORACLE] = scored.oracle[budget]
-        kept[ORACLE] = _as_mask(caches[ORACLE], len(ids))
+        kept[ORACLE] = _as_mask(caches[ORACLE])
         attention = torch.stack([scored.attention[layer][0] for layer in sorted(scored.attention)]).cpu()
         found = {FULL: own} | {name: _answer(model, prefill, cache, max_new_tokens) for name, cache in caches.items()}
         texts = tokenizer.batch_decode([each.tokens()[0] for each in found.values()], skip_special_tokens=True)
@@ -142,11 +142,10 @@ def _answer(model: PreTrainedModel, prefill: Prefill, cache: Cache, max_new_toke
     return answer_greedily(model, prefill.logits, prefill.mask, cache, max_new_tokens)
 
 
-def _as_mask(cache: LookaheadCache, length: int) -> torch.Tensor:
+def _as_mask(cache: LookaheadCache) -> torch.Tensor:
     """``[layers, kv_heads, length]``, True for kept entries."""
     kept = kept_entries(cache)
-    indices = torch.stack([kept[layer][0] for layer in sorted(kept)]).cpu()
-    return torch.zeros(*indices.shape[:2], length, dtype=torch.bool).scatter_(-1, indices, True)
+    return torch.stack([kept[layer][0] for layer in sorted(kept)]).cpu()
 
 
 def _tokenise(

@@ -36,7 +36,8 @@ def lookahead_scores(
             keys. ``heads`` is a multiple of ``kv_heads``, and query head ``h`` attends to KV head
             ``h // (heads // kv_heads)``.
         scaling: factor on the dot products, commonly ``head_dim ** -0.5``.
-        mask: ``[batch, length]`` bool, True for a real token. Padding gets no attention and a score of ``-inf``.
+        mask: ``[batch, length]`` bool, or ``[batch, kv_heads, length]`` where heads hold different tokens; True for a
+            real token. Padding gets no attention and a score of ``-inf``.
         row_mask: ``[batch, n]`` bool, True for a row that counts in the mean (responses of a batch differ in length).
         softcap: soft capping of the logits, ``softcap * tanh(logits / softcap)`` (Gemma 2).
         row_power: exponent of the power mean down a column, ``mean(p ** row_power) ** (1 / row_power)``. 1 is the
@@ -52,6 +53,8 @@ def lookahead_scores(
         ValueError: the shapes do not fit together, or ``row_power`` is not positive.
         TypeError: a mask is not boolean.
     """
+    if mask is not None and mask.dim() == 3:
+        return _head_by_head(query, key, scaling, mask, row_mask, softcap, row_power, reduce_heads)
     _check(query, key, mask, row_mask)
     if not row_power > 0:
         raise ValueError(f"row_power must be positive, found {row_power}.")
@@ -59,6 +62,30 @@ def lookahead_scores(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return _LookaheadScores.apply(*inputs)
     return _scores_and_lse(*inputs)[0]
+
+
+def _head_by_head(
+    query: Tensor, key: Tensor, scaling: float, mask: Tensor, row_mask: Tensor | None, *settings: Any
+) -> Tensor:
+    """A mask for each KV head: as if the KV heads were rows of the batch."""
+    if query.shape[1] % key.shape[1] or mask.shape[:2] != key.shape[:2]:
+        raise ValueError(
+            f"Expected a mask [batch, length] or [batch, kv_heads, length] for key {list(key.shape)} and query "
+            f"{list(query.shape)}, found {list(mask.shape)}."
+        )
+    kv_heads = key.shape[1]
+    softcap, row_power, reduce_heads = settings
+    scores = lookahead_scores(
+        query.unflatten(1, (kv_heads, -1)).flatten(0, 1),
+        key.flatten(0, 1)[:, None],
+        scaling,
+        mask=mask.flatten(0, 1),
+        row_mask=None if row_mask is None else row_mask.repeat_interleave(kv_heads, dim=0),
+        softcap=softcap,
+        row_power=row_power,
+        reduce_heads=reduce_heads,
+    )
+    return scores.unflatten(0, (-1, kv_heads)).flatten(1, 2)
 
 
 def _scores_and_lse(query: Tensor, key: Tensor, *settings: Any) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,24 @@ from torch import nn
 
 @dataclass(frozen=True)
 class PrefillAttention:
-    """One attention layer during the prefill of a prompt of ``length`` tokens and ``suffix_length`` appended ones.
+    """One attention layer in a forward that reads tokens: ``length`` entries, of which some will be kept.
+
+    In the forward that reads the first prompt the entries are the prompt's tokens. Later they are what was kept of
+    the text before, which may differ by head, and the tokens since.
 
     Attributes:
-        query: ``[batch, heads, length + suffix_length, head_dim]``, with rotary embedding applied.
+        query: ``[batch, heads, new_length + suffix_length, head_dim]``, with rotary embedding applied.
         key: ``[batch, kv_heads, length + suffix_length, head_dim]``, with rotary embedding applied.
         value: ``[batch, kv_heads, length + suffix_length, value_dim]``.
-        length: tokens of the prompt, padding included.
-        suffix_length: tokens appended after the prompt for this forward only.
-        budget: entries that will be kept per KV head.
+        length: entries to choose from, padding included.
+        suffix_length: tokens appended for this forward only.
+        budget: entries that will be kept per KV head, on average.
         scaling: factor of the attention logits.
         softcap: bound of the attention logits (Gemma 2), or None.
-        mask: ``[batch, length]``, True where the prompt has a real token; None if there is no padding.
+        mask: True for real entries: ``[batch, length]``, or ``[batch, kv_heads, length]`` where heads hold different
+            entries; None if all are real.
         layer_index: index of the layer in the model.
+        new_length: tokens that this forward reads, the last ones of ``length``; None if it reads all of them.
     """
 
     query: torch.Tensor
@@ -34,6 +39,12 @@ class PrefillAttention:
     softcap: float | None
     mask: torch.Tensor | None
     layer_index: int
+    new_length: int | None = None
+
+    @property
+    def head_mask(self) -> torch.Tensor | None:
+        """:attr:`mask` as ``[batch, 1 or kv_heads, length]``."""
+        return self.mask[:, None] if self.mask is not None and self.mask.ndim == 2 else self.mask
 
 
 class Scorer(ABC):

@@ -63,7 +63,7 @@ class LookaheadScorer(Scorer):
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         scores = lookahead_scores(
-            attention.query[:, :, attention.length :],
+            attention.query[:, :, -attention.suffix_length :],
             attention.key,
             attention.scaling,
             mask=attention.mask,

@@ -54,7 +54,7 @@ class OracleScorer(Scorer):
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         scores = lookahead_scores(
-            attention.query[:, :, attention.length :],
+            attention.query[:, :, -attention.suffix_length :],
             attention.key,
             attention.scaling,
             mask=attention.mask,

@@ -32,13 +32,14 @@ class SnapKVScorer(Scorer):
         check_pooling(self.kernel_size, self.pooling, self.neighbor_weight)
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
-        window = min(self.window, attention.budget)
+        new = attention.length if attention.new_length is None else attention.new_length
+        window = min(self.window, attention.budget, new)
         before = attention.length - window
         scores = lookahead_scores(
-            attention.query[:, :, before : attention.length],
+            attention.query[:, :, new - window : new],
             attention.key[:, :, : attention.length],
             attention.scaling,
-            mask=None if attention.mask is None else attention.mask[:, :before],
+            mask=None if attention.mask is None else attention.mask[..., :before],
             softcap=attention.softcap,
         )
         pooled = pool_scores(scores, self.kernel_size, self.pooling, self.neighbor_weight)

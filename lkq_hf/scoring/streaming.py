@@ -23,8 +23,7 @@ class StreamingScorer(Scorer):
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         batch, kv_heads = attention.key.shape[:2]
-        position = torch.arange(attention.length, dtype=torch.float32, device=attention.key.device).expand(batch, -1)
-        # With padding on the left the sinks are the first real tokens.
-        real_position = position if attention.mask is None else attention.mask.cumsum(-1) - 1
-        scores = position.masked_fill(real_position < self.sinks, torch.inf)
-        return scores[:, None].expand(-1, kv_heads, -1)
+        place = torch.arange(attention.length, dtype=torch.float32, device=attention.key.device)
+        # The sinks are the first real tokens; they are never dropped, so they stay the first entries.
+        real = place if attention.head_mask is None else attention.head_mask.cumsum(-1) - 1
+        return place.expand(batch, kv_heads, -1).masked_fill(real < self.sinks, torch.inf)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.trainer_utils import has_length
 
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadTokens
-from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.cache.static import MASKED_ATTENTION
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 from lkq_hf.training.arguments import LookaheadTrainingArguments

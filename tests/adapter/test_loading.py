@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig
 from lkq_hf.adapter.model import adapter_parameters
-from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.scoring import LookaheadScorer
 
 WEIGHTS = "adapter_model.safetensors"

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lkq_hf.attention
 from lkq_hf.attention import thread_state
-from lkq_hf.cache import prefill
+from lkq_hf.cache import prepare
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -61,13 +61,13 @@ def assert_as_masked(base, ids, tokens, logits, cache, mask=None, tolerance=1e-4
 
 def evicted_length(cache):
     """Tokens that the eviction chose from: with drafted tokens, those of them that were accepted at once as well."""
-    (length,) = {layer._evicted_length for layer in cache.layers if getattr(layer, "kept_indices", None) is not None}
+    (length,) = {cache.layers[index].evicted_length for index in cache.evicted_layers()}
     return length
 
 
 def assert_nothing_is_left_behind(entries):
     assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == entries
-    assert lkq_hf.attention._observed == {}
-    assert thread_state.observer is None
+    assert lkq_hf.attention._renamed == {}
+    assert thread_state.attend is None
     assert thread_state.lookahead_length == 0
-    assert prefill._thread.prefill is None
+    assert prepare._thread.forward is None

@@ -5,7 +5,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 
 from lkq_hf import LookaheadKVConfig
-from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.training.eviction import eviction_gates, response_divergence, response_logits, soft_top_k
 from lkq_hf.training.importance import PromptCache, lookahead_importance, mean_over_query_heads
 

@@ -1,0 +1,248 @@
+"""Hooks that let a model fill a :class:`LookaheadCache`: what happens around its decoder and its ``generate``.
+
+``generate`` -> decoder -> :func:`_before_forward` decides what kind of forward this is -> each attention goes through
+:mod:`lkq_hf.cache.reading` -> :func:`_after_forward` evicts. Nothing happens unless a LookaheadCache is passed.
+"""
+
+import threading
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
+
+from lkq_hf.attention import thread_state
+from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.decode import decoding, next_token_mask
+from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
+from lkq_hf.cache.padding import padding_mask
+from lkq_hf.cache.reading import Decoding, Reading
+from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
+from lkq_hf.quantization.shared_input import weights_fixed
+
+MASKS_ATTRIBUTE = "create_masks_for_generate"
+
+
+class EvictionHandle:
+    """Undoes :func:`prepare_model_for_eviction`: call :meth:`remove`, or use as a context manager."""
+
+    def __init__(self, undo: list[Callable[[], object]]) -> None:
+        self._undo = undo
+
+    def remove(self) -> None:
+        """Takes the hooks off the model again. Does nothing when called twice."""
+        while self._undo:
+            self._undo.pop()()
+
+    def __enter__(self) -> "EvictionHandle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
+    """Lets a model read prompts into a :class:`LookaheadCache`; needed once, and only for models without an adapter.
+
+    Loading a ``LOOKAHEAD_KV`` adapter does the same. The hooks do nothing unless a LookaheadCache is passed.
+
+    Args:
+        model: a causal language model of transformers, or a PEFT model around one.
+
+    Returns:
+        A handle whose ``remove()``, or whose end as a context manager, takes the hooks off again. Nothing was added,
+        and nothing will be removed, if the model was already prepared.
+
+    Raises:
+        TypeError: not a transformers model with a decoder.
+        NotImplementedError: the model's attention cannot be observed.
+    """
+    decoder = get_decoder(model)
+    if not getattr(decoder, "_supports_attention_backend", False) or not hasattr(
+        decoder.config, "_attn_implementation"
+    ):
+        raise NotImplementedError(
+            f"{type(decoder).__name__} does not use transformers' attention interface, through which LookaheadCache "
+            "sees queries and keys. Generate with DynamicCache for this model."
+        )
+    if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
+        return EvictionHandle([])
+    undo: list[Callable[[], object]] = [
+        decoder.register_forward_pre_hook(_before_forward, with_kwargs=True).remove,
+        decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,
+        guard_method(decoder, "forward", _forward_or_clean_up),
+    ]
+    base: Any = _base_model(model)
+    if hasattr(base, "generate"):
+        create_masks = getattr(type(base), MASKS_ATTRIBUTE, create_masks_for_generate)
+        setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, create_masks))
+        undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
+        undo.append(guard_method(base, "generate", _generate))
+    if decoder not in (base, base.base_model):
+        undo.append(guard_method(base, "forward", _remember_inputs))
+    return EvictionHandle(undo)
+
+
+def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards ``generate``, for what a LookaheadCache needs from the prompt's first to the answer's last token."""
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, LookaheadCache):
+        return generate(*args, **kwargs)
+    model: Any = generate.__self__  # type: ignore[attr-defined]
+    refuse_chunked_prompts(model.generation_config, args, kwargs)
+    cache.begin_turn()
+    if not cache.is_compileable:
+        return generate(*args, **kwargs)
+    with decoding(get_decoder(model), cache), weights_fixed(model):
+        return generate(*args, **kwargs)
+
+
+def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) -> Any:
+    """What ``generate`` calls, by the name that a model may define, to prepare masks for a compileable cache.
+
+    The mask of what is read stays as it is: eviction has to see the padding, and a forward that reads, which is not
+    compiled, makes its masks by itself. That of a single token is made in fewer steps, where no model has masks of its
+    own.
+    """
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, LookaheadCache):
+        if cache.will_read(kwargs["inputs_embeds"].shape[1]) or not cache.has_prompt:
+            return kwargs.get("attention_mask")
+        if create_masks is create_masks_for_generate and (mask := next_token_mask(**kwargs)) is not None:
+            return mask
+    return create_masks(**kwargs)
+
+
+def _base_model(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+
+
+def get_decoder(model: nn.Module) -> PreTrainedModel:
+    """The stack of decoder layers inside a transformers model (the text model of a multimodal one).
+
+    Raises:
+        TypeError: the model has none, or is an encoder.
+    """
+    base: Any = _base_model(model)
+    decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else None
+    while hasattr(decoder, "lm_head") and hasattr(decoder, "model"):  # a language model inside of a multimodal one
+        decoder = decoder.model
+    if not isinstance(decoder, PreTrainedModel):
+        raise TypeError(
+            f"expected a decoder-only language model of transformers, found {type(base).__name__} without a decoder"
+        )
+    if any(hasattr(layer, "layer_idx") and getattr(layer, "is_causal", True) is False for layer in decoder.modules()):
+        raise TypeError(
+            f"expected a decoder-only language model of transformers, found {type(base).__name__}, an encoder: its "
+            "tokens attend to those that follow"
+        )
+    return decoder
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        # The forward of a decoder under way that fills a LookaheadCache.
+        self.forward: Reading | Decoding | None = None
+        # Keyword arguments of the model around the decoder, where there is more than a language model's head.
+        self.outer_inputs: dict[str, Any] = {}
+
+
+_thread = _Thread()
+
+
+def _forward_or_clean_up(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards the decoder's forward: hooks run after an error, but not after Ctrl-C (KeyboardInterrupt)."""
+    if torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    try:
+        return forward(*args, **kwargs)
+    except BaseException:
+        _abandon_forward()
+        raise
+
+
+def _remember_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards a multimodal model's forward: some give their decoder masks made from the one that they were given."""
+    if torch.compiler.is_compiling():
+        return forward(*args, **kwargs)
+    model: Any = forward.__self__  # type: ignore[attr-defined]
+    outer, _thread.outer_inputs = _thread.outer_inputs, _by_name(model, args, kwargs)
+    try:
+        return forward(*args, **kwargs)
+    finally:
+        _thread.outer_inputs = outer
+
+
+def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """All arguments of the model's forward by their names."""
+    if not args:
+        return kwargs
+    names = list(signature(type(model).forward).parameters)[1:]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _abandon_forward() -> None:
+    forward, _thread.forward = _thread.forward, None
+    if forward is not None:
+        forward.abandon()
+
+
+def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Decides whether this forward reads, and prepares it."""
+    if torch.compiler.is_compiling() and thread_state.attend_compiles:
+        return None  # a compiled decode: `decoding` is around it already
+    # An interrupt may also come between this function and the forward that it prepares.
+    _abandon_forward()
+    refuse_replica(decoder)
+    kwargs = _by_name(decoder, args, kwargs)
+    cache = kwargs.get("past_key_values")
+    if not isinstance(cache, LookaheadCache):
+        return None
+    inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    batch, length = inputs.shape[:2]
+    if not cache.has_prompt:
+        refuse_in(decoder, kwargs, length)
+        cache.build_layers(decoder.config)
+    if not cache.will_read(length):
+        cache.end_turn_begin()
+        if not cache.has_prefix:
+            return None
+        mask = kwargs.get("attention_mask")
+        _thread.forward = Decoding(decoder, cache, mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
+        _thread.forward.start()
+        return None
+    cache.end_turn_begin()
+    scorer = cache.scorer.bind(decoder)
+    seen = int(cache.get_seq_length())
+    given_mask = kwargs.get("attention_mask")
+    if isinstance(given_mask, dict) and _thread.outer_inputs:
+        given_mask = _thread.outer_inputs.get("attention_mask")
+    mask = padding_mask(given_mask, seen, length)
+    suffix = scorer.suffix(decoder)
+    suffix_length = 0
+    if suffix is not None:
+        if given_mask is not kwargs.get("attention_mask"):
+            refuse_masks_of_pictures(decoder, kwargs, given_mask)
+            kwargs = kwargs | {"attention_mask": given_mask}  # the decoder makes the same of it, but longer
+        kwargs = append_suffix(decoder, kwargs, suffix, length, seen)
+        suffix_length = suffix.shape[1]
+    eviction = cache.begin_eviction(decoder, seen + length)
+    trimmed = partial(trim, batch=batch, length=length, suffix_length=suffix_length)
+    _thread.forward = Reading(decoder, cache, scorer, batch, length, suffix_length, mask, eviction, trimmed)
+    _thread.forward.start()
+    return (), kwargs
+
+
+def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    forward = _thread.forward
+    if forward is None or forward.decoder is not decoder:
+        return None
+    if output is None:  # the forward raised
+        _abandon_forward()
+        return None
+    _thread.forward = None
+    return forward.finish(output)

@@ -1,0 +1,172 @@
+"""What happens around each attention of a forward that a LookaheadCache takes part in.
+
+A *reading* forward reads a prompt, a later turn or a piece of one: after each layer's attention its entries are
+scored, and at the end of the forward all layers are cut to the budget. In any other forward the new tokens are stored
+behind what there is.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lkq_hf.attention import AttentionCall, start_attending, thread_state
+from lkq_hf.cache.attend import attend_over
+from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.eviction import Eviction
+from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.scoring import PrefillAttention, Scorer
+
+
+def layer_of(cache: LookaheadCache, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> EvictedLayer | None:
+    """The evicted layer that returned these keys and values: the module's own, or one whose entries it shares."""
+    index = getattr(module, "layer_idx", None)
+    layers = cache.layers
+    if index is not None and index < len(layers):
+        own = layers[index]
+        if isinstance(own, EvictedLayer):
+            if torch.compiler.is_compiling() or own.returned(key, value):
+                return own
+        elif own.keys is key:  # a sliding window
+            return None
+    return next((each for each in layers if isinstance(each, EvictedLayer) and each.returned(key, value)), None)
+
+
+@dataclass
+class Decoding:
+    """A forward whose tokens are stored behind what there is."""
+
+    decoder: PreTrainedModel
+    cache: LookaheadCache
+    text_mask: torch.Tensor | None
+    stop_attending: Callable[[], None] = field(init=False)
+
+    def start(self) -> None:
+        self.stop_attending = start_attending(self.decoder, self.attend)
+
+    def attend(self, call: AttentionCall) -> Any:
+        layer = layer_of(self.cache, call.module, call.key, call.value)
+        return attend_over(call, None if layer is None else layer.prefix, self.text_mask)
+
+    def finish(self, output: Any) -> Any:
+        self.stop_attending()
+        return output
+
+    def abandon(self) -> None:
+        self.stop_attending()
+
+
+@dataclass
+class Reading:
+    """A forward that reads tokens, scores all entries and evicts.
+
+    Attributes:
+        decoder: the stack of layers.
+        cache: what is filled.
+        scorer: bound to the decoder.
+        batch: rows.
+        new_length: tokens that are read; 0 for a pass of the appended tokens alone.
+        suffix_length: tokens that are appended for this forward only.
+        text_mask: ``[batch, text]`` bool over everything read up to the end of this forward; None without padding.
+        eviction: where the layers hand in their candidates.
+        trim: cuts the appended tokens off the forward's output.
+        recent: the last tokens of the tail, which are not up for eviction.
+    """
+
+    decoder: PreTrainedModel
+    cache: LookaheadCache
+    scorer: Scorer
+    batch: int
+    new_length: int
+    suffix_length: int
+    text_mask: torch.Tensor | None
+    eviction: Eviction
+    trim: Callable[[Any], Any]
+    recent: int = 0
+    _tails: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    _scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    stop_attending: Callable[[], None] = field(init=False)
+
+    def start(self) -> None:
+        self._seen = int(self.cache.get_seq_length())
+        for layer in self.cache.layers:
+            if hasattr(layer, "begin_reading"):
+                layer.begin_reading(self.suffix_length)
+        self.stop_attending = start_attending(self.decoder, self.attend)
+        thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0
+        thread_state.token_shape = (self.batch, self.new_length + self.suffix_length)
+
+    def attend(self, call: AttentionCall) -> Any:
+        layer = layer_of(self.cache, call.module, call.key, call.value)
+        if layer is None:
+            return call.run()
+        output = attend_over(call, layer.prefix, self.text_mask)
+        index: int = call.module.layer_idx  # type: ignore[assignment]
+        if index < len(self.cache.layers) and self.cache.layers[index] is layer:
+            self._hand_in(index, layer, call)
+        return output
+
+    def _hand_in(self, index: int, layer: EvictedLayer, call: AttentionCall) -> None:
+        """Scores one layer, right after its attention."""
+        tail = call.key.shape[2] - self.suffix_length
+        candidates = layer.candidates(call.key, call.value, tail, self.text_mask)
+        count = candidates.positions.shape[-1]
+        scores = self.scorer.score(
+            PrefillAttention(
+                query=call.query,
+                key=candidates.keys,
+                value=candidates.values,
+                length=count,
+                suffix_length=self.suffix_length,
+                budget=self.eviction.budget,
+                scaling=call.scaling,
+                softcap=call.options.get("softcap"),
+                mask=candidates.one_mask_for_all_heads(),
+                layer_index=index,
+                new_length=self.new_length,
+            )
+        )
+        if self.cache.records_past:
+            # Which of these tokens are only drafts will be said by the next crop.
+            self._tails[index] = call.key[:, :, :tail].clone(), call.value[:, :, :tail].clone()
+            self._scores[index] = scores
+            return
+        if self.recent:
+            candidates, scores = candidates.without_last(self.recent), scores[..., : count - self.recent]
+        self.eviction.add(index, candidates, scores)
+
+    def finish(self, output: Any) -> Any:
+        """Cuts the layers to the budget, and the appended tokens off the output."""
+        handed_in = [*self.eviction.layers, *self._tails]
+        if missed := [index for index in self.cache.evicted_layers() if index not in handed_in]:
+            self.abandon()
+            raise NotImplementedError(
+                f"the attention of layers {missed} of {type(self.decoder).__name__} could not be observed, so "
+                "their cache cannot be compressed. Generate with DynamicCache for this model."
+            )
+        self._stop()
+        for layer in self.cache.layers:
+            if hasattr(layer, "end_reading"):
+                layer.end_reading()
+        seen = self._seen + self.new_length
+        if self._tails:
+            self.cache.defer(self.eviction, self._tails, self._scores, seen, self.text_mask)
+        else:
+            self.cache.evict_to(self.eviction.settle(seen - self.recent, self.cache.pools()), self.recent)
+        return self.trim(output)
+
+    def _stop(self) -> None:
+        self.stop_attending()
+        thread_state.lookahead_length = 0
+
+    def abandon(self) -> None:
+        """Puts everything back as it was before the forward."""
+        self._stop()
+        for layer in self.cache.layers:
+            if hasattr(layer, "abandon_reading"):
+                layer.abandon_reading()
+        if self._seen == 0:
+            self.cache.reset()
