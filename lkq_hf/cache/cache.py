@@ -110,7 +110,7 @@ class LookaheadCache(Cache):
         self._turn_begins = False
 
     def will_read(self, length: int) -> bool:
-        """Whether a forward of ``length`` tokens reads, and then evicts, rather than being stored behind what there is.
+        """Whether a forward of ``length`` tokens reads, and then evicts, instead of adding to what there is.
 
         The first prompt is read, and what follows if it is a turn: more than one token, or announced by
         :meth:`begin_turn`. Nothing is evicted while the whole text fits into the budget.
@@ -306,7 +306,7 @@ class LookaheadCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored entries."""
+        """Bytes of the stored keys and values, and of the positions of those that an eviction has kept."""
         tails = (tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None)
         return sum(tensor.nbytes for tensor in tails) + sum(pool.nbytes for pool in self._used_pools())
 
@@ -352,23 +352,24 @@ class _Deferred:
 
 def _layer_summary(layer: Any) -> dict[str, Any]:
     keys, values = layer.keys, layer.values
-    if keys is None or values is None or not layer.is_initialized:
+    if not layer.is_initialized:
         return {"entries": [], "least": 0, "mean": 0, "most": 0, "bytes": 0, "bytes_without_eviction": 0}
     batch, heads = keys.shape[:2]
     entry = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
-    if not isinstance(layer, EvictedLayer):
-        # A window loses nothing to eviction.
-        stored, whole = [keys.shape[-2]] * heads, keys.shape[-2]
+    size = keys.nbytes + values.nbytes
+    if isinstance(layer, EvictedLayer):
+        stored, whole = layer.entries_by_head(), int(layer.get_seq_length()) * batch * heads * entry
+        if layer.prefix is not None:
+            size += int(layer.prefix.lengths.sum()) * (entry + layer.prefix.pool.positions.element_size())
     else:
-        stored, whole = layer.entries_by_head(), int(layer.get_seq_length())
-    size = round(sum(stored) * batch * entry)
+        stored, whole = [keys.shape[-2]] * heads, size  # a window loses nothing to eviction
     return {
         "entries": stored,
         "least": min(stored),
         "mean": sum(stored) / heads,
         "most": max(stored),
         "bytes": size,
-        "bytes_without_eviction": whole * batch * heads * entry,
+        "bytes_without_eviction": whole,
     }
 
 

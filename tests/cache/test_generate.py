@@ -70,7 +70,8 @@ def test_every_scorer_generates_with_exactly_the_budget(scorer):
     ids = prompt_ids(2, 40)
     cache = LookaheadCache(budget=7, scorer=scorer)
     tokens, logits = generate(adapted, ids, cache)
-    assert [layer.keys.shape[-2] for layer in cache.layers] == [7 + 7] * 3
+    kept = torch.stack([*kept_entries(cache).values()])
+    assert kept.sum((0, 2, 3)).tolist() == [7 * 3 * 2] * 2, "as many entries per KV head as the budget, on average"
     assert_generation_is_that_of_masked_attention(base, ids, None, tokens, logits, cache)
 
 
@@ -116,7 +117,7 @@ def test_a_fraction_keeps_that_share_of_the_prompt():
     for budget, kept in ((0.25, 10), (0.01, 1), (0.99, 40), (1.0, 40)):
         cache = LookaheadCache(budget)
         generate(model, prompt_ids(1, 40), cache, new_tokens=1)
-        assert cache.layers[0].keys.shape[-2] == kept
+        assert cache.summary()["entries_stored"] == kept
 
 
 def test_eager_and_sdpa_agree():
@@ -190,9 +191,9 @@ def test_prompt_lookup_decoding_keeps_the_budget_and_is_not_cropped_below_it():
     assert tokens.shape[1] == 12
     kept = kept_entries(cache)
     assert sorted(kept) == [0, 1, 2]
-    assert all(indices.shape[-1] == 7 for indices in kept.values())
+    assert sum(int(layer.sum()) for layer in kept.values()) == 7 * 3 * 2
     generated = cache.get_seq_length() - 40
-    assert all(layer.keys.shape[-2] <= 7 + generated for layer in cache.layers)
+    assert cache.summary()["entries_stored"] <= 7 + generated
     with pytest.raises(ValueError, match="evicted"):
         cache.crop(-cache.get_seq_length())
 
@@ -219,30 +220,61 @@ def test_two_turns_in_both_calling_styles(architecture, attention):
     for style in ("all ids", "new ids"):
         cache = LookaheadCache(budget=7)
         answer, _ = generate(adapted, ids, cache)
+        stages = [kept_entries(cache)]
         conversation = torch.cat([ids, answer, follow_up], dim=1)
         unread = cache.get_seq_length()
         assert unread == 40 + 8 - 1
         given = conversation if style == "all ids" else conversation[:, unread:]
         second, logits = generate(adapted, given, cache, mask=torch.ones_like(conversation))
         results.append((second, logits))
+        stages.append(kept_entries(cache))
         assert cache.get_seq_length() == conversation.shape[1] + 8 - 1
-        expected = evicted_logits(base, torch.cat([conversation, second], 1), None, kept_entries(cache), 40)
+        assert cache.summary()["entries_stored"] == 7 + 8 - 1, "a later turn returns to the budget"
+        expected = evicted_logits(base, torch.cat([conversation, second], 1), None, stages)
         expected = expected[:, conversation.shape[1] - 1 : -1]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-5, rtol=1e-5)
 
 
-def test_a_short_first_turn_is_kept_whole_and_so_is_the_second():
-    model = lookahead_model()
-    cache, full = LookaheadCache(budget=10), DynamicCache(config=model.config)
-    results = []
-    for one in (cache, full):
-        answer, _ = generate(model, prompt_ids(1, 6), one)
-        conversation = torch.cat([prompt_ids(1, 6), answer, prompt_ids(1, 30, seed=4)], dim=1)
-        results.append(generate(model, conversation, one)[0])
-    assert torch.equal(*results)
-    assert cache.layers[0].keys.shape == full.layers[0].keys.shape
+def test_later_turns_may_be_kept_whole():
+    base, adapted = base_and_adapted()
+    ids, follow_up = prompt_ids(1, 40), prompt_ids(1, 5, seed=9)
+    cache = LookaheadCache(budget=7, evict_later_turns=False)
+    answer, _ = generate(adapted, ids, cache)
+    conversation = torch.cat([ids, answer, follow_up], dim=1)
+    second, logits = generate(adapted, conversation, cache)
+    assert cache.summary()["entries_stored"] == 7 + 8 + 5 + 8 - 1
+    expected = evicted_logits(base, torch.cat([conversation, second], 1), None, kept_entries(cache))
+    torch.testing.assert_close(logits, expected[:, conversation.shape[1] - 1 : -1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_a_short_first_turn_is_kept_whole_and_what_follows_is_evicted(scorer, attention):
+    base, adapted = base_and_adapted()
+    adapted.set_attn_implementation(attention)
+    cache = LookaheadCache(budget=10, scorer=scorer)
+    answer, _ = generate(adapted, prompt_ids(1, 6), cache, new_tokens=4)
+    assert not kept_entries(cache)
+    conversation = torch.cat([prompt_ids(1, 6), answer, prompt_ids(1, 30, seed=4)], dim=1)
+    tokens, logits = generate(adapted, conversation, cache)
+    assert cache.summary()["entries_stored"] == 10 + 7
+    assert_generation_is_that_of_masked_attention(base, conversation, None, tokens, logits, cache)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_reading_a_whole_conversation_keeps_what_reading_its_turns_would_if_nothing_was_lost(architecture):
+    """A first turn within the budget changes nothing: the second chooses from everything."""
+    _, adapted = base_and_adapted(architecture)
+    ids = prompt_ids(1, 40)
+    whole, turns = LookaheadCache(budget=12), LookaheadCache(budget=12)
+    with torch.no_grad():
+        expected = adapted(ids, past_key_values=whole).logits[:, 9:]
+        adapted(ids[:, :9], past_key_values=turns)
+        found = adapted(ids[:, 9:], past_key_values=turns).logits
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert all(torch.equal(kept, kept_entries(turns)[layer]) for layer, kept in kept_entries(whole).items())
 
 
 def test_two_turns_of_a_padded_batch():
@@ -250,10 +282,13 @@ def test_two_turns_of_a_padded_batch():
     ids, mask = left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 14, seed=1)[0]])
     cache = LookaheadCache(budget=7)
     answer, _ = generate(adapted, ids, cache, mask=mask)
+    stages = [kept_entries(cache)]
     conversation = torch.cat([ids, answer, prompt_ids(2, 5, seed=9)], dim=1)
     full_mask = F.pad(mask, (0, 13), value=1)
+    full_mask[1, 48:50] = 0  # its second turn is shorter too
     second, logits = generate(adapted, conversation, cache, mask=full_mask)
-    expected = evicted_logits(base, torch.cat([conversation, second], 1), full_mask, kept_entries(cache), 40)
+    stages.append(kept_entries(cache))
+    expected = evicted_logits(base, torch.cat([conversation, second], 1), full_mask, stages)
     torch.testing.assert_close(logits, expected[:, conversation.shape[1] - 1 : -1], atol=1e-4, rtol=1e-4)
 
 
@@ -263,14 +298,17 @@ def test_copies_of_one_prefilled_cache_answer_several_questions():
     cache = LookaheadCache(budget=7)
     with torch.no_grad():
         adapted(document, past_key_values=cache)
-    before = [layer.keys.clone() for layer in cache.layers]
+    pool = cache.layers[0].prefix.pool
+    before = pool.keys.clone()
     for seed in range(3):
         ids = torch.cat([document, prompt_ids(1, 6, seed=20 + seed)], dim=1)
-        tokens, logits = generate(adapted, ids, copy.deepcopy(cache))
-        expected = evicted_logits(base, torch.cat([ids, tokens], 1), None, kept_entries(cache), 40)[:, 45:-1]
+        one = copy.deepcopy(cache)
+        tokens, logits = generate(adapted, ids, one)
+        stages = [kept_entries(cache), kept_entries(one)]
+        expected = evicted_logits(base, torch.cat([ids, tokens], 1), None, stages)[:, 45:-1]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     assert cache.get_seq_length() == 40
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+    assert cache.layers[0].prefix.pool is pool and torch.equal(pool.keys, before)
 
 
 def test_after_reset_the_next_prompt_is_compressed_again():
@@ -282,7 +320,8 @@ def test_after_reset_the_next_prompt_is_compressed_again():
     tokens, _ = generate(model, prompt_ids(2, 33, seed=3), cache)
     expected, _ = generate(model, prompt_ids(2, 33, seed=3), fresh)
     assert torch.equal(tokens, expected)
-    assert cache.layers[0].keys.shape == fresh.layers[0].keys.shape == (2, 2, 14, 16)
+    assert cache.layers[0].keys.shape == fresh.layers[0].keys.shape == (2, 2, 7, 16)
+    assert cache.nbytes == fresh.nbytes
 
 
 def test_generate_from_embeddings():
@@ -297,13 +336,15 @@ def test_generate_from_embeddings():
 
 
 def test_hidden_states_and_attentions_of_a_generation():
-    model = lookahead_model()
+    model, cache = lookahead_model(), LookaheadCache(budget=7)
     output = model.generate(
-        prompt_ids(1, 40), past_key_values=LookaheadCache(budget=7), max_new_tokens=3, do_sample=False,
+        prompt_ids(1, 40), past_key_values=cache, max_new_tokens=3, do_sample=False,
         return_dict_in_generate=True, output_hidden_states=True, output_attentions=True,
     )  # fmt: skip
     assert [states[0].shape[1] for states in output.hidden_states] == [40, 1, 1]
-    assert [tuple(attention[0].shape[-2:]) for attention in output.attentions] == [(40, 40), (1, 8), (1, 9)]
+    longest = cache.layers[0].prefix.longest
+    shapes = [tuple(attention[0].shape[-2:]) for attention in output.attentions]
+    assert shapes == [(40, 40), (1, longest + 1), (1, longest + 2)]
 
 
 def test_two_threads_generate_as_each_alone():
@@ -358,15 +399,19 @@ def test_the_summary_counts_bytes():
     assert cache.nbytes == 0
     generate(model, prompt_ids(2, 40), cache, new_tokens=4)
     entry = 3 * 2 * 2 * 16 * 4 * 2  # layers, keys and values, KV heads, head_dim, float32, batch
-    assert cache.nbytes == 10 * entry
-    assert cache.summary() == {
-        "tokens_seen": 43, "entries_stored": 10, "bytes": 10 * entry, "bytes_without_eviction": 43 * entry,
-        "layers": [
-            {"entries_stored": 10, "bytes": 10 * entry // 3, "bytes_without_eviction": 43 * entry // 3}
-        ] * 3,
-    }  # fmt: skip
+    positions = 3 * 2 * 4 * 2 * 7  # of what is left of the prompt
+    assert cache.nbytes == 10 * entry + positions
+    summary = cache.summary()
+    assert summary["tokens_seen"] == 43 and summary["entries_stored"] == 10
+    assert summary["bytes"] == cache.nbytes == sum(layer["bytes"] for layer in summary["layers"])
+    assert summary["bytes_without_eviction"] == 43 * entry
+    heads = [number for layer in summary["layers"] for number in layer["entries"]]
+    assert len(heads) == 6 and sum(heads) == 60 and len(set(heads)) > 1, "heads keep different numbers"
+    for layer in summary["layers"]:
+        assert (layer["least"], layer["most"]) == (min(layer["entries"]), max(layer["entries"]))
+        assert 3 < layer["least"] <= layer["mean"] <= layer["most"] <= 4 * 7 + 3
     text = repr(cache)
-    for part in ("budget=7", "tokens_seen=43", "entries_stored=10", f"{10 * entry:,} of {43 * entry:,}"):
+    for part in ("budget=7", "tokens_seen=43", "entries_stored=10", f"{cache.nbytes:,} of {43 * entry:,}"):
         assert part in text
 
 
@@ -375,9 +420,9 @@ def test_the_summary_lists_layers_with_a_sliding_window_as_they_are():
     generate(lookahead_model("gemma3"), prompt_ids(2, 40), cache, new_tokens=4)
     summary = cache.summary()
     # A window of 8 stores 7 entries between forwards.
-    assert [layer["entries_stored"] for layer in summary["layers"]] == [7, 10, 10]
+    assert summary["layers"][0]["entries"] == [7, 7]
+    assert sum(layer["mean"] for layer in summary["layers"][1:]) == 20
     assert summary["layers"][0]["bytes"] == summary["layers"][0]["bytes_without_eviction"]
-    assert summary["layers"][1]["bytes_without_eviction"] == summary["layers"][1]["bytes"] // 10 * 43
     assert summary["entries_stored"] == 10
     for key in ("bytes", "bytes_without_eviction"):
         assert summary[key] == sum(layer[key] for layer in summary["layers"])

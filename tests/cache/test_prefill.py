@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import lkq_hf.attention
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.attention import thread_state
-from lkq_hf.cache import prefill
+from lkq_hf.cache import prepare
 from lkq_hf.scoring import LookaheadScorer
 
 
@@ -42,10 +42,10 @@ def nothing_left_behind():
     before = dict(ALL_ATTENTION_FUNCTIONS._local_mapping)
     yield
     assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == before
-    assert lkq_hf.attention._observed == {}
-    assert thread_state.observer is None
+    assert lkq_hf.attention._renamed == {}
+    assert thread_state.attend is None
     assert thread_state.lookahead_length == 0
-    assert prefill._thread.prefill is None
+    assert prepare._thread.forward is None
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -54,7 +54,7 @@ def test_scores_and_kept_entries_are_those_of_the_definition(architecture, atten
     base, adapted = base_and_adapted(architecture)
     adapted.set_attn_implementation(attention)
     ids = prompt_ids(2, 40)
-    cache = LookaheadCache(budget=9, scorer=RecordingScorer(kernel_size=1))
+    cache = LookaheadCache(budget=9, scorer=RecordingScorer(kernel_size=1), allocation="uniform")
     with torch.no_grad():
         adapted(ids, past_key_values=cache)
     expected = {layer: scores_of(value) for layer, value in lookahead_attention(base, adapted, ids).items()}
@@ -69,14 +69,14 @@ def test_scores_and_kept_entries_are_those_of_the_definition(architecture, atten
 def test_scores_of_a_padded_batch_are_those_of_the_definition(architecture):
     base, adapted = base_and_adapted(architecture)
     ids, mask = left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
-    cache = LookaheadCache(budget=9, scorer=RecordingScorer(kernel_size=1))
+    cache = LookaheadCache(budget=9, scorer=RecordingScorer(kernel_size=1), allocation="uniform")
     with torch.no_grad():
         adapted(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
     for layer, attention in lookahead_attention(base, adapted, ids, mask).items():
         expected, found = scores_of(attention), RecordingScorer.recorded[layer]
         real = mask.bool()[:, None].expand_as(found)
         torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=1e-5)
-        assert torch.equal(cache.layers[layer].kept_indices, top_entries(expected, 9, mask))
+        assert torch.equal(cache.layers[layer].kept(), top_entries(expected, 9, mask))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -88,14 +88,18 @@ def test_stored_entries_are_those_of_the_full_cache(architecture):
         adapted(ids, past_key_values=cache)
         base(ids, past_key_values=full)
     for layer in range(base.config.num_hidden_layers):
-        for found, expected in (
-            (cache.layers[layer].keys, full.layers[layer].keys),
-            (cache.layers[layer].values, full.layers[layer].values),
-        ):
-            if layer in kept_entries(cache):
-                index = cache.layers[layer].kept_indices[..., None].expand(-1, -1, -1, expected.shape[-1])
-                expected = expected.gather(2, index)
-            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+        found, expected = cache.layers[layer], full.layers[layer]
+        if layer not in kept_entries(cache):
+            torch.testing.assert_close(found.keys, expected.keys, atol=1e-5, rtol=1e-5)
+            continue
+        keys, values, positions, valid = found.prefix.padded()
+        for row, head in ((0, 0), (0, 1), (1, 0), (1, 1)):
+            here = positions[row, head][valid[row, head]].long()
+            assert torch.equal(here, kept_entries(cache)[layer][row, head].nonzero()[:, 0]), "in the order of the text"
+            for stored, whole in ((keys, expected.keys), (values, expected.values)):
+                torch.testing.assert_close(
+                    stored[row, head][valid[row, head]], whole[row, head][here], atol=1e-5, rtol=1e-5
+                )
 
 
 def test_no_layer_keeps_the_prompt_alive():
@@ -140,8 +144,8 @@ def test_positional_arguments_are_understood():
     with torch.no_grad():
         model(ids, past_key_values=one)
         model.model(ids, None, None, other)
-    assert other.get_seq_length() == 30 and other.layers[0].keys.shape[-2] == 6
-    assert torch.equal(one.layers[2].keys, other.layers[2].keys)
+    assert other.get_seq_length() == 30
+    assert torch.equal(one.layers[2].prefix.pool.keys, other.layers[2].prefix.pool.keys)
 
 
 def test_inputs_embeds_give_what_ids_give():
@@ -152,7 +156,7 @@ def test_inputs_embeds_give_what_ids_give():
         expected = model(ids, past_key_values=one).logits
         found = model(inputs_embeds=model.get_input_embeddings()(ids), past_key_values=other).logits
     torch.testing.assert_close(found, expected)
-    assert torch.equal(one.layers[1].kept_indices, other.layers[1].kept_indices)
+    assert torch.equal(one.layers[1].kept(), other.layers[1].kept())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -196,13 +200,13 @@ def test_an_exception_leaves_nothing_behind_and_the_cache_can_be_used_again(atte
         model(ids, past_key_values=cache)
     handle.remove()
     assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == entries
-    assert lkq_hf.attention._observed == {}
-    assert thread_state.observer is None and thread_state.lookahead_length == 0
+    assert lkq_hf.attention._renamed == {}
+    assert thread_state.attend is None and thread_state.lookahead_length == 0
     assert hooks == {name: (list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in model.named_modules()}
     assert cache.get_seq_length() == 0
     with torch.no_grad():
         model(ids, past_key_values=cache)
-    assert torch.equal(cache.layers[2].keys, expected.layers[2].keys)
+    assert torch.equal(cache.layers[2].kept(), expected.layers[2].kept())
 
 
 def test_an_exception_in_the_scorer_leaves_nothing_behind():

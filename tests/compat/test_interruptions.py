@@ -176,7 +176,7 @@ def test_a_thread_that_is_interrupted_does_not_disturb_another():
     thread = threading.Thread(target=interrupted)
     thread.start()
     assert inside.wait(10)
-    assert lkq_hf.attention._observed, "the other thread is in the middle of its prefill"
+    assert lkq_hf.attention._renamed, "the other thread is in the middle of its prefill"
     tokens, logits = generate(model, ids, cache)
     go_on.set()
     thread.join()
@@ -204,7 +204,7 @@ def test_another_thread_ends_its_prefill_while_the_attention_is_looked_up():
     key = Chased("sdpa")
     key.between = start_observing(model.model, lambda *_: None)
     assert ALL_ATTENTION_FUNCTIONS.get(key, "eager") is expected
-    assert key.looked_up >= 2 and not lkq_hf.attention._observed
+    assert key.looked_up >= 2 and not lkq_hf.attention._renamed
 
 
 @item("threads: several generations on one model at once")
@@ -222,7 +222,7 @@ def test_a_thread_that_is_stopped_from_outside():
         try:
             generate(model, prompt_ids(1, 40), LookaheadCache(budget=7))
         except SystemExit:
-            stopped.append((thread_state.observer, thread_state.lookahead_length, dict(lkq_hf.attention._observed)))
+            stopped.append((thread_state.observer, thread_state.lookahead_length, dict(lkq_hf.attention._renamed)))
 
     handle = model.model.layers[1].register_forward_pre_hook(wait)
     thread = threading.Thread(target=run)

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import lkq_hf.attention
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.attention import thread_state
-from lkq_hf.cache import prefill
+from lkq_hf.cache import prepare
 
 CLOSE = 2e-3
 SCORERS = ("lookahead", "lookahead", "snapkv", "streaming", "random")
@@ -241,9 +241,9 @@ def soak(models, calls, warm):
     counted = grown = None
     for seed in range(calls):
         cache = run_call(models, seed)
-        assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == entries and lkq_hf.attention._observed == {}, seed
-        assert thread_state.observer is None and thread_state.lookahead_length == 0, seed
-        assert prefill._thread.prefill is None, seed
+        assert dict(ALL_ATTENTION_FUNCTIONS._local_mapping) == entries and lkq_hf.attention._renamed == {}, seed
+        assert thread_state.attend is None and thread_state.lookahead_length == 0, seed
+        assert prepare._thread.forward is None, seed
         if seed == warm:
             counted, grown = alive(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     gc.collect()
