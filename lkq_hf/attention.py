@@ -17,6 +17,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lkq_hf.compat import require_parts
+
 Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], None]
 """Called after each attention with (module, query, key, value, keyword arguments of the attention function).
 
@@ -109,6 +111,7 @@ class _Overrides(dict[str, Callable[..., Any]]):
 def start_observing(decoder: PreTrainedModel, observer: Observer) -> Callable[[], None]:
     """Shows every attention of ``decoder`` in this thread to ``observer`` until the returned function is called."""
     registry: Any = attention_registry(decoder)
+    require_parts(registry, "_local_mapping", "_global_mapping")
     implementations = [decoder.config._attn_implementation]
     if registry is ALL_ATTENTION_FUNCTIONS and implementations[0] in _SDPA:
         # Another thread's decode of the same model may begin or end meanwhile.

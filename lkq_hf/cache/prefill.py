@@ -24,6 +24,7 @@ from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.compat import cache_name, find_cache, pass_cache, rename_cache
 from lkq_hf.quantization.shared_input import weights_fixed
 from lkq_hf.scoring import PrefillAttention, Scorer
 
@@ -63,6 +64,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
     Raises:
         TypeError: not a transformers model with a decoder.
         NotImplementedError: the model's attention cannot be observed.
+        ImportError: this version of transformers passes caches in a way that is not known here.
     """
     decoder = get_decoder(model)
     if not getattr(decoder, "_supports_attention_backend", False) or not hasattr(
@@ -74,6 +76,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         )
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
         return EvictionHandle([])
+    cache_name()  # raises where the hooks would look for the cache in vain
     undo: list[Callable[[], object]] = [
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True).remove,
         decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,
@@ -92,9 +95,10 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
 
 def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Guards ``generate``, for what a LookaheadCache needs from the prompt's first to the answer's last token."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, LookaheadCache):
+    cache = find_cache(kwargs, LookaheadCache)
+    if cache is None:
         return generate(*args, **kwargs)
+    kwargs = rename_cache(kwargs, cache)
     model: Any = generate.__self__  # type: ignore[attr-defined]
     refuse_chunked_prompts(model.generation_config, args, kwargs)
     if not cache.is_compileable:
@@ -109,11 +113,11 @@ def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) 
     The mask of a prompt stays as it is: eviction has to see the padding, and a prefill, which is not compiled, makes
     its masks by itself. That of a single token is made in fewer steps, where no model has masks of its own.
     """
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, LookaheadCache):
+    cache = find_cache(kwargs, LookaheadCache)
+    if cache is not None:
         if not cache.has_prompt:
             return kwargs.get("attention_mask")
-        if create_masks is create_masks_for_generate and (mask := next_token_mask(**kwargs)) is not None:
+        if create_masks is create_masks_for_generate and (mask := next_token_mask(cache, **kwargs)) is not None:
             return mask
     return create_masks(**kwargs)
 
@@ -263,8 +267,8 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     _abandon_prefill()
     refuse_replica(decoder)
     kwargs = _by_name(decoder, args, kwargs)
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, LookaheadCache) or cache.has_prompt:
+    cache = find_cache(kwargs, LookaheadCache)
+    if cache is None or cache.has_prompt:
         return None
     inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     batch, length = inputs.shape[:2]
@@ -311,7 +315,7 @@ def _refuse_masks_of_pictures(decoder: PreTrainedModel, inputs: dict[str, Any], 
         config=decoder.config,
         inputs_embeds=inputs["inputs_embeds"],
         attention_mask=padding_mask,
-        past_key_values=inputs["past_key_values"],
+        **pass_cache(find_cache(inputs, LookaheadCache)),
         position_ids=inputs.get("position_ids"),
         or_mask_function=lambda *_: torch.tensor(False),  # masks as tensors, also where a causal one needs none
     )

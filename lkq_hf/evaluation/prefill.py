@@ -18,6 +18,7 @@ from lkq_hf.attention import observe_attention
 from lkq_hf.cache import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
 from lkq_hf.cache.prefill import get_decoder
+from lkq_hf.compat import pass_cache
 from lkq_hf.evaluation.decoding import Answers, score_answers
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 from lkq_hf.scoring import OracleScorer, PrefillAttention, Scorer
@@ -124,7 +125,7 @@ def read_prompts(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=passed,
+        **pass_cache(passed),
         use_cache=True,
         logits_to_keep=1,
     )
