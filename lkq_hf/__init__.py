@@ -8,6 +8,8 @@ changed. Public names are imported on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lkq_hf.compat import explained_imports, warn_of_newer_versions
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
@@ -42,12 +44,15 @@ if TYPE_CHECKING:
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
+        with explained_imports():
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-for _registers in ("lkq_hf.adapter", "lkq_hf.quantization"):
-    importlib.import_module(_registers)
+warn_of_newer_versions()
+with explained_imports():
+    for _registers in ("lkq_hf.adapter", "lkq_hf.quantization"):
+        importlib.import_module(_registers)
 
 
 def __dir__() -> list[str]:

@@ -114,10 +114,13 @@ class _Named:
         return getattr(self._module, name)
 
 
+_registered: set[str] = set()
+
+
 def _register(implementation: str) -> str:
     """The name by which ``implementation`` goes through this file, registered with transformers."""
     name = PREFIX + implementation
-    if name not in AttentionInterface._global_mapping:
+    if name not in _registered:
 
         def attention_forward(
             module: nn.Module,
@@ -139,6 +142,7 @@ def _register(implementation: str) -> str:
         mask = ALL_MASK_ATTENTION_FUNCTIONS.get(implementation)
         if mask is not None:
             AttentionMaskInterface.register(name, mask)
+        _registered.add(name)
     return name
 
 

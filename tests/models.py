@@ -217,8 +217,7 @@ def evicted_logits(base, ids, mask, kept, prompt_length=None):
 
     decoder = get_decoder(base)
     handles = [
-        decoder.layers[layer].self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True)
-        for layer in stages[0]
+        decoder.layers[layer].self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True) for layer in stages[0]
     ]
     mask = torch.ones_like(ids) if mask is None else F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
     with torch.no_grad(), _hooks(handles):

@@ -19,7 +19,7 @@ class Candidates(NamedTuple):
     """The entries among which an eviction chooses.
 
     Attributes:
-        keys, values: ``[batch, kv_heads, >= count, features]``, in the order of the text; what lies behind ``count`` is
+        keys, values: ``[batch, kv_heads, >= count, features]``, in the order of the text; what is behind ``count`` is
             not to be chosen.
         positions: ``[batch, kv_heads, count]`` int32, their places in the text, padding included.
         valid: ``[batch, kv_heads or 1, count]`` bool, False for padding; None if there is none.

@@ -22,6 +22,7 @@ from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in,
 from lkq_hf.cache.padding import padding_mask
 from lkq_hf.cache.reading import Decoding, Reading
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
+from lkq_hf.compat import cache_name, find_cache, rename_cache
 from lkq_hf.quantization.shared_input import weights_fixed
 
 MASKS_ATTRIBUTE = "create_masks_for_generate"
@@ -60,6 +61,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
     Raises:
         TypeError: not a transformers model with a decoder.
         NotImplementedError: the model's attention cannot be observed.
+        ImportError: this version of transformers passes caches in a way that is not known here.
     """
     decoder = get_decoder(model)
     if not getattr(decoder, "_supports_attention_backend", False) or not hasattr(
@@ -71,6 +73,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         )
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
         return EvictionHandle([])
+    cache_name()  # raises where the hooks would look for the cache in vain
     undo: list[Callable[[], object]] = [
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True).remove,
         decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,
@@ -89,9 +92,10 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
 
 def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Guards ``generate``, for what a LookaheadCache needs from the prompt's first to the answer's last token."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, LookaheadCache):
+    cache = find_cache(kwargs, LookaheadCache)
+    if cache is None:
         return generate(*args, **kwargs)
+    kwargs = rename_cache(kwargs, cache)
     model: Any = generate.__self__  # type: ignore[attr-defined]
     refuse_chunked_prompts(model.generation_config, args, kwargs)
     cache.begin_turn()
@@ -108,11 +112,11 @@ def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) 
     compiled, makes its masks by itself. That of a single token is made in fewer steps, where no model has masks of its
     own.
     """
-    cache = kwargs.get("past_key_values")
-    if isinstance(cache, LookaheadCache):
+    cache = find_cache(kwargs, LookaheadCache)
+    if cache is not None:
         if cache.will_read(kwargs["inputs_embeds"].shape[1]) or not cache.has_prompt:
             return kwargs.get("attention_mask")
-        if create_masks is create_masks_for_generate and (mask := next_token_mask(**kwargs)) is not None:
+        if create_masks is create_masks_for_generate and (mask := next_token_mask(cache, **kwargs)) is not None:
             return mask
     return create_masks(**kwargs)
 
@@ -199,8 +203,8 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     _abandon_forward()
     refuse_replica(decoder)
     kwargs = _by_name(decoder, args, kwargs)
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, LookaheadCache):
+    cache = find_cache(kwargs, LookaheadCache)
+    if cache is None:
         return None
     inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     batch, length = inputs.shape[:2]

@@ -5,8 +5,11 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
+
+from lkq_hf.compat import find_cache, pass_cache
 
 _EXTENDED = ("attention_mask", "position_ids")
 
@@ -129,7 +132,7 @@ def refuse_masks_of_pictures(decoder: PreTrainedModel, inputs: dict[str, Any], p
         config=decoder.config,
         inputs_embeds=inputs["inputs_embeds"],
         attention_mask=padding_mask,
-        past_key_values=inputs["past_key_values"],
+        **pass_cache(find_cache(inputs, Cache)),
         position_ids=inputs.get("position_ids"),
         or_mask_function=lambda *_: torch.tensor(False),  # masks as tensors, also where a causal one needs none
     )

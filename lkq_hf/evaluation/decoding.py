@@ -9,6 +9,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from lkq_hf.compat import pass_cache
+
 
 def pad_left(sequences: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids ``[batch, length]``, padded on the left, and the mask of real tokens (1) and padding (0)."""
@@ -49,8 +51,8 @@ def following_inputs(tokens: torch.Tensor, prompt_mask: torch.Tensor, cache: Cac
         "input_ids": tokens,
         "attention_mask": mask,
         "position_ids": positions,
-        "past_key_values": cache,
         "use_cache": True,
+        **pass_cache(cache),
     }
 
 

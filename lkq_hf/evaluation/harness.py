@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lkq_hf.cache import LookaheadCache, prepare_model_for_eviction
+from lkq_hf.compat import pass_cache
 from lkq_hf.evaluation.decoding import Answers, score_answers
 
 try:
@@ -64,7 +65,7 @@ class LookaheadLM(HFLM):
         self, context: torch.Tensor, max_length: int, stop: list[str], **generation_kwargs: Any
     ) -> torch.Tensor:
         if self.budget is not None:
-            generation_kwargs["past_key_values"] = LookaheadCache(self.budget, self.scorer)
+            generation_kwargs |= pass_cache(LookaheadCache(self.budget, self.scorer))
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     def _loglikelihood_tokens(
@@ -89,7 +90,7 @@ class LookaheadLM(HFLM):
         prompt = torch.tensor([context], device=self.device)
         ids = torch.tensor([continuation], device=self.device)
         cache = LookaheadCache(self.budget, self.scorer)  # type: ignore[arg-type]
-        logits = self.model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = self.model(input_ids=prompt, **pass_cache(cache), use_cache=True, logits_to_keep=1).logits[:, -1]
         answers = Answers(ids, torch.ones_like(ids, dtype=torch.bool))
         nll, chosen = score_answers(self.model, logits, torch.ones_like(prompt), cache, answers)
         return -nll.sum().item(), torch.equal(chosen, ids)

@@ -19,6 +19,7 @@ from lkq_hf.cache import LookaheadCache
 from lkq_hf.cache.layers import Candidates, EvictedLayer
 from lkq_hf.cache.prefix import stack_prefixes
 from lkq_hf.cache.prepare import get_decoder
+from lkq_hf.compat import pass_cache
 from lkq_hf.evaluation.decoding import Answers, score_answers
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 from lkq_hf.scoring import OracleScorer, PrefillAttention, Scorer
@@ -137,7 +138,7 @@ def read_prompts(
         input_ids=input_ids,
         attention_mask=mask,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        past_key_values=passed,
+        **pass_cache(passed),
         use_cache=True,
         logits_to_keep=1,
     )

@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from lkq_hf.attention import Observer, lookahead_positions, observe_attention
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.compat import pass_cache
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 
 
@@ -48,7 +49,7 @@ class PromptCache(DynamicCache):
         batch, count = tokens.shape[:2]
         length = self.get_seq_length()
         if self.mask is None and token_mask is None:
-            return {"past_key_values": self}
+            return pass_cache(self)
         prompt = self.mask if self.mask is not None else tokens.new_ones(batch, length, dtype=torch.bool)
         if length == 0:
             mask = prompt
@@ -57,7 +58,7 @@ class PromptCache(DynamicCache):
             new = token_mask if token_mask is not None else tokens.new_ones(batch, count, dtype=torch.bool)
             mask = torch.cat([prompt, new], dim=-1)
             positions = prompt.sum(-1, keepdim=True) + torch.arange(count, device=tokens.device)
-        return {"past_key_values": self, "attention_mask": mask.long(), "position_ids": positions}
+        return pass_cache(self) | {"attention_mask": mask.long(), "position_ids": positions}
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
