@@ -97,6 +97,10 @@ class LookaheadCache(Cache):
         """Whether something was evicted."""
         return any(self.layers[index].prefix is not None for index in self.evicted_layers())
 
+    @property
+    def _is_reading(self) -> bool:
+        return any(layer.is_reading for layer in self.layers if isinstance(layer, EvictedLayer))
+
     def evicted_layers(self) -> list[int]:
         """Indices of the layers that are cut to the budget."""
         return [index for index, layer in enumerate(self.layers) if isinstance(layer, EvictedLayer)]
@@ -198,7 +202,7 @@ class LookaheadCache(Cache):
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         # A forward announces its tokens here, and generate does so outside of what it compiles: here room is made.
-        if self._has_static_storage and not torch.compiler.is_compiling():
+        if self._has_static_storage and not torch.compiler.is_compiling() and not self._is_reading:
             self._reserve(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
@@ -230,6 +234,7 @@ class LookaheadCache(Cache):
         """Replaces what the layers hold, but for the last ``recent`` tokens, by these."""
         for index, prefix in prefixes.items():
             self.layers[index].evict_to(prefix, recent)
+        self._free_slots = 0  # how many there are now is asked for when they are needed
 
     def defer(
         self,

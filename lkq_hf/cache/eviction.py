@@ -10,7 +10,11 @@ from lkq_hf.cache.allocation import most_of_a_head, share_out
 from lkq_hf.cache.layers import Candidates
 from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.kernels.compact_segments import compact_segments
+from lkq_hf.kernels.dispatch import ceil_div
 from lkq_hf.kernels.select_compact import select_compact
+
+STATIC_MULTIPLE = 64
+"""Static shapes are multiples of this many entries."""
 
 
 @dataclass
@@ -103,7 +107,7 @@ class Eviction:
         on_host: list[list[int]] | None = None
         if self.static and alone:
             # As many as there can be: known without waiting, and the same for every prompt.
-            capacity = batch * self.budget * sum(layer.shape[1] for layer in lengths)
+            capacity = batch * _rounded(self.budget) * sum(layer.shape[1] for layer in lengths)
         else:
             on_host = [layer.flatten().tolist() for layer in lengths]
             capacity = sum(map(sum, on_host))
@@ -119,11 +123,15 @@ class Eviction:
             )
             longest = each.keys.shape[2] if on_host is None else max(on_host[place])
             if self.static:
-                longest = most_of_a_head(
-                    self.budget, self.allocation, None if self.profile is None else self.profile[index]
-                )
+                numbers = None if self.profile is None else self.profile[index]
+                longest = _rounded(most_of_a_head(self.budget, self.allocation, numbers))
             prefixes[index] = Prefix(pool, starts, layer, longest, source_length)
         return prefixes
+
+
+def _rounded(entries: int) -> int:
+    """Few distinct sizes, each of which is compiled for."""
+    return ceil_div(entries, STATIC_MULTIPLE) * STATIC_MULTIPLE
 
 
 def _fits(pool: Pool, capacity: int, like: _Contender) -> bool:

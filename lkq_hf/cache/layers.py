@@ -59,7 +59,7 @@ class EvictedLayer(DynamicLayer):
         super().__init__()
         self.prefix: Prefix | None = None
         self.tokens_seen = 0
-        self._reading = False
+        self.is_reading = False
         self._returned: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
     @property
@@ -69,10 +69,10 @@ class EvictedLayer(DynamicLayer):
 
     def begin_reading(self, appended: int) -> None:
         """From now until :meth:`end_reading`, ``update`` returns the tail with what is new, and stores nothing."""
-        self._reading = True
+        self.is_reading = True
 
     def end_reading(self) -> None:
-        self._reading = False
+        self.is_reading = False
         self._returned = None, None
 
     def abandon_reading(self) -> None:
@@ -81,13 +81,13 @@ class EvictedLayer(DynamicLayer):
 
     def returned(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether they are what the last ``update`` returned, and not made of it by the model."""
-        keys, values = self._returned if self._reading else (self.keys, self.values)
+        keys, values = self._returned if self.is_reading else (self.keys, self.values)
         return keys is key and values is value
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._reading:
+        if self.is_reading:
             if self.is_initialized and self.keys.shape[-2]:
                 key_states = torch.cat([self.keys, key_states], dim=-2)
                 value_states = torch.cat([self.values, value_states], dim=-2)

@@ -197,8 +197,6 @@ def _abandon_forward() -> None:
 
 def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Decides whether this forward reads, and prepares it."""
-    if torch.compiler.is_compiling() and thread_state.attend_compiles:
-        return None  # a compiled decode: `decoding` is around it already
     # An interrupt may also come between this function and the forward that it prepares.
     _abandon_forward()
     refuse_replica(decoder)
@@ -208,6 +206,8 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
         return None
     inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     batch, length = inputs.shape[:2]
+    if thread_state.attend_compiles and length == 1 and cache.has_prompt:
+        return None  # `decoding` is around the whole of it already
     if not cache.has_prompt:
         refuse_in(decoder, kwargs, length)
         cache.build_layers(decoder.config)
@@ -215,9 +215,7 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
         cache.end_turn_begin()
         if not cache.has_prefix:
             return None
-        mask = kwargs.get("attention_mask")
-        _thread.forward = Decoding(decoder, cache, mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None)
-        _thread.forward.start()
+        _begin_decoding(decoder, cache, kwargs.get("attention_mask"))
         return None
     cache.end_turn_begin()
     scorer = cache.scorer.bind(decoder)
@@ -239,6 +237,13 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     _thread.forward = Reading(decoder, cache, scorer, batch, length, suffix_length, mask, eviction, trimmed)
     _thread.forward.start()
     return (), kwargs
+
+
+@torch.compiler.disable(reason="a compiled model fills a LookaheadCache inside of lkq_hf.cache.decoding(model, cache)")
+def _begin_decoding(decoder: PreTrainedModel, cache: LookaheadCache, mask: Any) -> None:
+    text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+    _thread.forward = Decoding(decoder, cache, text_mask)
+    _thread.forward.start()
 
 
 def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:

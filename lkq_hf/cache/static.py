@@ -179,14 +179,14 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.has_static_storage:
-            if not self._reading:
+            if not self.is_reading:
                 return self.append(key_states, value_states)
             filled = int(self._filled)
             key_states = torch.cat([self.keys[:, :, :filled], key_states], dim=-2)
             value_states = torch.cat([self.values[:, :, :filled], value_states], dim=-2)
             self._returned = key_states, value_states
             return key_states, value_states
-        if self._reading:
+        if self.is_reading:
             return super().update(key_states, value_states)
         self.tokens_seen += key_states.shape[-2]
         self.keys, self.values = EvictedLayer.append(self, key_states, value_states)
@@ -225,6 +225,11 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
     def _fits(self, prefix: Prefix) -> bool:
         return self.prefix is not None and self.prefix.starts.shape == prefix.starts.shape
 
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.has_static_storage and self.is_reading:
+            return int(self._filled) + query_length, self._first
+        return super().get_mask_sizes(query_length)
+
     @property
     def tail_length(self) -> int:
         return int(self._filled) if self.has_static_storage else super().tail_length
@@ -257,21 +262,47 @@ class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
             if self.is_initialized:
                 self._lay_out()
             return keys, values
-        returned = self.append(key_states, value_states)
-        if self._appended:  # seen by this forward alone; the next one writes over them
-            self._filled.sub_(self._appended)
-        return returned
+        if self._before is None:
+            return self.append(key_states, value_states)
+        return self._read(key_states, value_states)
+
+    def _read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The window and the new tokens; what will be in the window after them moves to the front."""
+        filled = int(self._filled)
+        first = self._first_needed_slot(filled)
+        keys = torch.cat([self.keys[:, :, first:filled], key], dim=2)
+        values = torch.cat([self.values[:, :, first:filled], value], dim=2)
+        end = keys.shape[2] - self._appended
+        start = max(end - self.sliding_window + 1, 0)
+        self.keys[:, :, : end - start] = keys[:, :, start:end]
+        self.values[:, :, : end - start] = values[:, :, start:end]
+        self._first += first + start
+        self._offset.fill_(self._first)
+        self._filled.fill_(end - start)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.has_static_storage and self._before is not None:
+            filled = int(self._filled)
+            first = self._first_needed_slot(filled)
+            return filled - first + query_length, self._first + first
+        return super().get_mask_sizes(query_length)
 
     def begin_reading(self, appended: int) -> None:
         super().begin_reading(appended)
-        self._filled_before = self._filled.clone() if self.has_static_storage else None
+        if self.has_static_storage:
+            self._before = self.keys.clone(), self.values.clone(), int(self._filled)
+            self._first_before = self._first
 
     def abandon_reading(self) -> None:
-        if self.has_static_storage and self._filled_before is not None:
-            self._filled.copy_(self._filled_before)
+        if self.has_static_storage and self._before is not None:
+            keys, values, filled = self._before
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+            self._first = self._first_before
+            self._offset.fill_(self._first)
+            self._filled.fill_(filled)
             self.end_reading()
-        elif self.has_static_storage:
-            self.reset()
         else:
             super().abandon_reading()
 

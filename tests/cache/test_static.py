@@ -9,11 +9,11 @@ from peft import get_peft_model
 from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
-from lkq_hf.attention import DECODE_ATTENTION
-from lkq_hf.cache import decode, prefill
+from lkq_hf.attention import PREFIX, _renamed
+from lkq_hf.cache import attend, decode, prepare
 from lkq_hf.cache.decode import next_token_mask
 from lkq_hf.evaluation.models import load_smollm2
-from lkq_hf.kernels.decode_attention import decode_attention
+from lkq_hf.kernels.ragged_attention import ragged_attention
 
 NEW_TOKENS = 12
 
@@ -43,7 +43,10 @@ def padded_prompts(long=40, short=11, seed=0):
 
 
 def addresses(cache):
-    return [(layer.keys.data_ptr(), layer.values.data_ptr(), layer._filled.data_ptr()) for layer in cache.layers]
+    tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values, layer._filled, layer._offset)]
+    for prefix in (layer.prefix for layer in cache.layers if getattr(layer, "prefix", None) is not None):
+        tensors += [prefix.starts, prefix.lengths, prefix.pool.keys, prefix.pool.values]
+    return [tensor.data_ptr() for tensor in tensors]
 
 
 @pytest.mark.parametrize("budget", [7, 20, 0.3, 1.0, 10**9])
@@ -74,8 +77,8 @@ def test_generate_compiles_one_graph_for_all_prompts(architecture, graphs):
 
 def test_the_last_free_slot_compiles_nothing(graphs):
     model = lookahead_model("llama", "sdpa")
-    cache = static_cache(52)
-    generate(model, prompt_ids(1, 80), cache, new_tokens=NEW_TOKENS + 1, **compiled_by(graphs))
+    cache = static_cache(52, max_new_tokens=64)
+    generate(model, prompt_ids(1, 80), cache, new_tokens=65, **compiled_by(graphs))
     assert cache.layers[0].free_slots() == 0
     assert graphs.count == 1
 
@@ -88,7 +91,7 @@ def test_storage_that_runs_full_grows_with_one_more_compilation(graphs):
     assert_same(found, generate(model, ids, LookaheadCache(7), mask, new_tokens=300))
     assert graphs.count == 2
     sliding = cache.layers[0]
-    assert sliding._offset > 40 - sliding.sliding_window + 1, "what left the window was dropped when storage grew"
+    assert sliding._first > 40 - sliding.sliding_window + 1, "what left the window was dropped when storage grew"
 
 
 def test_nothing_moves_while_tokens_are_generated():
@@ -100,8 +103,10 @@ def test_nothing_moves_while_tokens_are_generated():
         for token in range(3, 8):
             model(input_ids=torch.full((2, 1), token), past_key_values=cache)
         cache.reorder_cache(torch.tensor([1, 0]))
+        assert [int(layer._filled) for layer in cache.layers] == [7 + 5, 5, 5]
+        model(input_ids=prompt_ids(2, 300), past_key_values=cache)
+        assert [int(layer._filled) for layer in cache.layers] == [7, 0, 0]
     assert addresses(cache) == before
-    assert [int(layer._filled) for layer in cache.layers] == [7 + 5] * 3
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
@@ -113,9 +118,12 @@ def test_a_compiled_model_outside_of_generate(architecture, graphs):
     with torch.no_grad():
         for cache in (static, growing):
             model(input_ids=ids, past_key_values=cache)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=r"lkq_hf.cache.decoding\(model, cache\)"):
+            step(input_ids=torch.full((2, 1), 3), past_key_values=static)
         for token in range(3, 9):
             token = torch.full((2, 1), token)
-            found = step(input_ids=token, past_key_values=static).logits
+            with decode.decoding(model.model, static):
+                found = step(input_ids=token, past_key_values=static).logits
             torch.testing.assert_close(
                 found, model(input_ids=token, past_key_values=growing).logits, atol=1e-4, rtol=1e-4
             )
@@ -138,7 +146,7 @@ def test_a_second_turn(architecture, whole_conversation, graphs):
         second = conversation if whole_conversation else conversation[:, first.shape[1] - 1 :]
         outputs.append(generate(model, second, cache, full_mask, **options))
     assert_same(*outputs)
-    assert graphs.count == 2, "once per size of the storage"
+    assert graphs.count == 1, "a later turn returns to the budget, where a compiled decode expects it"
 
 
 def test_beam_search():
@@ -289,7 +297,7 @@ def test_a_real_model(graphs):
     texts = [filler * 8 + "The captain said that", filler * 3 + "The lighthouse"]
     inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
     ids, mask = inputs.input_ids, inputs.attention_mask
-    for budget in (48, 0.2):
+    for budget in (48, 0.3):
         expected = generate(model, ids, LookaheadCache(budget, "snapkv"), mask)
         found = generate(model, ids, static_cache(budget, "snapkv"), mask, **compiled_by(graphs))
         assert_same(found, expected, tolerance=5e-3)
@@ -302,8 +310,8 @@ def test_the_mask_of_the_next_token_is_that_of_transformers(monkeypatch, archite
     by_layer_type = architecture == "qwen3"
     compared = []
 
-    def compared_with_transformers(**kwargs):
-        found = next_token_mask(**kwargs)
+    def compared_with_transformers(cache, **kwargs):
+        found = next_token_mask(cache, **kwargs)
         if found is not None:
             expected = create_masks_for_generate(**kwargs)
             assert isinstance(found, dict) == isinstance(expected, dict) == by_layer_type
@@ -316,7 +324,7 @@ def test_the_mask_of_the_next_token_is_that_of_transformers(monkeypatch, archite
             compared.append(found)
         return found
 
-    monkeypatch.setattr(prefill, "next_token_mask", compared_with_transformers)
+    monkeypatch.setattr(prepare, "next_token_mask", compared_with_transformers)
     ids, mask = padded_prompts()
     cache = static_cache(20)  # more than the shorter prompt has
     ids = generate(model, ids, cache, mask).sequences
@@ -331,31 +339,28 @@ def test_attention_is_ours_while_tokens_are_generated_and_only_then(monkeypatch)
     model = lookahead_model("llama", "sdpa")
     calls = []
 
-    def counted(*arguments):
-        assert model.config._attn_implementation == DECODE_ATTENTION
+    def counted(*arguments, **options):
+        assert model.config._attn_implementation == PREFIX + "sdpa"
         calls.append(arguments)
         if len(calls) == 100:
             raise KeyboardInterrupt
-        return decode_attention(*arguments)
+        return ragged_attention(*arguments, **options)
 
-    monkeypatch.setattr(decode, "decode_attention", counted)
+    monkeypatch.setattr(attend, "ragged_attention", counted)
     ids, mask = padded_prompts()
     generate(model, ids, static_cache(), mask)
     assert len(calls) == 3 * (NEW_TOKENS - 1)
-    generate(model, ids, LookaheadCache(7), mask)
-    assert len(calls) == 3 * (NEW_TOKENS - 1)
+    assert model.config._attn_implementation == "sdpa"
     with pytest.raises(KeyboardInterrupt):
         generate(model, ids, static_cache(max_new_tokens=90), mask, new_tokens=90)
-    assert model.config._attn_implementation == "sdpa" and decode._decoding == {}
+    assert model.config._attn_implementation == "sdpa" and _renamed == {}
 
 
-def test_decodes_of_one_model_at_a_time():
-    model = tiny_model("llama", "sdpa")
-    with decode.decoding(model.model):
-        with decode.decoding(model.model):
-            assert model.config._attn_implementation == DECODE_ATTENTION
-        assert model.config._attn_implementation == DECODE_ATTENTION
-    assert model.config._attn_implementation == "sdpa"
-    eager = tiny_model("llama", "eager")
-    with decode.decoding(eager.model):
-        assert eager.config._attn_implementation == "eager"
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_decodes_of_one_model_at_a_time(attention):
+    model, cache = tiny_model("llama", attention), static_cache()
+    with decode.decoding(model.model, cache):
+        with decode.decoding(model.model, cache):
+            assert model.config._attn_implementation == PREFIX + attention
+        assert model.config._attn_implementation == PREFIX + attention
+    assert model.config._attn_implementation == attention
