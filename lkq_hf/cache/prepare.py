@@ -196,28 +196,47 @@ def _abandon_forward() -> None:
 
 
 def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Decides whether this forward reads, and prepares it."""
+    named = _by_name(decoder, args, kwargs)
+    cache = find_cache(named, LookaheadCache)
+    if cache is not None and thread_state.attend_compiles and cache.has_prompt and _length(named) == 1:
+        return None  # a step of a compiled decode, around the whole of which `decoding` is already
+    if cache is None and _thread.forward is None:
+        return None
+    return _begin_forward(decoder, cache, named)
+
+
+def _length(kwargs: dict[str, Any]) -> int:
+    """Tokens of a forward."""
+    inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    return inputs.shape[1]
+
+
+# torch 2.13 loses what a traced function writes to a threading.local.
+@torch.compiler.disable(reason="a compiled model fills a LookaheadCache inside of lkq_hf.cache.decoding(model, cache)")
+def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwargs: dict[str, Any]) -> Any:
+    """Decides whether a forward reads, and prepares it; returns its changed arguments, or None."""
     # An interrupt may also come between this function and the forward that it prepares.
     _abandon_forward()
-    refuse_replica(decoder)
-    kwargs = _by_name(decoder, args, kwargs)
-    cache = find_cache(kwargs, LookaheadCache)
     if cache is None:
         return None
-    inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-    batch, length = inputs.shape[:2]
-    if thread_state.attend_compiles and length == 1 and cache.has_prompt:
-        return None  # `decoding` is around the whole of it already
+    refuse_replica(decoder)
+    length = _length(kwargs)
     if not cache.has_prompt:
         refuse_in(decoder, kwargs, length)
         cache.build_layers(decoder.config)
-    if not cache.will_read(length):
-        cache.end_turn_begin()
-        if not cache.has_prefix:
-            return None
-        _begin_decoding(decoder, cache, kwargs.get("attention_mask"))
-        return None
+    reads = cache.will_read(length)
     cache.end_turn_begin()
+    if reads:
+        return _begin_reading(decoder, cache, kwargs, length)
+    if cache.has_prefix:
+        mask = kwargs.get("attention_mask")
+        text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
+        _thread.forward = Decoding(decoder, cache, text_mask)
+        _thread.forward.start()
+    return None
+
+
+def _begin_reading(decoder: PreTrainedModel, cache: LookaheadCache, kwargs: dict[str, Any], length: int) -> Any:
     scorer = cache.scorer.bind(decoder)
     seen = int(cache.get_seq_length())
     given_mask = kwargs.get("attention_mask")
@@ -232,6 +251,8 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
             kwargs = kwargs | {"attention_mask": given_mask}  # the decoder makes the same of it, but longer
         kwargs = append_suffix(decoder, kwargs, suffix, length, seen)
         suffix_length = suffix.shape[1]
+    inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    batch = inputs.shape[0]
     eviction = cache.begin_eviction(decoder, seen + length)
     trimmed = partial(trim, batch=batch, length=length, suffix_length=suffix_length)
     _thread.forward = Reading(decoder, cache, scorer, batch, length, suffix_length, mask, eviction, trimmed)
@@ -239,17 +260,13 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     return (), kwargs
 
 
-@torch.compiler.disable(reason="a compiled model fills a LookaheadCache inside of lkq_hf.cache.decoding(model, cache)")
-def _begin_decoding(decoder: PreTrainedModel, cache: LookaheadCache, mask: Any) -> None:
-    text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
-    _thread.forward = Decoding(decoder, cache, text_mask)
-    _thread.forward.start()
-
-
 def _after_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
     forward = _thread.forward
-    if forward is None or forward.decoder is not decoder:
-        return None
+    return None if forward is None or forward.decoder is not decoder else _end_forward(forward, output)
+
+
+@torch.compiler.disable
+def _end_forward(forward: Reading | Decoding, output: Any) -> Any:
     if output is None:  # the forward raised
         _abandon_forward()
         return None
