@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import use_triton
 from lkq_hf.kernels.launch import operator
 
 
@@ -55,6 +56,12 @@ def ragged_attention(
         raise ValueError(
             f"without a tail_mask, the tail must hold the {query.shape[2]} tokens of the queries, found "
             f"{tail_key.shape[2]}. Append their keys and values to it first."
+        )
+    if use_triton(query, keys, values, tail_key, tail_value):
+        from lkq_hf.kernels.ragged_attention_triton import ragged_attention_triton
+
+        return ragged_attention_triton(
+            query, keys, values, starts, lengths, longest, tail_key, tail_value, tail_mask, scaling, softcap, sinks
         )
     if query.device.type == "cpu":
         return _by_segment(
