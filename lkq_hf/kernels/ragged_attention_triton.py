@@ -1,9 +1,9 @@
-"""Triton kernels of :mod:`lkq_hf.kernels.ragged_attention`: one for parts of the segments, one that combines the parts.
+"""Triton kernels of :mod:`lkq_hf.kernels.ragged_attention`: one for parts of the segments, one that combines them.
 
-Online softmax over tiles of entries (Dao et al., arXiv 2205.14135). A thread block has some query rows of one (row, KV
-head) and a chunk of its prefix or of its tail. Chunks are equally long, so segments of different lengths keep the whole
-GPU busy. There are enough thread blocks for the longest segment that there may be; those behind the end of a shorter
-one stop at once. So nothing but the device knows the lengths, and one CUDA graph serves every prompt.
+Online softmax over tiles of entries (Dao et al., arXiv 2205.14135). A thread block has some query rows of one (row,
+KV head) and a chunk of its prefix or of its tail. Chunks are equally long, so segments of different lengths keep the
+whole GPU busy. The grid has room for the longest segment that there may be; thread blocks behind the end of a shorter
+one stop at once. Only the device knows the lengths, so one CUDA graph serves every prompt.
 
 Many query rows fill the GPU without chunks. A thread block then reads the whole prefix and tail and writes its output
 itself.
