@@ -254,3 +254,116 @@ def test_compiled(device, reset_compiler):
     others = {name: value for name, value in inputs.items() if name != "query"}
     compiled = torch.compile(lambda query: 2 * ragged_attention(query, **others), fullgraph=True, backend="aot_eager")
     compare(compiled(inputs["query"]) / 2, inputs)
+
+
+def definition_of_varlen(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False
+):
+    """What torch documents of `varlen_attn`, with causality aligned to the last query and the last key."""
+    assert window_size == (-1, 0)
+    output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
+    for i in range(len(cu_seq_q) - 1):
+        rows, entries = slice(*cu_seq_q[i : i + 2].tolist()), slice(*cu_seq_k[i : i + 2].tolist())
+        q, k = rows.stop - rows.start, entries.stop - entries.start
+        assert q <= max_q and k <= max_k
+        groups = query.shape[1] // key.shape[1]
+        keys, values = (t[entries].transpose(0, 1).repeat_interleave(groups, 0) for t in (key, value))
+        logits = scale * query[rows].transpose(0, 1) @ keys.transpose(-1, -2)
+        seen = torch.ones(q, k, dtype=torch.bool).tril(k - q)
+        output[rows] = (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1)
+    return output
+
+
+def test_sequences_for_varlen(monkeypatch):
+    from lkq_hf.kernels import ragged_attention_varlen as varlen
+
+    monkeypatch.setattr(varlen, "varlen_attn", definition_of_varlen)
+    varlen._grouped_heads.cache_clear()
+    inputs = make_inputs("cpu", [[0, 1, 20], [33, 7, 12]], slots=5, q=4) | {"longest": 40}
+    arguments = {name: value for name, value in inputs.items() if name != "tail_mask"}
+    compare(varlen.ragged_attention_varlen(**arguments), inputs)
+    varlen._grouped_heads.cache_clear()
+
+
+def test_varlen_is_not_asked_for_what_it_cannot_do(monkeypatch):
+    from lkq_hf.kernels.ragged_attention_varlen import varlen_serves
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    query = torch.zeros(1, 2, 4, 64).half().as_subclass(OnGPU)
+    values, mask = torch.zeros(9, 64).half(), torch.ones(1, 1, 4, 4, dtype=torch.bool)
+    others = {"tail_mask": None, "softcap": None, "sinks": None}
+    assert varlen_serves(query, values, **others)
+    for change in ({"tail_mask": mask}, {"softcap": 30.0}, {"sinks": torch.zeros(2)}):
+        assert not varlen_serves(query, values, **others | change)
+    assert not varlen_serves(query.float(), values, **others)
+    assert not varlen_serves(query, torch.zeros(9, 128).half(), **others)
+    assert not varlen_serves(query[..., :60], values[:, :60], **others)
+    assert not varlen_serves(torch.zeros(1, 2, 4, 64).half(), values, **others)
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+class TestOnGPU:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("q", [1, 7, 300])
+    @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+    def test_long_segments(self, device, use_kernels, q, head_dim, value_dim, dtype):
+        """300 queries take the way through torch's varlen_attn where that serves."""
+        lengths = torch.randint(0, 4000, (2, 4), generator=torch.Generator().manual_seed(1)).tolist()
+        inputs = make_inputs(device, lengths, 320, q, 4, dtype, head_dim, value_dim)
+        use_kernels("triton")
+        found = ragged_attention(**inputs)
+        wide = {
+            name: value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+            for name, value in inputs.items()
+        }
+        tolerance = TOLERANCE[dtype]
+        expected = ragged_attention_reference(**wide)
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+
+    def test_one_graph_serves_every_prompt(self, device, use_kernels):
+        use_kernels("triton")
+        mask = torch.zeros(2, 1, 1, 128, dtype=torch.bool)
+        mask[..., :3] = True
+        inputs = make_inputs(device, [[500, 3], [90, 1000]], 128, dtype=torch.bfloat16, tail_mask=mask)
+        inputs["longest"] = 1500
+        ragged_attention(**inputs)  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = ragged_attention(**inputs)
+        for seed, lengths in enumerate([[[500, 3], [90, 1000]], [[0, 700], [1, 64]], [[1500, 0], [0, 0]]]):
+            other = make_inputs(device, lengths, 128, dtype=torch.bfloat16, tail_mask=mask, seed=seed)
+            for name in ("query", "starts", "lengths", "tail_key", "tail_value"):
+                inputs[name].copy_(other[name])
+            for name in ("keys", "values"):
+                inputs[name][: len(other[name])] = other[name][: len(inputs[name])]
+            inputs["tail_mask"][..., : 3 + seed] = True
+            graph.replay()
+            compare(output, inputs)
+
+    @pytest.mark.parametrize("q", [1, 5, 300])
+    def test_nothing_waits_for_the_device(self, device, use_kernels, q):
+        inputs = make_inputs(device, [[500, 3], [90, 1000]], 320, q, dtype=torch.bfloat16)
+        use_kernels("triton")
+        ragged_attention(**inputs)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ragged_attention(**inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_compiled_with_cuda_graphs(self, device, reset_compiler):
+        inputs = make_inputs(device, [[500, 3], [90, 1000]], 128, dtype=torch.bfloat16)
+        others = {name: value for name, value in inputs.items() if name != "query"}
+        compiled = torch.compile(
+            lambda query: 2 * ragged_attention(query, **others), fullgraph=True, mode="reduce-overhead"
+        )
+        for _ in range(4):
+            compare(compiled(inputs["query"]) / 2, inputs)
