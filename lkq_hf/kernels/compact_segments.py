@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import use_triton
+
 
 def compact_segments(
     keep: Tensor,
@@ -15,6 +17,8 @@ def compact_segments(
     out_positions: Tensor,
 ) -> None:
     """Write the kept entries of each (row, KV head), in order, to ``out_*[start : start + number of kept ones]``.
+
+    The rest of the outputs stays as it is. The Triton kernel does not wait for the device; the torch reference does.
 
     Args:
         keep: bool ``[batch, kv_heads, n]``.
@@ -31,6 +35,11 @@ def compact_segments(
         TypeError: a dtype is not the expected one.
     """
     _check(keep, key, value, positions, starts, out_keys, out_values, out_positions)
+    if use_triton(key, value):
+        from lkq_hf.kernels.compact_segments_triton import compact_segments_triton
+
+        compact_segments_triton(keep, key, value, positions, starts, out_keys, out_values, out_positions)
+        return
     _reference(keep, key, value, positions, starts, out_keys, out_values, out_positions)
 
 

@@ -15,8 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from lkq_hf.kernels.dispatch import ceil_div, interpreting, multiprocessors, next_power_of_2
+from lkq_hf.kernels.softcap_triton import LOG2_E, base2_logits, logit_scales
 
-_LOG2_E = tl.constexpr(math.log2(math.e))
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 def lookahead_scores_triton(
@@ -58,8 +59,7 @@ def lookahead_scores_triton(
         query,
         key,
         mask if mask is None else mask.contiguous().view(torch.uint8),
-        scaling * _LOG2_E.value * (1 if softcap is None else 2 / softcap),
-        (softcap or 0.0) * _LOG2_E.value,
+        *logit_scales(scaling, softcap),
         n,
         length,
         chunk,
@@ -181,15 +181,6 @@ def _key_block(
 
 
 @triton.jit
-def _cap(logits, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Dot products to base-2 logits. With a softcap, ``scale`` turns a dot product into the 2x of exp(2x) below."""
-    logits = logits * scale
-    if HAS_SOFTCAP:
-        logits = softcap - 2 * softcap / (tl.exp2(logits) + 1)  # softcap * tanh(x)
-    return logits
-
-
-@triton.jit
 def _accumulate(maximum, total, logits):
     """Online log-sum-exp over axis 1; a row that has seen no key yet has the maximum -inf."""
     new_maximum = tl.maximum(maximum, tl.max(logits, 1))
@@ -251,7 +242,7 @@ def _partial_lse_kernel(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     for start in range(begin, full_stop, BLOCK_KEYS):
         block = _key_block(keys, start, stop, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_KEYS, True)
-        logits = _cap(tl.dot(rows, tl.trans(block), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+        logits = base2_logits(tl.dot(rows, tl.trans(block), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         if mask is not None:
             real = tl.load(mask + batch * length + start + position)
             logits = tl.where(real[None, :] != 0, logits, float("-inf"))
@@ -261,7 +252,7 @@ def _partial_lse_kernel(
     tail_stop = tl.where(last, length + n, full_stop)
     for start in range(full_stop, tail_stop, BLOCK_KEYS):
         block = _key_block(keys, start, tail_stop, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_KEYS, False)
-        logits = _cap(tl.dot(rows, tl.trans(block), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+        logits = base2_logits(tl.dot(rows, tl.trans(block), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         visible = (start + position)[None, :] <= length + (row % n)[:, None]
         if mask is not None:
             in_prompt = start + position < length
@@ -355,7 +346,7 @@ def _column_mean_kernel(
     for i in range(0, blocks):
         start = begin + (blocks - 1 - i) * BLOCK_KEYS
         block = _key_block(keys, start, stop, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_KEYS, False)
-        logits = _cap(tl.dot(block, columns, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+        logits = base2_logits(tl.dot(block, columns, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
         if HAS_POWER:
             logits *= row_power
         score = tl.sum(tl.exp2(logits - offset[None, :]), 1)

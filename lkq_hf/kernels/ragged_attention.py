@@ -3,7 +3,11 @@
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.dispatch import use_triton
 from lkq_hf.kernels.launch import operator
+
+VARLEN_TOKENS = 256
+"""From here on, copying prefix and tail end to end costs little beside the arithmetic."""
 
 
 @operator("lkq_hf::ragged_attention")
@@ -24,11 +28,19 @@ def ragged_attention(
     """Each head's softmax(scaling * query key^T) value, over its prefix segment and its part of the tail.
 
     The prefix of (row, KV head) is ``keys[start : start + length]`` of a pool that all layers, rows and heads share.
-    Every query sees its whole prefix. Segments may overlap. An operator of torch: compilers do not look inside. Not
-    differentiable.
+    Every query sees its whole prefix. Segments may overlap. What is hidden or beyond a segment must be finite, too. An
+    operator of torch: compilers do not look inside. Not differentiable.
 
-    On a GPU nothing waits for the device. On a CPU one token copies no keys and values, except to convert float16
-    and bfloat16 to float32, the dtype of all arithmetic here.
+    What runs, by the first line that applies:
+
+    - a GPU that Triton serves, at least :data:`VARLEN_TOKENS` queries in half precision, no mask, softcap or sinks:
+      torch's `varlen_attn`, over copies of prefix and tail;
+    - a GPU that Triton serves: a kernel that reads prefix and tail where they lie;
+    - a CPU: products of one segment after the other, which copy no keys and values, except to convert float16 and
+      bfloat16 to float32;
+    - otherwise: the definition, :func:`ragged_attention_reference`.
+
+    Only a CPU needs the lengths on the host: nothing else waits for the device.
 
     Args:
         query: ``[batch, heads, q, head_dim]``.
@@ -55,6 +67,19 @@ def ragged_attention(
         raise ValueError(
             f"without a tail_mask, the tail must hold the {query.shape[2]} tokens of the queries, found "
             f"{tail_key.shape[2]}. Append their keys and values to it first."
+        )
+    if use_triton(query, keys, values, tail_key, tail_value):
+        if query.shape[2] >= VARLEN_TOKENS:
+            from lkq_hf.kernels.ragged_attention_varlen import ragged_attention_varlen, varlen_serves
+
+            if varlen_serves(query, values, tail_mask, softcap, sinks):
+                return ragged_attention_varlen(
+                    query, keys, values, starts, lengths, longest, tail_key, tail_value, scaling
+                )
+        from lkq_hf.kernels.ragged_attention_triton import ragged_attention_triton
+
+        return ragged_attention_triton(
+            query, keys, values, starts, lengths, longest, tail_key, tail_value, tail_mask, scaling, softcap, sinks
         )
     if query.device.type == "cpu":
         return _by_segment(
