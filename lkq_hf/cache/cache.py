@@ -13,6 +13,7 @@ from lkq_hf.attention import implementation_of
 from lkq_hf.cache.allocation import ALLOCATIONS
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.cache.parking import PLACES
 from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.cache.static import (
     MASKED_ATTENTION,
@@ -66,14 +67,18 @@ class LookaheadCache(Cache):
         max_new_tokens: int | None = None,
         allocation: str = "global",
         evict_later_turns: bool = True,
+        refresh_every: int | None = None,
+        park: str | None = None,
     ) -> None:
         super().__init__(layers=[])
         self.layers: list[Any]
         self.budget = _check_budget(budget)
         self.scorer = get_scorer(scorer)
-        self.max_new_tokens = _check_max_new_tokens(max_new_tokens)
+        self.max_new_tokens = _check_whole("max_new_tokens", max_new_tokens)
         self.allocation = _check_allocation(allocation)
         self.evict_later_turns = evict_later_turns
+        self.refresh_every = _check_whole("refresh_every", refresh_every)
+        self.park = _check_park(park)
         self._records_past = False
         # A later turn begins with the next forward, even if that has one token only.
         self._turn_begins = False
@@ -150,10 +155,11 @@ class LookaheadCache(Cache):
                 'model.set_attn_implementation("sdpa"), or leave max_new_tokens out.'
             )
         room = self.max_new_tokens or 0
-        full: Callable[[], Any] = EvictedLayer
+        parks = self.park is not None
+        full: Callable[[], Any] = partial(EvictedLayer, parks)
         sliding: Callable[[int], Any] = UncompressedSlidingLayer
         if self.is_compileable:
-            full = partial(StaticEvictedLayer, room)
+            full = partial(StaticEvictedLayer, room, parks)
             sliding = partial(StaticSlidingLayer, room)
         layers: list[Any] = []
         for index, layer in enumerate(DynamicCache(config=config).layers):
@@ -198,6 +204,10 @@ class LookaheadCache(Cache):
                 "model.load_adapter(...), or, for a scorer that needs no adapter, call "
                 "lkq_hf.prepare_model_for_eviction(model) once."
             )
+        if self.park is not None and layer_idx + 1 < len(self.layers):
+            following = self.layers[layer_idx + 1]
+            if isinstance(following, EvictedLayer):
+                following.prefetch()  # copied while this layer works
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -315,13 +325,20 @@ class LookaheadCache(Cache):
         tails = (tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None)
         return sum(tensor.nbytes for tensor in tails) + sum(pool.nbytes for pool in self._used_pools())
 
+    @property
+    def parked_nbytes(self) -> int:
+        """Bytes of the entries in main memory."""
+        parked = (self.layers[index].parked for index in self.evicted_layers())
+        return sum(entries.nbytes for entries in parked if entries is not None)
+
     def summary(self) -> dict[str, Any]:
         """What the cache holds.
 
         Returns:
             ``tokens_seen``; ``entries_stored``, the mean over KV heads of the evicted layers; ``bytes``;
-            ``bytes_without_eviction``, of the same text; and ``layers``, for each layer its ``entries`` (of each KV
-            head, mean over the batch), the ``least``, ``mean`` and ``most`` of these, and its bytes.
+            ``bytes_parked``, in main memory; ``bytes_without_eviction``, of the same text; and ``layers``, for each
+            layer its ``entries`` (of each KV head, mean over the batch), the ``least``, ``mean`` and ``most`` of
+            these, and its bytes.
         """
         layers = [_layer_summary(layer) for layer in self.layers]
         evicted = [layers[index]["mean"] for index in self.evicted_layers()]
@@ -329,6 +346,7 @@ class LookaheadCache(Cache):
             "tokens_seen": int(self.get_seq_length()),
             "entries_stored": sum(evicted) / len(evicted) if evicted else 0,
             "bytes": self.nbytes,
+            "bytes_parked": self.parked_nbytes,
             "bytes_without_eviction": sum(row["bytes_without_eviction"] for row in layers),
             "layers": layers,
         }
@@ -384,14 +402,22 @@ def _check_allocation(allocation: str) -> str:
     return allocation
 
 
-def _check_max_new_tokens(max_new_tokens: int | None) -> int | None:
-    if max_new_tokens is None:
+def _check_whole(name: str, tokens: int | None) -> int | None:
+    if tokens is None:
         return None
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
-        raise TypeError(f"max_new_tokens must be a number of tokens (int) or None, got {max_new_tokens!r}")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}; pass None for storage that grows")
-    return max_new_tokens
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise TypeError(f"{name} must be a number of tokens (int) or None, got {tokens!r}")
+    if tokens < 1:
+        raise ValueError(f"{name} must be at least 1, got {tokens}; pass None to do without")
+    return tokens
+
+
+def _check_park(park: str | None) -> str | None:
+    if park is not None and park not in PLACES:
+        raise ValueError(
+            f"park must be one of {', '.join(map(repr, PLACES))}, or None to drop what is evicted, got {park!r}"
+        )
+    return park
 
 
 def _check_budget(budget: int | float) -> int | float:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from lkq_hf.cache.parking import ParkedEntries
 from lkq_hf.cache.prefix import Prefix
 
 
@@ -46,19 +47,25 @@ class EvictedLayer(DynamicLayer):
     Reporting the logical length is what keeps rotary positions, padded batches and later turns right. Masks are asked
     for the tail alone, which ends at the true position, as for a sliding window; every token sees the whole prefix.
 
+    Args:
+        parks: whether everything that is read stays in main memory, to be attended to and chosen from again.
+
     Attributes:
         keys, values: the tail, ``[batch, kv_heads, tail, head_dim]``: all tokens since the last eviction.
         prefix: what the last eviction kept; None before the first.
         tokens_seen: logical length, padding included.
+        parked: entries of the text in main memory; None without ``parks``.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self) -> None:
+    def __init__(self, parks: bool = False) -> None:
         super().__init__()
         self.prefix: Prefix | None = None
         self.tokens_seen = 0
+        self.parked = ParkedEntries() if parks else None
+        self._parked_before = 0
         self.is_reading = False
         self._returned: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
@@ -67,9 +74,17 @@ class EvictedLayer(DynamicLayer):
         """Tokens at the beginning of the text of which only the prefix is left."""
         return 0 if self.prefix is None else self.prefix.source_length
 
+    @property
+    def attended_prefix(self) -> Prefix | None:
+        """What attention has to see before what ``update`` returned."""
+        return None if self.is_reading and self.parked is not None else self.prefix
+
     def begin_reading(self, appended: int) -> None:
-        """From now until :meth:`end_reading`, ``update`` returns the tail with what is new, and stores nothing."""
+        """From now until :meth:`end_reading`, ``update`` returns the tail, or with parking the whole text, with what
+        is new, and stores nothing."""
         self.is_reading = True
+        if self.parked is not None:
+            self._parked_before = self.parked.length
 
     def end_reading(self) -> None:
         self.is_reading = False
@@ -77,7 +92,14 @@ class EvictedLayer(DynamicLayer):
 
     def abandon_reading(self) -> None:
         """Goes back to what was stored before :meth:`begin_reading`."""
+        if self.is_reading and self.parked is not None:
+            self.parked.cut(self._parked_before)
         self.end_reading()
+
+    def prefetch(self) -> None:
+        """Begins to bring back what is parked, if the next ``update`` needs it."""
+        if self.is_reading and self.parked is not None and self.is_initialized:
+            self.parked.prefetch(self.keys.device)
 
     def returned(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether they are what the last ``update`` returned, and not made of it by the model."""
@@ -88,13 +110,34 @@ class EvictedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_reading:
-            if self.is_initialized and self.keys.shape[-2]:
-                key_states = torch.cat([self.keys, key_states], dim=-2)
-                value_states = torch.cat([self.values, value_states], dim=-2)
+            parts = [*self._read_before(key_states.device), (key_states, value_states)]
+            if len(parts) > 1:
+                key_states = torch.cat([keys for keys, _ in parts], dim=-2)
+                value_states = torch.cat([values for _, values in parts], dim=-2)
             self._returned = key_states, value_states
             return key_states, value_states
         self.tokens_seen += key_states.shape[-2]
         return self.append(key_states, value_states)
+
+    def _read_before(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Entries that a forward which reads attends to, before its own: the tail, and what is parked before it."""
+        keys, values = self.stored_tail()
+        if self.parked is None:
+            return [(keys, values)] if keys is not None and keys.shape[-2] else []
+        if keys is None:
+            return []
+        first = self.parked.length - self.evicted_length  # of the tail's tokens that are not parked
+        return [*self.parked.fetch(device), (keys[:, :, first:], values[:, :, first:])]
+
+    def stored_tail(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of the tail, without room for more."""
+        return self.keys, self.values
+
+    def park(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Parks what of a whole text, ``[batch, kv_heads, text, features]``, is not parked yet."""
+        if self.parked is not None:
+            done = self.parked.length
+            self.parked.append(key[:, :, done:], value[:, :, done:])
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts entries behind the tail, and returns the whole tail."""
@@ -103,16 +146,19 @@ class EvictedLayer(DynamicLayer):
     def candidates(self, key: torch.Tensor, value: torch.Tensor, tail: int, mask: torch.Tensor | None) -> Candidates:
         """The prefix and the first ``tail`` entries of ``key`` and ``value``, ``[batch, kv_heads, >= tail, ...]``.
 
+        With parking these are the whole text.
+
         Args:
             mask: ``[batch, length]`` over the text up to the last of them, True for real tokens; None if all are.
         """
         batch, kv_heads = key.shape[:2]
-        first = self.evicted_length
+        prefix = self.attended_prefix
+        first = 0 if prefix is None else prefix.source_length
         places = torch.arange(first, first + tail, dtype=torch.int32, device=key.device).expand(batch, kv_heads, -1)
         real = None if mask is None else mask[:, None, first : first + tail].to(key.device)
-        if self.prefix is None:
+        if prefix is None:
             return Candidates(key, value, places, real)
-        keys, values, positions, valid = self.prefix.padded()
+        keys, values, positions, valid = prefix.padded()
         real = torch.ones_like(places, dtype=torch.bool) if real is None else real.expand(batch, kv_heads, -1)
         return Candidates(
             torch.cat([keys, key], dim=2),
@@ -124,6 +170,7 @@ class EvictedLayer(DynamicLayer):
     def evict_to(self, prefix: Prefix, recent: int = 0) -> None:
         """Replaces everything but the last ``recent`` tokens by ``prefix``."""
         pool, heads = prefix.pool, prefix.lengths.shape
+        self._park_tail()
         if not self.is_initialized:
             self.lazy_initialization(pool.keys, pool.values)
         if recent:
@@ -133,6 +180,15 @@ class EvictedLayer(DynamicLayer):
             self.values = pool.values.new_empty(*heads, 0, pool.values.shape[-1])
         self.prefix = prefix
         self.tokens_seen = prefix.source_length + recent
+
+    def _park_tail(self) -> None:
+        """Parks what of the tail is not parked yet, before it is dropped."""
+        if self.parked is None or not self.is_initialized:
+            return
+        keys, values = self.stored_tail()
+        first = self.parked.length - self.evicted_length
+        if first < keys.shape[-2]:
+            self.parked.append(keys[:, :, first:], values[:, :, first:])
 
     def replace_tail(self, keys: torch.Tensor, values: torch.Tensor, tokens_seen: int) -> None:
         """Stores a tail, ``[batch, kv_heads, tail, features]``, which ends a text of ``tokens_seen`` tokens."""
@@ -164,6 +220,8 @@ class EvictedLayer(DynamicLayer):
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.is_reading and self.parked is not None:
+            return int(self.get_seq_length()) + query_length, 0
         return self.tail_length + query_length, self.evicted_length
 
     def croppable(self, tokens_to_remove: int) -> int:
@@ -193,10 +251,12 @@ class EvictedLayer(DynamicLayer):
         if remove:
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.tokens_seen -= remove
+            if self.parked is not None:
+                self.parked.cut(self.tokens_seen)
 
     def reset(self) -> None:
         super().reset()
-        self.__init__()  # type: ignore[misc]
+        self.__init__(self.parked is not None)  # type: ignore[misc]
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
@@ -214,6 +274,8 @@ class EvictedLayer(DynamicLayer):
         if self.prefix is not None:
             rows = torch.arange(self.prefix.starts.shape[0], device=self.prefix.starts.device)
             self.prefix = self.prefix.rows(choose(rows))
+            if self.parked is not None:
+                self.parked.take_rows(choose(rows))
 
 
 class UncompressedSlidingLayer(DynamicSlidingWindowLayer):

@@ -49,7 +49,7 @@ class Decoding:
 
     def attend(self, call: AttentionCall) -> Any:
         layer = layer_of(self.cache, call.module, call.key, call.value)
-        return attend_over(call, None if layer is None else layer.prefix, self.text_mask)
+        return attend_over(call, None if layer is None else layer.attended_prefix, self.text_mask)
 
     def finish(self, output: Any) -> Any:
         self.stop_attending()
@@ -95,6 +95,7 @@ class Reading:
         for layer in self.cache.layers:
             if hasattr(layer, "begin_reading"):
                 layer.begin_reading(self.suffix_length)
+        self.cache.layers[self.cache.evicted_layers()[0]].prefetch()
         self.stop_attending = start_attending(self.decoder, self.attend)
         thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0
         thread_state.token_shape = (self.batch, self.new_length + self.suffix_length)
@@ -103,7 +104,7 @@ class Reading:
         layer = layer_of(self.cache, call.module, call.key, call.value)
         if layer is None:
             return call.run()
-        output = attend_over(call, layer.prefix, self.text_mask)
+        output = attend_over(call, layer.attended_prefix, self.text_mask)
         index: int = call.module.layer_idx  # type: ignore[assignment]
         if index < len(self.cache.layers) and self.cache.layers[index] is layer:
             self._hand_in(index, layer, call)
@@ -134,6 +135,7 @@ class Reading:
             self._tails[index] = call.key[:, :, :tail].clone(), call.value[:, :, :tail].clone()
             self._scores[index] = scores
             return
+        layer.park(call.key[:, :, :tail], call.value[:, :, :tail])
         if self.recent:
             candidates, scores = candidates.without_last(self.recent), scores[..., : count - self.recent]
         self.eviction.add(index, candidates, scores)
