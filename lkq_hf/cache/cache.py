@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lkq_hf.attention import implementation_of
-from lkq_hf.cache.allocation import ALLOCATIONS
+from lkq_hf.cache.allocation import ALLOCATIONS, MOST
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.cache.parking import PLACES
@@ -85,6 +85,10 @@ class LookaheadCache(Cache):
         # Slots that are free for certain; the exact number is on the device.
         self._free_slots = 0
         self._deferred: _Deferred | None = None
+        # Length of a text that is being read in pieces, up to the end of the last one.
+        self._turn_end = 0
+        # At least as many tokens as there are since the last reading.
+        self._since_reading = 0
 
     def entries_to_keep(self, length: int) -> int:
         """Entries that a text of ``length`` tokens keeps per KV head on average, at most ``length``."""
@@ -110,13 +114,31 @@ class LookaheadCache(Cache):
         """Indices of the layers that are cut to the budget."""
         return [index for index, layer in enumerate(self.layers) if isinstance(layer, EvictedLayer)]
 
-    def begin_turn(self) -> None:
-        """Says that the next forward reads a prompt or a later turn, even if it has one token only."""
+    def begin_turn(self, length: int | None = None) -> None:
+        """Says that the next forward reads a prompt or a later turn, even if it has one token only.
+
+        Args:
+            length: where the turn is read in several forwards, the length of the text after the last of them, padding
+                and what was read before included. Until then several times the budget is kept.
+
+        Example:
+
+            >>> cache.begin_turn(length=ids.shape[1])
+            >>> for chunk in ids.split(8192, dim=1):
+            ...     output = model(chunk, past_key_values=cache, logits_to_keep=1)
+        """
         self._turn_begins = True
+        self._turn_end = length or 0
 
     def end_turn_begin(self) -> None:
         """Says that it is under way."""
         self._turn_begins = False
+
+    def keeps_after(self, length: int) -> int:
+        """Entries per KV head that are kept on average when ``length`` tokens of the text have been read."""
+        if length >= self._turn_end:
+            return self.entries_to_keep(length)
+        return min(MOST * self.entries_to_keep(self._turn_end), length)
 
     def will_read(self, length: int) -> bool:
         """Whether a forward of ``length`` tokens reads, and then evicts, instead of adding to what there is.
@@ -129,7 +151,25 @@ class LookaheadCache(Cache):
         ):
             return False
         total = int(self.get_seq_length()) + length if self.has_prompt else length
-        return self.entries_to_keep(total) < total
+        return self.keeps_after(total) < total
+
+    @property
+    def observed_queries(self) -> int:
+        """How many of the last tokens' queries are kept for a refresh."""
+        return self.scorer.observed_queries if self.refresh_every is not None else 0
+
+    def refresh_is_due(self) -> bool:
+        """Whether enough tokens have come since the last eviction for another one, before the next token.
+
+        As many as ``refresh_every`` are never up for eviction, so twice as many.
+        """
+        if self.refresh_every is None or self._records_past or not self.has_prompt:
+            return False
+        if self._has_static_storage and self._since_reading < 2 * self.refresh_every:
+            return False  # without waiting for the device
+        self._since_reading = self.layers[self.evicted_layers()[0]].tail_length
+        seen = int(self.get_seq_length()) - self.refresh_every
+        return self._since_reading >= 2 * self.refresh_every and self.entries_to_keep(seen) < seen
 
     @property
     def is_compileable(self) -> bool:
@@ -155,6 +195,8 @@ class LookaheadCache(Cache):
                 'model.set_attn_implementation("sdpa"), or leave max_new_tokens out.'
             )
         room = self.max_new_tokens or 0
+        if self.refresh_every is not None:
+            room = min(room, 2 * self.refresh_every)
         parks = self.park is not None
         full: Callable[[], Any] = partial(EvictedLayer, parks)
         sliding: Callable[[int], Any] = UncompressedSlidingLayer
@@ -227,9 +269,13 @@ class LookaheadCache(Cache):
                     layer.grow(tokens)
             self._free_slots = min(layer.free_slots() for layer in layers)
         self._free_slots -= query_length
+        self._since_reading += query_length
 
     def begin_eviction(self, decoder: Any, length: int) -> Eviction:
         """The eviction of a text of ``length`` tokens, for the layers to hand in their candidates."""
+        if length < self._turn_end:
+            # More is to be read, and then each head may turn out to deserve that many.
+            return Eviction(self.keeps_after(length), "uniform")
         return Eviction(self.entries_to_keep(length), self.allocation, static=self.is_compileable)
 
     def pools(self) -> list[Pool]:
@@ -245,6 +291,7 @@ class LookaheadCache(Cache):
         for index, prefix in prefixes.items():
             self.layers[index].evict_to(prefix, recent)
         self._free_slots = 0  # how many there are now is asked for when they are needed
+        self._since_reading = recent
 
     def defer(
         self,

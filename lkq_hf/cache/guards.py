@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
@@ -29,23 +30,28 @@ def guard_method(owner: nn.Module, name: str, guard: Callable[..., Any]) -> Call
     return undo
 
 
-def refuse_chunked_prompts(defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """``generate`` alone knows that what looks like a prompt is a chunk of one.
+def length_read_in_chunks(
+    defaults: GenerationConfig, seen: int, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> int | None:
+    """The length of the text that ``generate`` is going to read piece by piece; None if it reads it at once.
 
     Args:
         defaults: the model's own.
+        seen: tokens that were read before.
         args, kwargs: what ``generate`` is called with.
 
     Raises:
-        ValueError: ``prefill_chunk_size`` would split a prompt for a LookaheadCache.
+        ValueError: the chunks are smaller than one token.
     """
     chunk_size = _prefill_chunk_size(defaults, args, kwargs)
-    if chunk_size is not None and _prompt_length(args, kwargs) > chunk_size:
-        raise ValueError(
-            f"prefill_chunk_size={chunk_size} reads a prompt piece by piece, but LookaheadCache has to see it whole "
-            "to choose what to keep. Pass prefill_chunk_size=None: the prompt is then read in one forward, during "
-            "which no more than one layer's keys and values are held in full."
-        )
+    if chunk_size is None:
+        return None
+    if chunk_size < 1:
+        raise ValueError(f"prefill_chunk_size must be at least 1 token, got {chunk_size}; None reads a prompt at once")
+    mask = kwargs.get("attention_mask")
+    given = _prompt_length(args, kwargs)
+    length = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else max(given, seen + 1)
+    return length if length - seen > chunk_size else None
 
 
 def _prefill_chunk_size(defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:

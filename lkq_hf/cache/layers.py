@@ -41,6 +41,14 @@ class Candidates(NamedTuple):
         return self.valid[:, 0] if self.valid is not None and self.valid.shape[1] == 1 else self.valid
 
 
+class LastQueries(NamedTuple):
+    """Queries ``[batch, heads, count, head_dim]`` of the last tokens, and how their logits are made."""
+
+    query: torch.Tensor
+    scaling: float
+    softcap: float | None
+
+
 class EvictedLayer(DynamicLayer):
     """A full-attention layer that stores few entries and reports the length of the text they came from.
 
@@ -66,6 +74,7 @@ class EvictedLayer(DynamicLayer):
         self.tokens_seen = 0
         self.parked = ParkedEntries() if parks else None
         self._parked_before = 0
+        self.last_queries: LastQueries | None = None
         self.is_reading = False
         self._returned: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
 
@@ -110,7 +119,7 @@ class EvictedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_reading:
-            parts = [*self._read_before(key_states.device), (key_states, value_states)]
+            parts = [*self.read_before(key_states.device), (key_states, value_states)]
             if len(parts) > 1:
                 key_states = torch.cat([keys for keys, _ in parts], dim=-2)
                 value_states = torch.cat([values for _, values in parts], dim=-2)
@@ -119,7 +128,7 @@ class EvictedLayer(DynamicLayer):
         self.tokens_seen += key_states.shape[-2]
         return self.append(key_states, value_states)
 
-    def _read_before(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def read_before(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Entries that a forward which reads attends to, before its own: the tail, and what is parked before it."""
         keys, values = self.stored_tail()
         if self.parked is None:
@@ -132,6 +141,12 @@ class EvictedLayer(DynamicLayer):
     def stored_tail(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the tail, without room for more."""
         return self.keys, self.values
+
+    def observe(self, query: torch.Tensor, scaling: float, softcap: float | None, count: int) -> None:
+        """Keeps the last ``count`` queries since the last eviction, for one that no forward reads for."""
+        if self.last_queries is not None:
+            query = torch.cat([self.last_queries.query, query], dim=2)
+        self.last_queries = LastQueries(query[:, :, -count:].clone(), scaling, softcap)
 
     def park(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Parks what of a whole text, ``[batch, kv_heads, text, features]``, is not parked yet."""
@@ -180,6 +195,7 @@ class EvictedLayer(DynamicLayer):
             self.values = pool.values.new_empty(*heads, 0, pool.values.shape[-1])
         self.prefix = prefix
         self.tokens_seen = prefix.source_length + recent
+        self.last_queries = None
 
     def _park_tail(self) -> None:
         """Parks what of the tail is not parked yet, before it is dropped."""
@@ -271,6 +287,9 @@ class EvictedLayer(DynamicLayer):
         self._take_rows(lambda row: row[indices.to(row.device)])
 
     def _take_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.last_queries is not None:
+            rows = choose(torch.arange(self.last_queries.query.shape[0], device=self.last_queries.query.device))
+            self.last_queries = self.last_queries._replace(query=self.last_queries.query[rows])
         if self.prefix is not None:
             rows = torch.arange(self.prefix.starts.shape[0], device=self.prefix.starts.device)
             self.prefix = self.prefix.rows(choose(rows))

@@ -18,9 +18,10 @@ from transformers.masking_utils import create_masks_for_generate
 from lkq_hf.attention import thread_state
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
-from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
+from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
 from lkq_hf.cache.padding import padding_mask
 from lkq_hf.cache.reading import Decoding, Reading
+from lkq_hf.cache.refresh import begin_refresh
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
 from lkq_hf.compat import cache_name, find_cache, rename_cache
 from lkq_hf.quantization.shared_input import weights_fixed
@@ -82,7 +83,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
     base: Any = _base_model(model)
     if hasattr(base, "generate"):
         create_masks = getattr(type(base), MASKS_ATTRIBUTE, create_masks_for_generate)
-        setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, create_masks))
+        setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, decoder, create_masks))
         undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
         undo.append(guard_method(base, "generate", _generate))
     if decoder not in (base, base.base_model):
@@ -97,15 +98,14 @@ def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return generate(*args, **kwargs)
     kwargs = rename_cache(kwargs, cache)
     model: Any = generate.__self__  # type: ignore[attr-defined]
-    refuse_chunked_prompts(model.generation_config, args, kwargs)
-    cache.begin_turn()
+    cache.begin_turn(length_read_in_chunks(model.generation_config, int(cache.get_seq_length()), args, kwargs))
     if not cache.is_compileable:
         return generate(*args, **kwargs)
     with decoding(get_decoder(model), cache), weights_fixed(model):
         return generate(*args, **kwargs)
 
 
-def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) -> Any:
+def _create_masks_for_generate(decoder: PreTrainedModel, create_masks: Callable[..., Any], **kwargs: Any) -> Any:
     """What ``generate`` calls, by the name that a model may define, to prepare masks for a compileable cache.
 
     The mask of what is read stays as it is: eviction has to see the padding, and a forward that reads, which is not
@@ -116,6 +116,7 @@ def _create_masks_for_generate(create_masks: Callable[..., Any], **kwargs: Any) 
     if cache is not None:
         if cache.will_read(kwargs["inputs_embeds"].shape[1]) or not cache.has_prompt:
             return kwargs.get("attention_mask")
+        _refresh_if_due(decoder, cache, kwargs.get("attention_mask"))  # outside of what is compiled
         if create_masks is create_masks_for_generate and (mask := next_token_mask(cache, **kwargs)) is not None:
             return mask
     return create_masks(**kwargs)
@@ -151,6 +152,8 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         # The forward of a decoder under way that fills a LookaheadCache.
         self.forward: Reading | Decoding | None = None
+        # A refresh that is about to begin.
+        self.refresh: Reading | None = None
         # Keyword arguments of the model around the decoder, where there is more than a language model's head.
         self.outer_inputs: dict[str, Any] = {}
 
@@ -198,7 +201,8 @@ def _abandon_forward() -> None:
 def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = _by_name(decoder, args, kwargs)
     cache = find_cache(named, LookaheadCache)
-    if cache is not None and thread_state.attend_compiles and cache.has_prompt and _length(named) == 1:
+    compiled = cache is not None and thread_state.attend_compiles and _thread.refresh is None
+    if compiled and cache.has_prompt and _length(named) == 1:
         return None  # a step of a compiled decode, around the whole of which `decoding` is already
     if cache is None and _thread.forward is None:
         return None
@@ -219,6 +223,10 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     _abandon_forward()
     if cache is None:
         return None
+    if (refresh := _thread.refresh) is not None:
+        _thread.refresh, _thread.forward = None, refresh
+        refresh.start()
+        return None
     refuse_replica(decoder)
     length = _length(kwargs)
     if not cache.has_prompt:
@@ -228,12 +236,26 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     cache.end_turn_begin()
     if reads:
         return _begin_reading(decoder, cache, kwargs, length)
+    _refresh_if_due(decoder, cache, kwargs.get("attention_mask"))
     if cache.has_prefix:
         mask = kwargs.get("attention_mask")
         text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         _thread.forward = Decoding(decoder, cache, text_mask)
         _thread.forward.start()
     return None
+
+
+def _refresh_if_due(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> None:
+    """Evicts before the next token of a long answer, if enough came since the last time."""
+    if not cache.refresh_is_due():
+        return
+    reading, inputs = begin_refresh(decoder, cache, attention_mask)
+    if inputs is None:
+        reading.without_forward()
+        return
+    _thread.refresh = reading
+    with torch.no_grad():
+        decoder(**inputs)
 
 
 def _begin_reading(decoder: PreTrainedModel, cache: LookaheadCache, kwargs: dict[str, Any], length: int) -> Any:

@@ -17,7 +17,7 @@ from lkq_hf.attention import AttentionCall, start_attending, thread_state
 from lkq_hf.cache.attend import attend_over
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.eviction import Eviction
-from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.cache.layers import EvictedLayer, LastQueries
 from lkq_hf.scoring import PrefillAttention, Scorer
 
 
@@ -49,7 +49,11 @@ class Decoding:
 
     def attend(self, call: AttentionCall) -> Any:
         layer = layer_of(self.cache, call.module, call.key, call.value)
-        return attend_over(call, None if layer is None else layer.attended_prefix, self.text_mask)
+        if layer is None:
+            return attend_over(call, None, self.text_mask)
+        if self.cache.observed_queries and not torch.compiler.is_compiling():
+            layer.observe(call.query, call.scaling, call.options.get("softcap"), self.cache.observed_queries)
+        return attend_over(call, layer.attended_prefix, self.text_mask)
 
     def finish(self, output: Any) -> Any:
         self.stop_attending()
@@ -107,35 +111,56 @@ class Reading:
         output = attend_over(call, layer.attended_prefix, self.text_mask)
         index: int = call.module.layer_idx  # type: ignore[assignment]
         if index < len(self.cache.layers) and self.cache.layers[index] is layer:
-            self._hand_in(index, layer, call)
+            queries = LastQueries(call.query, call.scaling, call.options.get("softcap"))
+            self._hand_in(index, layer, queries, call.key, call.value, self.new_length)
         return output
 
-    def _hand_in(self, index: int, layer: EvictedLayer, call: AttentionCall) -> None:
-        """Scores one layer, right after its attention."""
-        tail = call.key.shape[2] - self.suffix_length
-        candidates = layer.candidates(call.key, call.value, tail, self.text_mask)
+    def without_forward(self) -> None:
+        """Evicts by what the last tokens' queries attend to, for scorers that append no tokens."""
+        self._seen = int(self.cache.get_seq_length())
+        for index in self.cache.evicted_layers():
+            layer = self.cache.layers[index]
+            layer.begin_reading(0)
+            parts = layer.read_before(layer.keys.device)
+            key, value = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+            queries = layer.last_queries or LastQueries(key[:, :, :0], 1.0, None)
+            self._hand_in(index, layer, queries, key, value, queries.query.shape[2])
+        self._settle()
+
+    def _hand_in(
+        self,
+        index: int,
+        layer: EvictedLayer,
+        queries: LastQueries,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        new_length: int,
+    ) -> None:
+        """Scores one layer, right after its attention; the first ``new_length`` queries are of tokens of the text."""
+        tail = key.shape[2] - self.suffix_length
+        candidates = layer.candidates(key, value, tail, self.text_mask)
         count = candidates.positions.shape[-1]
         scores = self.scorer.score(
             PrefillAttention(
-                query=call.query,
+                query=queries.query,
                 key=candidates.keys,
                 value=candidates.values,
                 length=count,
                 suffix_length=self.suffix_length,
                 budget=self.eviction.budget,
-                scaling=call.scaling,
-                softcap=call.options.get("softcap"),
+                scaling=queries.scaling,
+                softcap=queries.softcap,
                 mask=candidates.one_mask_for_all_heads(),
                 layer_index=index,
-                new_length=self.new_length,
+                new_length=new_length,
             )
         )
         if self.cache.records_past:
             # Which of these tokens are only drafts will be said by the next crop.
-            self._tails[index] = call.key[:, :, :tail].clone(), call.value[:, :, :tail].clone()
+            self._tails[index] = key[:, :, :tail].clone(), value[:, :, :tail].clone()
             self._scores[index] = scores
             return
-        layer.park(call.key[:, :, :tail], call.value[:, :, :tail])
+        layer.park(key[:, :, :tail], value[:, :, :tail])
         if self.recent:
             candidates, scores = candidates.without_last(self.recent), scores[..., : count - self.recent]
         self.eviction.add(index, candidates, scores)
@@ -150,6 +175,10 @@ class Reading:
                 "their cache cannot be compressed. Generate with DynamicCache for this model."
             )
         self._stop()
+        self._settle()
+        return self.trim(output)
+
+    def _settle(self) -> None:
         for layer in self.cache.layers:
             if hasattr(layer, "end_reading"):
                 layer.end_reading()
@@ -158,7 +187,6 @@ class Reading:
             self.cache.defer(self.eviction, self._tails, self._scores, seen, self.text_mask)
         else:
             self.cache.evict_to(self.eviction.settle(seen - self.recent, self.cache.pools()), self.recent)
-        return self.trim(output)
 
     def _stop(self) -> None:
         self.stop_attending()

@@ -58,6 +58,11 @@ class Scorer(ABC):
     uses_adapter: bool = False
     """Whether the lookahead adapter's LoRA is active on the suffix."""
 
+    @property
+    def observed_queries(self) -> int:
+        """How many of the last tokens' queries it looks at."""
+        return 0
+
     def bind(self, decoder: nn.Module) -> "Scorer":
         """The scorer for this model: called once per prefill, before any work, and the place to refuse a model."""
         return self

@@ -31,6 +31,10 @@ class SnapKVScorer(Scorer):
             raise ValueError(f"window must be at least 1 token, got {self.window}")
         check_pooling(self.kernel_size, self.pooling, self.neighbor_weight)
 
+    @property
+    def observed_queries(self) -> int:
+        return self.window
+
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         new = attention.length if attention.new_length is None else attention.new_length
         window = min(self.window, attention.budget, new)

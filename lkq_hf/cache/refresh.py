@@ -1,0 +1,51 @@
+"""An eviction between two tokens of a long answer.
+
+The scorer's tokens run behind what was read in a forward of their own, which leaves no trace but the eviction. Scorers
+that append no tokens look at the entries, and at the queries of the last tokens, which are kept for them.
+"""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.reading import Reading
+from lkq_hf.compat import pass_cache
+
+
+def begin_refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> tuple[Reading, Any]:
+    """The reading of a refresh, not yet started, and the decoder's inputs; None if the scorer needs no forward.
+
+    Args:
+        decoder: the stack of layers.
+        cache: what has grown.
+        attention_mask: ``[batch, >= text]``, or None if there is no padding.
+    """
+    scorer = cache.scorer.bind(decoder)
+    seen, recent = int(cache.get_seq_length()), cache.refresh_every or 0
+    mask = attention_mask[:, :seen].bool() if isinstance(attention_mask, torch.Tensor) else None
+    if mask is not None and mask.all():
+        mask = None
+    layer = cache.layers[cache.evicted_layers()[0]]
+    batch, device = layer.keys.shape[0], layer.keys.device
+    suffix = scorer.suffix(decoder)
+    length = 0 if suffix is None else suffix.shape[1]
+    eviction = cache.begin_eviction(decoder, seen - recent)
+    reading = Reading(decoder, cache, scorer, batch, 0, length, mask, eviction, lambda output: output, recent)
+    if suffix is None:
+        return reading, None
+    following = torch.arange(length, device=device)
+    if mask is None:
+        positions, whole = (seen + following)[None], torch.ones(batch, seen + length, dtype=torch.long, device=device)
+    else:
+        positions = mask.sum(-1, keepdim=True).to(device) + following
+        whole = torch.cat([mask.to(device), mask.new_ones(batch, length).to(device)], dim=1).long()
+    inputs = {
+        "inputs_embeds": suffix.to(decoder.dtype).expand(batch, -1, -1),
+        "attention_mask": whole,
+        "position_ids": positions.expand(batch, -1),
+        "use_cache": True,
+        **pass_cache(cache),
+    }
+    return reading, inputs
