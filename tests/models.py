@@ -195,29 +195,33 @@ def evicted_logits(base, ids, mask, kept, prompt_length=None):
     Args:
         kept: for each layer what was kept of the first ``prompt_length`` tokens, ``[batch, kv_heads, prompt_length]``,
             which later tokens see with all that follow it. A list of several such dictionaries for several evictions,
-            each for the tokens up to the next.
+            each for the tokens up to the next; with a number, for the tokens from that position on.
     """
-    stages = kept if isinstance(kept, list) else [kept]
+    stages = [
+        stage if isinstance(stage, tuple) else (stage, None) for stage in (kept if isinstance(kept, list) else [kept])
+    ]
 
     def hide(layer):
         def change(module, args, kwargs):
             attention_mask = kwargs["attention_mask"]
             heads = module.config.num_attention_heads
             hidden = attention_mask.expand(-1, heads, -1, -1).clone()
-            for stage in stages:
+            for stage, begin in stages:
                 one = stage[layer]
                 length = one.shape[-1] if prompt_length is None else prompt_length
+                begin = length if begin is None else begin
                 gone = ~one.repeat_interleave(heads // one.shape[1], dim=1)[:, :, None, :length]
                 # What a later eviction has brought back (from main memory) is seen again.
-                hidden[:, :, length:, :length] = attention_mask[:, :, length:, :length].expand(-1, heads, -1, -1)
-                hidden[:, :, length:, :length].masked_fill_(gone, torch.finfo(hidden.dtype).min)
+                hidden[:, :, begin:] = attention_mask[:, :, begin:].expand(-1, heads, -1, -1)
+                hidden[:, :, begin:, :length].masked_fill_(gone, torch.finfo(hidden.dtype).min)
             return args, kwargs | {"attention_mask": hidden}
 
         return change
 
     decoder = get_decoder(base)
     handles = [
-        decoder.layers[layer].self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True) for layer in stages[0]
+        decoder.layers[layer].self_attn.register_forward_pre_hook(hide(layer), with_kwargs=True)
+        for layer in stages[0][0]
     ]
     mask = torch.ones_like(ids) if mask is None else F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
     with torch.no_grad(), _hooks(handles):

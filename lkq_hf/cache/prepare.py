@@ -201,11 +201,11 @@ def _abandon_forward() -> None:
 def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = _by_name(decoder, args, kwargs)
     cache = find_cache(named, LookaheadCache)
-    compiled = cache is not None and thread_state.attend_compiles and _thread.refresh is None
-    if compiled and cache.has_prompt and _length(named) == 1:
-        return None  # a step of a compiled decode, around the whole of which `decoding` is already
     if cache is None and _thread.forward is None:
         return None
+    in_decode = thread_state.attend_compiles and _thread.refresh is None
+    if in_decode and cache is not None and cache.has_prompt and _length(named) == 1:
+        return None  # a step of a compiled decode, around the whole of which `decoding` is already
     return _begin_forward(decoder, cache, named)
 
 

@@ -58,11 +58,9 @@ def test_turns_read_everything_and_answers_see_what_was_kept(architecture, atten
     ids, mask = left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 25, seed=1)[0]])
     cache = LookaheadCache(budget=7, park="cpu", **options)
     ids, mask, answers = converse(model, cache, ids, mask)
-    stages = []
+    stages, read = [], 0
     for length, tokens, logits, kept in answers:
-        if stages:
-            stages.append(everything(kept, read))  # noqa: F821
-        stages.append(kept)
+        stages += [everything(kept, read), kept]
         text = ids[:, : length + tokens.shape[1]]
         expected = evicted_logits(base, text, mask[:, : text.shape[1]], stages)[:, length - 1 : -1]
         torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
@@ -167,5 +165,5 @@ def test_what_is_parked_is_counted_and_forgotten():
 
 @pytest.mark.parametrize("place", ["gpu", "disk", True])
 def test_other_places_are_refused(place):
-    with pytest.raises(ValueError, match="park must be .*got"):
+    with pytest.raises(ValueError, match=r"park must be .*got"):
         LookaheadCache(7, park=place)

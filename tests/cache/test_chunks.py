@@ -1,0 +1,76 @@
+"""Prompts that are read piece by piece."""
+
+import pytest
+import torch
+from models import kept_entries, left_padded, lookahead_model, prompt_ids
+
+from lkq_hf import LookaheadCache
+
+GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+def generate(model, ids, cache, mask=None, **options):
+    mask = torch.ones_like(ids) if mask is None else mask
+    options = GREEDY | {"max_new_tokens": 6} | options
+    output = model.generate(ids, attention_mask=mask, past_key_values=cache, **options)
+    return output.sequences, torch.stack(output.logits, dim=1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("chunk", [9, 16, 57])
+def test_chunks_with_parking_equal_a_prompt_read_at_once(architecture, chunk):
+    model = lookahead_model(architecture, "sdpa")
+    ids, mask = left_padded([prompt_ids(1, 57)[0], prompt_ids(1, 50, seed=1)[0]])
+    whole, pieces = LookaheadCache(7), LookaheadCache(7, park="cpu")
+    expected, expected_logits = generate(model, ids, whole, mask)
+    found, logits = generate(model, ids, pieces, mask, prefill_chunk_size=chunk)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    for layer, kept in kept_entries(whole).items():
+        assert torch.equal(kept_entries(pieces)[layer], kept)
+
+
+@pytest.mark.parametrize("scorer", ["lookahead", "snapkv"])
+def test_without_parking_several_budgets_are_held_until_the_last_chunk(scorer):
+    model = lookahead_model("llama", "sdpa")
+    ids = prompt_ids(2, 90)
+    cache = LookaheadCache(7, scorer)
+    stored = []
+    handle = model.model.register_forward_hook(
+        lambda *_: stored.append(cache.summary()["entries_stored"]), always_call=True
+    )
+    generate(model, ids, cache, prefill_chunk_size=20)
+    handle.remove()
+    # The hook runs after the cache's own.
+    assert stored[:5] == [20, 28, 28, 28, 7]
+
+
+def test_forwards_of_ones_own():
+    model = lookahead_model("llama", "sdpa")
+    ids = prompt_ids(2, 90)
+    expected, cache = LookaheadCache(7), LookaheadCache(7)
+    generate(model, ids, expected, prefill_chunk_size=30, max_new_tokens=1)
+    cache.begin_turn(length=90)
+    with torch.no_grad():
+        for chunk in ids.split(30, dim=1):
+            model(chunk, past_key_values=cache)
+    for layer, kept in kept_entries(expected).items():
+        assert torch.equal(kept_entries(cache)[layer], kept)
+
+
+def test_a_later_turn_in_chunks():
+    model = lookahead_model("llama", "sdpa")
+    first, question = prompt_ids(1, 40), prompt_ids(1, 50, seed=4)
+    results = []
+    for options in ({}, {"prefill_chunk_size": 20}):
+        cache = LookaheadCache(7, park="cpu")
+        text, _ = generate(model, first, cache)
+        results.append(generate(model, torch.cat([text, question], 1), cache, **options))
+        assert cache.summary()["entries_stored"] == 7 + 5
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_of_nothing_are_refused():
+    with pytest.raises(ValueError, match="prefill_chunk_size must be at least 1"):
+        generate(lookahead_model(), prompt_ids(1, 40), LookaheadCache(7), prefill_chunk_size=0)
