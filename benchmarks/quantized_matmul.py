@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from hardware import describe
+from timing import L2_BYTES, microseconds
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -32,28 +33,6 @@ from lkq_hf.kernels.quantized_matmul import quantized_matmul, ways_to_multiply
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # out_features, in_features in Llama-3.1-8B
 ROWS = (1, 2, 4, 8, 16, 64, 256)
 Layer = Callable[[Tensor], Tensor]
-L2_BYTES = 256 * 2**20  # what the copies of a weight together exceed: five times the L2 cache of an H200
-
-
-def microseconds(calls: list[Callable[[], object]], repeats: int = 7) -> float:
-    """Median time of one call, with all calls captured in one CUDA graph."""
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[repeats // 2] * 1e3 / len(calls)
 
 
 def packed_weight(bits: int, group_size: int, sym: bool, out_features: int, in_features: int) -> tuple:

@@ -8,9 +8,11 @@ benchmarks/results, and writes speed.md beside them and docs/images/speed.png.
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from tables import table
 
 from lkq_hf.evaluation.plots import new_figure
 
@@ -29,11 +31,6 @@ COMMANDS = {
 def load(name: str) -> Any:
     path = RESULTS / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def versions(found: dict[str, Any]) -> str:

@@ -40,7 +40,7 @@ class Tile(NamedTuple):
     entries: int
     warps: int
     stages: int
-    programs: int = 32
+    programs: int
 
 
 def default_tile(query_rows: int, head_dim: int, element_size: int) -> Tile:
@@ -51,15 +51,15 @@ def default_tile(query_rows: int, head_dim: int, element_size: int) -> Tile:
     block_dim = max(16, next_power_of_2(head_dim))
     rows = max(_LEAST_ROWS, next_power_of_2(query_rows))
     if element_size == 4:  # float32 dot products have no tensor cores
-        return Tile(
-            rows=min(rows, 32 if block_dim <= 64 else 16), entries=16, warps=4 if block_dim <= 64 else 8, stages=2
-        )
+        rows = min(rows, 32 if block_dim <= 64 else 16)
+        return Tile(rows, entries=16, warps=4 if block_dim <= 64 else 8, stages=2, programs=32)
     rows = min(rows, 64 if block_dim <= 128 else 32)
     return Tile(
-        rows=rows,
+        rows,
         entries=min(128, 8192 // block_dim),
         warps=8 if rows * block_dim > 4096 else 4,
         stages=3 if block_dim <= 128 else 2,
+        programs=512 // rows,  # the more rows, the larger are the sums that a part writes
     )
 
 

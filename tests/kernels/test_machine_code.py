@@ -1,4 +1,4 @@
-"""What the compiler makes of the product of many rows for Hopper and Ampere; no GPU is needed to look at it."""
+"""What the compiler makes of some kernels for Hopper and Ampere; no GPU is needed to look at it."""
 
 import os
 import re
@@ -45,9 +45,49 @@ for block_m, block_k, num_warps, num_stages, _ in {tile for tiles in _GEMM_TILES
     print(subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout)
 """
 
+COMPILE_ATTENTION = """
+import subprocess, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lkq_hf.kernels.ragged_attention_triton import _attend_kernel, default_tile
 
-def main_loop(assembly: str) -> list[str]:
-    """Instructions of the innermost loop that multiplies on the tensor cores."""
+target, disassembler, capability, query_rows, head_dim, whole = *sys.argv[1:3], *map(int, sys.argv[3:])
+pointers = {
+    **dict.fromkeys(("query", "keys", "values", "tail_key", "tail_value", "output"), "*bf16"),
+    **{"starts": "*i64", "lengths": "*i32", "partial": "*fp32", "statistics": "*fp32", "tail_mask": "*u8"},
+}
+tile = default_tile(query_rows, head_dim, 2)
+constants = {
+    "sinks": None, "GROUPS": 4, "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "HAS_SOFTCAP": False,
+    "WHOLE": bool(whole), "BLOCK_ROWS": tile.rows, "BLOCK_ENTRIES": tile.entries, "BLOCK_HEAD_DIM": head_dim,
+    "BLOCK_VALUE_DIM": head_dim, "STAGES": tile.stages, "DEPENDENT": capability >= 90,
+}
+if whole:
+    constants["tail_mask"] = None
+    del pointers["tail_mask"]
+types = pointers | {"scale": "fp32", "softcap": "fp32"}
+names = _attend_kernel.arg_names
+aligned = [*pointers, *(name for name in names if "stride" in name and "mask" not in name)]
+kernel = triton.compile(
+    ASTSource(
+        _attend_kernel,
+        {name: "constexpr" if name in constants else types.get(name, "i32") for name in names},
+        constants,
+        {(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    ),
+    target=GPUTarget("cuda", capability, 32),
+    options={"num_warps": tile.warps},
+)
+with open(target, "wb") as file:
+    file.write(kernel.asm["cubin"])
+print("SHARED", kernel.metadata.shared)
+print(subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout)
+"""
+
+
+def main_loops(assembly: str) -> list[list[str]]:
+    """Instructions of the loops that multiply on the tensor cores."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops = []
@@ -59,7 +99,12 @@ def main_loop(assembly: str) -> list[str]:
             branch = re.match(r"BRA.*`\((\.L\w+)\)", instruction[1])
             if branch and branch[1] in labels:
                 loops.append(instructions[labels[branch[1]] :])
-    return min((loop for loop in loops if any("MMA." in line for line in loop)), key=len)
+    return [loop for loop in loops if any("MMA." in line for line in loop)]
+
+
+def main_loop(assembly: str) -> list[str]:
+    """Instructions of the innermost of them."""
+    return min(main_loops(assembly), key=len)
 
 
 def overwritten_operands(loop: list[str]) -> list[str]:
@@ -79,16 +124,22 @@ def overwritten_operands(loop: list[str]) -> list[str]:
     return found
 
 
-def compiled_loops(capability: int, bits: int, group_size: int, target: Path) -> dict[tuple[int, ...], list[str]]:
-    """The main loop for each tile that the product tries: (rows, input features, warps, stages)."""
-    compiled = subprocess.run(
-        [sys.executable, "-c", COMPILE, *map(str, (target, DISASSEMBLER, capability, bits, group_size))],
+def compiled(script: str, *arguments: object) -> str:
+    """What a script prints that compiles for a GPU, while this process interprets kernels."""
+    run = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
         env={**os.environ, "TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
     )
-    assert not compiled.returncode, compiled.stderr
-    kernels = re.split(r"^KERNEL ", compiled.stdout, flags=re.MULTILINE)[1:]
+    assert not run.returncode, run.stderr
+    return run.stdout
+
+
+def compiled_loops(capability: int, bits: int, group_size: int, target: Path) -> dict[tuple[int, ...], list[str]]:
+    """The main loop for each tile that the product tries: (rows, input features, warps, stages)."""
+    printed = compiled(COMPILE, target, DISASSEMBLER, capability, bits, group_size)
+    kernels = re.split(r"^KERNEL ", printed, flags=re.MULTILINE)[1:]
     assert len(kernels) > 4
     return {tuple(map(int, kernel.splitlines()[0].split())): main_loop(kernel) for kernel in kernels}
 
@@ -116,6 +167,42 @@ def test_operands_are_safe_in_registers(bits: int, group_size: int, tmp_path: Pa
 def test_ampere_needs_no_shared_memory_for_weights_either(bits: int, tmp_path: Path) -> None:
     for tile, loop in compiled_loops(80, bits, 128, tmp_path / "kernel").items():
         assert any("HMMA" in line for line in loop) and not any(line.startswith("STS") for line in loop), tile
+
+
+@needs_disassembler
+@pytest.mark.parametrize(
+    ("capability", "query_rows", "head_dim", "whole"),
+    [
+        (90, 4, 128, False),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [
+                (80, 4, 128, False),
+                (80, 4, 64, False),
+                (90, 4, 256, False),
+                (80, 128, 64, True),
+                (90, 128, 128, True),
+                (80, 128, 128, True),
+                (80, 128, 256, True),
+            ]
+        ),
+    ],
+)
+def test_ragged_attention_loads_ahead(
+    capability: int, query_rows: int, head_dim: int, whole: bool, tmp_path: Path
+) -> None:
+    """Entries of the prefix are on their way to shared memory while earlier ones are multiplied."""
+    printed = compiled(
+        COMPILE_ATTENTION, tmp_path / "kernel", DISASSEMBLER, capability, query_rows, head_dim, int(whole)
+    )
+    pipelined = [loop for loop in main_loops(printed) if any(line.startswith("LDGSTS") for line in loop)]
+    assert pipelined
+    for loop in pipelined:
+        assert not any(re.match("LDG\\b", line) for line in loop)
+        assert all(".128" in line for line in loop if line.startswith("LDGSTS"))  # 16 bytes for each thread
+    assert not re.search(r"\bSTL\b", printed)  # all values fit into registers
+    if capability < 90:
+        assert int(printed.split()[1]) <= 99 * 1024  # bytes of shared memory, all that some GPUs have for one block
 
 
 def test_an_overwritten_operand_is_found() -> None:
