@@ -32,7 +32,14 @@ from lkq_hf.evaluation.decoding import Answers, answer_greedily, score_answers
 from lkq_hf.evaluation.environment import digests, environment
 from lkq_hf.evaluation.metrics import load_metric
 from lkq_hf.evaluation.models import smollm2_directory
-from lkq_hf.evaluation.prefill import Prefill, add_oracle, kept_entries, read_prompts, stack_caches
+from lkq_hf.evaluation.prefill import (
+    Prefill,
+    ScoredAnswers,
+    add_oracle,
+    kept_entries,
+    read_prompts,
+    stack_caches,
+)
 from lkq_hf.evaluation.tasks import Corpus, Example, build_task
 from lkq_hf.scoring import LookaheadScorer, RandomScorer, Scorer, SnapKVScorer, StreamingScorer
 from lkq_hf.text.documents import read_documents
@@ -79,6 +86,7 @@ class Bench:
             self.model.load_adapter(arguments.adapter)
         prepare_model_for_eviction(self.model)
         self.budgets = arguments.budgets
+        self.allocation = arguments.allocation
         self.batch_size = arguments.batch_size
         with_adapter = bool(arguments.adapter)
         self.methods = scorers(with_adapter, arguments.lookahead_kernels, arguments.snapkv_kernels, ["max", "avg"])
@@ -90,7 +98,11 @@ class Bench:
         for start in tqdm(range(0, len(examples), self.batch_size), desc=description):
             batch = examples[start : start + self.batch_size]
             input_ids = torch.tensor([example["input_ids"] for example in batch], device=self.model.device)
-            yield read_prompts(self.model, input_ids, torch.ones_like(input_ids), methods, self.budgets)
+            mask = torch.ones_like(input_ids)
+            yield read_prompts(self.model, input_ids, mask, methods, self.budgets, self.allocation)
+
+    def add_oracle(self, prefill: Prefill, answers: Answers) -> ScoredAnswers:
+        return add_oracle(self.model, prefill, answers, self.budgets, self.allocation)
 
     def full_answers(self, prefill: Prefill, new_tokens: int) -> Answers:
         return answer_greedily(self.model, prefill.logits, prefill.mask, copy.deepcopy(prefill.full), new_tokens)
@@ -118,7 +130,7 @@ def likelihood(bench: Bench, examples: list[Example], new_tokens: int) -> dict[s
     for prefill in bench.read(examples, bench.methods, "likelihood"):
         answers = bench.full_answers(prefill, new_tokens)
         reference.extend(answers.tokens())
-        full = add_oracle(bench.model, prefill, answers, bench.budgets)
+        full = bench.add_oracle(prefill, answers)
         record("full", (full.nll, full.chosen), answers.mask)
         for budget in bench.budgets:
             best = kept_entries(full.oracle[budget])
@@ -145,16 +157,9 @@ def likelihood(bench: Bench, examples: list[Example], new_tokens: int) -> dict[s
 
 
 def _recall(kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Share of the oracle's entries that were kept, ``[batch]``; both hold ``[batch, kv_heads, budget]`` positions."""
-    shares = [torch.isin(_distinct(kept[layer]), _distinct(best[layer])).float().mean((1, 2)) for layer in best]
-    return torch.stack(shares).mean(0).cpu()
-
-
-def _distinct(positions: torch.Tensor) -> torch.Tensor:
-    """Positions numbered through all heads of all prompts, so that each is compared with its own head's alone."""
-    batch, heads, _ = positions.shape
-    offsets = torch.arange(batch * heads, device=positions.device).view(batch, heads, 1) * 2**32
-    return positions.long() + offsets
+    """Share of the oracle's entries that were kept, ``[batch]``; both bool ``[batch, kv_heads, length]`` by layer."""
+    both = sum((kept[layer] & best[layer]).sum((1, 2)) for layer in best)
+    return (both / sum(best[layer].sum((1, 2)) for layer in best)).cpu()
 
 
 @torch.no_grad()
@@ -168,7 +173,7 @@ def generated(bench: Bench, examples: list[Example], new_tokens: int, descriptio
     for prefill in bench.read(examples, bench.generating_methods, description):
         answers = bench.full_answers(prefill, new_tokens)
         record("full", answers.tokens())
-        oracle = add_oracle(bench.model, prefill, answers, bench.budgets).oracle
+        oracle = bench.add_oracle(prefill, answers).oracle
         for budget in bench.budgets:
             # All methods answer together: a step costs little more for all of them than for one.
             caches = bench.caches(prefill, oracle, budget)
@@ -197,6 +202,7 @@ def describe(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
         "model": bench.model.config._name_or_path if arguments.model else "HuggingFaceTB/SmolLM2-135M-Instruct",
         "adapter": Path(arguments.adapter).name if arguments.adapter else None,
         "dtype": arguments.dtype,
+        "allocation": arguments.allocation,
         "sha256": {Path(path).name: digest for path, digest in digests(files).items()},
         "seed": arguments.seed,
     }
@@ -224,6 +230,7 @@ def report(results: dict[str, Any], bench: Bench) -> str:
     parts = [
         "# Quality of answers over an evicted cache",
         f"{about['model']}, adapter: {about['adapter']}. {hardware}, {about['dtype']}; {versions}. "
+        f"Allocation of the budget, of all scorers: {about['allocation']}. "
         f"{results['seconds']:.0f} s.",
     ]
     titles = {
@@ -248,6 +255,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--adapter", help="directory of a LOOKAHEAD_KV adapter; without it, only the others")
     parser.add_argument("--model", help="directory of another model than SmolLM2-135M-Instruct")
     parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--allocation", choices=("global", "layer", "uniform"), default="global")
     parser.add_argument("--prompts", type=int, default=192, help="prompts of measurement 1")
     parser.add_argument("--fact-prompts", type=int, default=64, help="prompts of each cell of measurement 2")
     parser.add_argument("--agreement-prompts", type=int, default=64, help="prompts of each task of measurement 3")
