@@ -11,6 +11,7 @@ Each cell is a cache and a batch size:
     static, short prompt      StaticCache, compiled, after a prompt of as many tokens as the budget keeps
     snapkv                    LookaheadCache, storage that grows
     snapkv, static            LookaheadCache(max_new_tokens=...), compiled
+    snapkv, static, uniform   the same with as many entries in every head
     lookahead                 the same two on a model with a LOOKAHEAD_KV adapter, which is idle while decoding
     lookahead, static
 
@@ -42,6 +43,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache, StoppingCriteria
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.evaluation.prefill import cache_bytes
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import group_index, pack_zeros
 from lkq_hf.quantization.shared_input import share_inputs
@@ -212,7 +215,7 @@ def measure(model: Any, method: Method, batch: int, sizes: Sizes) -> dict[str, A
         "ms_per_step_p10_p90": [steps[len(steps) // 10], steps[len(steps) * 9 // 10]],
         "steps": len(steps),
         "first_call_s": first_call,
-        "cache_gib": sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) / 2**30,
+        "cache_gib": cache_bytes(cache) / 2**30,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else None,
         "first_tokens": ids[0, -tokens:][:8].tolist(),
     }
@@ -276,18 +279,28 @@ def filled_cache(model: Any, method: Method, batch: int, sizes: Sizes) -> Cache:
     shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
     if isinstance(cache, LookaheadCache):
         cache.build_layers(config)
+        eviction = cache.begin_eviction(None, length)
     for index in range(config.num_hidden_layers):
         key, value = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
         if isinstance(cache, LookaheadCache):
-            scores = torch.rand(shape[:3], device=DEVICE)
-            cache.layers[index].evict(key, value, scores, sizes.budget, defer=False)
+            # Some heads win far more than others, as on real models.
+            scores = torch.rand(shape[:3], device=DEVICE) + 0.05 * torch.randn(*shape[:2], 1, device=DEVICE)
+            eviction.add(index, EvictedLayer().candidates(key, value, length, None), scores)
         else:
             cache.update(key, value, index)
+    if isinstance(cache, LookaheadCache):
+        cache.evict_to(eviction.settle(length))
     return cache
 
 
-def lookahead_cache(scorer: str, static: bool) -> Callable[[Any, Sizes], Cache]:
-    return lambda config, sizes: LookaheadCache(sizes.budget, scorer, max_new_tokens=sizes.tokens if static else None)
+def lookahead_cache(scorer: str, static: bool, allocation: str = "global") -> Callable[[Any, Sizes], Cache]:
+    return lambda config, sizes: LookaheadCache(
+        sizes.budget,
+        scorer,
+        max_new_tokens=sizes.tokens if static else None,
+        allocation=allocation,
+        evict_later_turns=False,
+    )
 
 
 def static_cache(config: Any, sizes: Sizes) -> Cache:
@@ -303,6 +316,7 @@ METHODS = {
     "static, short prompt": Method(short_static_cache, compiled=True, short=True),
     "snapkv": Method(lookahead_cache("snapkv", static=False), compiled=False),
     "snapkv, static": Method(lookahead_cache("snapkv", static=True), compiled=True),
+    "snapkv, static, uniform": Method(lookahead_cache("snapkv", static=True, allocation="uniform"), compiled=True),
     "static": Method(static_cache, compiled=True),
     "lookahead": Method(lookahead_cache("lookahead", static=False), compiled=False, adapted=True),
     "lookahead, static": Method(lookahead_cache("lookahead", static=True), compiled=True, adapted=True),
