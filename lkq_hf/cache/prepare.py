@@ -116,7 +116,8 @@ def _create_masks_for_generate(decoder: PreTrainedModel, create_masks: Callable[
     if cache is not None:
         if cache.will_read(kwargs["inputs_embeds"].shape[1]) or not cache.has_prompt:
             return kwargs.get("attention_mask")
-        _refresh_if_due(decoder, cache, kwargs.get("attention_mask"))  # outside of what is compiled
+        if cache.refresh_is_due():
+            refresh(decoder, cache, kwargs.get("attention_mask"))  # outside of what is compiled
         if create_masks is create_masks_for_generate and (mask := next_token_mask(cache, **kwargs)) is not None:
             return mask
     return create_masks(**kwargs)
@@ -236,7 +237,8 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     cache.end_turn_begin()
     if reads:
         return _begin_reading(decoder, cache, kwargs, length)
-    _refresh_if_due(decoder, cache, kwargs.get("attention_mask"))
+    if cache.refresh_is_due():
+        refresh(decoder, cache, kwargs.get("attention_mask"))
     if cache.has_prefix:
         mask = kwargs.get("attention_mask")
         text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
@@ -245,10 +247,16 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     return None
 
 
-def _refresh_if_due(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> None:
-    """Evicts before the next token of a long answer, if enough came since the last time."""
-    if not cache.refresh_is_due():
-        return
+def refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: torch.Tensor | None = None) -> None:
+    """Evicts what a long answer has added to ``cache``, but for its last ``refresh_every`` tokens.
+
+    ``generate`` and the model's forwards do this by themselves, as often as ``refresh_every`` says.
+
+    Args:
+        decoder: the stack of layers.
+        cache: with ``refresh_every``.
+        attention_mask: ``[batch, >= text]``, 1 for real tokens; None if there is no padding.
+    """
     reading, inputs = begin_refresh(decoder, cache, attention_mask)
     if inputs is None:
         reading.without_forward()

@@ -1,0 +1,201 @@
+"""Conversations over one text: a different planted fact is asked for in each of 8 turns.
+
+    python benchmarks/texts.py debian-handbook_*.deb fortunes_*.deb --out test.jsonl.gz
+    python benchmarks/conversations.py --texts test.jsonl.gz \
+        --adapter model_cards/smollm2-135m-instruct-lookahead --out benchmarks/results/conversations
+
+Methods: the full cache; LookaheadKV and SnapKV, each with entries parked in main memory and without; sinks + recent.
+Each reports the share of right answers by turn, and the bytes of its cache on the model's device after each turn.
+Writes OUT.json and OUT.md. ``--small`` is a smoke test for a CPU.
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tables import table
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers.cache_utils import Cache
+
+from lkq_hf import LookaheadCache, prepare_model_for_eviction
+from lkq_hf.evaluation.environment import environment
+from lkq_hf.evaluation.models import smollm2_directory
+from lkq_hf.evaluation.prefill import cache_bytes
+from lkq_hf.evaluation.tasks.base import Draft
+from lkq_hf.evaluation.tasks.needles import FRAME, ONE_VALUE, Needle
+from lkq_hf.text.documents import read_documents
+from lkq_hf.text.passages import Corpus
+
+ANSWER_TOKENS = 16
+PLACEHOLDER = "ANSWER-GOES-HERE"
+
+
+class Facts(Needle):
+    """As many planted facts as there are turns; keeps what was planted."""
+
+    kind = "needle_conversation"
+
+    def draft(self, length: int, rng: random.Random) -> Draft | None:
+        draft = super().draft(length, rng)
+        if draft is not None:
+            # "One special magic number for {key} is: {value}."
+            statements = [statement.removesuffix(".") for _, statement in draft.insertions]
+            parts = [
+                statement.removeprefix("One special magic number for ").split(" is: ") for statement in statements
+            ]
+            self.facts = [(key, value) for key, value in parts]
+        return draft
+
+
+def conversations(
+    corpus: Corpus, count: int, length: int, turns: int
+) -> list[tuple[list[int], list[tuple[str, str]]]]:
+    """For each the ids of the first turn, and the facts in the order of the questions."""
+    task = Facts(corpus)
+    task.keys = turns
+    made = []
+    for index in range(count):
+        ids = task.example(index, length)["input_ids"]
+        made.append((ids, task.facts))
+    return made
+
+
+def later_turn(tokenizer: Any, key: str) -> list[int]:
+    """Token ids from the end of an answer to the beginning of the next one."""
+    question, prefix = (text.format(key=key) for text in ONE_VALUE)
+    chat = [
+        {"role": "user", "content": FRAME},
+        {"role": "assistant", "content": PLACEHOLDER},
+        {"role": "user", "content": question},
+    ]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(PLACEHOLDER)[1]
+    return tokenizer(text + prefix, add_special_tokens=False)["input_ids"]
+
+
+@torch.no_grad()
+def converse(
+    model: Any, tokenizer: Any, batch: list[Any], cache: Cache, turns: int
+) -> tuple[list[list[bool]], list[int]]:
+    """Whether each conversation's answer is right, turn by turn, and the bytes of the cache."""
+    device = model.device
+    ids = torch.tensor([first for first, _ in batch], device=device)
+    mask = torch.ones_like(ids)
+    end, pad = tokenizer.eos_token_id, tokenizer.eos_token_id
+    right, sizes = [], []
+    for turn in range(turns):
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=ANSWER_TOKENS,
+            do_sample=False,
+            pad_token_id=pad,
+        )
+        answers = output[:, ids.shape[1] :]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        right.append([facts[turn][1] in text for (_, facts), text in zip(batch, texts, strict=True)])
+        sizes.append(cache_bytes(cache))
+        if turn + 1 == turns:
+            break
+        # What follows the end of an answer is padding.
+        answered = ((answers == end).cumsum(1) == 0).long()
+        following = [later_turn(tokenizer, facts[turn + 1][0]) for _, facts in batch]
+        longest = max(map(len, following))
+        padded = torch.tensor([[pad] * (longest - len(one)) + one for one in following], device=device)
+        real = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in following], device=device)
+        ids = torch.cat([output, padded], dim=1)
+        mask = torch.cat([mask, answered, real], dim=1)
+    return right, sizes
+
+
+def methods(budgets: list[int], with_adapter: bool) -> dict[str, Callable[[Any], Cache]]:
+    """By name, what makes an empty cache for a model's config."""
+    found: dict[str, Callable[[Any], Cache]] = {"full cache": lambda config: DynamicCache(config=config)}
+    scorers = ["snapkv", "streaming"] + (["lookahead"] if with_adapter else [])
+    for budget in budgets:
+        for scorer in scorers:
+            for park in (None, "cpu"):
+                if scorer == "streaming" and park:
+                    continue
+                name = f"{budget}/{scorer}{', parked' if park else ''}"
+                found[name] = lambda config, b=budget, s=scorer, p=park: LookaheadCache(b, s, park=p)
+    return found
+
+
+def report(results: dict[str, Any]) -> str:
+    about = results["about"]
+    parts = [
+        "# Conversations of several turns over one text",
+        f"{about['hardware']['name']}; {results['seconds']:.0f} s.",
+    ]
+    for length, rows in results["lengths"].items():
+        turns = len(next(iter(rows.values()))["right"])
+        full = rows["full cache"]["right"]
+        cells = []
+        for name, row in rows.items():
+            share = [value / whole if whole else 0.0 for value, whole in zip(row["right"], full, strict=True)]
+            shown = row["right"] if name == "full cache" else share
+            cells.append([name, *(f"{value:.2f}" for value in shown), f"{row['bytes'][0]:,}", f"{row['bytes'][-1]:,}"])
+        header = ["cache", *(f"turn {turn + 1}" for turn in range(turns)), "bytes, turn 1", f"bytes, turn {turns}"]
+        parts.append(f"## {length} tokens, {results['conversations']} conversations")
+        parts.append("Right answers of the full cache; of the others the share of the full cache's.")
+        parts.append(table(header, cells))
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", nargs="+", type=Path, required=True)
+    parser.add_argument("--adapter")
+    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096])
+    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
+    parser.add_argument("--conversations", type=int, default=64)
+    parser.add_argument("--turns", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--small", action="store_true")
+    arguments = parser.parse_args()
+    if arguments.small:
+        arguments.lengths, arguments.budgets, arguments.conversations, arguments.turns = [512], [64], 2, 3
+    started = time.monotonic()
+    directory = smollm2_directory()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(arguments.device).eval()
+    if arguments.adapter:
+        model.load_adapter(arguments.adapter)
+    prepare_model_for_eviction(model)
+    corpus = Corpus(read_documents(arguments.texts), tokenizer)
+    results: dict[str, Any] = {
+        "about": environment(model.device),
+        "conversations": arguments.conversations,
+        "lengths": {},
+    }
+    for length in arguments.lengths:
+        made = conversations(corpus, arguments.conversations, length, arguments.turns)
+        rows = results["lengths"][str(length)] = {}
+        for name, empty in tqdm(methods(arguments.budgets, bool(arguments.adapter)).items(), desc=f"{length} tokens"):
+            right = [0] * arguments.turns
+            sizes: list[int] = [0] * arguments.turns
+            for start in range(0, len(made), arguments.batch_size):
+                batch = made[start : start + arguments.batch_size]
+                found, bytes_by_turn = converse(model, tokenizer, batch, empty(model.config), arguments.turns)
+                right = [total + sum(each) for total, each in zip(right, found, strict=True)]
+                sizes = [total + each for total, each in zip(sizes, bytes_by_turn, strict=True)]
+            rows[name] = {"right": [value / len(made) for value in right], "bytes": sizes}
+            results["seconds"] = time.monotonic() - started
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    arguments.out.with_suffix(".md").write_text(report(results))
+    print(report(results))
+
+
+if __name__ == "__main__":
+    main()
