@@ -224,9 +224,9 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     _abandon_forward()
     if cache is None:
         return None
-    if (refresh := _thread.refresh) is not None:
-        _thread.refresh, _thread.forward = None, refresh
-        refresh.start()
+    if _thread.refresh is not None:
+        _thread.refresh, _thread.forward = None, _thread.refresh
+        _thread.forward.start()
         return None
     refuse_replica(decoder)
     length = _length(kwargs)

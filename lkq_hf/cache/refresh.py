@@ -23,11 +23,12 @@ def begin_refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mas
         attention_mask: ``[batch, >= text]``, or None if there is no padding.
     """
     scorer = cache.scorer.bind(decoder)
-    seen, recent = int(cache.get_seq_length()), cache.refresh_every or 0
+    seen = int(cache.get_seq_length())
+    layer = cache.layers[cache.evicted_layers()[0]]
+    recent = min(cache.refresh_every or 0, layer.tail_length)
     mask = attention_mask[:, :seen].bool() if isinstance(attention_mask, torch.Tensor) else None
     if mask is not None and mask.all():
         mask = None
-    layer = cache.layers[cache.evicted_layers()[0]]
     batch, device = layer.keys.shape[0], layer.keys.device
     suffix = scorer.suffix(decoder)
     length = 0 if suffix is None else suffix.shape[1]
