@@ -4,9 +4,9 @@
     python benchmarks/later_turns.py --small          # a smoke run on any machine
 
 After a prompt of 32,768 tokens of which 1,024 entries are kept: milliseconds of reading a later turn of 64 tokens, of
-a decode step before and after it, and of an eviction between two steps, with entries parked in main memory and without;
-beside transformers' own offloaded cache. Then peak memory of a prompt of 131,072 tokens read at once and in chunks.
-Times are medians of wall-clock seconds around synchronized calls, after a warm-up.
+a decode step before and after it, and of an eviction between two steps, with entries parked in main memory and
+without; beside transformers' own offloaded cache. Then peak memory of a prompt of 131,072 tokens read at once and in
+chunks. Times are medians of wall-clock seconds around synchronized calls, after a warm-up.
 """
 
 import argparse

@@ -224,9 +224,9 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     _abandon_forward()
     if cache is None:
         return None
-    if _thread.refresh is not None:
-        _thread.refresh, _thread.forward = None, _thread.refresh
-        _thread.forward.start()
+    if (prepared := _thread.refresh) is not None:
+        _thread.refresh, _thread.forward = None, prepared
+        prepared.start()
         return None
     refuse_replica(decoder)
     length = _length(kwargs)
