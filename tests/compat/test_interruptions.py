@@ -9,13 +9,13 @@ import weakref
 
 import pytest
 import torch
-from models import base_and_adapted, lookahead_model, prompt_ids, tiny_model
+from models import base_and_adapted, kept_entries, lookahead_model, prompt_ids, tiny_model
 from reference import assert_as_masked, assert_nothing_is_left_behind, generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lkq_hf.attention
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
-from lkq_hf.attention import start_observing, thread_state
+from lkq_hf.attention import start_attending, thread_state
 
 item = pytest.mark.item
 
@@ -147,7 +147,7 @@ def test_out_of_memory_in_the_choice(monkeypatch):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lkq_hf.cache.layers.select_compact", fail)
+        patched.setattr("lkq_hf.cache.eviction.select_compact", fail)
         with pytest.raises(torch.OutOfMemoryError):
             generate(model, ids, cache)
     assert cache.get_seq_length() == 0
@@ -202,7 +202,7 @@ def test_another_thread_ends_its_prefill_while_the_attention_is_looked_up():
     model = tiny_model(attention="sdpa")
     expected = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
     key = Chased("sdpa")
-    key.between = start_observing(model.model, lambda *_: None)
+    key.between = start_attending(model.model, lambda call: call.run())
     assert ALL_ATTENTION_FUNCTIONS.get(key, "eager") is expected
     assert key.looked_up >= 2 and not lkq_hf.attention._renamed
 
@@ -222,7 +222,7 @@ def test_a_thread_that_is_stopped_from_outside():
         try:
             generate(model, prompt_ids(1, 40), LookaheadCache(budget=7))
         except SystemExit:
-            stopped.append((thread_state.observer, thread_state.lookahead_length, dict(lkq_hf.attention._renamed)))
+            stopped.append((thread_state.attend, thread_state.lookahead_length, dict(lkq_hf.attention._renamed)))
 
     handle = model.model.layers[1].register_forward_pre_hook(wait)
     thread = threading.Thread(target=run)
@@ -245,8 +245,11 @@ def test_a_model_without_the_adapter_runs_beside():
         model(ids, past_key_values=cache)
     handle.remove()
     assert torch.equal(inner[0], expected)
+    stages = [kept_entries(cache)]
     follow_up = torch.cat([ids, prompt_ids(1, 4, seed=2)], dim=1)
-    assert_as_masked(base, follow_up, *generate(model, follow_up, cache), cache, evicted_length=40)
+    tokens, logits = generate(model, follow_up, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, follow_up, tokens, logits, stages)
 
 
 @item("nn.DataParallel", refused="one process for each GPU (accelerate launch, torchrun), or device_map")
