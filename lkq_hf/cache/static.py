@@ -295,16 +295,18 @@ class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
             self._first_before = self._first
 
     def abandon_reading(self) -> None:
-        if self.has_static_storage and self._before is not None:
-            keys, values, filled = self._before
-            self.keys.copy_(keys)
-            self.values.copy_(values)
-            self._first = self._first_before
-            self._offset.fill_(self._first)
-            self._filled.fill_(filled)
-            self.end_reading()
-        else:
-            super().abandon_reading()
+        if self._before is None:
+            return
+        keys, values, filled = self._before
+        if keys is None or values is None:  # there was nothing yet
+            self.reset()
+            return
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+        self._first = self._first_before
+        self._offset.fill_(self._first)
+        self._filled.fill_(filled)
+        self.end_reading()
 
     def _first_needed_slot(self, filled: int) -> int:
         return max(filled - self.sliding_window + 1, 0)

@@ -58,6 +58,29 @@ def test_an_interrupt_leaves_nothing_behind_at_once(place, error, call):
 
 
 @item("Ctrl-C (KeyboardInterrupt) in a prefill")
+@pytest.mark.parametrize("room", [None, 8], ids=["growing", "static"])
+@pytest.mark.parametrize("turn", ["first", "later"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupt_of_any_turn_leaves_the_cache_as_it_was(place, architecture, turn, room):
+    base, model = base_and_adapted(architecture)
+    model.set_attn_implementation("sdpa")
+    cache, stages, seen, ids = LookaheadCache(budget=7, max_new_tokens=room), [], 0, prompt_ids(1, 40)
+    if turn == "later":
+        tokens, _ = generate(model, ids, cache)
+        stages, seen = [kept_entries(cache)], 47
+        ids = torch.cat([ids, tokens, prompt_ids(1, 5, seed=3)], dim=1)
+    handle = raising(PLACES[place](model), KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, cache)
+    handle.remove()
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [seen] * len(cache.layers)
+    tokens, logits = generate(model, ids, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, ids, tokens, logits, stages)
+
+
+@item("Ctrl-C (KeyboardInterrupt) in a prefill")
 def test_a_signal_in_the_middle():
     """A real one, which Python delivers wherever the forward happens to be."""
     base, model = base_and_adapted()
@@ -139,19 +162,32 @@ def test_out_of_memory_inside_the_attention(attention, monkeypatch):
 
 
 @item("out of memory in a prefill")
-def test_out_of_memory_in_the_choice(monkeypatch):
-    base, model = base_and_adapted()
-    ids, cache = prompt_ids(1, 40), LookaheadCache(budget=7)
+@pytest.mark.parametrize("room", [None, 8], ids=["growing", "static"])
+@pytest.mark.parametrize("turn", ["first", "later"])
+@pytest.mark.parametrize("place", ["select_compact", "share_out", "compact_segments"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_out_of_memory_in_the_choice(architecture, place, turn, room, monkeypatch):
+    """The cache is as before the forward, also where layers with a sliding window have read it already."""
+    base, model = base_and_adapted(architecture)
+    model.set_attn_implementation("sdpa")
+    cache, stages, seen, ids = LookaheadCache(budget=7, max_new_tokens=room), [], 0, prompt_ids(1, 40)
+    if turn == "later":
+        tokens, _ = generate(model, ids, cache)
+        stages, seen = [kept_entries(cache)], 47
+        ids = torch.cat([ids, tokens, prompt_ids(1, 5, seed=3)], dim=1)
 
     def fail(*_):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lkq_hf.cache.eviction.select_compact", fail)
+        patched.setattr(f"lkq_hf.cache.eviction.{place}", fail)
         with pytest.raises(torch.OutOfMemoryError):
             generate(model, ids, cache)
-    assert cache.get_seq_length() == 0
-    assert_as_masked(base, ids, *generate(model, ids, cache), cache)
+    assert cache.get_seq_length() == seen
+    assert all(int(layer.get_seq_length()) == seen for layer in cache.layers)
+    tokens, logits = generate(model, ids, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, ids, tokens, logits, stages)
 
 
 @item("threads: several generations on one model at once")
