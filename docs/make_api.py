@@ -20,7 +20,7 @@ the tensor stores them. The names in the first section can be imported from `lkq
 SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
     "The main names": [
         ("lkq_hf.cache.cache", ["LookaheadCache"]),
-        ("lkq_hf.cache.prefill", ["prepare_model_for_eviction"]),
+        ("lkq_hf.cache.prepare", ["prepare_model_for_eviction"]),
         ("lkq_hf.adapter.config", ["LookaheadKVConfig"]),
         ("lkq_hf.adapter.model", ["LookaheadKVModel"]),
         ("lkq_hf.training.arguments", ["LookaheadTrainingArguments"]),

@@ -68,14 +68,14 @@ def _compete(scores: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
     """One threshold for each row over all heads of ``scores``, beyond what each head keeps for itself."""
     device = scores[0].device
     floor = max(1, round(FLOOR * budget))
-    flat = []
+    best, others = [], []
     for layer in scores:
-        # The best few of each head come before everything else.
         safe = (_ranks(layer) < floor) & (layer > -math.inf)
-        flat.append(layer.masked_fill(safe, math.inf).flatten(1).to(device))
-    together = torch.cat(flat, dim=1)
+        best.append(safe.flatten(1).to(device))
+        others.append(layer.masked_fill(safe, -math.inf).flatten(1).to(device))
+    keep, together = torch.cat(best, dim=1), torch.cat(others, dim=1)
     heads = sum(layer.shape[1] for layer in scores)
-    keep = _ranks(together) < budget * heads
-    keep &= together > -math.inf
+    slots = budget * heads - keep.sum(1, keepdim=True)
+    keep |= (_ranks(together) < slots) & (together > -math.inf)
     parts = keep.split([layer.shape[1] * layer.shape[2] for layer in scores], dim=1)
     return [part.view(layer.shape).to(layer.device) for part, layer in zip(parts, scores, strict=True)]

@@ -388,10 +388,10 @@ class LookaheadCache(Cache):
             these, and its bytes.
         """
         layers = [_layer_summary(layer) for layer in self.layers]
-        evicted = [layers[index]["mean"] for index in self.evicted_layers()]
+        heads = [entries for index in self.evicted_layers() for entries in layers[index]["entries"]]
         return {
             "tokens_seen": int(self.get_seq_length()),
-            "entries_stored": sum(evicted) / len(evicted) if evicted else 0,
+            "entries_stored": sum(heads) / len(heads) if heads else 0,
             "bytes": self.nbytes,
             "bytes_parked": self.parked_nbytes,
             "bytes_without_eviction": sum(row["bytes_without_eviction"] for row in layers),

@@ -224,8 +224,8 @@ class EvictedLayer(DynamicLayer):
     def entries_by_head(self) -> list[float]:
         """Entries stored for each KV head, mean over the batch."""
         heads = self.keys.shape[1]
-        kept = [0.0] * heads if self.prefix is None else self.prefix.lengths.float().mean(0).tolist()
-        return [number + self.tail_length for number in kept]
+        kept = [0] * heads if self.prefix is None else self.prefix.lengths.sum(0).tolist()
+        return [total / self.keys.shape[0] + self.tail_length for total in kept]
 
     @property
     def tail_length(self) -> int:

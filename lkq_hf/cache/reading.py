@@ -174,19 +174,25 @@ class Reading:
                 f"the attention of layers {missed} of {type(self.decoder).__name__} could not be observed, so "
                 "their cache cannot be compressed. Generate with DynamicCache for this model."
             )
+        try:
+            self._settle()
+        except BaseException:
+            self.abandon()
+            raise
         self._stop()
-        self._settle()
         return self.trim(output)
 
     def _settle(self) -> None:
+        seen = self._seen + self.new_length
+        # Nothing to settle where it is put off.
+        prefixes = {} if self._tails else self.eviction.settle(seen - self.recent, self.cache.pools())
         for layer in self.cache.layers:
             if hasattr(layer, "end_reading"):
                 layer.end_reading()
-        seen = self._seen + self.new_length
         if self._tails:
             self.cache.defer(self.eviction, self._tails, self._scores, seen, self.text_mask)
         else:
-            self.cache.evict_to(self.eviction.settle(seen - self.recent, self.cache.pools()), self.recent)
+            self.cache.evict_to(prefixes, self.recent)
 
     def _stop(self) -> None:
         self.stop_attending()

@@ -178,19 +178,21 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.has_static_storage:
+            if not self.is_reading:
+                return self.append(key_states, value_states)
+            filled = int(self._filled)
+            key_states = torch.cat([self.keys[:, :, :filled], key_states], dim=-2)
+            value_states = torch.cat([self.values[:, :, :filled], value_states], dim=-2)
+            self._returned = key_states, value_states
+            return key_states, value_states
         if self.is_reading:
             return super().update(key_states, value_states)
-        if self.has_static_storage:
-            return self.append(key_states, value_states)
-        returned = super().update(key_states, value_states)
+        self.tokens_seen += key_states.shape[-2]
+        self.keys, self.values = EvictedLayer.append(self, key_states, value_states)
+        keys, values = self.keys, self.values
         self._lay_out()
-        return returned
-
-    def stored_tail(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if not self.has_static_storage:
-            return super().stored_tail()
-        filled = int(self._filled)
-        return self.keys[:, :, :filled], self.values[:, :, :filled]
+        return keys, values
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (
@@ -212,7 +214,6 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
             super().evict_to(prefix, recent)
             self._lay_out()
             return
-        self._park_tail()
         filled = int(self._filled) if recent else 0
         for storage in (self.keys, self.values):
             storage[:, :, :recent] = storage[:, :, filled - recent : filled].clone()
@@ -226,7 +227,7 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.has_static_storage and self.is_reading:
-            return EvictedLayer.get_mask_sizes(self, query_length)
+            return int(self._filled) + query_length, self._first
         return super().get_mask_sizes(query_length)
 
     @property
@@ -294,16 +295,18 @@ class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
             self._first_before = self._first
 
     def abandon_reading(self) -> None:
-        if self.has_static_storage and self._before is not None:
-            keys, values, filled = self._before
-            self.keys.copy_(keys)  # type: ignore[arg-type]
-            self.values.copy_(values)  # type: ignore[arg-type]
-            self._first = self._first_before
-            self._offset.fill_(self._first)
-            self._filled.fill_(filled)
-            self.end_reading()
-        else:
-            super().abandon_reading()
+        if self._before is None:
+            return
+        keys, values, filled = self._before
+        if keys is None or values is None:  # there was nothing yet
+            self.reset()
+            return
+        self.keys.copy_(keys)
+        self.values.copy_(values)
+        self._first = self._first_before
+        self._offset.fill_(self._first)
+        self._filled.fill_(filled)
+        self.end_reading()
 
     def _first_needed_slot(self, filled: int) -> int:
         return max(filled - self.sliding_window + 1, 0)

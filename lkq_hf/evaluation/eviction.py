@@ -132,8 +132,8 @@ class EvictionEvaluator:
         self, kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor], full: ScoredAnswers, index: int
     ) -> dict[str, float]:
         """Means over the KV heads of one prompt."""
-        entries = torch.cat([kept[layer][index] for layer in sorted(kept)]).tolist()
-        oracle = torch.cat([best[layer][index] for layer in sorted(kept)]).tolist()
+        entries = [head.nonzero()[:, 0].tolist() for layer in sorted(kept) for head in kept[layer][index]]
+        oracle = [head.nonzero()[:, 0].tolist() for layer in sorted(kept) for head in best[layer][index]]
         mass = torch.cat([full.attention[layer][index] for layer in sorted(kept)]).clamp(min=0.0).tolist()
         return {
             **self._recall.compute(predictions=entries, references=oracle),

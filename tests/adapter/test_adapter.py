@@ -44,10 +44,13 @@ def logits(model, ids):
 
 
 def kept(model, ids=None, **options):
+    """Which entries each layer and head keeps, bool ``[layers, batch, kv_heads, length]``."""
     cache = LookaheadCache(budget=6, **options)
     with torch.no_grad():
         model(prompt_ids(1, 40) if ids is None else ids, past_key_values=cache)
-    return torch.stack([layer.kept_indices for layer in cache.layers])
+    entries = torch.stack([layer.kept() for layer in cache.layers])
+    assert entries.sum() == 6 * entries[..., 0].numel(), "the budget, on average over the heads"
+    return entries
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_tokens_without_a_lora_still_choose():
     model = tiny_model()
     model.add_adapter(LookaheadKVConfig(**CONFIG, target_modules=[]))
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lookahead_kv_" not in n)
-    assert kept(model).shape == (3, 1, 2, 6)
+    assert kept(model).shape == (3, 1, 2, 40)
     assert torch.equal(logits(model, prompt_ids(1, 20)), logits(base, prompt_ids(1, 20)))
 
 
@@ -151,7 +154,7 @@ def test_a_fresh_lora_changes_nothing_and_only_the_adapter_is_trainable():
 def test_half_precision_bases_take_adapters_in_float32():
     model = tiny_model().to(torch.bfloat16)
     add_lookahead(model)
-    assert kept(model).shape == (3, 1, 2, 6)
+    assert kept(model).shape == (3, 1, 2, 40)
     assert logits(model, prompt_ids(1, 5)).dtype == torch.bfloat16
 
 
@@ -245,7 +248,7 @@ def test_beside_an_ordinary_lora(lora_first):
     ids = prompt_ids(1, 40)
     torch.testing.assert_close(logits(both, ids), logits(alone_lora, ids))
     assert not torch.allclose(logits(both, ids), logits(alone_lookahead, ids), atol=1e-2)
-    assert kept(both).shape == (3, 1, 2, 6)
+    assert kept(both).shape == (3, 1, 2, 40)
     for name, alone in (("style", alone_lora), ("lookahead", alone_lookahead)):
         if lora_first and name == "style":
             continue  # PEFT names what a LoRA inside another tuner saves after its place in there.

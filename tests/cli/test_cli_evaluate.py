@@ -38,7 +38,7 @@ def test_a_table_json_and_plots(checkpoint, text, tmp_path, run):
             assert budget is None and row["nll_gap"] == 0 and row["word_f1"] == row["token_agreement"] == 1
             assert row["kv_bytes"] == 320 * 3 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, head_dim, float32
             continue
-        assert row["kv_bytes"] == budget * 3 * 2 * 2 * 16 * 4
+        assert row["kv_bytes"] == budget * 3 * 2 * (2 * 16 * 4 + 4)  # and each entry's position, int32
         assert 0 <= row["topk_recall"] <= 1 and 0 < row["retained_attention_mass"] < 1
         if scorer == "oracle":
             assert row["topk_recall"] == 1

@@ -93,10 +93,12 @@ def test_what_is_kept_is_what_the_cache_keeps(report, checkpoint):
         with torch.no_grad():
             model(ids, past_key_values=cache)
         for index, layer in enumerate(inspection.layers):
-            found = [head.nonzero()[:, 0].tolist() for head in inspection.kept[scorer][index]]
-            assert found == cache.layers[layer].kept_indices[0].tolist()
+            assert torch.equal(inspection.kept[scorer][index], cache.layers[layer].kept()[0])
+        assert inspection.kept[scorer].sum() == 24 * 3 * 2, "layers, KV heads"
         assert inspection.kept_bytes == cache.nbytes
-    assert inspection.full_bytes == inspection.kept_bytes * ids.shape[1] // 24
+    entry = 2 * 16 * 4  # key and value, head_dim, float32
+    assert inspection.full_bytes == ids.shape[1] * 3 * 2 * entry
+    assert inspection.kept_bytes == 24 * 3 * 2 * (entry + 4), "and each entry's position"
     assert torch.equal(inspection.overlap("oracle", "oracle"), torch.ones(3))
     best = inspection.attention_kept("oracle")
     assert (best >= inspection.attention_kept("snapkv") - 1e-6).all() and (best < 1).all()

@@ -39,20 +39,22 @@ def expected_logits(base, ids, tokens, cache, mask=None, evicted_length=None):
 
     Args:
         base: the untouched model, with eager attention.
-        ids, mask: the text before the tokens, of which the first ``evicted_length`` (None: all) were evicted.
+        ids, mask: the text before the tokens, of which the first ``evicted_length`` (None: all) were read and evicted.
         tokens: what was generated.
-        cache: says which entries it kept.
+        cache: says which entries it kept; or a list of what ``kept_entries`` said after each reading.
     """
     sequence = torch.cat([ids, tokens], dim=1)
+    stages = cache if isinstance(cache, list) else [kept_entries(cache)]
     length = ids.shape[1] if evicted_length is None else evicted_length
+    assert {kept.shape[-1] for kept in stages[-1].values()} == {length}, "the last eviction chose from other tokens"
     if mask is not None:
         mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
-    return evicted_logits(base, sequence, mask, kept_entries(cache), length)[:, ids.shape[1] - 1 : -1]
+    return evicted_logits(base, sequence, mask, stages)[:, ids.shape[1] - 1 : -1]
 
 
 def assert_as_masked(base, ids, tokens, logits, cache, mask=None, tolerance=1e-4, evicted_length=None):
     """The tokens are the greedy ones of the masked full cache, and the logits, unless None, its logits."""
-    assert kept_entries(cache), "nothing was evicted, so nothing is tested"
+    assert cache if isinstance(cache, list) else kept_entries(cache), "nothing was evicted, so nothing is tested"
     expected = expected_logits(base, ids, tokens, cache, mask, evicted_length)
     if logits is not None:
         torch.testing.assert_close(logits.float(), expected.float(), atol=tolerance, rtol=tolerance)

@@ -69,13 +69,12 @@ def test_beams(architecture, sample):
         return_dict_in_generate=True, output_scores=True, length_penalty=0.0,
     )  # fmt: skip
     # All beams of a row keep the same entries; two of its three are returned.
-    one_of_each = copy.deepcopy(cache)
-    for layer in one_of_each.layers:
-        if getattr(layer, "kept_indices", None) is not None:
-            assert torch.equal(layer.kept_indices, layer.kept_indices[::3].repeat_interleave(3, dim=0))
-            layer.kept_indices = layer.kept_indices[::3].repeat_interleave(2, dim=0)
+    returned = {}
+    for layer, kept in kept_entries(cache).items():
+        assert torch.equal(kept, kept[::3].repeat_interleave(3, dim=0))
+        returned[layer] = kept[::3].repeat_interleave(2, dim=0)
     tokens = output.sequences[:, 40:]
-    logits = expected_logits(base, output.sequences[:, :40], tokens, one_of_each)
+    logits = expected_logits(base, output.sequences[:, :40], tokens, [returned])
     likelihood = logits.log_softmax(-1).gather(-1, tokens[..., None])[..., 0].sum(-1)
     torch.testing.assert_close(output.sequences_scores, likelihood, atol=1e-3, rtol=1e-3)
 
@@ -267,13 +266,13 @@ def test_classifier_free_guidance():
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_outputs_have_the_shapes_of_the_stored_entries(architecture):
     base, model = base_and_adapted(architecture)
-    ids = prompt_ids(2, 40)
+    ids, cache = prompt_ids(2, 40), LookaheadCache(budget=7)
     outputs = [
         one.generate(
-            ids, past_key_values=cache, max_new_tokens=3, output_scores=True, output_hidden_states=True,
+            ids, past_key_values=each, max_new_tokens=3, output_scores=True, output_hidden_states=True,
             output_attentions=True, **GREEDY,
         )
-        for one, cache in ((model, LookaheadCache(budget=7)), (base, DynamicCache(config=base.config)))
+        for one, each in ((model, cache), (base, DynamicCache(config=base.config)))
     ]  # fmt: skip
     found, full = outputs
     assert [states[0].shape for states in found.hidden_states] == [states[0].shape for states in full.hidden_states]
@@ -281,7 +280,14 @@ def test_outputs_have_the_shapes_of_the_stored_entries(architecture):
         found.hidden_states[0] + found.attentions[0], full.hidden_states[0] + full.attentions[0], strict=True
     ):
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
-    assert found.attentions[1][-1].shape[-1] == 8 and found.attentions[2][-1].shape[-1] == 9
+    prefix = cache.layers[-1].prefix
+    _, _, _, stored = prefix.padded()
+    unused = ~stored.repeat_interleave(2, dim=1)  # query heads of a KV head
+    for step in (1, 2):
+        weights = found.attentions[step][-1]
+        assert weights.shape == (2, 4, 1, prefix.longest + step)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 1))
+        assert not weights[:, :, 0, : prefix.longest][unused].any() and weights[..., -step:].all()
     torch.testing.assert_close(found.scores[0], full.scores[0], atol=1e-4, rtol=1e-4)
 
 

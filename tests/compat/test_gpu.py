@@ -39,23 +39,23 @@ def full_float32_and_a_fresh_compiler():
     torch.set_float32_matmul_precision(before)
 
 
-def on_the_cpu(cache):
-    """The cache with its record of what it kept on the CPU, where the reference runs."""
-    for layer in cache.layers:
-        if getattr(layer, "kept_indices", None) is not None:
-            layer.kept_indices = layer.kept_indices.cpu()
-    return cache
+def kept_on_the_cpu(cache):
+    """What the cache has kept, on the CPU, where the reference runs."""
+    kept = kept_entries(cache)
+    assert kept[max(kept)].is_cuda
+    return {layer: entries.cpu() for layer, entries in kept.items()}
 
 
 def assert_as_masked_on_the_cpu(base, ids, tokens, logits, cache, mask=None, **options):
-    assert kept_entries(cache)[max(kept_entries(cache))].is_cuda
+    """``cache``: the cache itself after one reading, or what ``kept_on_the_cpu`` gave after each."""
+    stages = cache if isinstance(cache, list) else [kept_on_the_cpu(cache)]
     tokens, logits, mask = (None if tensor is None else tensor.cpu() for tensor in (tokens, logits, mask))
-    assert_as_masked(base, ids.cpu(), tokens, logits, on_the_cpu(cache), mask, tolerance=CLOSE, **options)
+    assert_as_masked(base, ids.cpu(), tokens, logits, stages, mask, tolerance=CLOSE, **options)
 
 
 def error_on_the_cpu(base, ids, tokens, logits, cache):
     """Of the logits, relative to the masked full cache's."""
-    expected = expected_logits(base, ids.cpu(), tokens.cpu(), on_the_cpu(cache)).float()
+    expected = expected_logits(base, ids.cpu(), tokens.cpu(), [kept_on_the_cpu(cache)]).float()
     return (logits.cpu().float() - expected).norm() / expected.norm()
 
 
@@ -104,11 +104,13 @@ def test_static_decode(architecture):
     for length in (40, 57):
         ids, cache = prompt_ids(2, length).cuda(), LookaheadCache(budget=7, max_new_tokens=8)
         tokens, logits = generate(model, ids, cache)
+        stages = [kept_on_the_cpu(cache)]
+        assert_as_masked_on_the_cpu(base, ids, tokens, logits, stages)
         following = torch.cat([ids, tokens, prompt_ids(2, 5, seed=3).cuda()], dim=1)
         second, second_logits = generate(model, following, cache)
+        stages.append(kept_on_the_cpu(cache))
         assert cache.layers[-1].has_static_storage
-        assert_as_masked_on_the_cpu(base, ids, tokens, logits, copy.deepcopy(cache))
-        assert_as_masked_on_the_cpu(base, following, second, second_logits, cache, evicted_length=length)
+        assert_as_masked_on_the_cpu(base, following, second, second_logits, stages)
 
 
 @item("torch.compile of the model, or of its layers (accelerate's compile_regions)")
@@ -120,9 +122,11 @@ def test_a_compiled_model(architecture):
     ids, cache = prompt_ids(2, 40).cuda(), LookaheadCache(budget=7)
     with torch.no_grad():
         compiled(input_ids=ids, past_key_values=cache)
+    stages = [kept_on_the_cpu(cache)]
     following = torch.cat([ids, prompt_ids(2, 4, seed=3).cuda()], dim=1)
     tokens, logits = generate(compiled, following, cache)
-    assert_as_masked_on_the_cpu(base, following, tokens, logits, cache, evicted_length=40)
+    stages.append(kept_on_the_cpu(cache))
+    assert_as_masked_on_the_cpu(base, following, tokens, logits, stages)
 
 
 @item("half precisions: bfloat16, float16, autocast")

@@ -9,13 +9,13 @@ import weakref
 
 import pytest
 import torch
-from models import base_and_adapted, lookahead_model, prompt_ids, tiny_model
+from models import base_and_adapted, kept_entries, lookahead_model, prompt_ids, tiny_model
 from reference import assert_as_masked, assert_nothing_is_left_behind, generate
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lkq_hf.attention
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
-from lkq_hf.attention import start_observing, thread_state
+from lkq_hf.attention import start_attending, thread_state
 
 item = pytest.mark.item
 
@@ -55,6 +55,29 @@ def test_an_interrupt_leaves_nothing_behind_at_once(place, error, call):
     assert hooks == {name: (list(m._forward_hooks), list(m._forward_pre_hooks)) for name, m in model.named_modules()}
     assert cache.get_seq_length() == 0
     assert_as_masked(base, ids, *generate(model, ids, cache), cache)
+
+
+@item("Ctrl-C (KeyboardInterrupt) in a prefill")
+@pytest.mark.parametrize("room", [None, 8], ids=["growing", "static"])
+@pytest.mark.parametrize("turn", ["first", "later"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupt_of_any_turn_leaves_the_cache_as_it_was(place, architecture, turn, room):
+    base, model = base_and_adapted(architecture)
+    model.set_attn_implementation("sdpa")
+    cache, stages, seen, ids = LookaheadCache(budget=7, max_new_tokens=room), [], 0, prompt_ids(1, 40)
+    if turn == "later":
+        tokens, _ = generate(model, ids, cache)
+        stages, seen = [kept_entries(cache)], 47
+        ids = torch.cat([ids, tokens, prompt_ids(1, 5, seed=3)], dim=1)
+    handle = raising(PLACES[place](model), KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        generate(model, ids, cache)
+    handle.remove()
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [seen] * len(cache.layers)
+    tokens, logits = generate(model, ids, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, ids, tokens, logits, stages)
 
 
 @item("Ctrl-C (KeyboardInterrupt) in a prefill")
@@ -139,19 +162,32 @@ def test_out_of_memory_inside_the_attention(attention, monkeypatch):
 
 
 @item("out of memory in a prefill")
-def test_out_of_memory_in_the_choice(monkeypatch):
-    base, model = base_and_adapted()
-    ids, cache = prompt_ids(1, 40), LookaheadCache(budget=7)
+@pytest.mark.parametrize("room", [None, 8], ids=["growing", "static"])
+@pytest.mark.parametrize("turn", ["first", "later"])
+@pytest.mark.parametrize("place", ["select_compact", "share_out", "compact_segments"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_out_of_memory_in_the_choice(architecture, place, turn, room, monkeypatch):
+    """The cache is as before the forward, also where layers with a sliding window have read it already."""
+    base, model = base_and_adapted(architecture)
+    model.set_attn_implementation("sdpa")
+    cache, stages, seen, ids = LookaheadCache(budget=7, max_new_tokens=room), [], 0, prompt_ids(1, 40)
+    if turn == "later":
+        tokens, _ = generate(model, ids, cache)
+        stages, seen = [kept_entries(cache)], 47
+        ids = torch.cat([ids, tokens, prompt_ids(1, 5, seed=3)], dim=1)
 
     def fail(*_):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr("lkq_hf.cache.layers.select_compact", fail)
+        patched.setattr(f"lkq_hf.cache.eviction.{place}", fail)
         with pytest.raises(torch.OutOfMemoryError):
             generate(model, ids, cache)
-    assert cache.get_seq_length() == 0
-    assert_as_masked(base, ids, *generate(model, ids, cache), cache)
+    assert cache.get_seq_length() == seen
+    assert all(int(layer.get_seq_length()) == seen for layer in cache.layers)
+    tokens, logits = generate(model, ids, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, ids, tokens, logits, stages)
 
 
 @item("threads: several generations on one model at once")
@@ -202,7 +238,7 @@ def test_another_thread_ends_its_prefill_while_the_attention_is_looked_up():
     model = tiny_model(attention="sdpa")
     expected = ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)
     key = Chased("sdpa")
-    key.between = start_observing(model.model, lambda *_: None)
+    key.between = start_attending(model.model, lambda call: call.run())
     assert ALL_ATTENTION_FUNCTIONS.get(key, "eager") is expected
     assert key.looked_up >= 2 and not lkq_hf.attention._renamed
 
@@ -222,7 +258,7 @@ def test_a_thread_that_is_stopped_from_outside():
         try:
             generate(model, prompt_ids(1, 40), LookaheadCache(budget=7))
         except SystemExit:
-            stopped.append((thread_state.observer, thread_state.lookahead_length, dict(lkq_hf.attention._renamed)))
+            stopped.append((thread_state.attend, thread_state.lookahead_length, dict(lkq_hf.attention._renamed)))
 
     handle = model.model.layers[1].register_forward_pre_hook(wait)
     thread = threading.Thread(target=run)
@@ -245,8 +281,11 @@ def test_a_model_without_the_adapter_runs_beside():
         model(ids, past_key_values=cache)
     handle.remove()
     assert torch.equal(inner[0], expected)
+    stages = [kept_entries(cache)]
     follow_up = torch.cat([ids, prompt_ids(1, 4, seed=2)], dim=1)
-    assert_as_masked(base, follow_up, *generate(model, follow_up, cache), cache, evicted_length=40)
+    tokens, logits = generate(model, follow_up, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, follow_up, tokens, logits, stages)
 
 
 @item("nn.DataParallel", refused="one process for each GPU (accelerate launch, torchrun), or device_map")

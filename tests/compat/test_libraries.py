@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from lkq_hf.cache.prepare import prepare_model_for_eviction
 from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lkq_hf import LookaheadCache, compat
+from lkq_hf.cache.prepare import prepare_model_for_eviction
 from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[2]

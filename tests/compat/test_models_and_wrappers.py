@@ -14,6 +14,7 @@ from models import (
     add_lookahead,
     base_and_adapted,
     compiled_by,
+    full_layers,
     kept_entries,
     lookahead_model,
     prompt_ids,
@@ -24,10 +25,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference import assert_as_masked, expected_logits, generate
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokenizer_models
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
-from lkq_hf.cache.layers import EvictedLayer
 
 item = pytest.mark.item
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -64,11 +64,14 @@ def test_a_compiled_model(architecture, compiled_parts, reset_compiler):
         model(input_ids=ids, past_key_values=uncompiled)
         compiled = compiled_parts(model, backend="eager")
         compiled(input_ids=ids, past_key_values=cache)
-    for layer, expected in zip(cache.layers, uncompiled.layers, strict=True):
-        if isinstance(expected, EvictedLayer):
-            assert torch.equal(layer.kept_indices, expected.kept_indices)
+    stages, expected = [kept_entries(cache)], kept_entries(uncompiled)
+    assert expected.keys() == set(full_layers(base))
+    for layer, kept in expected.items():
+        assert torch.equal(stages[0][layer], kept)
     follow_up = torch.cat([ids, prompt_ids(2, 4, seed=3)], dim=1)
-    assert_as_masked(base, follow_up, *generate(compiled, follow_up, cache), cache, evicted_length=40)
+    tokens, logits = generate(compiled, follow_up, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, follow_up, tokens, logits, stages)
 
 
 @item("static decode: LookaheadCache(max_new_tokens=...), compiled by generate")
@@ -174,9 +177,8 @@ def test_layers_on_two_gpus(tmp_path):
     ids, cache = prompt_ids(2, 40).cuda(), LookaheadCache(budget=7)
     tokens, logits = generate(spread, ids, cache)
     assert {layer.keys.device.index for layer in cache.layers} == {0, 1}
-    for layer in cache.layers:
-        layer.kept_indices = layer.kept_indices.cpu()
-    expected = expected_logits(base, ids.cpu(), tokens.cpu(), cache)
+    kept = {layer: entries.cpu() for layer, entries in kept_entries(cache).items()}
+    expected = expected_logits(base, ids.cpu(), tokens.cpu(), [kept])
     torch.testing.assert_close(logits.cpu(), expected, atol=1e-3, rtol=1e-3)
 
 
@@ -188,7 +190,8 @@ def test_half_precisions(architecture, dtype):
     base, model = base.to(dtype), model.to(dtype)
     ids, cache = prompt_ids(2, 40), LookaheadCache(budget=7)
     tokens, logits = generate(model, ids, cache)
-    assert cache.layers[-1].keys.dtype == dtype and cache.layers[-1].keys.shape[-2] == 7 + 7
+    assert cache.layers[-1].keys.dtype == cache.layers[-1].prefix.pool.keys.dtype == dtype
+    assert cache.summary()["entries_stored"] == 7 + 7
     expected = expected_logits(base, ids, tokens, cache)
     error = (logits.float() - expected.float()).norm() / expected.float().norm()
     assert error < (0.05 if dtype == torch.bfloat16 else 0.01)
@@ -255,11 +258,42 @@ def test_a_lora_of_a_question_over_a_document_read_without_it():
     cache = LookaheadCache(budget=7)
     with torch.no_grad():
         model.eval()(ids, past_key_values=cache)
-    keys = cache.layers[0].keys.clone()
-    model.set_adapter(["style"])
+    stages, whole = [kept_entries(cache)], DynamicCache(config=base.config)
+    with torch.no_grad():
+        base(ids, past_key_values=whole)
+    model.set_adapter(["style", "lookahead"])
     tokens, _ = generate(model, torch.cat([ids, prompt_ids(1, 5, seed=4)], dim=1), cache)
     assert tokens.shape == (1, 8)
-    assert torch.equal(cache.layers[0].keys[:, :, :7], keys), "what was read stays as it was read"
+    stages.append(kept_entries(cache))
+    for index, layer in enumerate(cache.layers):
+        keys, _, positions, stored = layer.prefix.padded()
+        of_the_document = stored & (positions < 40)
+        kept = stages[1][index][..., :40]
+        assert of_the_document.any() and not (kept & ~stages[0][index]).any()
+        found = keys[of_the_document]
+        torch.testing.assert_close(found, whole.layers[index].keys[kept], atol=1e-4, rtol=1e-4)
+
+
+@item("ordinary LoRA adapters beside the lookahead adapter: one, several, swapped while in use")
+def test_a_question_without_the_lookahead_adapter_is_kept_whole_or_refused():
+    base, ids = tiny_model(), prompt_ids(1, 40)
+    model = copy.deepcopy(base)
+    model.add_adapter(lora(11), adapter_name="style")
+    add_lookahead(model, "lookahead")
+    question = torch.cat([ids, prompt_ids(1, 5, seed=4)], dim=1)
+    for evict_later_turns in (True, False):
+        model.set_adapter("lookahead")
+        cache = LookaheadCache(budget=7, evict_later_turns=evict_later_turns)
+        with torch.no_grad():
+            model.eval()(ids, past_key_values=cache)
+        model.set_adapter(["style"])
+        if evict_later_turns:
+            with pytest.raises(ValueError, match=r"needs an active LOOKAHEAD_KV adapter.*set_adapter"):
+                generate(model, question, cache)
+            assert cache.get_seq_length() == 40
+        else:
+            assert generate(model, question, cache)[0].shape == (1, 8)
+            assert cache.summary()["entries_stored"] == 7 + 5 + 7
 
 
 @item("hot-swapping of lookahead adapters")

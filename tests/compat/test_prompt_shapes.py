@@ -112,8 +112,10 @@ def test_a_second_turn_of_embeddings():
     embeds = model.get_input_embeddings()(conversation).detach()
     with torch.no_grad():
         model(inputs_embeds=embeds[:, :40], past_key_values=cache)
+    stages = [kept_entries(cache)]
     output = model.generate(inputs_embeds=embeds, past_key_values=cache, max_new_tokens=8, **GREEDY)
-    assert_as_masked(base, conversation, output.sequences, torch.stack(output.logits, 1), cache, evicted_length=40)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, conversation, output.sequences, torch.stack(output.logits, 1), stages)
 
 
 @item("multi-turn with one cache: all ids, or new ids and the full mask")
@@ -122,13 +124,15 @@ def test_a_second_turn_of_embeddings():
 def test_three_turns_of_a_padded_batch(architecture, style):
     base, model = base_and_adapted(architecture)
     ids, mask = left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 14, seed=1)[0]])
-    cache, conversation = LookaheadCache(budget=7), ids
+    cache, conversation, stages = LookaheadCache(budget=7), ids, []
     for turn in range(3):
         unread = cache.get_seq_length()
         full_mask = F.pad(mask, (0, conversation.shape[1] - 40), value=1)
         given = conversation if style == "all ids" else conversation[:, unread:]
         tokens, logits = generate(model, given, cache, mask=full_mask)
-        assert_as_masked(base, conversation, tokens, logits, cache, full_mask, evicted_length=40)
+        stages.append(kept_entries(cache))
+        assert_as_masked(base, conversation, tokens, logits, stages, full_mask)
+        assert cache.summary()["entries_stored"] == 7 + 8 - 1, "each turn returns to the budget"
         conversation = torch.cat([conversation, tokens, prompt_ids(2, 5, seed=turn)], dim=1)
 
 
@@ -139,12 +143,18 @@ def test_copies_of_a_prefilled_cache(architecture):
     document, cache = prompt_ids(1, 40), LookaheadCache(budget=7)
     with torch.no_grad():
         model(document, past_key_values=cache)
-    before = [layer.keys.clone() for layer in cache.layers]
+    before = copy.deepcopy(cache)
     for seed in range(3):
         ids = torch.cat([document, prompt_ids(1, 6, seed=20 + seed)], dim=1)
-        tokens, logits = generate(model, ids, copy.deepcopy(cache))
-        assert_as_masked(base, ids, tokens, logits, cache, evicted_length=40)
-    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(cache.layers, before, strict=True))
+        one = copy.deepcopy(cache)
+        tokens, logits = generate(model, ids, one)
+        assert_as_masked(base, ids, tokens, logits, [kept_entries(cache), kept_entries(one)])
+    assert cache.get_seq_length() == 40
+    for layer, untouched in zip(cache.layers, before.layers, strict=True):
+        assert torch.equal(layer.keys, untouched.keys) and torch.equal(layer.values, untouched.values)
+    for index in cache.evicted_layers():
+        now, then = cache.layers[index].prefix.padded(), before.layers[index].prefix.padded()
+        assert all(torch.equal(one, other) for one, other in zip(now, then, strict=True))
 
 
 @item("deepcopy: one prefilled cache for many questions")
@@ -154,9 +164,11 @@ def test_questions_in_one_batch_over_one_document():
     with torch.no_grad():
         model(document, past_key_values=cache)
     cache.batch_repeat_interleave(3)
+    stages = [kept_entries(cache)]
     ids = torch.cat([document.expand(3, -1), prompt_ids(3, 6, seed=20)], dim=1)
     tokens, logits = generate(model, ids, cache)
-    assert_as_masked(base, ids, tokens, logits, cache, evicted_length=40)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, ids, tokens, logits, stages)
 
 
 @item("reset")
@@ -180,9 +192,14 @@ def test_saved_and_loaded():
     buffer = io.BytesIO()
     torch.save((model, cache), buffer)
     buffer.seek(0)
+    expected = kept_entries(cache)
     model, cache = torch.load(buffer, weights_only=False)
+    stages = [kept_entries(cache)]
+    assert all(torch.equal(kept, expected[layer]) for layer, kept in stages[0].items())
     ids = torch.cat([ids, prompt_ids(1, 4, seed=3)], dim=1)
-    assert_as_masked(base, ids, *generate(model, ids, cache), cache, evicted_length=40)
+    tokens, logits = generate(model, ids, cache)
+    stages.append(kept_entries(cache))
+    assert_as_masked(base, ids, tokens, logits, stages)
 
 
 def _generate_in_a_process(index, queue):
@@ -234,10 +251,10 @@ def test_the_lookahead_tokens_do_not_change_how_the_prompt_is_read(rope, length)
             found = model(ids, past_key_values=cache, **given).logits
         real = given.get("attention_mask", torch.ones_like(ids)).bool()
         torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
+        assert sorted(kept_entries(cache)) == [0, 1, 2]
         for layer, kept in kept_entries(cache).items():
-            whole = full.layers[layer].keys
-            kept_keys = whole.gather(2, kept[..., None].expand(-1, -1, -1, whole.shape[-1]))
-            torch.testing.assert_close(cache.layers[layer].keys, kept_keys, atol=1e-4, rtol=1e-4)
+            keys, _, _, stored = cache.layers[layer].prefix.padded()
+            torch.testing.assert_close(keys[stored], full.layers[layer].keys[kept], atol=1e-4, rtol=1e-4)
 
 
 @item("labels and logits_to_keep of a forward")

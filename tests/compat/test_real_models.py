@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import add_lookahead, left_padded, prompt_ids, tiny_model
+from models import add_lookahead, kept_entries, left_padded, prompt_ids, tiny_model
 from reference import assert_as_masked, evicted_length, generate
 from torch.nn import functional as F
 from transformers import AutoTokenizer, TextStreamer
@@ -118,13 +118,15 @@ def test_a_streamer(real, capsys):
 def test_turns_of_a_conversation(real, style):
     base, model, tokenizer = real
     ids, mask = left_padded([ids_of(tokenizer, text + QUESTIONS[0])[0] for text in (PASSAGE * 2, PASSAGE)])
-    length, cache, conversation = ids.shape[1], LookaheadCache(budget=BUDGET), ids
+    length, cache, conversation, stages = ids.shape[1], LookaheadCache(budget=BUDGET), ids, []
     following = ids_of(tokenizer, "\n" + QUESTIONS[1]).expand(2, -1)
     for _ in range(3):
         full_mask = F.pad(mask, (0, conversation.shape[1] - length), value=1)
         given = conversation if style == "all ids" else conversation[:, cache.get_seq_length() :]
         tokens, logits = generate(model, given, cache, mask=full_mask)
-        assert_as_masked(base, conversation, tokens, logits, cache, full_mask, CLOSE, evicted_length=length)
+        stages.append(kept_entries(cache))
+        assert_as_masked(base, conversation, tokens, logits, stages, full_mask, CLOSE)
+        assert cache.summary()["entries_stored"] == BUDGET + 8 - 1, "each turn returns to the budget"
         conversation = torch.cat([conversation, tokens, following], dim=1)
 
 
@@ -136,5 +138,6 @@ def test_many_questions_over_one_document(real):
         model(document, past_key_values=cache)
     for question in QUESTIONS:
         ids = torch.cat([document, prompt_ids(1, 2, vocabulary=1000), ids_of(tokenizer, question)], dim=1)
-        tokens, logits = generate(model, ids, copy.deepcopy(cache))
-        assert_as_masked(base, ids, tokens, logits, cache, tolerance=CLOSE, evicted_length=document.shape[1])
+        one = copy.deepcopy(cache)
+        tokens, logits = generate(model, ids, one)
+        assert_as_masked(base, ids, tokens, logits, [kept_entries(cache), kept_entries(one)], tolerance=CLOSE)

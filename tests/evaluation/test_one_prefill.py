@@ -2,11 +2,12 @@ import copy
 
 import pytest
 import torch
-from models import full_layers, left_padded, lookahead_model, prompt_ids, tiny_model
+from models import base_and_adapted, full_layers, left_padded, lookahead_model, prompt_ids, scores_of, tiny_model
 from transformers import DynamicCache
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.evaluation.decoding import answer_greedily, pad_left, score_answers
+from lkq_hf.evaluation.eviction import EvictionEvaluator
 from lkq_hf.evaluation.prefill import add_oracle, cache_bytes, kept_entries, read_prompts, stack_caches
 from lkq_hf.scoring import LookaheadScorer, OracleScorer, SnapKVScorer, StreamingScorer
 
@@ -40,8 +41,13 @@ def assert_same_cache(found, expected):
         torch.testing.assert_close(ours.values, theirs.values)
         assert ours.get_seq_length() == theirs.get_seq_length()
         assert ours.get_mask_sizes(1) == theirs.get_mask_sizes(1)
+    assert found.evicted_layers() == expected.evicted_layers()
     for layer, kept in kept_entries(expected).items():
         assert torch.equal(kept_entries(found)[layer], kept)
+        (*ours, stored), (*theirs, also_stored) = (cache.layers[layer].prefix.padded() for cache in (found, expected))
+        assert torch.equal(stored, also_stored) and int(stored.sum()) == int(kept.sum())
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one[stored], other[stored])
 
 
 @pytest.mark.parametrize("padded", [False, True])
@@ -135,6 +141,38 @@ def test_scores_are_the_likelihood_of_prompt_and_answer_read_at_once():
     torch.testing.assert_close(nll, expected)
     assert torch.equal(chosen, logits.argmax(-1))
     assert chosen[0, 3] != 77
+
+
+class NoTokenizer:
+    pad_token_id = 0
+
+    def batch_decode(self, ids, skip_special_tokens):
+        return [str(tokens) for tokens in ids]
+
+
+def test_what_is_kept_is_compared_with_what_the_full_caches_answer_attends_to():
+    """Recall of the oracle's entries, and attention on what was kept: means over all heads, by their definitions."""
+    base, model = base_and_adapted()
+    evaluator = EvictionEvaluator(model, NoTokenizer(), ["lookahead", "streaming", "oracle"], [6])
+    rows = [prompt_ids(1, 40, seed=1), prompt_ids(1, 27, seed=2)]
+    about = {"kind": "task", "document": 0, "reference": []}
+    records = evaluator.measure([about | {"input_ids": row[0].tolist()} for row in rows], 5)
+    for row, record in zip(rows, records, strict=True):
+        length, answer = row.shape[1], torch.tensor([record["caches"]["full cache"]["tokens"]])
+        with torch.no_grad():
+            attentions = base(torch.cat([row, answer], 1), output_attentions=True).attentions
+        mass = torch.stack([scores_of(each[:, :, length:, :length])[0] for each in attentions])
+        kept = {}
+        for name, scorer in (("lookahead", "lookahead"), ("streaming", "streaming"), ("oracle", OracleScorer(answer))):
+            cache = LookaheadCache(6, scorer)
+            read_alone(model, row, torch.ones_like(row), cache)
+            kept[name] = torch.stack([layer.kept()[0] for layer in cache.layers])
+        for name, entries in kept.items():
+            found = record["caches"][f"{name}/6"]
+            share = (mass * entries).sum(-1) / mass.sum(-1)
+            recall = (entries & kept["oracle"]).sum(-1) / kept["oracle"].sum(-1)
+            assert found["retained_attention_mass"] == pytest.approx(share.mean().item(), rel=1e-4)
+            assert found["topk_recall"] == pytest.approx(recall.mean().item())
 
 
 def test_a_budget_that_evicts_nothing_is_refused():
