@@ -246,7 +246,7 @@ def test_a_tail_without_the_queries_is_refused(device):
 @pytest.mark.parametrize("q", [1, 3])
 def test_registration(device, q):
     inputs = make_inputs(device, [[4, 5], [0, 9]], slots=4, q=q, value_dim=32)
-    torch.library.opcheck(ragged_attention, tuple(inputs.values()))
+    torch.library.opcheck(torch.ops.lkq_hf.ragged_attention, (*inputs.values(), 20.0, torch.zeros(6)))
 
 
 def test_compiled(device, reset_compiler):
