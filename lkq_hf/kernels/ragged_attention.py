@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lkq_hf.kernels.dispatch import use_triton
 from lkq_hf.kernels.launch import operator
@@ -9,7 +10,8 @@ from lkq_hf.kernels.launch import operator
 VARLEN_TOKENS = 256
 """From here on, copying prefix and tail end to end costs little beside the arithmetic."""
 
-_MOST_LOGITS = 2**24  # that a CPU holds at a time
+SDPA_TOKENS = 16
+"""From here on, a CPU gains more by torch's attention than it loses by appending the tail to each segment."""
 
 
 def ragged_attention(
@@ -37,8 +39,10 @@ def ragged_attention(
     - a GPU that Triton serves, at least :data:`VARLEN_TOKENS` queries in half precision, no mask, softcap or sinks:
       torch's `varlen_attn`, over copies of prefix and tail;
     - a GPU that Triton serves: a kernel that reads prefix and tail where they lie;
-    - a CPU: products of one segment after the other, which copy no keys and values, except to convert float16 and
-      bfloat16 to float32;
+    - a CPU, at least :data:`SDPA_TOKENS` queries, no softcap or sinks: torch's `scaled_dot_product_attention` for each
+      segment, over copies of prefix and tail;
+    - a CPU: products for each segment, which copy no keys and values, except to convert float16 and bfloat16 to
+      float32;
     - otherwise: the definition, :func:`ragged_attention_reference`.
 
     Only a CPU needs the lengths on the host: nothing else waits for the device.
@@ -104,8 +108,11 @@ def _attend(
             query, keys, values, starts, lengths, longest, tail_key, tail_value, tail_mask, scaling, softcap, sinks
         )
     if query.device.type == "cpu":
-        attend = _by_segment if query.shape[2] == 1 else _in_blocks_of_queries
-        return attend(query, keys, values, starts, lengths, tail_key, tail_value, tail_mask, scaling, softcap, sinks)
+        if query.shape[2] >= SDPA_TOKENS and softcap is None and sinks is None:
+            return _by_segment_sdpa(query, keys, values, starts, lengths, tail_key, tail_value, tail_mask, scaling)
+        return _by_segment(
+            query, keys, values, starts, lengths, tail_key, tail_value, tail_mask, scaling, softcap, sinks
+        )
     return ragged_attention_reference(
         query, keys, values, starts, lengths, longest, tail_key, tail_value, tail_mask, scaling, softcap, sinks
     )
@@ -170,7 +177,7 @@ def causal(q: int, slots: int, device: torch.device) -> Tensor:
     return torch.ones(q, slots, dtype=torch.bool, device=device).tril(slots - q)[None, None]
 
 
-def _in_blocks_of_queries(
+def _by_segment_sdpa(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
@@ -180,33 +187,28 @@ def _in_blocks_of_queries(
     tail_value: Tensor,
     tail_mask: Tensor | None,
     scaling: float,
-    softcap: float | None,
-    sinks: Tensor | None,
 ) -> Tensor:
-    """:func:`_by_segment` for as many queries at a time as :data:`_MOST_LOGITS` allows."""
+    """For CPUs and many queries: torch's attention for each segment, to which its tail is appended."""
     batch, heads, q, _ = query.shape
-    slots = tail_key.shape[2]
-    block = max(1, _MOST_LOGITS // (batch * heads * (slots + int(lengths.max()))))
-    outputs = []
-    for first in range(0, q, block):
-        last = min(first + block, q)
-        visible = slots if tail_mask is not None else slots - q + last
-        outputs.append(
-            _by_segment(
-                query[:, :, first:last],
-                keys,
-                values,
-                starts,
-                lengths,
-                tail_key[:, :, :visible],
-                tail_value[:, :, :visible],
-                None if tail_mask is None else tail_mask[:, :, first:last],
-                scaling,
-                softcap,
-                sinks,
-            )
-        )
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)
+    kv_heads, slots = tail_key.shape[1:3]
+    groups = heads // kv_heads
+    if tail_mask is None:
+        tail_mask = causal(q, slots, query.device)
+    tail_mask = tail_mask.expand(batch, 1, q, slots)
+    output = query.new_empty(batch, heads, q, values.shape[-1])
+    for i, (start, length) in enumerate(zip(starts.flatten().tolist(), lengths.flatten().tolist(), strict=True)):
+        row, kv_head = divmod(i, kv_heads)
+        group = slice(kv_head * groups, (kv_head + 1) * groups)
+        key = torch.cat([keys[start : start + length], tail_key[row, kv_head]])
+        value = torch.cat([values[start : start + length], tail_value[row, kv_head]])
+        output[row, group] = scaled_dot_product_attention(
+            query[None, row, group],
+            key.expand(1, groups, *key.shape),
+            value.expand(1, groups, *value.shape),
+            torch.nn.functional.pad(tail_mask[None, row], (length, 0), value=True),
+            scale=scaling,
+        )[0]
+    return output
 
 
 def _by_segment(
