@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from lkq_hf.kernels.dispatch import use_triton
 from lkq_hf.kernels.launch import operator
@@ -9,8 +10,10 @@ from lkq_hf.kernels.launch import operator
 VARLEN_TOKENS = 256
 """From here on, copying prefix and tail end to end costs little beside the arithmetic."""
 
+SDPA_TOKENS = 16
+"""From here on, a CPU gains more by torch's attention than it loses by appending the tail to each segment."""
 
-@operator("lkq_hf::ragged_attention")
+
 def ragged_attention(
     query: Tensor,
     keys: Tensor,
@@ -28,16 +31,18 @@ def ragged_attention(
     """Each head's softmax(scaling * query key^T) value, over its prefix segment and its part of the tail.
 
     The prefix of (row, KV head) is ``keys[start : start + length]`` of a pool that all layers, rows and heads share.
-    Every query sees its whole prefix. Segments may overlap. What is hidden or beyond a segment must be finite, too. An
-    operator of torch: compilers do not look inside. Not differentiable.
+    Every query sees its whole prefix. Segments may overlap. What is hidden or beyond a segment must be finite, too.
+    Compilers do not look inside. Not differentiable.
 
     What runs, by the first line that applies:
 
     - a GPU that Triton serves, at least :data:`VARLEN_TOKENS` queries in half precision, no mask, softcap or sinks:
       torch's `varlen_attn`, over copies of prefix and tail;
     - a GPU that Triton serves: a kernel that reads prefix and tail where they lie;
-    - a CPU: products of one segment after the other, which copy no keys and values, except to convert float16 and
-      bfloat16 to float32;
+    - a CPU, at least :data:`SDPA_TOKENS` queries, no softcap or sinks: torch's `scaled_dot_product_attention` for each
+      segment, over copies of prefix and tail;
+    - a CPU: products for each segment, which copy no keys and values, except to convert float16 and bfloat16 to
+      float32;
     - otherwise: the definition, :func:`ragged_attention_reference`.
 
     Only a CPU needs the lengths on the host: nothing else waits for the device.
@@ -63,12 +68,33 @@ def ragged_attention(
     Raises:
         ValueError: ``tail_mask`` is None, but the tail is shorter than the queries.
     """
+    # Under a compiler an operator of torch; without, the call of one costs the host more than it is worth.
+    attend = _operator if torch.compiler.is_compiling() else _attend
+    return attend(
+        query, keys, values, starts, lengths, longest, tail_key, tail_value, tail_mask, scaling, softcap, sinks
+    )
+
+
+def _attend(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    longest: int,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_mask: Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
     if tail_mask is None and tail_key.shape[2] < query.shape[2]:
         raise ValueError(
             f"without a tail_mask, the tail must hold the {query.shape[2]} tokens of the queries, found "
             f"{tail_key.shape[2]}. Append their keys and values to it first."
         )
-    if use_triton(query, keys, values, tail_key, tail_value):
+    if use_triton(query, keys):
         if query.shape[2] >= VARLEN_TOKENS:
             from lkq_hf.kernels.ragged_attention_varlen import ragged_attention_varlen, varlen_serves
 
@@ -82,6 +108,8 @@ def ragged_attention(
             query, keys, values, starts, lengths, longest, tail_key, tail_value, tail_mask, scaling, softcap, sinks
         )
     if query.device.type == "cpu":
+        if query.shape[2] >= SDPA_TOKENS and softcap is None and sinks is None:
+            return _by_segment_sdpa(query, keys, values, starts, lengths, tail_key, tail_value, tail_mask, scaling)
         return _by_segment(
             query, keys, values, starts, lengths, tail_key, tail_value, tail_mask, scaling, softcap, sinks
         )
@@ -90,8 +118,11 @@ def ragged_attention(
     )
 
 
+_operator = operator("lkq_hf::ragged_attention")(_attend)
+
+
 @torch.library.register_fake("lkq_hf::ragged_attention")
-def _(query: Tensor, keys: Tensor, values: Tensor, *others: object, **options: object) -> Tensor:
+def _(query: Tensor, keys: Tensor, values: Tensor, *others: object) -> Tensor:
     return query.new_empty(*query.shape[:-1], values.shape[-1])
 
 
@@ -146,6 +177,40 @@ def causal(q: int, slots: int, device: torch.device) -> Tensor:
     return torch.ones(q, slots, dtype=torch.bool, device=device).tril(slots - q)[None, None]
 
 
+def _by_segment_sdpa(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    tail_key: Tensor,
+    tail_value: Tensor,
+    tail_mask: Tensor | None,
+    scaling: float,
+) -> Tensor:
+    """For CPUs and many queries: torch's attention for each segment, to which its tail is appended."""
+    batch, heads, q, _ = query.shape
+    kv_heads, slots = tail_key.shape[1:3]
+    groups = heads // kv_heads
+    if tail_mask is None:
+        tail_mask = causal(q, slots, query.device)
+    tail_mask = tail_mask.expand(batch, 1, q, slots)
+    output = query.new_empty(batch, heads, q, values.shape[-1])
+    for i, (start, length) in enumerate(zip(starts.flatten().tolist(), lengths.flatten().tolist(), strict=True)):
+        row, kv_head = divmod(i, kv_heads)
+        group = slice(kv_head * groups, (kv_head + 1) * groups)
+        key = torch.cat([keys[start : start + length], tail_key[row, kv_head]])
+        value = torch.cat([values[start : start + length], tail_value[row, kv_head]])
+        output[row, group] = scaled_dot_product_attention(
+            query[None, row, group],
+            key.expand(1, groups, *key.shape),
+            value.expand(1, groups, *value.shape),
+            torch.nn.functional.pad(tail_mask[None, row], (length, 0), value=True),
+            scale=scaling,
+        )[0]
+    return output
+
+
 def _by_segment(
     query: Tensor,
     keys: Tensor,
@@ -167,31 +232,35 @@ def _by_segment(
     kv_heads, slots = tail_key.shape[1:3]
     groups = heads // kv_heads
     dtype = torch.promote_types(query.dtype, torch.float32)
-    rows = (query.to(dtype) * scaling).reshape(batch * kv_heads, groups * q, -1)
     segments = list(zip(starts.flatten().tolist(), lengths.flatten().tolist(), strict=True))
+    columns = slots + max([length for _, length in segments]) + (sinks is not None)
 
-    sink = slots + max(length for _, length in segments)
-    logits = rows.new_full((len(rows), groups * q, sink + (sinks is not None)), -torch.inf)
-    tail = _capped(torch.bmm(rows, tail_key.flatten(0, 1).to(dtype).mT), softcap)
+    def wide(tensor: Tensor) -> Tensor:
+        return tensor if tensor.dtype == dtype else tensor.to(dtype)  # to do nothing takes `to` a while
+
+    rows = wide(query).reshape(batch * kv_heads, groups * q, -1) * scaling
+    logits = rows.new_full((batch * kv_heads, groups * q, columns), -torch.inf)
+    torch.bmm(rows, wide(tail_key).flatten(0, 1).mT, out=logits[:, :, :slots])
+    for i, (start, length) in enumerate(segments):
+        key = wide(keys[start : start + length])
+        torch.mm(rows[i], key.t(), out=logits[i, :, slots : slots + length])
+    if softcap is not None:
+        logits.div_(softcap).tanh_().mul_(softcap)
+        for i, (_, length) in enumerate(segments):
+            logits[i, :, slots + length :] = -torch.inf
+    grouped = logits.view(batch, kv_heads, groups, q, columns)
+    if sinks is not None:
+        grouped[..., -1] = sinks.view(kv_heads, groups, 1)
     if tail_mask is None and q > 1:
         tail_mask = causal(q, slots, query.device)
     if tail_mask is not None:
-        tail.view(batch, kv_heads, groups, q, slots).masked_fill_(~tail_mask[:, :, None], -torch.inf)
-    logits[..., :slots] = tail
-    for row, row_logits, (start, length) in zip(rows.unbind(), logits.unbind(), segments, strict=True):
-        place = row_logits.narrow(1, slots, length)
-        _capped(torch.mm(row, keys[start : start + length].to(dtype).t(), out=place), softcap)
-    if sinks is not None:
-        logits.view(batch, kv_heads, groups, q, -1)[..., -1] = sinks.view(kv_heads, groups, 1)
+        grouped[..., :slots].masked_fill_(~tail_mask[:, :, None], -torch.inf)
 
     weights = logits.softmax(-1)
-    if tail_mask is not None or slots == 0:
+    if tail_mask is not None:
         weights.masked_fill_(logits.amax(-1, keepdim=True) == -torch.inf, 0.0)  # not NaN where nothing is seen
-    output = torch.bmm(weights[..., :slots], tail_value.flatten(0, 1).to(dtype))
-    for row, row_weights, (start, length) in zip(output.unbind(), weights.unbind(), segments, strict=True):
-        row.addmm_(row_weights.narrow(1, slots, length), values[start : start + length].to(dtype))
-    return output.view(batch, heads, q, -1).to(query.dtype)
-
-
-def _capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+    output = torch.bmm(weights[:, :, :slots], wide(tail_value).flatten(0, 1))
+    for i, (start, length) in enumerate(segments):
+        output[i].addmm_(weights[i, :, slots : slots + length], wide(values[start : start + length]))
+    output = output.view(batch, heads, q, -1)
+    return output if query.dtype == dtype else output.to(query.dtype)

@@ -389,7 +389,8 @@ def _attend_kernel(
     else:
         # Parts that exist follow each other.
         place = place * parts + tl.where(part < prefix_chunks, part, tl.cdiv(length, chunk) + part - prefix_chunks)
-        tl.store(partial + place[:, None] * VALUE_DIM + value_feature[None, :], sums, inside)
+        # Sums of nothing are neither written nor read: room for tokens to come may be large.
+        tl.store(partial + place[:, None] * VALUE_DIM + value_feature[None, :], sums, inside & (total != 0.0)[:, None])
         tl.store(statistics + 2 * place, largest, mask=exists)
         tl.store(statistics + 2 * place + 1, total, mask=exists)
 
@@ -435,7 +436,7 @@ def _combine_kernel(
         part_total = tl.load(statistics + 2 * place + 1, mask=part < existing, other=0.0)
         sums = tl.load(
             partial + place[:, None] * VALUE_DIM + feature[None, :],
-            mask=(part < existing)[:, None] & (feature < VALUE_DIM)[None, :],
+            mask=(part_total != 0.0)[:, None] & (feature < VALUE_DIM)[None, :],
             other=0.0,
         )
         new_largest = tl.maximum(largest, tl.max(part_largest, 0))

@@ -218,11 +218,15 @@ def test_nothing_seen_but_a_sink_is_zero(device, use_kernels, way, q):
 
 @ways
 @pytest.mark.parametrize("masked", [False, True])
-def test_many_queries(device, use_kernels, way, masked):
+@pytest.mark.parametrize("has_sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_many_queries(device, use_kernels, way, masked, has_sinks, dtype):
     q, slots = 45, 50
     mask = random_mask(2, q, slots) if masked else None
-    inputs = make_inputs(device, [[30], [0]], slots, q, groups=4, head_dim=16, value_dim=16, tail_mask=mask)
-    check(use_kernels, way, inputs | {"sinks": torch.randn(4, device=device)})
+    if masked:
+        mask[1, :, 7] = False  # this query sees nothing
+    inputs = make_inputs(device, [[30, 9], [0, 0]], slots, q, 4, dtype, 16, 16, mask)
+    check(use_kernels, way, inputs | {"sinks": torch.randn(8, device=device) if has_sinks else None})
 
 
 @pytest.mark.parametrize("programs", [1, 8, 1000])
@@ -246,7 +250,7 @@ def test_a_tail_without_the_queries_is_refused(device):
 @pytest.mark.parametrize("q", [1, 3])
 def test_registration(device, q):
     inputs = make_inputs(device, [[4, 5], [0, 9]], slots=4, q=q, value_dim=32)
-    torch.library.opcheck(ragged_attention, tuple(inputs.values()))
+    torch.library.opcheck(torch.ops.lkq_hf.ragged_attention, (*inputs.values(), 20.0, torch.zeros(6)))
 
 
 def test_compiled(device, reset_compiler):
