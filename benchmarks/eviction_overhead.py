@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig
 from lkq_hf.attention import observe_attention
+from lkq_hf.compat import pass_cache
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 from lkq_hf.kernels.select_compact import select_compact
 from lkq_hf.scoring import PrefillAttention, SnapKVScorer
@@ -260,7 +261,7 @@ def benchmark_prefill(name: str, model: Any, adapted: Any, batch: int, length: i
 
 
 def prefill(model: Any, input_ids: torch.Tensor, cache: Any) -> Any:
-    return model(input_ids=input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return model(input_ids=input_ids, **pass_cache(cache), use_cache=True, logits_to_keep=1)
 
 
 def measure(function: Callable[[], Any]) -> tuple[float, int]:
@@ -304,7 +305,7 @@ def lookahead_q_cache(model: Any, prompt: torch.Tensor, draft_tokens: int = 32, 
     with observe_attention(decoder, collect):
         for position in range(length, length + draft_tokens):
             positions = torch.full((batch, 1), position, device=prompt.device)
-            output = model(input_ids=token, past_key_values=draft, position_ids=positions, use_cache=True)
+            output = model(input_ids=token, **pass_cache(draft), position_ids=positions, use_cache=True)
             token = output.logits.argmax(-1)
     for index, (layer, drafted) in enumerate(zip(full.layers, draft.layers, strict=True)):
         key = torch.cat([layer.keys, drafted.keys[:, :, BUDGET:]], dim=2)

@@ -64,6 +64,7 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
     "The Hub": [
         ("lkq_hf.hub.push", ["push_to_hub"]),
         ("lkq_hf.hub.load", ["load_adapter"]),
+        ("lkq_hf.adapter.injection", ["inject_adapter", "remove_adapter"]),
         ("lkq_hf.hub.cards", ["write_card"]),
         ("lkq_hf.hub.results", ["read_results"]),
     ],

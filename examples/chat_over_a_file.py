@@ -21,6 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
+from lkq_hf.compat import pass_cache
 from lkq_hf.evaluation.models import smollm2_directory
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +71,7 @@ def main() -> None:
     cache = LookaheadCache(budget=arguments.budget, scorer="lookahead" if adapter else "snapkv")
     started = time.perf_counter()
     with torch.inference_mode():
-        model(file_ids, past_key_values=cache, logits_to_keep=1)
+        model(file_ids, **pass_cache(cache), logits_to_keep=1)
     held = cache.summary()
     seconds = time.perf_counter() - started
     print(

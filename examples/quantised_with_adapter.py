@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lkq_hf import LookaheadCache, TwoStageGPTQConfig
+from lkq_hf.compat import pass_cache
 from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.tasks import Corpus, build_task
 
@@ -91,7 +92,7 @@ def main() -> None:
                     output = model.generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
-                        past_key_values=cache,
+                        **pass_cache(cache),
                         max_new_tokens=task.max_new_tokens,
                         do_sample=False,
                     )

@@ -15,6 +15,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor
 
 from lkq_hf import LookaheadCache
+from lkq_hf.compat import pass_cache
 from lkq_hf.evaluation.models import load_smollm2
 
 ADAPTER = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-lookahead"
@@ -60,7 +61,7 @@ def ask(model, tokenizer, document: str, question: str, cache) -> tuple[str, flo
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     clock = FirstTokenClock()
     output = model.generate(
-        **inputs, past_key_values=cache, max_new_tokens=20, do_sample=False, logits_processor=[clock]
+        **inputs, **pass_cache(cache), max_new_tokens=20, do_sample=False, logits_processor=[clock]
     )
     new_tokens = output[0, inputs["input_ids"].shape[1] :]
     return " ".join(tokenizer.decode(new_tokens, skip_special_tokens=True).split()), clock.seconds

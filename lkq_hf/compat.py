@@ -1,6 +1,8 @@
 """What the libraries below this package rename or move from version to version, in one place.
 
-- The name under which a model takes its cache: [`cache_name`], [`pass_cache`], [`find_cache`].
+- The name under which a model takes its cache: [`cache_name`], [`pass_cache`], [`find_cache`],
+  [`rename_cache`].
+- Whether transformers works with the installed PEFT: [`adapter_methods_work`].
 - The versions that are tested, a warning about newer ones, and errors that name both: [`warn_of_newer_versions`],
   [`incompatible`], [`explained_imports`].
 - The private parts that this package uses: [`PRIVATE_PARTS`].
@@ -71,6 +73,8 @@ PRIVATE_PARTS = (
     "peft.tuners.tuners_utils:BaseTunerLayer._active_adapter",
     # hub/: loading into a model of transformers, and the moment before an upload.
     "transformers:PreTrainedModel._hf_peft_config_loaded",
+    "transformers.integrations.peft:MIN_PEFT_VERSION",
+    "peft.functional:delete_adapter(model, adapter_name, prefix)",
     "transformers:PreTrainedModel._upload_modified_files(working_dir, repo_id)",
     # quantization/: a quantization method of transformers' own, and how it reads checkpoints.
     "transformers.quantizers.auto:register_quantizer",
@@ -133,6 +137,16 @@ def find_cache(arguments: Mapping[str, Any], kind: type[_Cache]) -> _Cache | Non
 def rename_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The same keyword arguments with this cache under the name that the installed transformers uses."""
     return {name: value for name, value in arguments.items() if name not in CACHE_NAMES} | pass_cache(cache)
+
+
+def adapter_methods_work() -> bool:
+    """Whether a model's own methods for adapters (``add_adapter``, ``set_adapter``, ``save_pretrained``, ...) work.
+
+    transformers refuses them with a PEFT that is older than it wants, which may be every PEFT that there is.
+    """
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    return Version(version("peft")) >= Version(MIN_PEFT_VERSION)
 
 
 def installed_versions() -> dict[str, str]:

@@ -3,7 +3,12 @@
 import copy
 from contextlib import contextmanager
 
+import pytest
 import torch
+from peft.functional import set_adapter as peft_set_adapter
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -14,8 +19,10 @@ from transformers import (
 )
 
 from lkq_hf import LookaheadKVConfig
+from lkq_hf.adapter.injection import inject_adapter, remove_adapter
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.cache.prepare import get_decoder
+from lkq_hf.compat import adapter_methods_work
 
 ARCHITECTURES = ("llama", "qwen3", "mistral", "phi3", "gemma3")
 
@@ -81,9 +88,61 @@ def tiny_gemma3_with_pictures(attention="eager"):
 def add_lookahead(model, name="default", seed=1, **config):
     """Adds a LOOKAHEAD_KV adapter whose LoRA changes something, as after training."""
     torch.manual_seed(seed)
-    model.add_adapter(LookaheadKVConfig(**{"num_lookahead_tokens": 5, "r": 4} | config), adapter_name=name)
+    inject_adapter(model, LookaheadKVConfig(**{"num_lookahead_tokens": 5, "r": 4} | config), name)
     randomise_adapter(model, name)
     return model
+
+
+needs_adapter_methods = pytest.mark.skipif(
+    not adapter_methods_work(), reason="transformers refuses a model's own adapter methods with this PEFT"
+)
+
+# A model's own methods where transformers lets them run with the installed PEFT, and what does the same elsewhere.
+
+
+def add_adapter(model, config, name="default"):
+    if adapter_methods_work():
+        model.add_adapter(config, name)
+    else:
+        inject_adapter(model, config, name)
+        peft_set_adapter(model, name)
+
+
+def set_adapter(model, names):
+    if adapter_methods_work():
+        model.set_adapter(names)
+    else:
+        peft_set_adapter(model, names)
+
+
+def delete_adapter(model, name):
+    if adapter_methods_work():
+        model.delete_adapter(name)
+    else:
+        remove_adapter(model, name)
+
+
+def switch_adapters(model, enabled):
+    if adapter_methods_work():
+        (model.enable_adapters if enabled else model.disable_adapters)()
+    else:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.enable_adapters(enabled)
+
+
+def save_adapter(model, directory, name="default"):
+    """What `save_pretrained` does for a model with an adapter."""
+    if adapter_methods_work():
+        model.save_pretrained(directory)
+        return
+    weights = get_peft_model_state_dict(model, adapter_name=name)
+    model.peft_config[name].save_pretrained(directory)
+    save_file(
+        {f"base_model.model.{key}": value.contiguous() for key, value in weights.items()},
+        directory / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def randomise_adapter(model, name="default", seed=2):

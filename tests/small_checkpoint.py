@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from models import add_lookahead, tiny_model
+from models import add_lookahead, save_adapter, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -47,7 +47,7 @@ def save_small_checkpoint(base: Path, adapter: Path) -> None:
     )
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
-    add_lookahead(model).save_pretrained(adapter)
+    save_adapter(add_lookahead(model), adapter)
 
 
 def save_texts(directory: Path) -> None:

@@ -4,11 +4,21 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import register_peft_method
 
 from lkq_hf.adapter.config import LookaheadKVConfig
+from lkq_hf.adapter.injection import inject_adapter, inject_trained_adapter, remove_adapter
 from lkq_hf.adapter.layer import LookaheadKVLinear, LookaheadTokens
 from lkq_hf.adapter.model import LookaheadKVModel
 from lkq_hf.adapter.registration import LOOKAHEAD_KV, NAME
 
-__all__ = ["LOOKAHEAD_KV", "LookaheadKVConfig", "LookaheadKVLinear", "LookaheadKVModel", "LookaheadTokens"]
+__all__ = [
+    "LOOKAHEAD_KV",
+    "LookaheadKVConfig",
+    "LookaheadKVLinear",
+    "LookaheadKVModel",
+    "LookaheadTokens",
+    "inject_adapter",
+    "inject_trained_adapter",
+    "remove_adapter",
+]
 
 if LOOKAHEAD_KV not in PEFT_TYPE_TO_TUNER_MAPPING:
     register_peft_method(

@@ -39,7 +39,7 @@ class LookaheadKVLayer(BaseTunerLayer):
         if len(active) > 1:
             raise ValueError(
                 f"only one LOOKAHEAD_KV adapter can be active at a time, found {', '.join(active)}; "
-                "choose one with model.set_adapter(...)"
+                "choose one with model.set_adapter(...), or peft.functional.set_adapter(model, ...)"
             )
         return active[0] if active else None
 
@@ -127,7 +127,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
             raise ValueError(
                 f"{len(broken)} tensors of the LOOKAHEAD_KV adapter {name!r} ({', '.join(broken[:3])}, ...) were "
                 "missing from its file or hold values that are not finite. The file is damaged, or it belongs to "
-                f"another model or config: call model.delete_adapter({name!r}) and load an intact one."
+                f"another model or config: call lkq_hf.adapter.remove_adapter(model, {name!r}) and load an intact one."
             )
         self._complete.add(name)
 

@@ -5,8 +5,11 @@ from typing import Any
 
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
+from lkq_hf.adapter.config import LookaheadKVConfig
+from lkq_hf.adapter.injection import inject_trained_adapter
 from lkq_hf.files import read_json
 from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE
 from lkq_hf.hub.errors import explained
@@ -39,23 +42,12 @@ def load_adapter(
         ValueError: another kind of repository or adapter, one for another base model, or weights that do not fit the
             config.
     """
-    adapter_config(source, revision=revision, subfolder=subfolder, token=token)
-    if _find(source, ADAPTER_WEIGHTS, revision, subfolder, token) is None:
+    config_file = _adapter_config_file(source, revision, subfolder, token)
+    weights_file = _find(source, ADAPTER_WEIGHTS, revision, subfolder, token)
+    if weights_file is None:
         raise FileNotFoundError(f"{source} has no {ADAPTER_WEIGHTS}: the adapter is incomplete; save it again")
-    options = {"revision": revision, "subfolder": subfolder or None, "token": token}
-    with explained(str(source), token, revision):
-        loaded = model.load_adapter(
-            str(source),
-            adapter_name=adapter_name,
-            adapter_kwargs={name: value for name, value in options.items() if value is not None},
-        )
-    for kind, names in (("unexpected", loaded.unexpected_keys), ("missing", loaded.missing_keys)):
-        if names:
-            model.delete_adapter(adapter_name)
-            raise ValueError(
-                f"the weights of {source} do not fit its config and this model: {len(names)} tensors are {kind} "
-                f"({', '.join(sorted(names)[:3])}, ...). The file is damaged, or it belongs to another config."
-            )
+    config = LookaheadKVConfig.from_pretrained(str(config_file.parent))
+    inject_trained_adapter(model, config, load_file(weights_file), adapter_name)
 
 
 def adapter_config(
@@ -72,6 +64,10 @@ def adapter_config(
         PermissionError: a token is missing or has no access.
         ValueError: it holds something else.
     """
+    return read_json(_adapter_config_file(source, revision, subfolder, token))
+
+
+def _adapter_config_file(source: str | Path, revision: str | None, subfolder: str, token: str | bool | None) -> Path:
     path = _find(source, ADAPTER_CONFIG, revision, subfolder, token)
     if path is None:
         if _find(source, MODEL_CONFIG, revision, subfolder, token) is not None:
@@ -86,7 +82,7 @@ def adapter_config(
             f"{source} should hold a {PEFT_TYPE} adapter; found one of type {config.get('peft_type')} for "
             f"{config.get('base_model_name_or_path')}, which cannot score a cache"
         )
-    return config
+    return path
 
 
 def _find(

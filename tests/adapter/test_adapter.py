@@ -5,11 +5,15 @@ import pytest
 import torch
 from models import (
     ARCHITECTURES,
+    add_adapter,
     add_lookahead,
     base_and_adapted,
+    delete_adapter,
     lookahead_model,
     prompt_ids,
     randomise_adapter,
+    set_adapter,
+    switch_adapters,
     tiny_config,
     tiny_model,
 )
@@ -85,7 +89,7 @@ def test_every_linear_of_the_layers_and_of_the_last_one_only_queries_and_keys(ar
 def test_modules_can_be_chosen():
     def names(**config):
         model = tiny_model()
-        model.add_adapter(LookaheadKVConfig(**CONFIG, **config))
+        add_adapter(model, LookaheadKVConfig(**CONFIG, **config))
         return [name for name, module in model.named_modules() if isinstance(module, LookaheadKVLinear)]
 
     assert len(names(last_layer_modules="all")) == 3 * 7
@@ -97,7 +101,7 @@ def test_modules_can_be_chosen():
 def test_tokens_without_a_lora_still_choose():
     base = tiny_model()
     model = tiny_model()
-    model.add_adapter(LookaheadKVConfig(**CONFIG, target_modules=[]))
+    add_adapter(model, LookaheadKVConfig(**CONFIG, target_modules=[]))
     assert not any(p.requires_grad for n, p in model.named_parameters() if "lookahead_kv_" not in n)
     assert kept(model).shape == (3, 1, 2, 40)
     assert torch.equal(logits(model, prompt_ids(1, 20)), logits(base, prompt_ids(1, 20)))
@@ -162,12 +166,12 @@ def test_several_adapters_and_which_one_is_active():
     model = lookahead_model()
     first = kept(model)
     add_lookahead(model, "other", seed=11, num_lookahead_tokens=7, r=2)
-    model.set_adapter("other")
+    set_adapter(model, "other")
     second = kept(model)
     assert not torch.equal(first, second)
-    model.set_adapter("default")
+    set_adapter(model, "default")
     assert torch.equal(kept(model), first)
-    model.set_adapter(["default", "other"])
+    set_adapter(model, ["default", "other"])
     with pytest.raises(ValueError, match=r"only one LOOKAHEAD_KV adapter can be active.*default, other"):
         kept(model)
 
@@ -175,11 +179,11 @@ def test_several_adapters_and_which_one_is_active():
 def test_disabled_adapters_are_refused_and_come_back():
     model = lookahead_model()
     before = kept(model)
-    model.disable_adapters()
+    switch_adapters(model, False)
     with pytest.raises(ValueError, match="enable_adapters"):
         kept(model)
     assert kept(model, scorer="snapkv").shape == before.shape
-    model.enable_adapters()
+    switch_adapters(model, True)
     assert torch.equal(kept(model), before)
 
 
@@ -195,11 +199,11 @@ def test_a_deleted_adapter_is_gone():
     model = lookahead_model()
     first = kept(model)
     add_lookahead(model, "other", seed=11)
-    model.delete_adapter("other")
+    delete_adapter(model, "other")
     assert not any("other" in name for name, _ in model.named_parameters())
-    model.set_adapter("default")
+    set_adapter(model, "default")
     assert torch.equal(kept(model), first)
-    model.delete_adapter("default")
+    delete_adapter(model, "default")
     assert not adapter_parameters(model, "default")
     with pytest.raises(ValueError, match="adapter"):
         kept(model)
@@ -235,7 +239,7 @@ def state(model, name):
 def test_beside_an_ordinary_lora(lora_first):
     def with_lora(model):
         torch.manual_seed(5)
-        model.add_adapter(LORA, adapter_name="style")
+        add_adapter(model, LORA, "style")
         return model
 
     alone_lora, alone_lookahead = with_lora(tiny_model()), add_lookahead(tiny_model(), "lookahead")
@@ -244,7 +248,7 @@ def test_beside_an_ordinary_lora(lora_first):
         add_lookahead(with_lora(both), "lookahead")
     else:
         with_lora(add_lookahead(both, "lookahead"))
-    both.set_adapter(["style", "lookahead"])
+    set_adapter(both, ["style", "lookahead"])
     ids = prompt_ids(1, 40)
     torch.testing.assert_close(logits(both, ids), logits(alone_lora, ids))
     assert not torch.allclose(logits(both, ids), logits(alone_lookahead, ids), atol=1e-2)
@@ -260,7 +264,7 @@ def test_beside_an_ordinary_lora(lora_first):
     for module in merged.modules():
         if hasattr(module, "get_delta_weight"):
             module.get_base_layer().weight.data += module.get_delta_weight("style")
-    merged.disable_adapters()
+    switch_adapters(merged, False)
     plain = tiny_model()
     plain.load_state_dict(
         {key.replace(".base_layer", ""): value for key, value in merged.state_dict().items() if "lora_" not in key}
@@ -319,7 +323,7 @@ def test_what_is_no_decoder_is_refused():
 def test_a_model_without_linear_modules():
     sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4}
     with pytest.raises(TypeError, match=r"no linear modules.*target_modules=\[\]"):
-        tiny_model("gpt2", **sizes).add_adapter(LookaheadKVConfig())
+        add_adapter(tiny_model("gpt2", **sizes), LookaheadKVConfig())
     model = add_lookahead(tiny_model("gpt2", **sizes), target_modules=[])
     model.generate(prompt_ids(1, 30), past_key_values=LookaheadCache(budget=6), max_new_tokens=2)
 

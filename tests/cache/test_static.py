@@ -310,7 +310,7 @@ def test_the_mask_of_the_next_token_is_that_of_transformers(monkeypatch, archite
     by_layer_type = architecture == "qwen3"
     compared = []
 
-    def compared_with_transformers(cache, **kwargs):
+    def compared_with_transformers(cache, /, **kwargs):
         found = next_token_mask(cache, **kwargs)
         if found is not None:
             expected = create_masks_for_generate(**kwargs)

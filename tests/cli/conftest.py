@@ -2,7 +2,7 @@ import random
 import sys
 
 import pytest
-from models import add_lookahead, tiny_model
+from models import add_lookahead, save_adapter, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def checkpoint(tmp_path_factory):
     model = tiny_model(vocab_size=len(tokenizer), max_position_embeddings=4096)
     model.save_pretrained(directory / "base")
     tokenizer.save_pretrained(directory / "base")
-    add_lookahead(model).save_pretrained(directory / "adapter")
+    save_adapter(add_lookahead(model), directory / "adapter")
     return directory
 
 

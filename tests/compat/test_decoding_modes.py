@@ -18,6 +18,7 @@ from transformers import DynamicCache, GenerationConfig, LogitsProcessor, Stoppi
 from transformers.generation.streamers import BaseStreamer
 
 from lkq_hf import LookaheadCache
+from lkq_hf.compat import find_cache
 
 item = pytest.mark.item
 every_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -140,7 +141,7 @@ def test_the_first_layers_as_assistant(architecture):
 def search_one_step_ahead(model, input_ids, logits_processor, stopping_criteria, generation_config, **kwargs):
     """A decoding of one's own that copies, selects and crops the cache: of the four best tokens, the one after which
     the model is surest."""
-    cache = kwargs["past_key_values"]
+    cache = find_cache(kwargs, LookaheadCache)
     logits = model(input_ids, attention_mask=kwargs["attention_mask"], past_key_values=cache).logits[:, -1]
     while True:
         best = logits.topk(4).indices[0]

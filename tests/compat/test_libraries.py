@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_model
 from packaging.requirements import Requirement
 from packaging.version import Version
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lkq_hf import LookaheadCache, compat
 from lkq_hf.cache.prepare import prepare_model_for_eviction
-from tests.models import tiny_model
 
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("part", compat.PRIVATE_PARTS)
+@pytest.mark.parametrize("part", compat.PRIVATE_PARTS, ids=lambda part: part.partition("(")[0])
 def test_a_private_part_is_where_it_was(part):
     assert compat.has_part(part)
 

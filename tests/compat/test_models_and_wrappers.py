@@ -11,6 +11,7 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.utils import compile_regions
 from models import (
     ARCHITECTURES,
+    add_adapter,
     add_lookahead,
     base_and_adapted,
     compiled_by,
@@ -19,6 +20,9 @@ from models import (
     lookahead_model,
     prompt_ids,
     randomise_adapter,
+    save_adapter,
+    set_adapter,
+    switch_adapters,
     tiny_model,
 )
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -153,7 +157,7 @@ def test_offloaded_weights(kind, adapter_first, tmp_path):
 def test_an_adapter_after_offloading(tmp_path):
     base, model = base_and_adapted()
     base.save_pretrained(tmp_path / "base")
-    model.save_pretrained(tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"}
     device_map |= {f"model.layers.{index}": "disk" if index == 1 else "cpu" for index in range(3)}
     spread = AutoModelForCausalLM.from_pretrained(
@@ -169,7 +173,7 @@ def test_an_adapter_after_offloading(tmp_path):
 def test_layers_on_two_gpus(tmp_path):
     base, model = base_and_adapted()
     base.save_pretrained(tmp_path / "base")
-    model.save_pretrained(tmp_path / "adapter")
+    save_adapter(model, tmp_path / "adapter")
     device_map = {"model.embed_tokens": 0, "model.norm": 1, "model.rotary_emb": 0, "lm_head": 1}
     device_map |= {f"model.layers.{index}": index // 2 for index in range(3)}
     spread = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map=device_map)
@@ -237,12 +241,12 @@ def test_loras_beside_and_swapped():
     base = tiny_model()
     model = copy.deepcopy(base)
     for name, seed in (("one", 11), ("two", 12)):
-        model.add_adapter(lora(seed), adapter_name=name)
+        add_adapter(model, lora(seed), name)
     add_lookahead(model, "lookahead")
     model.eval()
     ids = prompt_ids(2, 40)
     for active, seeds in ((["one"], (11,)), (["two"], (12,)), (["one", "two"], (11, 12)), ([], ())):
-        model.set_adapter([*active, "lookahead"])
+        set_adapter(model, [*active, "lookahead"])
         cache = LookaheadCache(budget=7)
         tokens, logits = generate(model, ids, cache)
         assert_as_masked(merged(base, *seeds), ids, tokens, logits, cache, tolerance=1e-3)
@@ -252,16 +256,16 @@ def test_loras_beside_and_swapped():
 def test_a_lora_of_a_question_over_a_document_read_without_it():
     base, ids = tiny_model(), prompt_ids(1, 40)
     model = copy.deepcopy(base)
-    model.add_adapter(lora(11), adapter_name="style")
+    add_adapter(model, lora(11), "style")
     add_lookahead(model, "lookahead")
-    model.set_adapter("lookahead")
+    set_adapter(model, "lookahead")
     cache = LookaheadCache(budget=7)
     with torch.no_grad():
         model.eval()(ids, past_key_values=cache)
     stages, whole = [kept_entries(cache)], DynamicCache(config=base.config)
     with torch.no_grad():
         base(ids, past_key_values=whole)
-    model.set_adapter(["style", "lookahead"])
+    set_adapter(model, ["style", "lookahead"])
     tokens, _ = generate(model, torch.cat([ids, prompt_ids(1, 5, seed=4)], dim=1), cache)
     assert tokens.shape == (1, 8)
     stages.append(kept_entries(cache))
@@ -278,15 +282,15 @@ def test_a_lora_of_a_question_over_a_document_read_without_it():
 def test_a_question_without_the_lookahead_adapter_is_kept_whole_or_refused():
     base, ids = tiny_model(), prompt_ids(1, 40)
     model = copy.deepcopy(base)
-    model.add_adapter(lora(11), adapter_name="style")
+    add_adapter(model, lora(11), "style")
     add_lookahead(model, "lookahead")
     question = torch.cat([ids, prompt_ids(1, 5, seed=4)], dim=1)
     for evict_later_turns in (True, False):
-        model.set_adapter("lookahead")
+        set_adapter(model, "lookahead")
         cache = LookaheadCache(budget=7, evict_later_turns=evict_later_turns)
         with torch.no_grad():
             model.eval()(ids, past_key_values=cache)
-        model.set_adapter(["style"])
+        set_adapter(model, ["style"])
         if evict_later_turns:
             with pytest.raises(ValueError, match=r"needs an active LOOKAHEAD_KV adapter.*set_adapter"):
                 generate(model, question, cache)
@@ -303,7 +307,7 @@ def test_lookahead_adapters_are_swapped(tmp_path):
     for seed in (1, 2):
         model = add_lookahead(copy.deepcopy(base), seed=seed)
         randomise_adapter(model, seed=seed)
-        model.save_pretrained(tmp_path / str(seed))
+        save_adapter(model, tmp_path / str(seed))
         cache = LookaheadCache(budget=7)
         assert_as_masked(base, ids, *generate(model, ids, cache), cache)
         kept[seed] = torch.stack(list(kept_entries(cache).values()))
@@ -312,7 +316,7 @@ def test_lookahead_adapters_are_swapped(tmp_path):
     for seed in (1, 2):
         model.load_adapter(str(tmp_path / str(seed)), adapter_name=f"adapter{seed}")
     for seed in (2, 1, 2):
-        model.set_adapter(f"adapter{seed}")
+        set_adapter(model, f"adapter{seed}")
         cache = LookaheadCache(budget=7)
         generate(model, ids, cache)
         assert torch.equal(torch.stack(list(kept_entries(cache).values())), kept[seed])
@@ -328,12 +332,12 @@ def test_lookahead_adapters_are_swapped(tmp_path):
 def test_disabled_adapters():
     base, model = base_and_adapted()
     ids = prompt_ids(1, 40)
-    model.disable_adapters()
+    switch_adapters(model, False)
     with pytest.raises(ValueError, match=r"enable_adapters\(\).*snapkv"):
         generate(model, ids, LookaheadCache(budget=7))
     cache = LookaheadCache(budget=7, scorer="snapkv")
     assert_as_masked(base, ids, *generate(model, ids, cache), cache)
-    model.enable_adapters()
+    switch_adapters(model, True)
     cache = LookaheadCache(budget=7)
     assert_as_masked(base, ids, *generate(model, ids, cache), cache)
 

@@ -4,7 +4,7 @@ import json
 import random
 
 import pytest
-from models import add_lookahead, tiny_model
+from models import add_lookahead, save_adapter, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -22,7 +22,7 @@ def files(tmp_path_factory):
     model = tiny_model(num_hidden_layers=2)
     model.save_pretrained(directory / "base")
     tokenizer.save_pretrained(directory / "base")
-    add_lookahead(model).save_pretrained(directory / "adapter")
+    save_adapter(add_lookahead(model), directory / "adapter")
     draw = random.Random(0)
 
     def text(length):

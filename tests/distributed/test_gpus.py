@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import PartialState, dispatch_model
-from models import add_lookahead, kept_entries, prompt_ids, tiny_model
+from models import add_adapter, add_lookahead, kept_entries, prompt_ids, save_adapter, tiny_model
 from test_command_line import assert_same_results, contents, evaluation, printed_by, targets
 from test_inference import NEW_TOKENS, tensor_parallel
 from test_quantization import (
@@ -151,7 +151,7 @@ def test_two_gpus_make_the_checkpoint_of_one(groups, architecture):
 def test_tensor_parallel_gpus_keep_the_entries_of_one(groups, tmp_path, architecture, scorer):
     model = tiny_model(architecture)
     model.save_pretrained(tmp_path / "base")
-    add_lookahead(model).save_pretrained(tmp_path / "adapter")
+    save_adapter(add_lookahead(model), tmp_path / "adapter")
     ((sequences, logits, kept, _),) = groups["one"](tensor_parallel, tmp_path, scorer, 1, DEVICE)
     runs = groups["two"](tensor_parallel, tmp_path, scorer, 2, DEVICE)
     for run in runs:
@@ -185,15 +185,15 @@ def collect():
     torch.cuda.empty_cache()
 
 
-def save_adapter(model, directory):
+def add_and_save_adapter(model, directory):
     """Of a model, which keeps it, with a LoRA that changes something."""
-    model.add_adapter(LookaheadKVConfig())
+    add_adapter(model, LookaheadKVConfig())
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     changed = [value for name, value in model.named_parameters() if "lookahead_kv_B" in name]
     for index, value in enumerate(changed):
         value.copy_(torch.randn(value.shape, generator=torch.Generator().manual_seed(index)) * 0.01)
-    model.save_pretrained(directory)
+    save_adapter(model, directory)
 
 
 def large_answer(model, length):
@@ -214,7 +214,7 @@ def large_answer(model, length):
 
 def test_8b_lies_on_two_gpus(tmp_path, record_property, length=8192, layers=32, **changes):
     model = large_llama(layers, **changes)
-    save_adapter(model, tmp_path)
+    add_and_save_adapter(model, tmp_path)
     expected = large_answer(model, length)
     del model
     collect()
@@ -244,7 +244,7 @@ def answer_cache_layers(model):
 def test_layers_of_8b_under_tensor_parallelism(groups, tmp_path, record_property, length=4096, layers=8, **changes):
     model = large_llama(layers, **changes)
     model.save_pretrained(tmp_path / "base")
-    save_adapter(model, tmp_path / "adapter")
+    add_and_save_adapter(model, tmp_path / "adapter")
     del model
     collect()
     (alone,) = groups["one"](large_in_parallel, tmp_path, length, False)

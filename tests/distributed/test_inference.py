@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from models import add_lookahead, kept_entries, left_padded, prompt_ids, tiny_model
+from models import add_adapter, add_lookahead, kept_entries, left_padded, prompt_ids, save_adapter, tiny_model
 from transformers import AutoModelForCausalLM
 from workers import launch
 
@@ -20,7 +20,7 @@ def saved(tmp_path_factory):
         directory = tmp_path_factory.mktemp(architecture)
         model = tiny_model(architecture, **sizes)
         model.save_pretrained(directory / "base")
-        add_lookahead(model).save_pretrained(directory / "adapter")
+        save_adapter(add_lookahead(model), directory / "adapter")
         return directory
 
     return save
@@ -58,7 +58,7 @@ def tensor_parallel(directory, scorer, processes, device="cpu", **changes):
 
 def _trained_in_parallel(directory):
     model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager", tp_plan="auto")
-    model.add_adapter(LookaheadKVConfig(num_lookahead_tokens=4, r=2))
+    add_adapter(model, LookaheadKVConfig(num_lookahead_tokens=4, r=2))
     model(input_ids=prompt_ids(1, 20), past_key_values=LookaheadCache(budget=8))
 
 

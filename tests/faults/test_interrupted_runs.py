@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from children import Killed, command_line, count_changes, full_disk, killed_at, killed_by_size, run
+from models import needs_adapter_methods
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -166,6 +167,7 @@ def save(files, out):
     model.save_pretrained(out)
 
 
+@needs_adapter_methods
 @pytest.mark.parametrize("size", [0, 200, 4000, 40_000])
 @pytest.mark.parametrize("fault", [killed_by_size, full_disk])
 def test_saving_an_adapter_by_transformers(fault, size, files, tmp_path):

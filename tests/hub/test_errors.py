@@ -3,7 +3,7 @@
 import pytest
 import torch
 from huggingface_hub import constants
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from sharing import BASE, base_model, edit_json
 
@@ -14,8 +14,7 @@ from lkq_hf.hub import adapter_config, load_adapter, push_to_hub, read_contents
 @pytest.fixture
 def lora(base_directory, tmp_path):
     model = base_model(base_directory)
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
-    model.save_pretrained(tmp_path / "lora")
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
     return tmp_path / "lora"
 
 

@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from models import add_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -372,7 +373,7 @@ def test_quantised_models_are_not_quantised_again(base, options, tmp_path, form)
 
 
 def lora_in_the_model(model):
-    model.add_adapter(LoraConfig(r=32))
+    add_adapter(model, LoraConfig(r=32))
     return model
 
 
@@ -381,7 +382,7 @@ def lora_inside_a_peft_model(model):
 
 
 def lookahead_without_lora(model):
-    model.add_adapter(LookaheadKVConfig(num_lookahead_tokens=4, target_modules=[]))
+    add_adapter(model, LookaheadKVConfig(num_lookahead_tokens=4, target_modules=[]))
     return model
 
 
