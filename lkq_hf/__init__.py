@@ -2,11 +2,14 @@
 
 Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT and the ``two_stage_gptq`` quantisation
 method with transformers, and does nothing else: no model class, attention function or cache of transformers is
-changed. Public names are imported on first use.
+changed. It imports neither library: each is registered with when it is imported, by whomever. Public names are
+imported on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from lkq_hf.registration import register
 
 __version__ = "0.1.0"
 
@@ -46,9 +49,8 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-for _registers in ("lkq_hf.adapter", "lkq_hf.quantization"):
-    importlib.import_module(_registers)
-
-
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register()

@@ -1,11 +1,13 @@
 """Options that several subcommands share."""
 
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from lkq_hf.cli.checks import check_dtype, check_model_directory
+from lkq_hf.files import check_safetensors
 
 Model = Annotated[str, typer.Argument(help="Model: a directory or an id on the Hub.", metavar="MODEL")]
 Dtype = Annotated[str, typer.Option(help="Data type of the model's weights: float32, bfloat16 or float16.")]
@@ -32,13 +34,6 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return causal_lm.to(device).eval(), AutoTokenizer.from_pretrained(model)
 
 
-def check_dtype(dtype: str, *more: str) -> None:
-    """Raises ValueError for a data type that is neither one of the usual ones nor one of ``more``."""
-    known = ("float32", "bfloat16", "float16", *more)
-    if dtype not in known:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(known)}")
-
-
 def check_model(model: str, quantised: bool = True) -> None:
     """Checks what can be known of a model before its weights are read.
 
@@ -51,30 +46,13 @@ def check_model(model: str, quantised: bool = True) -> None:
         ValueError: a weight file in it is damaged, or it is quantised or has an adapter and should not.
         TypeError: a model of another kind.
     """
-    from safetensors import SafetensorError, safe_open
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    check_model_directory(model, quantised)
     directory = Path(model).expanduser()
-    if not directory.is_dir() and (re.match(r"[./~]", model) or model.count("/") > 1):
-        raise FileNotFoundError(f"there is no directory {model}; expected one with a model, or an id on the Hub")
-    if directory.is_dir():
-        names = {path.name for path in directory.iterdir()}
-        for path in directory.glob("*.safetensors"):
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged or truncated ({error}); write or copy it again") from error
-        if not quantised and "adapter_config.json" in names:
-            raise ValueError(
-                f"{model} holds an adapter (adapter_config.json); expected a directory with a model alone. Name the "
-                "base model of the adapter; a LoRA that should become a part of its weights has to be merged before"
-            )
-        if "adapter_config.json" in names and "config.json" not in names:
-            return  # transformers loads the model that the adapter names
-        if "config.json" not in names:
-            found = ", ".join(sorted(names)[:5]) or "nothing"
-            raise FileNotFoundError(f"{model} holds no model: expected a config.json and weights, found {found}")
+    for path in directory.glob("*.safetensors"):
+        check_safetensors(path)
+    if (directory / "config.json").is_file():
         config = AutoConfig.from_pretrained(model)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
             raise TypeError(
@@ -83,6 +61,18 @@ def check_model(model: str, quantised: bool = True) -> None:
             )
         if not quantised and getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{model} is quantised already; expected a model in full precision")
+
+
+def model_config(model: str) -> Any:
+    """The configuration of a model, or of the base model of an adapter, without its weights."""
+    from transformers import AutoConfig
+
+    directory = Path(model).expanduser()
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        from peft import PeftConfig
+
+        return AutoConfig.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path)
+    return AutoConfig.from_pretrained(model)
 
 
 def model_note(model: str, causal_lm: Any, dtype: str, *files: str | Path | None) -> dict[str, Any]:
