@@ -22,6 +22,7 @@ _PUBLIC = {
     "TwoStageGPTQConfig": "lkq_hf.quantization",
     "TwoStageQuantizer": "lkq_hf.quantization",
     "prepare_model_for_eviction": "lkq_hf.cache",
+    "shipped_adapter": "lkq_hf.shipped",
 }
 
 __all__ = [
@@ -34,12 +35,14 @@ __all__ = [
     "TwoStageQuantizer",
     "__version__",
     "prepare_model_for_eviction",
+    "shipped_adapter",
 ]
 
 if TYPE_CHECKING:
     from lkq_hf.adapter import LookaheadKVConfig, LookaheadKVModel
     from lkq_hf.cache import LookaheadCache, prepare_model_for_eviction
     from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
+    from lkq_hf.shipped import shipped_adapter
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments
 
 

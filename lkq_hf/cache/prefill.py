@@ -20,6 +20,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from lkq_hf.attention import start_observing, thread_state
+from lkq_hf.cache.batching import refuse_cache
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
@@ -85,6 +86,8 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, create_masks))
         undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
         undo.append(guard_method(base, "generate", _generate))
+    if hasattr(base, "generate_batch"):
+        undo.append(guard_method(base, "generate_batch", refuse_cache))
     if decoder not in (base, base.base_model):
         undo.append(guard_method(base, "forward", _remember_inputs))
     return EvictionHandle(undo)

@@ -18,7 +18,7 @@ from lkq_hf.cli.checks import (
     names_of,
     whole_numbers,
 )
-from lkq_hf.cli.options import Device, Model, find_device, load_model, model_note
+from lkq_hf.cli.options import Device, Model, check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
@@ -97,13 +97,12 @@ def eviction(
     from lkq_hf.evaluation.plots import require_matplotlib, save_plots
     from lkq_hf.evaluation.tables import eviction_table
     from lkq_hf.evaluation.tasks import Corpus, QuestionAnswering, build_task
-    from lkq_hf.hub import adapter_config
     from lkq_hf.text.documents import read_documents
 
     if plots:
         require_matplotlib()
     if adapter is not None:
-        adapter_config(adapter)
+        check_adapter(adapter)
     kept = check_budgets(wanted)
     documents = read_documents(text)
     causal_lm, tokenizer, dtype = _load(model, dtype, device)

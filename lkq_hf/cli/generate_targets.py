@@ -96,7 +96,7 @@ def generate_targets(
         check_positions(config, longest)
     else:
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        longest = max_length or min(LONGEST_PROMPT, positions or LONGEST_PROMPT)
+        longest = max_length if max_length is not None else min(LONGEST_PROMPT, positions or LONGEST_PROMPT)
         fields = {"min_length": min_length, "max_length": longest, "length_step": length_step, **_fields(mix)}
         PromptMix(**fields)
         check_positions(config, fields["max_length"])

@@ -12,7 +12,7 @@ from lkq_hf.cli.checks import (
     check_model_directory,
     check_writable,
 )
-from lkq_hf.cli.options import Device, Model, find_device, load_model
+from lkq_hf.cli.options import Device, Model, check_adapter, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -50,7 +50,7 @@ def inspect(
     check_writable(out)
 
     from lkq_hf.files import naming
-    from lkq_hf.hub import adapter_config, load_adapter
+    from lkq_hf.hub import load_adapter
     from lkq_hf.inspection import inspect_eviction, render_report
     from lkq_hf.text.chat import render_chat
     from lkq_hf.text.documents import read_text
@@ -59,7 +59,7 @@ def inspect(
     if not message.strip():
         raise ValueError(f"{prompt} is empty; expected the text of a prompt")
     if adapter is not None:
-        adapter_config(adapter)
+        check_adapter(adapter)
     _, place = find_device(device)
     causal_lm, tokenizer = load_model(model, dtype, place)
     if adapter is not None:

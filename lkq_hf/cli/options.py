@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.checks import check_dtype, check_model_directory
+from lkq_hf.cli.checks import check_adapter_directory, check_dtype, check_model_directory
 from lkq_hf.files import check_safetensors
 
 Model = Annotated[str, typer.Argument(help="Model: a directory or an id on the Hub.", metavar="MODEL")]
@@ -42,7 +42,8 @@ def check_model(model: str, quantised: bool = True) -> None:
         quantised: whether it may be quantised already, or have an adapter beside it.
 
     Raises:
-        FileNotFoundError: no such directory, or one without a model.
+        FileNotFoundError: no such directory or repository, or one without a model.
+        ConnectionError: the Hub cannot be reached.
         ValueError: a weight file in it is damaged, or it is quantised or has an adapter and should not.
         TypeError: a model of another kind.
     """
@@ -50,6 +51,8 @@ def check_model(model: str, quantised: bool = True) -> None:
 
     check_model_directory(model, quantised)
     directory = Path(model).expanduser()
+    if not directory.is_dir():
+        _check_repository(model)
     for path in directory.glob("*.safetensors"):
         check_safetensors(path)
     if (directory / "config.json").is_file():
@@ -61,6 +64,43 @@ def check_model(model: str, quantised: bool = True) -> None:
             )
         if not quantised and getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{model} is quantised already; expected a model in full precision")
+
+
+def check_adapter(adapter: str) -> None:
+    """Checks that a directory or repository holds a lookahead adapter, before a model is loaded.
+
+    Raises:
+        FileNotFoundError: no such directory or repository.
+        ConnectionError: the Hub cannot be reached.
+        ValueError: it holds something else, or the file of weights is damaged.
+    """
+    from lkq_hf.hub import adapter_config
+
+    check_adapter_directory(adapter)
+    directory = Path(adapter).expanduser()
+    if not directory.is_dir():
+        _check_repository(adapter)
+    adapter_config(adapter)
+    for path in directory.glob("adapter_model.safetensors"):
+        check_safetensors(path)
+
+
+def _check_repository(repo_id: str) -> None:
+    """Asks the Hub once whether it has a repository that its cache does not hold.
+
+    Where the Hub cannot be reached, downloads try again for half a minute; a mistyped directory should not.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    from lkq_hf.hub.errors import explained
+
+    if any(isinstance(try_to_load_from_cache(repo_id, name), str) for name in ("config.json", "adapter_config.json")):
+        return
+    try:
+        with explained(repo_id):
+            HfApi().model_info(repo_id)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise type(error)(f"there is no directory {repo_id}, and {error}") from error
 
 
 def model_config(model: str) -> Any:

@@ -13,7 +13,7 @@ from lkq_hf.cli.checks import (
     check_targets,
     check_writable,
 )
-from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model, model_note
+from lkq_hf.cli.options import Device, Dtype, Model, check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -87,12 +87,12 @@ def train(
 
     from lkq_hf.adapter import LookaheadKVConfig
     from lkq_hf.files import check_note, keep_note, naming
-    from lkq_hf.hub import adapter_config, write_training_record
+    from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
     from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
 
     if adapter is not None:
-        adapter_config(adapter)
+        check_adapter(str(adapter))
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
     shape: dict[str, Any] = {

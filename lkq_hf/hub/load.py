@@ -7,7 +7,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from transformers import PreTrainedModel
 
-from lkq_hf.files import read_json
+from lkq_hf.files import check_safetensors, read_json
 from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE
 from lkq_hf.hub.errors import explained
 
@@ -40,8 +40,10 @@ def load_adapter(
             config.
     """
     adapter_config(source, revision=revision, subfolder=subfolder, token=token)
-    if _find(source, ADAPTER_WEIGHTS, revision, subfolder, token) is None:
+    weights = _find(source, ADAPTER_WEIGHTS, revision, subfolder, token)
+    if weights is None:
         raise FileNotFoundError(f"{source} has no {ADAPTER_WEIGHTS}: the adapter is incomplete; save it again")
+    check_safetensors(weights)
     options = {"revision": revision, "subfolder": subfolder or None, "token": token}
     with explained(str(source), token, revision):
         loaded = model.load_adapter(

@@ -248,6 +248,20 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             _refuse("group_size", None, "the number that the checkpoint was written with")
         return super().from_dict(values, return_unused_kwargs, **kwargs)
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a configuration given to `from_pretrained` applies to a checkpoint that is quantised already: nothing.
+
+        Raises:
+            ValueError: the configuration asks for quantising, which would not be done.
+        """
+        if self.dataset is not None:
+            raise ValueError(
+                "the checkpoint is quantised already, and quantization_config has a dataset, as if it were to be "
+                "quantised. Load the base model to quantise it anew, or leave quantization_config out to load the "
+                "checkpoint as it is"
+            )
+        return {}
+
     def solver_settings(self) -> SolverSettings:
         """The part of the configuration that decides how one layer is solved; its group size must be known."""
         return SolverSettings(

@@ -146,7 +146,7 @@ def test_json_on_the_terminal(checkpoint, text, tmp_path, run):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--scorers", "lookahead,h2o"], "--scorers must be one of lookahead, snapkv, streaming, random, oracle; got 'h2o'"),
+        (["--scorers", "lookahead,h2o"], "--scorers must be one of lookahead, snapkv, streaming, random, oracle; got"),
         (["--tasks", "riddles"], "got 'riddles'"),
         (["--budgets", "64,many"], "--budgets expects positive whole numbers of entries, or fractions"),
         (["--budgets", "0"], "positive"),
