@@ -13,9 +13,10 @@ from lkq_hf import __version__
 from lkq_hf.quantization.blocks import check_names, layers_to_quantize, linear_weight
 from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.packing import MULTIPLE
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
 
-GROUP_SIZES = (128, 64, 32)
+GROUP_SIZES = (128, 64, MULTIPLE)
 """What is tried, in this order, where no group size is given."""
 
 
@@ -32,23 +33,12 @@ def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str
 
 
 def default_group_size(model: PreTrainedModel, config: TwoStageGPTQConfig) -> int:
-    """The largest of 128, 64 and 32 that divides the inputs of all layers that `config` selects.
-
-    Raises:
-        ValueError: none does.
-    """
+    """The largest of 128, 64 and 32 that divides the inputs of all layers that `config` selects; 32 divides any."""
     rows = copy.copy(config)
     rows.group_size = -1  # fits any layer
     _, layers = find_layers(model, rows)
-    widths = {linear_weight(layer).shape[1]: name for name, layer in layers.items()}
-    for size in GROUP_SIZES:
-        if all(width % size == 0 for width in widths):
-            return size
-    width, name = next((width, name) for width, name in widths.items() if width % GROUP_SIZES[-1])
-    raise ValueError(
-        f"{name} has {width} inputs, which no group size of {', '.join(map(str, GROUP_SIZES))} divides: pass a "
-        "group_size that does, -1 for a whole row, or leave such layers out with modules_to_not_convert"
-    )
+    widths = {linear_weight(layer).shape[1] for layer in layers.values()}
+    return next(size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
 
 
 def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: Any = None) -> WalkReport:

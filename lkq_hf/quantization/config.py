@@ -249,7 +249,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         return super().from_dict(values, return_unused_kwargs, **kwargs)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What of a configuration given to `from_pretrained` applies to a checkpoint that is quantised already: nothing.
+        """What of a configuration given to `from_pretrained` applies to a quantised checkpoint: nothing.
 
         Raises:
             ValueError: the configuration asks for quantising, which would not be done.
