@@ -55,5 +55,5 @@ def register() -> None:
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
     for library, ours in REGISTERING.items():
-        if library in sys.modules:
+        if sys.modules.get(library) is not None:
             importlib.import_module(ours)
