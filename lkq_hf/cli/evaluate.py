@@ -29,7 +29,9 @@ app = typer.Typer(
 
 Text = Annotated[
     list[Path],
-    typer.Option(help="Texts: plain files, or jsonl(.gz) with a 'text' each; repeatable.", exists=True),
+    typer.Option(
+        help="Texts: plain files, or jsonl(.gz) with a 'text' each; repeatable.", exists=True, dir_okay=False
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Directory for the results; a stopped run in it goes on.", file_okay=False)]
 Precision = Annotated[
@@ -57,7 +59,9 @@ def eviction(
     ] = "needle,needle_multi_key,needle_multi_value,variable_tracking,frequent_words,summarise",
     questions: Annotated[
         Path | None,
-        typer.Option(help="For question_answering: jsonl with 'question', 'context' and 'answers'.", exists=True),
+        typer.Option(
+            help="For question_answering: jsonl with 'question', 'context' and 'answers'.", exists=True, dir_okay=False
+        ),
     ] = None,
     length: Annotated[str, typer.Option(help="Tokens of the prompts, as in 1024,2048.")] = "2048",
     examples: Annotated[int, typer.Option(help="Prompts of each task and length.", min=1)] = 20,

@@ -14,6 +14,8 @@ from lkq_hf.cli.options import Device, Dtype, Model, check_model, find_device, l
 from lkq_hf.cli.output import AsJson, report
 
 LONGEST_PROMPT = 8192
+PROMPTS_NOTE = "prompts.json"
+"""Name of the file that says how the prompts beside it were made."""
 
 
 def generate_targets(
@@ -21,9 +23,7 @@ def generate_targets(
     out: Annotated[Path, typer.Option(help="Directory for the training and validation sets.")],
     documents: Annotated[
         list[Path] | None,
-        typer.Option(
-            help="Documents: jsonl or jsonl.gz with a 'text' each, or plain text files.", exists=True, dir_okay=False
-        ),
+        typer.Option(help="Documents: jsonl or jsonl.gz with a 'text' each, or plain text files.", dir_okay=False),
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -75,6 +75,9 @@ def generate_targets(
         raise ValueError("--prompts-only builds prompts from --documents")
     if not 0 < validation_fraction < 1:
         raise ValueError(f"--validation-fraction must lie between 0 and 1, got {validation_fraction}")
+    missing = [path for path in documents or [] if not path.exists()]
+    if missing and not (out / PROMPTS_NOTE).exists():  # of prompts that are built already nobody needs them
+        raise FileNotFoundError(f"there is no file {missing[0]}; expected documents")
     check_dtype(dtype)
     check_model_directory(model)
     check_writable(out)
@@ -153,10 +156,10 @@ def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[s
 
     paths = {name: out / name / "prompts.parquet" for name in ("validation", "train")}
     begun = any(path.exists() for path in paths.values())
-    check_note(out / "prompts.json", recipe, begun)
+    check_note(out / PROMPTS_NOTE, recipe, begun)
     if not all(path.exists() for path in paths.values()):
         built = build()
-        keep_note(out / "prompts.json", recipe, begun)
+        keep_note(out / PROMPTS_NOTE, recipe, begun)
         for name, rows in built.items():
             paths[name].parent.mkdir(parents=True, exist_ok=True)
             write_atomically(paths[name], Dataset.from_list(rows).to_parquet)

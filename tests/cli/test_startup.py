@@ -53,7 +53,7 @@ QUICK = {
     "no such command": (["quantise"], 2, "No such command"),
     "no such option": (["quantize", "m", "--dtaset", "x"], 2, "--dtaset"),
     "no such text": (["evaluate", "perplexity", "m", "--text", "none", "--out", "o"], 2, "'none' does not exist"),
-    "no such documents": (["generate-targets", "m", "--documents", "none", "--out", "o"], 2, "'none' does not exist"),
+    "no such documents": (["generate-targets", "m", "--documents", "none", "--out", "o"], 1, "there is no file none"),
     "no such prompts": (["generate-targets", "m", "--prompts", "none", "--out", "o"], 2, "'none' does not exist"),
     "no such targets": (["train", "m", "--targets", "none", "--out", "o"], 2, "'none' does not exist"),
     "targets without responses": (["train", "empty/", "--targets", "empty", "--out", "o"], 1, "holds no model"),
