@@ -27,6 +27,7 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
         ("lkq_hf.training.trainer", ["LookaheadTrainer"]),
         ("lkq_hf.quantization.config", ["TwoStageGPTQConfig"]),
         ("lkq_hf.quantization.optimum_quantizer", ["TwoStageQuantizer"]),
+        ("lkq_hf.shipped", ["shipped_adapter"]),
     ],
     "Scorers": [
         ("lkq_hf.scoring.base", ["PrefillAttention", "Scorer"]),

@@ -2,13 +2,15 @@
 
 Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT and the ``two_stage_gptq`` quantisation
 method with transformers, and does nothing else: no model class, attention function or cache of transformers is
-changed. Public names are imported on first use.
+changed. It imports neither library: each is registered with when it is imported, by whomever. Public names are
+imported on first use.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lkq_hf.compat import explained_imports, warn_of_newer_versions
+from lkq_hf.compat import warn_of_newer_versions
+from lkq_hf.registration import register
 
 __version__ = "0.1.0"
 
@@ -21,6 +23,7 @@ _PUBLIC = {
     "TwoStageGPTQConfig": "lkq_hf.quantization",
     "TwoStageQuantizer": "lkq_hf.quantization",
     "prepare_model_for_eviction": "lkq_hf.cache",
+    "shipped_adapter": "lkq_hf.shipped",
 }
 
 __all__ = [
@@ -33,12 +36,14 @@ __all__ = [
     "TwoStageQuantizer",
     "__version__",
     "prepare_model_for_eviction",
+    "shipped_adapter",
 ]
 
 if TYPE_CHECKING:
     from lkq_hf.adapter import LookaheadKVConfig, LookaheadKVModel
     from lkq_hf.cache import LookaheadCache, prepare_model_for_eviction
     from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
+    from lkq_hf.shipped import shipped_adapter
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments
 
 
@@ -49,11 +54,9 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-warn_of_newer_versions()
-with explained_imports():
-    for _registers in ("lkq_hf.adapter", "lkq_hf.quantization"):
-        importlib.import_module(_registers)
-
-
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+register()
+warn_of_newer_versions()

@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 PARTIAL_PREFIX = ".partial-"
 """Begins the name of a file that is being written. One that stays was begun by a process that was killed."""
@@ -17,6 +20,47 @@ SAVING = ".saving"
 
 PIECES = ".partial"
 """Name, or end of the name, of the directory of a run's finished pieces."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Names `path` in errors of writing that name no file, as when the disk is full.
+
+    Raises:
+        OSError: in place of an `OSError` without a file, and of what safetensors and `torch.save` raise.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise _named(path, error.errno, error) from error
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        raise _named(path, int(found[1]) if found else None, error) from error
+    except RuntimeError as error:
+        if not re.search("PytorchStreamWriter|unexpected pos", str(error)):
+            raise
+        raise _named(path, None, error) from error
+
+
+def _named(path: Path, number: int | None, error: Exception) -> OSError:
+    if number is None:
+        return OSError(f"{path} cannot be written: {error}")
+    return OSError(number, os.strerror(number), str(path))
+
+
+def check_safetensors(path: Path) -> None:
+    """Checks that a file of tensors is whole, as far as its header tells.
+
+    Raises:
+        ValueError: it is damaged or truncated.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or truncated ({error}); write or copy it again") from error
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -30,25 +74,30 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     """
     partial = path.with_name(f"{PARTIAL_PREFIX}{secrets.token_hex(8)}-{path.name}")
     try:
-        partial.touch(exist_ok=False)
-        mode = partial.stat().st_mode
-        write(partial)
-        # safetensors replaces the file by one that only its owner may read.
-        partial.chmod(mode)
-        # Without this, a machine that loses power may have the new name and not the content. The name itself may get
-        # lost: then the old file is there.
-        with partial.open("r+b") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
+        with naming(path):
+            partial.touch(exist_ok=False)
+            mode = partial.stat().st_mode
+            write(partial)
+            # safetensors replaces the file by one that only its owner may read.
+            partial.chmod(mode)
+            # Without this, a machine that loses power may have the new name and not the content. The name itself may
+            # get lost: then the old file is there.
+            with partial.open("r+b") as file:
+                os.fsync(file.fileno())
+            partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Writes a text in UTF-8 as `write_atomically` does."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes a JSON file as `write_atomically` does."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,7 +107,7 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: the file holds something else.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}); save it again") from error
     if not isinstance(values, dict):
@@ -69,10 +118,23 @@ def read_json(path: Path) -> dict[str, Any]:
 def keep_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, Any]:
     """Leaves a note of all that a run's results depend on, or compares it with the note of an earlier run.
 
-    So a run that is started again goes on with what it finds, and no other run does.
+    So a run that is started again goes on with what it finds, and no other run does. Leave the note right before the
+    first result: what fails before then, leaves nothing that a second attempt would have to agree with. See
+    `check_note` for its arguments and errors.
+    """
+    now = check_note(path, arguments, begun)
+    if not path.exists():
+        with naming(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, now)
+    return now
+
+
+def check_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, Any]:
+    """Compares what a run's results depend on with the note of an earlier run, if there is one.
 
     Args:
-        path: the note; its directory is created if need be.
+        path: the note.
         arguments: what the results depend on, as JSON.
         begun: whether results are there already, which an earlier run must have left a note of.
 
@@ -84,7 +146,7 @@ def keep_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, A
     """
     now: dict[str, Any] = json.loads(json.dumps(arguments))
     if path.exists():
-        if changes := _changes(read_json(path), now):
+        if changes := note_changes(read_json(path), now):
             raise ValueError(
                 f"{path.parent} holds a run with other arguments ({'; '.join(changes)}). The same arguments go on "
                 "with it; for others, name another directory, or delete this one"
@@ -94,13 +156,11 @@ def keep_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, A
             f"{path.parent} holds results but no {path.name} that says how they were made: name another directory, or "
             "delete this one"
         )
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
     return now
 
 
-def _changes(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def note_changes(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two notes, in words; of mappings in them only the keys that differ."""
     changes = []
     for name in {**found, **now}:
         was, becomes = found.get(name, "not noted"), now.get(name, "not noted")
@@ -159,14 +219,15 @@ def new_directory(target: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     moved: list[Path] = []
     try:
-        yield temporary
-        if filled:
-            for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
-                moved.append(target / path.name)
-                path.rename(moved[-1])
-            temporary.rmdir()
-        else:
-            temporary.rename(target)
+        with naming(target):
+            yield temporary
+            if filled:
+                for path in sorted(temporary.iterdir(), key=lambda path: path.name == "config.json"):
+                    moved.append(target / path.name)
+                    path.rename(moved[-1])
+                temporary.rmdir()
+            else:
+                temporary.rename(target)
     except BaseException:
         for path in (*moved, temporary):
             if path.is_dir():

@@ -1,5 +1,6 @@
 """Configuration of the LOOKAHEAD_KV adapter type."""
 
+import logging
 import math
 import re
 from collections.abc import Collection
@@ -11,7 +12,19 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from lkq_hf.adapter.registration import LOOKAHEAD_KV
+from lkq_hf.files import check_safetensors
 from lkq_hf.scoring.pooling import POOLINGS, check_pooling
+
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 1
+"""Of adapter_config.json: files that name it hold all of SCORING_FIELDS."""
+
+SCORING_FIELDS = (
+    "num_lookahead_tokens", "r", "lora_alpha", "target_modules", "last_layer_modules", "row_power",
+    "pooling_kernel_size", "pooling", "neighbor_weight",
+)  # fmt: skip
+"""Fields that decide how an adapter scores: a default in the place of one would silently change the scores."""
 
 MAX_LOOKAHEAD_TOKENS = 4096
 MAX_RANK = 4096
@@ -38,9 +51,11 @@ class LookaheadKVConfig(PeftConfig):
         neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
         base_model_shape: sizes of the model that the adapter was made for; filled in by the first model it is
             attached to, and checked by every later one.
+        init_weights: whether the LoRA starts without effect, as for training. False draws all its weights, for tests.
+        format_version: of the file that the config is written to.
 
     Raises:
-        ValueError: a value is out of range.
+        ValueError: a value is out of range, or a file lacks a field that decides how the adapter scores.
     """
 
     num_lookahead_tokens: int = field(default=32, metadata={"help": "Learned tokens appended after the prompt."})
@@ -59,10 +74,20 @@ class LookaheadKVConfig(PeftConfig):
     base_model_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Sizes of the base model; filled in when the adapter is attached."}
     )
+    init_weights: bool = field(default=True, metadata={"help": "Whether the LoRA starts without effect."})
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Of the file; do not change it."})
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        # A file names its type, a user who makes a config does not. However PEFT reads a file, it comes by here.
+        if "peft_type" in kwargs:
+            _check_fields(kwargs)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOOKAHEAD_KV
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights must be True or False, got {self.init_weights!r}")
         _check_whole("num_lookahead_tokens", self.num_lookahead_tokens, MAX_LOOKAHEAD_TOKENS)
         _check_whole("r", self.r, MAX_RANK)
         _check_whole("pooling_kernel_size", self.pooling_kernel_size, MAX_POOLING_KERNEL_SIZE)
@@ -91,7 +116,7 @@ class LookaheadKVConfig(PeftConfig):
         """The config in a directory or repository.
 
         Raises:
-            ValueError: the directory holds pickled weights, or a value is out of range.
+            ValueError: the directory holds pickled or damaged weights, or a value is out of range.
         """
         directory = Path(pretrained_model_name_or_path, subfolder or "")
         if (directory / WEIGHTS_NAME).is_file() and not (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
@@ -99,10 +124,53 @@ class LookaheadKVConfig(PeftConfig):
                 f"{directory} holds pickled weights ({WEIGHTS_NAME}), which are not read: a pickle can run code. Ask "
                 f"its author for {SAFETENSORS_WEIGHTS_NAME}."
             )
+        if (directory / SAFETENSORS_WEIGHTS_NAME).is_file():
+            check_safetensors(directory / SAFETENSORS_WEIGHTS_NAME)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json; PEFT does so after it has written the weights.
+
+        Raises:
+            ValueError: the directory holds pickled weights, as ``safe_serialization=False`` writes them.
+        """
+        pickled = Path(save_directory, WEIGHTS_NAME)
+        if pickled.is_file():
+            raise ValueError(
+                f"{pickled} is a pickle, which LOOKAHEAD_KV adapters are not loaded from: a pickle can run code. "
+                "Delete it, and save without safe_serialization=False"
+            )
+        super().save_pretrained(save_directory, **kwargs)
 
 
 # A config comes from strangers: nothing in it may make us allocate without bound, or fail only when it is used.
+
+
+def _check_fields(values: dict[str, Any]) -> None:
+    """Checks that a file's values decide how the adapter scores; files of earlier versions may leave some out.
+
+    Raises:
+        ValueError: they do not, or a later version wrote them.
+    """
+    version = values.get("format_version")
+    if version is not None and version != FORMAT_VERSION:
+        raise ValueError(
+            f"adapter_config.json has format_version {version!r}, and this lkq-hf reads {FORMAT_VERSION}: install the "
+            "version that wrote it"
+        )
+    missing = [name for name in SCORING_FIELDS if name not in values]
+    if not missing:
+        return
+    if version is not None:
+        raise ValueError(
+            f"adapter_config.json has no {', '.join(missing)}, which decide how the adapter scores: it was cut or "
+            "edited; copy it again from where the adapter was saved"
+        )
+    logger.warning(
+        "adapter_config.json has no %s; defaults are used in their place, which scores differently if the adapter was "
+        "trained with other values. Save the adapter again to record them",
+        ", ".join(missing),
+    )
 
 
 def _check_whole(name: str, value: Any, maximum: int) -> None:

@@ -191,11 +191,17 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: LookaheadKVConfig) -> None:
-        """Adds an adapter's matrices ``A [r, in_features]`` and ``B [out_features, r]``; their product starts at 0."""
+        """Adds an adapter's matrices ``A [r, in_features]`` and ``B [out_features, r]``.
+
+        Their product starts at 0, unless ``config.init_weights`` is False.
+        """
         down = torch.empty(config.r, self.in_features)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
+        up = torch.zeros(self.out_features, config.r)
+        if not config.init_weights:
+            nn.init.kaiming_uniform_(up, a=math.sqrt(5))
         self.lookahead_kv_A[adapter_name] = _parameter(down, config)
-        self.lookahead_kv_B[adapter_name] = _parameter(torch.zeros(self.out_features, config.r), config)
+        self.lookahead_kv_B[adapter_name] = _parameter(up, config)
         self.scaling[adapter_name] = config.lora_alpha / config.r
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf.attention import thread_state
+from lkq_hf.cache.batching import refuse_cache
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
@@ -86,6 +87,8 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         setattr(base, MASKS_ATTRIBUTE, partial(_create_masks_for_generate, decoder, create_masks))
         undo.append(partial(base.__dict__.pop, MASKS_ATTRIBUTE, None))
         undo.append(guard_method(base, "generate", _generate))
+    if hasattr(base, "generate_batch"):
+        undo.append(guard_method(base, "generate_batch", refuse_cache))
     if decoder not in (base, base.base_model):
         undo.append(guard_method(base, "forward", _remember_inputs))
     return EvictionHandle(undo)

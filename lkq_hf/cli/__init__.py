@@ -10,6 +10,7 @@ from lkq_hf.cli.evaluate import app as evaluate
 from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
 from lkq_hf.cli.inspect import inspect
+from lkq_hf.cli.messages import in_words_of_options
 from lkq_hf.cli.push import push
 from lkq_hf.cli.quantize import quantize
 from lkq_hf.cli.train import train
@@ -77,7 +78,7 @@ def main() -> None:
     except Exception as error:
         if _debug:
             raise
-        text = " ".join(str(error).split())
+        text = in_words_of_options(" ".join(str(error).split()), typer.main.get_command(app), sys.argv[1:])
         if not isinstance(error, _EXPLAINED):
             text = f"{type(error).__name__}: {text} (lkq-hf --debug shows where)"
         _exit(1, f"lkq-hf: {text or type(error).__name__}")

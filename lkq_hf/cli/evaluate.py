@@ -6,7 +6,19 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, find_device, load_model, model_note
+from lkq_hf.cli.checks import (
+    SCORERS,
+    TASKS,
+    budgets_of,
+    check_adapter_directory,
+    check_choice,
+    check_dtype,
+    check_model_directory,
+    check_writable,
+    names_of,
+    whole_numbers,
+)
+from lkq_hf.cli.options import Device, Model, check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
@@ -17,7 +29,9 @@ app = typer.Typer(
 
 Text = Annotated[
     list[Path],
-    typer.Option(help="Texts: plain files, or jsonl(.gz) with a 'text' each; repeatable.", exists=True),
+    typer.Option(
+        help="Texts: plain files, or jsonl(.gz) with a 'text' each; repeatable.", exists=True, dir_okay=False
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="Directory for the results; a stopped run in it goes on.", file_okay=False)]
 Precision = Annotated[
@@ -32,24 +46,22 @@ def eviction(
     text: Text,
     out: Out,
     adapter: Annotated[str | None, typer.Option(help="Lookahead adapter: a directory or an id on the Hub.")] = None,
-    budgets: Annotated[str, typer.Option(help="Entries to keep per KV head, as in 64,128,256.")] = "64,128,256",
+    budgets: Annotated[
+        str, typer.Option(help="Entries to keep per KV head, as in 64,128,256, or fractions of the prompt, as in 0.1.")
+    ] = "64,128,256",
     scorers: Annotated[
         str | None,
-        typer.Option(
-            help="Of lookahead, snapkv, streaming, random, oracle. Default: all but random, and lookahead if there is "
-            "an adapter."
-        ),
+        typer.Option(help=f"Of {', '.join(SCORERS)}. Default: all but random, and lookahead if there is an adapter."),
     ] = None,
     tasks: Annotated[
         str,
-        typer.Option(
-            help="Of needle, needle_multi_key, needle_multi_value, variable_tracking, frequent_words, "
-            "paragraph_question, explain, summarise, continue, question_answering."
-        ),
+        typer.Option(help=f"Of {', '.join(TASKS)}."),
     ] = "needle,needle_multi_key,needle_multi_value,variable_tracking,frequent_words,summarise",
     questions: Annotated[
         Path | None,
-        typer.Option(help="For question_answering: jsonl with 'question', 'context' and 'answers'.", exists=True),
+        typer.Option(
+            help="For question_answering: jsonl with 'question', 'context' and 'answers'.", exists=True, dir_okay=False
+        ),
     ] = None,
     length: Annotated[str, typer.Option(help="Tokens of the prompts, as in 1024,2048.")] = "2048",
     examples: Annotated[int, typer.Option(help="Prompts of each task and length.", min=1)] = 20,
@@ -66,7 +78,25 @@ def eviction(
     made, and answers. Writes results.json, results.md and three plots. Under `accelerate launch`, the prompts are
     divided among the processes.
     """
-    from lkq_hf.evaluation.eviction import check_budgets, check_scorers, evaluate_eviction, load_evaluator
+    default = "lookahead,snapkv,streaming,oracle" if adapter else "snapkv,streaming,oracle"
+    chosen = names_of("--scorers", default if scorers is None else scorers)
+    for name in chosen:
+        check_choice("--scorers", name, SCORERS)
+    if "lookahead" in chosen and adapter is None:
+        raise ValueError("the lookahead scorer needs an adapter: pass --adapter, or leave lookahead out of --scorers")
+    kinds = names_of("--tasks", tasks)
+    for name in kinds:
+        check_choice("--tasks", name, TASKS)
+    if ("question_answering" in kinds) != (questions is not None):
+        raise ValueError("--questions FILE and the task question_answering go together: pass both or neither")
+    wanted, lengths = budgets_of("--budgets", budgets), whole_numbers("--length", length)
+    check_dtype(dtype, "auto")
+    check_model_directory(model)
+    if adapter is not None:
+        check_adapter_directory(adapter)
+    check_writable(out)
+
+    from lkq_hf.evaluation.eviction import check_budgets, check_lengths, evaluate_eviction, load_evaluator
     from lkq_hf.evaluation.journal import Journal
     from lkq_hf.evaluation.plots import require_matplotlib, save_plots
     from lkq_hf.evaluation.tables import eviction_table
@@ -75,15 +105,25 @@ def eviction(
 
     if plots:
         require_matplotlib()
-    default = "lookahead,snapkv,streaming,oracle" if adapter else "snapkv,streaming,oracle"
-    chosen = check_scorers(_names(default if scorers is None else scorers))
-    kept = check_budgets(_numbers("--budgets", budgets))
-    lengths = _numbers("--length", length)
-    kinds = _names(tasks)
-    if (QuestionAnswering.kind in kinds) != (questions is not None):
-        raise ValueError(f"--questions FILE and the task {QuestionAnswering.kind} go together: pass both or neither")
+    if adapter is not None:
+        check_adapter(adapter)
+    kept = check_budgets(wanted)
     documents = read_documents(text)
     causal_lm, tokenizer, dtype = _load(model, dtype, device)
+    corpus = Corpus(documents, tokenizer)
+    built = [
+        QuestionAnswering.from_jsonl(corpus, questions, seed)
+        if questions and kind == QuestionAnswering.kind
+        else build_task(kind, corpus, seed)
+        for kind in kinds
+    ]
+    check_lengths(kept, lengths, built, causal_lm)
+    if examples * max(lengths) > corpus.tokens:
+        typer.echo(
+            f"{examples} prompts of {max(lengths):,} tokens are drawn from {corpus.tokens:,} tokens of text: they "
+            "overlap, and count for fewer",
+            err=True,
+        )
     journal = Journal(
         out,
         {
@@ -99,13 +139,6 @@ def eviction(
             **model_note(model, causal_lm, dtype, *text, questions, adapter),
         },
     )
-    corpus = Corpus(documents, tokenizer)
-    built = [
-        QuestionAnswering.from_jsonl(corpus, questions, seed)
-        if questions and kind == QuestionAnswering.kind
-        else build_task(kind, corpus, seed)
-        for kind in kinds
-    ]
     evaluator = load_evaluator(causal_lm, tokenizer, adapter, chosen, kept)
     results = evaluate_eviction(evaluator, built, lengths, examples, journal, batch_size)
     table = eviction_table(results["rows"])
@@ -131,12 +164,18 @@ def perplexity(
     They are cut into windows that do not overlap. Under `accelerate launch`, the windows are divided among the
     processes.
     """
+    check_dtype(dtype, "auto")
+    check_model_directory(model)
+    check_writable(out)
+
     from lkq_hf.evaluation.journal import Journal
     from lkq_hf.evaluation.perplexity import check_window, evaluate_perplexity, text_windows
     from lkq_hf.evaluation.tables import table
-    from lkq_hf.text.documents import read_documents
+    from lkq_hf.text.documents import count_copies, read_documents
 
     documents = read_documents(text)
+    if copies := count_copies(documents):
+        typer.echo(f"{copies} of {len(documents)} texts are copies of others, and are measured again", err=True)
     causal_lm, tokenizer, dtype = _load(model, dtype, device)
     check_window(causal_lm, window)
     windows = text_windows(documents, tokenizer, window, max_windows)
@@ -169,23 +208,12 @@ def _write(out: Path, results: dict[str, Any], table: str) -> bool:
     """Writes and prints the results, in one process only; returns whether this is the one."""
     from accelerate import PartialState
 
-    from lkq_hf.files import write_json
+    from lkq_hf.files import write_json, write_text
 
     if not PartialState().is_main_process:
         return False
     write_json(out / "results.json", results)
-    (out / "results.md").write_text(table + "\n", encoding="utf-8")
+    write_text(out / "results.md", table + "\n")
     report(table, {name: value for name, value in results.items() if name != "records"})
     typer.echo(f"Wrote {out / 'results.json'}", err=True)
     return True
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in _names(text)]
-    except ValueError as error:
-        raise ValueError(f"{option} expects whole numbers parted by commas, as in 64,128; got {text!r}") from error

@@ -6,7 +6,9 @@ from typing import Annotated
 
 import typer
 
+from lkq_hf.cli.checks import check_writable
 from lkq_hf.cli.output import AsJson, report
+from lkq_hf.files import check_free
 
 
 class ExportFormat(StrEnum):
@@ -26,6 +28,11 @@ def export(
 
     The formats are plain GPTQ, and pack-quantized of compressed-tensors. Nothing is rounded again.
     """
+    check_free(out)
+    check_writable(out)
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"{source} holds no config.json; expected the directory of a quantised checkpoint")
+
     from lkq_hf.quantization.export import export_checkpoint
 
     export_checkpoint(source, out, format.value)

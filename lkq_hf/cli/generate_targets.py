@@ -9,19 +9,29 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, check_dtype, check_model, find_device, load_model, model_note
+from lkq_hf.cli.checks import check_dtype, check_model_directory, check_writable
+from lkq_hf.cli.options import Device, Dtype, Model, check_model, find_device, load_model, model_config, model_note
 from lkq_hf.cli.output import AsJson, report
+
+LONGEST_PROMPT = 8192
+PROMPTS_NOTE = "prompts.json"
+"""Name of the file that says how the prompts beside it were made."""
 
 
 def generate_targets(
     model: Model,
     out: Annotated[Path, typer.Option(help="Directory for the training and validation sets.")],
     documents: Annotated[
-        list[Path] | None, typer.Option(help="Documents: jsonl or jsonl.gz with a 'text' each, or plain text files.")
+        list[Path] | None,
+        typer.Option(help="Documents: jsonl or jsonl.gz with a 'text' each, or plain text files.", dir_okay=False),
     ] = None,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Your own prompts instead: jsonl with 'messages' (a chat) or 'text' each."),
+        typer.Option(
+            help="Your own prompts instead: jsonl with 'messages' (a chat) or 'text' each.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     count: Annotated[int, typer.Option(help="Training prompts to make.", min=1)] = 8000,
     validation_count: Annotated[
@@ -29,7 +39,9 @@ def generate_targets(
     ] = 256,
     validation_fraction: Annotated[float, typer.Option(help="Share of documents (or prompts) held out.")] = 0.05,
     min_length: Annotated[int, typer.Option(help="Shortest prompt, in tokens.")] = 512,
-    max_length: Annotated[int, typer.Option(help="Longest prompt, in tokens.")] = 8192,
+    max_length: Annotated[
+        int | None, typer.Option(help="Longest prompt, in tokens. By default 8192, or the model's positions if fewer.")
+    ] = None,
     length_step: Annotated[int, typer.Option(help="Prompt lengths are multiples of this.", min=1)] = 256,
     mix: Annotated[
         str, typer.Option(help="Further fields of lkq_hf.training.PromptMix, as JSON: '{\"length_skew\": 0}'.")
@@ -57,21 +69,40 @@ def generate_targets(
     A run that was stopped goes on where it was when it is started again. Under `accelerate launch`, the responses are
     divided among the processes.
     """
-    from transformers import AutoTokenizer
-
-    from lkq_hf.training.targets import generate_targets as respond
-
     if (documents is None) == (prompts is None):
         raise ValueError("pass either --documents, to make prompts from, or --prompts")
     if prompts_only and documents is None:
         raise ValueError("--prompts-only builds prompts from --documents")
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"--validation-fraction must lie between 0 and 1, got {validation_fraction}")
+    missing = [path for path in documents or [] if not path.exists()]
+    if missing and not (out / PROMPTS_NOTE).exists():  # of prompts that are built already nobody needs them
+        raise FileNotFoundError(f"there is no file {missing[0]}; expected documents")
     check_dtype(dtype)
+    check_model_directory(model)
+    check_writable(out)
+
+    from transformers import AutoTokenizer
+
+    from lkq_hf.evaluation.positions import check_positions
+    from lkq_hf.training.prompts import PromptMix
+    from lkq_hf.training.targets import generate_targets as respond
+
+    if not prompts_only:
+        state, place = find_device(device)
     check_model(model)
     tokenizer = AutoTokenizer.from_pretrained(model)
+    config = model_config(model)
     if prompts is not None:
         sets = _own_prompts(prompts, tokenizer, validation_fraction, seed)
+        longest = max(len(row["input_ids"]) for rows in sets.values() for row in rows)
+        check_positions(config, longest)
     else:
-        fields = {"min_length": min_length, "max_length": max_length, "length_step": length_step, **_fields(mix)}
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        longest = max_length if max_length is not None else min(LONGEST_PROMPT, positions or LONGEST_PROMPT)
+        fields = {"min_length": min_length, "max_length": longest, "length_step": length_step, **_fields(mix)}
+        PromptMix(**fields)
+        check_positions(config, fields["max_length"])
         recipe = {
             "documents": [path.name for path in documents or []],
             "count": count,
@@ -92,7 +123,6 @@ def generate_targets(
         sizes = {name: {"directory": out / name, "prompts": len(rows)} for name, rows in sets.items()}
         report("\n".join(f"{name}: {len(rows)} prompts in {out / name}" for name, rows in sets.items()), sizes)
         return
-    state, place = find_device(device)
     causal_lm, _ = load_model(model, dtype, place)
     note = model_note(model, causal_lm, dtype)
     written = {}
@@ -122,12 +152,15 @@ def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[s
     """
     from datasets import Dataset
 
-    from lkq_hf.files import keep_note, write_atomically
+    from lkq_hf.files import check_note, keep_note, write_atomically
 
     paths = {name: out / name / "prompts.parquet" for name in ("validation", "train")}
-    keep_note(out / "prompts.json", recipe, begun=any(path.exists() for path in paths.values()))
+    begun = any(path.exists() for path in paths.values())
+    check_note(out / PROMPTS_NOTE, recipe, begun)
     if not all(path.exists() for path in paths.values()):
-        for name, rows in build().items():
+        built = build()
+        keep_note(out / PROMPTS_NOTE, recipe, begun)
+        for name, rows in built.items():
             paths[name].parent.mkdir(parents=True, exist_ok=True)
             write_atomically(paths[name], Dataset.from_list(rows).to_parquet)
     return {name: Dataset.from_parquet(str(path)) for name, path in paths.items()}
@@ -184,5 +217,5 @@ def _own_prompts(path: Path, tokenizer: Any, validation_fraction: float, seed: i
 
     rows = [{"input_ids": ids} for ids in read_prompts(path, tokenizer)]
     random.Random(seed).shuffle(rows)
-    held_out = max(1, round(validation_fraction * len(rows)))
+    held_out = min(max(1, round(validation_fraction * len(rows))), len(rows) - 1)
     return {"validation": rows[:held_out], "train": rows[held_out:]}

@@ -5,7 +5,14 @@ from typing import Annotated
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, find_device, load_model
+from lkq_hf.cli.checks import (
+    budgets_of,
+    check_adapter_directory,
+    check_dtype,
+    check_model_directory,
+    check_writable,
+)
+from lkq_hf.cli.options import Device, Model, check_adapter, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -17,7 +24,9 @@ def inspect(
         str | None,
         typer.Option(help="Lookahead adapter: a directory or an id on the Hub. Without one, SnapKV is shown."),
     ] = None,
-    budget: Annotated[int, typer.Option(help="Entries to keep per KV head.", min=1)] = 128,
+    budget: Annotated[
+        str, typer.Option(help="Entries to keep per KV head, or a fraction of the prompt, as in 0.1.")
+    ] = "128",
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Compare with what the full cache's own answer attends to, and answer.")
     ] = False,
@@ -31,6 +40,16 @@ def inspect(
 
     It shades the prompt's text, maps layers and heads, and needs no network.
     """
+    entries, *more = budgets_of("--budget", budget)
+    if more:
+        raise ValueError(f"--budget expects one budget, as in 64 or 0.1; got {budget!r}")
+    check_dtype(dtype)
+    check_model_directory(model)
+    if adapter is not None:
+        check_adapter_directory(adapter)
+    check_writable(out)
+
+    from lkq_hf.files import naming
     from lkq_hf.hub import load_adapter
     from lkq_hf.inspection import inspect_eviction, render_report
     from lkq_hf.text.chat import render_chat
@@ -39,7 +58,8 @@ def inspect(
     message = read_text(prompt)
     if not message.strip():
         raise ValueError(f"{prompt} is empty; expected the text of a prompt")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if adapter is not None:
+        check_adapter(adapter)
     _, place = find_device(device)
     causal_lm, tokenizer = load_model(model, dtype, place)
     if adapter is not None:
@@ -48,14 +68,16 @@ def inspect(
         causal_lm,
         tokenizer,
         message if raw else render_chat([{"role": "user", "content": message}], "", tokenizer),
-        budget,
+        entries,
         scorers=["lookahead", "snapkv"] if adapter else ["snapkv", "streaming"],
         oracle=oracle,
         max_new_tokens=max_new_tokens,
         adapter=adapter and Path(adapter).name,
         add_special_tokens=raw or not tokenizer.chat_template,
     )
-    out.write_text(render_report(inspection), encoding="utf-8")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with naming(out):
+        out.write_text(render_report(inspection), encoding="utf-8")
     mebibytes = [f"{size / 2**20:.2f} MiB" for size in (inspection.kept_bytes, inspection.full_bytes)]
     report(
         f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head, {' of '.join(mebibytes)}",

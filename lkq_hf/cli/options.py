@@ -1,11 +1,13 @@
 """Options that several subcommands share."""
 
-import re
 from datetime import timedelta
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from lkq_hf.cli.checks import check_adapter_directory, check_dtype, check_model_directory
+from lkq_hf.files import check_safetensors
 
 Model = Annotated[str, typer.Argument(help="Model: a directory or an id on the Hub.", metavar="MODEL")]
 Dtype = Annotated[str, typer.Option(help="Data type of the model's weights: float32, bfloat16 or float16.")]
@@ -32,13 +34,6 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return causal_lm.to(device).eval(), AutoTokenizer.from_pretrained(model)
 
 
-def check_dtype(dtype: str, *more: str) -> None:
-    """Raises ValueError for a data type that is neither one of the usual ones nor one of ``more``."""
-    known = ("float32", "bfloat16", "float16", *more)
-    if dtype not in known:
-        raise ValueError(f"unknown dtype {dtype!r}; choose one of {', '.join(known)}")
-
-
 def check_model(model: str, quantised: bool = True) -> None:
     """Checks what can be known of a model before its weights are read.
 
@@ -47,34 +42,20 @@ def check_model(model: str, quantised: bool = True) -> None:
         quantised: whether it may be quantised already, or have an adapter beside it.
 
     Raises:
-        FileNotFoundError: no such directory, or one without a model.
+        FileNotFoundError: no such directory or repository, or one without a model.
+        ConnectionError: the Hub cannot be reached.
         ValueError: a weight file in it is damaged, or it is quantised or has an adapter and should not.
         TypeError: a model of another kind.
     """
-    from safetensors import SafetensorError, safe_open
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    check_model_directory(model, quantised)
     directory = Path(model).expanduser()
-    if not directory.is_dir() and (re.match(r"[./~]", model) or model.count("/") > 1):
-        raise FileNotFoundError(f"there is no directory {model}; expected one with a model, or an id on the Hub")
-    if directory.is_dir():
-        names = {path.name for path in directory.iterdir()}
-        for path in directory.glob("*.safetensors"):
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged or truncated ({error}); write or copy it again") from error
-        if not quantised and "adapter_config.json" in names:
-            raise ValueError(
-                f"{model} holds an adapter (adapter_config.json); expected a directory with a model alone. Name the "
-                "base model of the adapter; a LoRA that should become a part of its weights has to be merged before"
-            )
-        if "adapter_config.json" in names and "config.json" not in names:
-            return  # transformers loads the model that the adapter names
-        if "config.json" not in names:
-            found = ", ".join(sorted(names)[:5]) or "nothing"
-            raise FileNotFoundError(f"{model} holds no model: expected a config.json and weights, found {found}")
+    if not directory.is_dir():
+        _check_repository(model)
+    for path in directory.glob("*.safetensors"):
+        check_safetensors(path)
+    if (directory / "config.json").is_file():
         config = AutoConfig.from_pretrained(model)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or getattr(config, "is_encoder_decoder", False):
             raise TypeError(
@@ -83,6 +64,55 @@ def check_model(model: str, quantised: bool = True) -> None:
             )
         if not quantised and getattr(config, "quantization_config", None) is not None:
             raise ValueError(f"{model} is quantised already; expected a model in full precision")
+
+
+def check_adapter(adapter: str) -> None:
+    """Checks that a directory or repository holds a lookahead adapter, before a model is loaded.
+
+    Raises:
+        FileNotFoundError: no such directory or repository.
+        ConnectionError: the Hub cannot be reached.
+        ValueError: it holds something else, or the file of weights is damaged.
+    """
+    from lkq_hf.hub import adapter_config
+
+    check_adapter_directory(adapter)
+    directory = Path(adapter).expanduser()
+    if not directory.is_dir():
+        _check_repository(adapter)
+    adapter_config(adapter)
+    for path in directory.glob("adapter_model.safetensors"):
+        check_safetensors(path)
+
+
+def _check_repository(repo_id: str) -> None:
+    """Asks the Hub once whether it has a repository that its cache does not hold.
+
+    Where the Hub cannot be reached, downloads try again for half a minute; a mistyped directory should not.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    from lkq_hf.hub.errors import explained
+
+    if any(isinstance(try_to_load_from_cache(repo_id, name), str) for name in ("config.json", "adapter_config.json")):
+        return
+    try:
+        with explained(repo_id):
+            HfApi().model_info(repo_id)
+    except (FileNotFoundError, ConnectionError, ValueError) as error:
+        raise type(error)(f"there is no directory {repo_id}, and {error}") from error
+
+
+def model_config(model: str) -> Any:
+    """The configuration of a model, or of the base model of an adapter, without its weights."""
+    from transformers import AutoConfig
+
+    directory = Path(model).expanduser()
+    if directory.is_dir() and not (directory / "config.json").is_file():
+        from peft import PeftConfig
+
+        return AutoConfig.from_pretrained(PeftConfig.from_pretrained(model).base_model_name_or_path)
+    return AutoConfig.from_pretrained(model)
 
 
 def model_note(model: str, causal_lm: Any, dtype: str, *files: str | Path | None) -> dict[str, Any]:

@@ -10,7 +10,13 @@ from lkq_hf.cli.output import AsJson, report
 
 def push(
     directory: Annotated[
-        Path, typer.Argument(help="Directory of an adapter, a quantised checkpoint, or both.", metavar="DIR")
+        Path,
+        typer.Argument(
+            help="Directory of an adapter, a quantised checkpoint, or both.",
+            metavar="DIR",
+            exists=True,
+            file_okay=False,
+        ),
     ],
     repo_id: Annotated[
         str, typer.Argument(help="Repository, such as name/model; made if there is none.", metavar="REPO_ID")

@@ -5,8 +5,18 @@ from typing import Annotated
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, check_dtype, check_model, find_device
+from lkq_hf.cli.checks import (
+    BITS,
+    PRESETS,
+    check_choice,
+    check_dataset,
+    check_dtype,
+    check_model_directory,
+    check_writable,
+)
+from lkq_hf.cli.options import Device, Model, check_model, find_device
 from lkq_hf.cli.output import AsJson, report
+from lkq_hf.files import check_free
 
 
 def quantize(
@@ -14,7 +24,12 @@ def quantize(
     dataset: Annotated[str, typer.Option(help="Calibration data: a text or .jsonl file, or a dataset id on the Hub.")],
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint; must not exist or be empty.")],
     bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Input features that share a scale; -1 for a whole row.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Input features that share a scale, -1 for a row. By default the largest of 128, 64, 32 that fits."
+        ),
+    ] = None,
     sym: Annotated[bool, typer.Option("--sym/--no-sym", help="Symmetric zero points.")] = True,
     preset: Annotated[str, typer.Option(help="default (the strongest measured) or paper (as published).")] = "default",
     num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
@@ -40,13 +55,20 @@ def quantize(
     A run that was stopped goes on after its last finished block when it is started again. Under `accelerate launch`,
     the calibration samples and the rows of every layer are divided among the processes.
     """
+    check_dtype(dtype, "auto")
+    check_choice("--bits", bits, BITS)
+    check_choice("--preset", preset, PRESETS)
+    check_dataset(dataset)
+    check_free(out)
+    check_writable(out)
+    check_model_directory(model, quantised=False)
+
     from lkq_hf.quantization import TwoStageQuantizer
 
     state, place = find_device(device)
-    check_dtype(dtype, "auto")
     check_model(model, quantised=False)
     quantizer = TwoStageQuantizer.from_pretrained(model, dtype=dtype)
-    quantizer.quantize(
+    quantized = quantizer.quantize(
         out,
         block_by_block=block_by_block,
         bits=bits,
@@ -65,7 +87,16 @@ def quantize(
     )
     walk = quantizer.report
     if state.is_main_process:
+        used = quantized.config.quantization_config.group_size
+        peak = f"peak memory {walk.peak_memory / 2**30:.2f} GiB"
         report(
-            f"{out}: {walk.seconds:.0f} s on {walk.device}, peak memory {walk.peak_memory / 2**30:.2f} GiB",
-            {"checkpoint": out, "seconds": walk.seconds, "device": walk.device, "peak_memory_bytes": walk.peak_memory},
+            f"{out}: {bits} bits, group size {used}; {walk.seconds:.0f} s on {walk.device}, {peak}",
+            {
+                "checkpoint": out,
+                "bits": bits,
+                "group_size": used,
+                "seconds": walk.seconds,
+                "device": walk.device,
+                "peak_memory_bytes": walk.peak_memory,
+            },
         )

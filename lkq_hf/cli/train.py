@@ -5,19 +5,32 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model, model_note
+from lkq_hf.cli.checks import (
+    check_adapter_directory,
+    check_choice,
+    check_dtype,
+    check_model_directory,
+    check_targets,
+    check_writable,
+)
+from lkq_hf.cli.options import Device, Dtype, Model, check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 
 def train(
     model: Model,
     targets: Annotated[
-        list[Path], typer.Option(help="Directory that generate-targets wrote; with several, the first one validates.")
+        list[Path],
+        typer.Option(
+            help="Directory that generate-targets wrote; with several, the first one validates.",
+            exists=True,
+            file_okay=False,
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Directory for the adapter; checkpoints go to its 'checkpoints' folder.")],
     adapter: Annotated[
         Path | None,
-        typer.Option(help="Go on from this trained adapter, whose shape is kept."),
+        typer.Option(help="Go on from this trained adapter, whose shape is kept.", exists=True, file_okay=False),
     ] = None,
     base_model_name: Annotated[
         str | None, typer.Option(help="Name of the base model that the adapter records, if not MODEL.")
@@ -59,24 +72,29 @@ def train(
 
     Under `accelerate launch`, the prompts of each step are divided among the processes.
     """
+    check_dtype(dtype)
+    check_choice("--pooling", pooling, ("max", "avg", "sum"))
+    check_choice("--importance-heads", importance_heads, ("query", "kv"))
+    check_model_directory(model)
+    check_targets(targets)
+    if adapter is not None:
+        check_adapter_directory(str(adapter))
+    check_writable(out)
+
     from accelerate.utils import parse_flag_from_env
     from peft import PeftModel, get_peft_model
-    from transformers import set_seed
+    from transformers import TrainerCallback, set_seed
 
     from lkq_hf.adapter import LookaheadKVConfig
-    from lkq_hf.files import keep_note
-    from lkq_hf.hub import adapter_config, write_training_record
+    from lkq_hf.files import check_note, keep_note, naming
+    from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
     from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
 
     if adapter is not None:
-        adapter_config(adapter)
+        check_adapter(str(adapter))
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
-    set_seed(seed)
-    fsdp, deepspeed = (parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
-    # What shards a model takes it from main memory, piece by piece.
-    causal_lm, _ = load_model(model, dtype, "cpu" if fsdp or deepspeed else place)
     shape: dict[str, Any] = {
         "num_lookahead_tokens": num_lookahead_tokens,
         "r": rank,
@@ -87,6 +105,15 @@ def train(
         "neighbor_weight": neighbor_weight,
         "target_modules": None if lora else [],
     }
+    config = LookaheadKVConfig(**shape)
+    train_dataset = _informative(
+        [load_targets(directory / "train") for directory in targets], max_repetition, cut_loops
+    )
+    eval_dataset = _informative([load_targets(targets[0] / "validation")], 1.0, cut_loops)
+    set_seed(seed)
+    fsdp, deepspeed = (parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    # What shards a model takes it from main memory, piece by piece.
+    causal_lm, _ = load_model(model, dtype, "cpu" if fsdp or deepspeed else place)
     options = {
         "learning_rate": learning_rate,
         "batch_size": batch_size,
@@ -105,7 +132,21 @@ def train(
     if adapter is not None:
         peft_model = PeftModel.from_pretrained(causal_lm, str(adapter), is_trainable=True)
     else:
-        peft_model = get_peft_model(causal_lm, LookaheadKVConfig(**shape))
+        peft_model = get_peft_model(causal_lm, config)
+    last = last_complete_checkpoint(checkpoints)
+    shards = [shard for directory in targets for shard in sorted(directory.glob("*/shard-*.parquet"))]
+    note = {
+        "command": "train",
+        "targets": list(map(str, targets)),
+        "base_model_name": base_model_name,
+        "epochs": epochs,
+        "max_steps": max_steps,
+        **shape,
+        **options,
+        "adapter": adapter and str(adapter),
+        **model_note(model, causal_lm, dtype, *shards, adapter),
+    }
+    check_note(checkpoints / "run.json", note, begun=last is not None)
     arguments = LookaheadTrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=learning_rate,
@@ -128,34 +169,24 @@ def train(
         # DeepSpeed wants one type for all weights that it trains with.
         bf16=deepspeed and dtype == "bfloat16",
     )
-    trainer = LookaheadTrainer(
-        peft_model,
-        arguments,
-        train_dataset=_informative(
-            [load_targets(directory / "train") for directory in targets], max_repetition, cut_loops
-        ),
-        eval_dataset=_informative([load_targets(targets[0] / "validation")], 1.0, cut_loops),
-    )
-    last = last_complete_checkpoint(checkpoints)
-    shards = [shard for directory in targets for shard in sorted(directory.glob("*/shard-*.parquet"))]
-    keep_note(
-        checkpoints / "run.json",
-        {
-            "command": "train",
-            "targets": list(map(str, targets)),
-            "base_model_name": base_model_name,
-            "epochs": epochs,
-            "max_steps": max_steps,
-            **shape,
-            **options,
-            "adapter": adapter and str(adapter),
-            **model_note(model, causal_lm, dtype, *shards, adapter),
-        },
-        begun=last is not None,
-    )
-    trainer.train(resume_from_checkpoint=last)
-    metrics = trainer.evaluate()
-    trainer.save_metrics("eval", metrics)
+
+    class NoteOfArguments(TrainerCallback):
+        """Left after the first step, before any checkpoint: what fails until then may be tried with others."""
+
+        def on_step_end(self, *states: Any, **rest: Any) -> None:
+            keep_note(checkpoints / "run.json", note, begun=last is not None)
+
+    with naming(checkpoints):
+        trainer = LookaheadTrainer(
+            peft_model,
+            arguments,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=[NoteOfArguments()],
+        )
+        trainer.train(resume_from_checkpoint=last)
+        metrics = trainer.evaluate()
+        trainer.save_metrics("eval", metrics)
     if state.is_main_process:
         save_adapter(peft_model, out)
         write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)

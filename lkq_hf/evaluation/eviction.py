@@ -1,6 +1,7 @@
 """What answers lose when the cache is evicted: each scorer at each budget against the full cache."""
 
 import copy
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,16 @@ from lkq_hf.evaluation.decoding import Answers, answer_greedily, pad_left, score
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.journal import Journal
 from lkq_hf.evaluation.metrics import load_metric
-from lkq_hf.evaluation.prefill import ScoredAnswers, add_oracle, cache_bytes, kept_entries, read_prompts, stack_caches
+from lkq_hf.evaluation.positions import check_positions
+from lkq_hf.evaluation.prefill import (
+    ScoredAnswers,
+    add_oracle,
+    cache_bytes,
+    entries_of,
+    kept_entries,
+    read_prompts,
+    stack_caches,
+)
 from lkq_hf.evaluation.tasks import Example, QuestionAnswering, Task
 from lkq_hf.hub import load_adapter
 from lkq_hf.scoring import SCORERS, Scorer, get_scorer
@@ -31,7 +41,7 @@ Row = dict[str, Any]
 """One line of the results: a task, a length, a scorer, a budget, and their metrics."""
 
 
-def cell_name(scorer: str, budget: int) -> str:
+def cell_name(scorer: str, budget: int | float) -> str:
     return f"{scorer}/{budget}"
 
 
@@ -43,7 +53,7 @@ class EvictionEvaluator:
             for eviction if it is not yet.
         tokenizer: its tokenizer.
         scorers: names of scorers, "oracle" (which attends to the full cache's own answer) among them.
-        budgets: entries to keep per KV head.
+        budgets: entries to keep per KV head (int), or fractions of a prompt's length (float between 0 and 1).
 
     Raises:
         ValueError: an unknown scorer, or no scorers or budgets.
@@ -54,7 +64,7 @@ class EvictionEvaluator:
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         scorers: Sequence[str] = ("lookahead", "snapkv", "streaming", ORACLE),
-        budgets: Sequence[int] = (64, 128, 256),
+        budgets: Sequence[int | float] = (64, 128, 256),
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -82,10 +92,12 @@ class EvictionEvaluator:
         pad = self.tokenizer.pad_token_id or 0
         ids, mask = pad_left([example["input_ids"] for example in examples], pad)
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
-        prefill = read_prompts(self.model, ids, mask, self._scorers, self.budgets)
+        entries = {budget: entries_of(budget, ids.shape[1]) for budget in self.budgets}
+        different = sorted(set(entries.values()))
+        prefill = read_prompts(self.model, ids, mask, self._scorers, different)
         full_bytes = cache_bytes(prefill.full)
         answers = answer_greedily(self.model, prefill.logits, mask, copy.deepcopy(prefill.full), max_new_tokens)
-        full = add_oracle(self.model, prefill, answers, self.budgets)
+        full = add_oracle(self.model, prefill, answers, different)
         records = [
             {"task": e["kind"], "length": len(e["input_ids"]), "document": e["document"], "reference": e["reference"]}
             for e in examples
@@ -96,8 +108,8 @@ class EvictionEvaluator:
         logits, masks = prefill.logits.repeat(count, 1), mask.repeat(count, 1)
         given = Answers(answers.ids.repeat(count, 1), answers.mask.repeat(count, 1))
         for budget in self.budgets:
-            oracle = full.oracle[budget]
-            caches = [oracle if name == ORACLE else prefill.caches[name, budget] for name in self.scorers]
+            oracle = full.oracle[entries[budget]]
+            caches = [oracle if name == ORACLE else prefill.caches[name, entries[budget]] for name in self.scorers]
             nll, chosen = score_answers(self.model, logits, masks, stack_caches(caches), given)
             own = answer_greedily(self.model, logits, masks, stack_caches(caches), max_new_tokens)
             for index, (name, cache) in enumerate(zip(self.scorers, caches, strict=True)):
@@ -155,15 +167,40 @@ def check_scorers(scorers: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(scorers))
 
 
-def check_budgets(budgets: Sequence[int]) -> list[int]:
-    """The budgets, each once, in rising order.
+def check_budgets(budgets: Sequence[int | float]) -> list[int | float]:
+    """The budgets, each once, in rising order, numbers of entries before fractions.
 
     Raises:
-        ValueError: none, or one below 1.
+        ValueError: none, or one that is neither a positive whole number nor a fraction between 0 and 1.
     """
-    if not budgets or min(budgets) < 1:
-        raise ValueError(f"expected at least one budget, each a positive number of entries, got {list(budgets)}")
-    return sorted(set(budgets))
+    if not budgets or not all(_is_budget(budget) for budget in budgets):
+        raise ValueError(
+            "expected at least one budget, each a positive number of entries or a fraction of the prompt between 0 "
+            f"and 1, got {list(budgets)}"
+        )
+    return sorted(set(budgets), key=lambda budget: (isinstance(budget, float), budget))
+
+
+def _is_budget(budget: int | float) -> bool:
+    return 0 < budget < 1 if isinstance(budget, float) else budget >= 1
+
+
+def check_lengths(
+    budgets: Sequence[int | float], lengths: Sequence[int], tasks: Sequence[Task], model: PreTrainedModel
+) -> None:
+    """Checks that every budget evicts something from every prompt, and that the model has room for all answers.
+
+    Raises:
+        ValueError: a budget is not below every length, or a prompt and its answer are longer than the model's
+            positions.
+    """
+    entries = max(entries_of(budget, min(lengths)) for budget in budgets)
+    if entries >= min(lengths):
+        raise ValueError(
+            f"a budget of {entries} entries evicts nothing from prompts of {min(lengths)} tokens: choose smaller "
+            "budgets or longer prompts"
+        )
+    check_positions(model.config, max(lengths), max(task.max_new_tokens for task in tasks))
 
 
 def evaluate_eviction(
@@ -191,15 +228,12 @@ def evaluate_eviction(
         ``{"arguments", "environment", "rows", "records"}``; see :func:`summarise` for the rows.
 
     Raises:
-        ValueError: a budget is not below every length, a count below 1, or a task that the documents do not allow.
+        ValueError: a budget is not below every length, a length is beyond the model's positions, a count below 1, or
+            a task that the documents do not allow.
     """
     if min(examples, batch_size) < 1 or not tasks or not lengths:
         raise ValueError("expected at least one task, one length, one example and a batch size of at least 1")
-    if max(evaluator.budgets) >= min(lengths):
-        raise ValueError(
-            f"a budget of {max(evaluator.budgets)} entries evicts nothing from prompts of {min(lengths)} tokens: "
-            "choose smaller budgets or longer prompts"
-        )
+    check_lengths(evaluator.budgets, lengths, tasks, evaluator.model)
     for task in tasks:
         for length in lengths:
             task.example(0, length)  # what the documents do not allow is told before hours of other tasks
@@ -232,7 +266,8 @@ def evaluate_eviction(
 def summarise(records: Iterable[Record]) -> list[Row]:
     """The metrics of each task, length, scorer and budget.
 
-    Every row holds ``task``, ``length``, ``scorer`` and ``budget`` (None for the full cache), ``examples``, and
+    Every row holds ``task``, ``length``, ``scorer``, ``budget`` as it was asked for, the ``entries`` that it is for
+    this length (both None for the full cache), ``examples``, and
 
     - ``answer_match``: share of the expected strings in the answers, where the task has any;
     - ``word_f1``, ``agreed_prefix``: generated answers against the full cache's;
@@ -247,8 +282,15 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     metrics = _Metrics()
     for (task, length), group in groups.items():
         for name in group[0]["caches"]:
-            scorer, _, budget = name.partition("/")
-            about = {"task": task, "length": length, "scorer": scorer, "budget": int(budget) if budget else None}
+            scorer, _, stated = name.partition("/")
+            budget = json.loads(stated) if stated else None
+            about = {
+                "task": task,
+                "length": length,
+                "scorer": scorer,
+                "budget": budget,
+                "entries": None if budget is None else entries_of(budget, length),
+            }
             rows.append(about | {"examples": len(group)} | metrics.compute(group, name))
     return rows
 
@@ -292,7 +334,7 @@ def load_evaluator(
     tokenizer: PreTrainedTokenizerBase,
     adapter: str | Path | None,
     scorers: Sequence[str],
-    budgets: Sequence[int],
+    budgets: Sequence[int | float],
 ) -> EvictionEvaluator:
     """An evaluator of a model with its adapter.
 

@@ -76,11 +76,12 @@ def plot_by_budget(rows: Sequence[Row], metric: str | None = None) -> "Figure":
             if own[0]["budget"] is None:
                 panel.axhline(own[0][shown], label=scorer, zorder=0, **FULL_STYLE)
                 continue
-            x, y = [row["budget"] for row in own], [row[shown] for row in own]
+            own = sorted(own, key=_entries)
+            x, y = [_entries(row) for row in own], [row[shown] for row in own]
             panel.plot(x, y, label=scorer, **_style(scorer))
         panel.set_title(f"{task.replace('_', ' ')}, {length:,} tokens", fontsize=9)
         panel.set_ylabel(TITLES[shown], fontsize=8)
-        budgets = sorted({row["budget"] for row in group if row["budget"]})
+        budgets = sorted({_entries(row) for row in group if row["budget"]})
         panel.set_xscale("log", base=2)
         panel.set_xticks(budgets, [str(budget) for budget in budgets])
         panel.minorticks_off()
@@ -188,6 +189,11 @@ def _style(scorer: str) -> dict[str, Any]:
         "markerfacecolor": color if first else "none",
         "zorder": 4 if first else 3,
     }
+
+
+def _entries(row: Row) -> int:
+    """Entries that a row's budget is; rows of earlier versions have budgets that are numbers of entries."""
+    return row.get("entries", row["budget"])
 
 
 def _groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:

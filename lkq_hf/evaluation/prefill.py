@@ -218,6 +218,11 @@ def add_oracle(
     return ScoredAnswers(answers, nll, chosen, attention, caches)
 
 
+def entries_of(budget: int | float, length: int) -> int:
+    """Entries that ``LookaheadCache(budget)`` keeps per KV head of a prompt of ``length`` tokens."""
+    return LookaheadCache(budget).entries_to_keep(length)
+
+
 def stack_caches(caches: Sequence[LookaheadCache]) -> LookaheadCache:
     """One cache that holds a copy of several along the batch, so that one forward serves them all.
 

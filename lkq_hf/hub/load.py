@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.injection import inject_trained_adapter
-from lkq_hf.files import read_json
+from lkq_hf.files import check_safetensors, read_json
 from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE
 from lkq_hf.hub.errors import explained
 
@@ -46,6 +46,7 @@ def load_adapter(
     weights_file = _find(source, ADAPTER_WEIGHTS, revision, subfolder, token)
     if weights_file is None:
         raise FileNotFoundError(f"{source} has no {ADAPTER_WEIGHTS}: the adapter is incomplete; save it again")
+    check_safetensors(weights_file)
     config = LookaheadKVConfig.from_pretrained(str(config_file.parent))
     inject_trained_adapter(model, config, load_file(weights_file), adapter_name)
 

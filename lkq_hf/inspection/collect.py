@@ -11,7 +11,8 @@ from transformers.cache_utils import Cache
 
 from lkq_hf.cache import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.evaluation.decoding import Answers, answer_greedily
-from lkq_hf.evaluation.prefill import Prefill, add_oracle, cache_bytes, kept_entries, read_prompts
+from lkq_hf.evaluation.positions import check_positions
+from lkq_hf.evaluation.prefill import Prefill, add_oracle, cache_bytes, entries_of, kept_entries, read_prompts
 from lkq_hf.scoring import get_scorer
 
 ORACLE = "oracle"
@@ -74,7 +75,7 @@ def inspect_eviction(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: str,
-    budget: int,
+    budget: int | float,
     scorers: Sequence[str] = ("lookahead", "snapkv"),
     oracle: bool = False,
     max_new_tokens: int = 64,
@@ -87,7 +88,7 @@ def inspect_eviction(
         model: a causal language model, with its lookahead adapter if the lookahead scorer is asked for.
         tokenizer: its (fast) tokenizer.
         prompt: the text as the model reads it, after the chat template.
-        budget: entries to keep per KV head.
+        budget: entries to keep per KV head (int), or a fraction of the prompt's length (float between 0 and 1).
         scorers: their names, the one of interest first.
         oracle: also answer the prompt with every cache, and record what the full cache's answer attends to.
         max_new_tokens: longest answer, in tokens.
@@ -101,24 +102,26 @@ def inspect_eviction(
     if not scorers:
         raise ValueError("no scorers were given: expected at least one name")
     ids, pieces = _tokenise(prompt, tokenizer, add_special_tokens)
-    if budget >= len(ids):
+    entries = entries_of(budget, len(ids))
+    if entries >= len(ids):
         raise ValueError(
-            f"a budget of {budget} entries evicts nothing from a prompt of {len(ids)} tokens: choose a smaller budget "
-            "or a longer prompt"
+            f"a budget of {entries} entries evicts nothing from a prompt of {len(ids)} tokens: choose a smaller "
+            "budget or a longer prompt"
         )
+    check_positions(model.config, len(ids), max_new_tokens if oracle else 0)
     prepare_model_for_eviction(model)
     input_ids = torch.tensor([ids], device=model.device)
     mask = torch.ones_like(input_ids)
-    prefill = read_prompts(model, input_ids, mask, {name: get_scorer(name) for name in scorers}, [budget])
+    prefill = read_prompts(model, input_ids, mask, {name: get_scorer(name) for name in scorers}, [entries])
     full_bytes = cache_bytes(prefill.full)
-    caches = {name: prefill.caches[name, budget] for name in scorers}
+    caches = {name: prefill.caches[name, entries] for name in scorers}
     kept_bytes = cache_bytes(caches[scorers[0]])
     kept = {name: _as_mask(cache) for name, cache in caches.items()}
     attention, answers = None, {}
     if oracle:
         own = _answer(model, prefill, copy.deepcopy(prefill.full), max_new_tokens)
-        scored = add_oracle(model, prefill, own, [budget])
-        caches[ORACLE] = scored.oracle[budget]
+        scored = add_oracle(model, prefill, own, [entries])
+        caches[ORACLE] = scored.oracle[entries]
         kept[ORACLE] = _as_mask(caches[ORACLE])
         attention = torch.stack([scored.attention[layer][0] for layer in sorted(scored.attention)]).cpu()
         found = {FULL: own} | {name: _answer(model, prefill, cache, max_new_tokens) for name, cache in caches.items()}
@@ -126,9 +129,9 @@ def inspect_eviction(
         answers = dict(zip(found, texts, strict=True))
     return Inspection(
         model=Path(model.config.name_or_path or type(model).__name__).name,
-        budget=budget,
+        budget=entries,
         pieces=pieces,
-        layers=sorted(kept_entries(prefill.caches[scorers[0], budget])),
+        layers=sorted(kept_entries(prefill.caches[scorers[0], entries])),
         kept=kept,
         full_bytes=full_bytes,
         kept_bytes=kept_bytes,

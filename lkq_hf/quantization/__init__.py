@@ -1,30 +1,28 @@
 """Two-stage group-wise quantisation: from a model to a checkpoint that `from_pretrained` loads.
 
-Importing this package registers the quantisation method with transformers.
+Public names are imported on first use. What a part of the package needs of a module here, it imports from that module.
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
-
-from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
-from lkq_hf.quantization.linear import QuantizedLinear
-from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
-from lkq_hf.quantization.weight import QuantizedWeight
-
-if TYPE_CHECKING:
-    from lkq_hf.quantization.optimum_quantizer import TwoStageQuantizer
+_PUBLIC = {
+    "QuantizedLinear": "lkq_hf.quantization.linear",
+    "QuantizedWeight": "lkq_hf.quantization.weight",
+    "TwoStageGPTQConfig": "lkq_hf.quantization.config",
+    "TwoStageQuantizer": "lkq_hf.quantization.optimum_quantizer",
+}
 
 __all__ = ["QuantizedLinear", "QuantizedWeight", "TwoStageGPTQConfig", "TwoStageQuantizer"]
 
-register_quantization_config(QUANT_METHOD)(TwoStageGPTQConfig)
-register_quantizer(QUANT_METHOD)(TwoStageGPTQHfQuantizer)
+if TYPE_CHECKING:
+    from lkq_hf.quantization.config import TwoStageGPTQConfig
+    from lkq_hf.quantization.linear import QuantizedLinear
+    from lkq_hf.quantization.optimum_quantizer import TwoStageQuantizer
+    from lkq_hf.quantization.weight import QuantizedWeight
 
 
 def __getattr__(name: str) -> Any:
-    # Loading a quantised model needs no Optimum.
-    if name == "TwoStageQuantizer":
-        from lkq_hf.quantization.optimum_quantizer import TwoStageQuantizer
-
-        return TwoStageQuantizer
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

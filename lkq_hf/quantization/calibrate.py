@@ -10,10 +10,14 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf import __version__
-from lkq_hf.quantization.blocks import check_names, layers_to_quantize
+from lkq_hf.quantization.blocks import check_names, layers_to_quantize, linear_weight
 from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.packing import MULTIPLE
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
+
+GROUP_SIZES = (128, 64, MULTIPLE)
+"""What is tried, in this order, where no group size is given."""
 
 
 def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
@@ -26,6 +30,15 @@ def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str
         config.modules_in_block_to_quantize,
         config.modules_to_not_convert or (),
     )
+
+
+def default_group_size(model: PreTrainedModel, config: TwoStageGPTQConfig) -> int:
+    """The largest of 128, 64 and 32 that divides the inputs of all layers that `config` selects; 32 divides any."""
+    rows = copy.copy(config)
+    rows.group_size = -1  # fits any layer
+    _, layers = find_layers(model, rows)
+    widths = {linear_weight(layer).shape[1] for layer in layers.values()}
+    return next(size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
 
 
 def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: Any = None) -> WalkReport:
@@ -53,6 +66,8 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         )
     _refuse_adapters(model)
     check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
+    if config.group_size is None:
+        config.group_size = default_group_size(model, config)
     list_name, layers = find_layers(model, config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.model_seqlen > longest:

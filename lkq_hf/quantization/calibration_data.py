@@ -159,7 +159,7 @@ def _is_file_name(source: str | Path) -> bool:
 
 def _read_file(path: Path, text_column: str) -> Iterator[str | list[int]]:
     opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as lines:
+    with opener(path, "rt", encoding="utf-8-sig") as lines:
         try:
             if {".jsonl", ".json"} & set(path.suffixes):
                 yield from _read_rows(path, lines, text_column)

@@ -11,9 +11,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lkq_hf.quantization.activations import OFFLOADS
 from lkq_hf.quantization.calibration_data import CalibrationSource
 from lkq_hf.quantization.packing import checkpoint_format as format_for
+from lkq_hf.quantization.registration import QUANT_METHOD
 from lkq_hf.quantization.solve import SolverSettings
 
-QUANT_METHOD = "two_stage_gptq"
 BITS = (2, 3, 4, 8)
 STAGES = ("stage1", "stage2", "descent")
 SCALE_SEARCHES = ("minmax", "mse")
@@ -61,8 +61,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         dataset: calibration data: a list of texts, a `datasets` dataset, a text or `.jsonl` file, or a Hub dataset id
             (see `calibration_tokens`). Needed to quantise, not to load.
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
-        group_size (`int`, defaults to 128): input features that share a scale, usually 32, 64 or 128; -1
-            for a whole row.
+        group_size (`int`, *optional*): input features that share a scale, usually 32, 64 or 128; -1 for a whole row.
+            By default the largest of 128, 64 and 32 that divides the inputs of all layers; the calibration sets it.
         damp_percent (`float`, *optional*): damping of the Hessian, as a part of its mean diagonal; every step
             minimises the damped objective, which keeps it from fitting what is particular to the calibration data.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
@@ -124,7 +124,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         bits: int = 4,
         dataset: CalibrationSource | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
-        group_size: int = 128,
+        group_size: int | None = None,
         damp_percent: float | None = None,
         sym: bool = True,
         preset: str = "default",
@@ -158,7 +158,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         self.bits = bits
         self.dataset = dataset
         self.tokenizer = tokenizer
-        self.group_size = group_size
+        self.group_size: Any = group_size  # an int, once a calibration has chosen it
         self.damp_percent = defaults["damp_percent"] if damp_percent is None else damp_percent
         self.sym = sym
         self.preset = preset
@@ -197,7 +197,9 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
         if type(self.bits) is not int or self.bits not in BITS:
             _refuse("bits", self.bits, f"one of {list(BITS)}")
-        if type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1):
+        if self.group_size is not None and (
+            type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1)
+        ):
             _refuse("group_size", self.group_size, "a positive number (32, 64, 128) or -1 for a whole row")
         for name, low, high in (("damp_percent", 0, 1), ("alpha", 0, 1)):
             value = getattr(self, name)
@@ -236,8 +238,32 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             "pack_dtype": "int32",
         }
 
+    @classmethod
+    def from_dict(
+        cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> "TwoStageGPTQConfig":
+        """The configuration in a checkpoint. One that names no group size was written with groups of 128."""
+        values = {"group_size": 128, **config_dict}
+        if values["group_size"] is None:
+            _refuse("group_size", None, "the number that the checkpoint was written with")
+        return super().from_dict(values, return_unused_kwargs, **kwargs)
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What of a configuration given to `from_pretrained` applies to a quantised checkpoint: nothing.
+
+        Raises:
+            ValueError: the configuration asks for quantising, which would not be done.
+        """
+        if self.dataset is not None:
+            raise ValueError(
+                "the checkpoint is quantised already, and quantization_config has a dataset, as if it were to be "
+                "quantised. Load the base model to quantise it anew, or leave quantization_config out to load the "
+                "checkpoint as it is"
+            )
+        return {}
+
     def solver_settings(self) -> SolverSettings:
-        """The part of the configuration that decides how one layer is solved."""
+        """The part of the configuration that decides how one layer is solved; its group size must be known."""
         return SolverSettings(
             bits=self.bits,
             group_size=self.group_size,

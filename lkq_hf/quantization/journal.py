@@ -12,10 +12,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lkq_hf.files import write_atomically, write_json
+from lkq_hf.files import note_changes, read_json, write_atomically, write_json
 from lkq_hf.quantization.blocks import linear_weight
 from lkq_hf.quantization.solve import SolverSettings, resolve_group_size
 from lkq_hf.quantization.weight import QuantizedWeight
+
+NOTE = "walk.json"
+"""Name of the file that says of which walk the blocks beside it are."""
 
 
 def walk_fingerprint(
@@ -25,9 +28,13 @@ def walk_fingerprint(
     settings: SolverSettings,
     true_sequential: bool,
     batch_size: int,
-) -> str:
-    """A digest of everything a walk's result depends on, except the weights, which are checked block by block."""
-    contents = {
+) -> dict[str, Any]:
+    """Everything a walk's result depends on, except the weights, which are checked block by block.
+
+    Returns:
+        `"fingerprint"`, a digest of all of it, and `"settings"`, by which a user can tell two walks apart.
+    """
+    contents: dict[str, Any] = {
         "model": type(model).__name__,
         "dtype": str(model.dtype),
         "layers": {name: list(linear_weight(layer).shape) for name, layer in layers.items()},
@@ -36,6 +43,20 @@ def walk_fingerprint(
         "true_sequential": true_sequential,
         "batch_size": batch_size,
     }
+    samples, length = tokens.shape
+    settings_of_user = {
+        **contents["settings"],
+        "num_samples": samples,
+        "model_seqlen": length,
+        **{name: contents[name] for name in ("batch_size", "true_sequential", "model", "dtype")},
+        "number of layers": len(layers),
+        "calibration tokens": contents["tokens"][:12],
+    }
+    # As JSON makes it: tuples become lists.
+    return json.loads(json.dumps({"fingerprint": _digest(contents), "settings": settings_of_user}))
+
+
+def _digest(contents: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
@@ -43,7 +64,7 @@ class Journal:
     """Finished blocks, one safetensors file each, written whole or not at all.
 
     Args:
-        directory: created if need be; `None` for a journal that keeps nothing.
+        directory: created with the first block; `None` for a journal that keeps nothing.
         fingerprint: of this walk (`walk_fingerprint`).
         settings: of this walk.
         writes: whether this process writes; others only read.
@@ -53,27 +74,28 @@ class Journal:
     """
 
     def __init__(
-        self, directory: str | Path | None, fingerprint: str, settings: SolverSettings, writes: bool = True
+        self, directory: str | Path | None, fingerprint: dict[str, Any], settings: SolverSettings, writes: bool = True
     ) -> None:
         self.directory = None if directory is None else Path(directory)
         self.settings = settings
         self.writes = writes
+        self.fingerprint = fingerprint
         if self.directory is None:
             return
-        self.directory.mkdir(parents=True, exist_ok=True)
-        note = self.directory / "walk.json"
-        if note.exists() and json.loads(note.read_text())["fingerprint"] != fingerprint:
+        note = self.directory / NOTE
+        if note.exists() and (found := read_json(note))["fingerprint"] != fingerprint["fingerprint"]:
+            # Earlier versions noted nothing but the digest.
+            changes = note_changes(found["settings"], fingerprint["settings"]) if "settings" in found else []
+            which = f" ({'; '.join(changes)})" if changes else ""
             raise ValueError(
-                f"{self.directory} holds blocks of a quantisation with other settings, calibration tokens or model; "
-                "delete it or name another directory"
+                f"{self.directory} holds blocks of a quantisation with other settings, calibration tokens or model"
+                f"{which}. The same ones go on with it; for others, delete it or name another directory"
             )
         if not note.exists() and next(self.directory.glob("block-*"), None) is not None:
             raise ValueError(
                 f"{self.directory} holds blocks of a quantisation but no {note.name} that says of which; delete it or "
                 "name another directory"
             )
-        if writes:
-            write_json(note, {"fingerprint": fingerprint})
 
     def _path(self, index: int) -> Path | None:
         return None if self.directory is None else self.directory / f"block-{index:05d}.safetensors"
@@ -98,6 +120,10 @@ class Journal:
             tensors[f"{name}.integers"] = weight.integers.to(torch.uint8).cpu().contiguous()
             tensors[f"{name}.zeros"] = weight.zeros.to(torch.uint8).cpu().contiguous()
             tensors[f"{name}.scales"] = weight.scales.cpu().contiguous()
+        note = path.with_name(NOTE)
+        if not note.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(note, self.fingerprint)
         write_atomically(path, lambda partial: save_file(tensors, partial, metadata=checksums))
 
     def read(self, index: int, checksums: dict[str, str]) -> dict[str, QuantizedWeight] | None:

@@ -104,6 +104,9 @@ class Corpus:
         documents: mappings with ``"text"`` and, if wanted, ``"document"`` (a name) and ``"source"``.
         tokenizer: the model's (fast) tokenizer.
 
+    Attributes:
+        tokens: tokens of all different texts together, more than which no passage can have.
+
     Raises:
         ValueError: no documents, or one without text.
     """
@@ -123,6 +126,7 @@ class Corpus:
             raise ValueError("no documents were given; prompts are made from at least one")
         self.tokenizer = tokenizer
         self.ends = _ends_of_all(self.texts, tokenizer)
+        self.tokens = sum(map(len, dict(zip(self.texts, self.ends, strict=True)).values()))
         # Between one draw per document (short ones too often) and one per token (few long ones dominate).
         self._weights = [math.sqrt(len(ends)) for ends in self.ends]
         self._frequency = Counter(word for text in self.texts for word in set(WORD.findall(text.lower())))
@@ -132,7 +136,16 @@ class Corpus:
         return math.log((1 + len(self.texts)) / (self._frequency[word.lower()] or 1))
 
     def passage(self, tokens: int, rng: random.Random) -> Passage:
-        """``tokens`` tokens from the start of a random paragraph; short documents are joined with the next ones."""
+        """``tokens`` tokens from the start of a random paragraph; short documents are joined with the next ones.
+
+        Raises:
+            ValueError: the documents hold fewer tokens; no text is repeated to fill a passage.
+        """
+        if tokens > self.tokens:
+            raise ValueError(
+                f"the texts hold {self.tokens} tokens, copies not counted, fewer than the {tokens} of a prompt, which "
+                "would repeat them: give more text, or ask for shorter prompts"
+            )
         (index,) = rng.choices(range(len(self.texts)), self._weights)
         spare = len(self.ends[index]) - tokens
         start = 0
@@ -141,8 +154,12 @@ class Corpus:
             start = self.texts[index].rfind("\n\n", 0, start) + 2 if "\n\n" in self.texts[index][:start] else 0
         document = self.names[index]
         text, ends = self._from(index, start, tokens)
+        read = {self.texts[index]}
         while len(ends) < tokens:
             index = (index + 1) % len(self.texts)
+            if self.texts[index] in read:
+                continue  # a copy
+            read.add(self.texts[index])
             more, more_ends = self._from(index, 0, tokens)
             shift = len(text) + 2
             text = f"{text}\n\n{more}"

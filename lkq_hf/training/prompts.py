@@ -10,6 +10,7 @@ quoting, copying and continuing; with the task before or after the text, and wit
         prompt["input_ids"]
 """
 
+import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -23,6 +24,8 @@ from ..text.chat import encode_chat
 from ..text.passages import Contents, Corpus, Passage, fit_length, insert, token_ends
 from . import phrasings
 from .facts import Fact, draw_facts
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_WEIGHTS: Mapping[str, float] = {
     "fact": 3.0,  # one planted fact
@@ -129,16 +132,27 @@ def split_documents(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Parts documents into training and validation ones; each document is whole in one of the two.
 
-    Validation gets random documents of each ``"source"``, up to the given fraction of its characters and at least one
-    in all.
+    Copies of a text are left out, with a warning: they would be in both parts. Validation gets random documents of
+    each ``"source"``, up to the given fraction of its characters and at least one in all.
 
     Raises:
-        ValueError: the fraction is not between 0 and 1, or there are fewer than two documents.
+        ValueError: the fraction is not between 0 and 1, or there are fewer than two different documents.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, got {validation_fraction}")
+    different: dict[str, dict[str, Any]] = {}
+    for document in documents:
+        different.setdefault(document["text"].strip(), document)
+    given, documents = len(documents), list(different.values())
+    copies = given - len(documents)
     if len(documents) < 2:
-        raise ValueError(f"at least two documents are needed to hold a whole one out, got {len(documents)}")
+        found = f"{given} copies of one" if copies else given
+        raise ValueError(
+            f"at least two different documents are needed, since one is held out whole for validation; got {found}. "
+            'Split a long one, for example by chapter: a .jsonl file with one {"text": "..."} a line'
+        )
+    if copies:
+        logger.warning("%d of %d documents are copies of others and were left out", copies, given)
     rng = random.Random(seed)
     by_source: dict[str, list[int]] = {}
     for index, document in enumerate(documents):

@@ -13,7 +13,7 @@ from pyarrow import parquet
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lkq_hf.files import keep_note, remove_partial, write_atomically
+from lkq_hf.files import check_note, keep_note, remove_partial, write_atomically
 from lkq_hf.training.data import TargetCollator
 
 INDEX = "prompt_index"
@@ -60,11 +60,9 @@ def generate_targets(
     if model_note is None:
         revision = getattr(model.config, "_commit_hash", None)
         model_note = {"model": model.name_or_path, "revision": revision, "dtype": str(model.dtype)}
-    keep_note(
-        directory / "recipe.json",
-        {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size, **model_note},
-        begun=any(directory.glob("shard-*.parquet")),
-    )
+    recipe = {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size, **model_note}
+    begun = any(directory.glob("shard-*.parquet"))
+    check_note(directory / "recipe.json", recipe, begun)
     starts = range(0, len(prompts), shard_size)
     mine = [start for index, start in enumerate(starts) if index % num_processes == process_index]
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
@@ -76,7 +74,9 @@ def generate_targets(
             if path.exists():
                 _check_shard(path, rows)
             else:
-                _write_shard(path, _respond(model, rows, max_new_tokens, batch_tokens))
+                responses = _respond(model, rows, max_new_tokens, batch_tokens)
+                keep_note(directory / "recipe.json", recipe, begun)
+                _write_shard(path, responses)
             progress.update(len(rows))
     grouped = torch.distributed.is_initialized()
     if num_processes > 1 and grouped:
@@ -91,16 +91,27 @@ def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
 
     Raises:
         FileNotFoundError: there are none.
+        ValueError: one is damaged.
     """
     shards = sorted(Path(output_dir).glob("shard-*.parquet"))
     if not shards:
         raise FileNotFoundError(f"{output_dir} holds no responses (shard-*.parquet); run generate_targets first")
+    for shard in shards:
+        _check_whole(shard)
     targets = concatenate_datasets([Dataset.from_parquet(str(shard)) for shard in shards])
     return targets.sort(INDEX).remove_columns(INDEX) if INDEX in targets.column_names else targets
 
 
 def _shard_path(directory: Path, start: int) -> Path:
     return directory / f"shard-{start:08d}.parquet"
+
+
+def _check_whole(path: Path) -> None:
+    """Raises ValueError for a shard that is not whole, as far as its last bytes tell."""
+    try:
+        parquet.read_metadata(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it, and generate-targets makes it again") from error
 
 
 def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -92,6 +92,7 @@ def test_ctrl_c_is_one_line(run, tmp_path, monkeypatch):
     def stopped(*arguments):
         raise KeyboardInterrupt
 
+    (tmp_path / "config.json").touch()
     monkeypatch.setattr("lkq_hf.quantization.export.export_checkpoint", stopped)
     code, _, err = run("export", tmp_path, "--format", "gptq", "--out", tmp_path / "out")
     assert (code, err.strip()) == (130, "lkq-hf: stopped")
@@ -169,6 +170,7 @@ def test_an_error_that_nobody_foresaw_is_named(run, tmp_path, monkeypatch):
     def broken(*arguments):
         raise KeyError("inner")
 
+    (tmp_path / "config.json").touch()
     monkeypatch.setattr("lkq_hf.quantization.export.export_checkpoint", broken)
     code, _, err = run("export", tmp_path, "--format", "gptq", "--out", tmp_path / "out")
     assert code == 1
@@ -321,7 +323,7 @@ def test_a_training_goes_on_with_the_same_arguments_only(run, base, other, tmp_p
     assert code == 0, err  # neither changes the result
     for model, more, message in (
         (other, [], f"model was '{base}', now '{other}'"),
-        (base, ["--learning-rate", "0.1"], "learning_rate was 0.001, now 0.1"),
+        (base, ["--learning-rate", "0.1"], "--learning-rate was 0.001, now 0.1"),
         (base, ["--rank", "4"], "r was 8, now 4"),
         (base, ["--targets", tmp_path / "more"], "targets was"),
     ):
@@ -342,7 +344,7 @@ def test_prompts_of_another_mix(run, base, tmp_path):
         f"The report of section {i} says that water level {i} was read twice." for i in range(400)
     )
     (tmp_path / "documents.jsonl").write_text(
-        "\n".join(json.dumps({"document": str(part), "text": paragraphs}) for part in range(2))
+        "\n".join(json.dumps({"document": str(part), "text": f"Part {part}. {paragraphs}"}) for part in range(2))
     )
     options = ["--documents", tmp_path / "documents.jsonl", "--count", "3", "--validation-count", "1"]
     sizes = ["--min-length", "512", "--max-length", "512", "--max-new-tokens", "2", "--validation-fraction", "0.5"]
@@ -403,7 +405,7 @@ def test_what_cannot_be_quantised(run, base, texts, tmp_path):
     code, _, err = run("quantize", tmp_path / "w4", *options, "--out", tmp_path / "again")
     assert (code, err) == (1, f"lkq-hf: {tmp_path / 'w4'} is quantised already; expected a model in full precision\n")
     code, _, err = run("quantize", base, *options, "--dtype", "int3", "--out", tmp_path / "other")
-    assert code == 1 and "unknown dtype 'int3'; choose one of float32, bfloat16, float16, auto" in err
+    assert code == 1 and "--dtype must be one of float32, bfloat16, float16, auto; got 'int3'" in err
     (tmp_path / "binary").write_bytes(b"abc\x80")
     code, _, err = run("quantize", base, *options, "--dataset", tmp_path / "binary", "--out", tmp_path / "other")
     assert code == 1 and "binary is not text: expected UTF-8" in err

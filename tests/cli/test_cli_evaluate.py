@@ -146,12 +146,12 @@ def test_json_on_the_terminal(checkpoint, text, tmp_path, run):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--scorers", "lookahead,h2o"], "unknown scorer 'h2o'"),
-        (["--tasks", "riddles"], "unknown task 'riddles'"),
-        (["--budgets", "64,many"], "--budgets expects whole numbers"),
+        (["--scorers", "lookahead,h2o"], "--scorers must be one of lookahead, snapkv, streaming, random, oracle; got"),
+        (["--tasks", "riddles"], "got 'riddles'"),
+        (["--budgets", "64,many"], "--budgets expects positive whole numbers of entries, or fractions"),
         (["--budgets", "0"], "positive"),
         (["--budgets", "320"], "evicts nothing"),
-        (["--dtype", "int3"], "unknown dtype"),
+        (["--dtype", "int3"], "--dtype must be one of"),
     ],
 )
 def test_errors_are_one_line(checkpoint, text, tmp_path, run, more, message):

@@ -17,7 +17,7 @@ from reference import (
 from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from lkq_hf import LookaheadCache
+from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.compat import find_cache
 
 item = pytest.mark.item
@@ -290,6 +290,24 @@ def test_outputs_have_the_shapes_of_the_stored_entries(architecture):
         torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 1))
         assert not weights[:, :, 0, : prefix.longest][unused].any() and weights[..., -step:].all()
     torch.testing.assert_close(found.scores[0], full.scores[0], atol=1e-4, rtol=1e-4)
+
+
+@item(
+    "continuous batching: generate_batch(past_key_values=...), transformers serve",
+    refused="generate, with padded prompts: continuous batching keeps every token in a paged cache of its own",
+)
+@pytest.mark.parametrize("adapter", [True, False])
+def test_continuous_batching(adapter):
+    model, cache = lookahead_model() if adapter else tiny_model(), LookaheadCache(budget=7, scorer="snapkv")
+    handle = prepare_model_for_eviction(model)
+    prompts = prompt_ids(2, 40).tolist()
+    with pytest.raises(NotImplementedError, match=r"ignores past_key_values: nothing would be evicted"):
+        model.generate_batch(prompts, past_key_values=cache, max_new_tokens=4)
+    assert not cache.layers
+    # Without the cache it is the model's own method.
+    assert model.generate_batch([]) == {}
+    handle.remove()
+    assert adapter or "generate_batch" not in vars(model)
 
 
 @item("use_cache=False", refused="leave use_cache or past_key_values out")

@@ -101,6 +101,9 @@ def furnished(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(checkpoint / kind)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "targets").mkdir()  # of commands that are parsed only
+    # The adapter that comes with the package is one for the tiny model, too.
+    monkeypatch.setattr("lkq_hf.shipped.BESIDE", tmp_path)
     save_texts(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path

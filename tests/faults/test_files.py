@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from lkq_hf.files import (
     check_free,
+    check_note,
     keep_note,
+    naming,
     new_directory,
     pieces_directory,
     read_json,
@@ -74,6 +76,34 @@ def test_killed_in_the_middle_and_a_full_disk(path):
         run(replace, path, fault=partial(full_disk, 100))
     assert path.read_text() == OLD
     assert list(path.parent.iterdir()) == [path]
+
+
+def save_too_much(path):
+    write_atomically(path, lambda partial: save_file({"ones": torch.ones(1000)}, partial))
+
+
+def new_directory_that_is_too_large(path):
+    with new_directory(path) as temporary:
+        save_file({"ones": torch.ones(1000)}, temporary / "model.safetensors")
+
+
+def torch_save_too_much(path):
+    with naming(path):
+        torch.save(torch.ones(100_000), path)
+
+
+@pytest.mark.parametrize("write", [replace, save_too_much, new_directory_that_is_too_large, torch_save_too_much])
+def test_a_full_disk_is_told_with_the_path(write, tmp_path):
+    with pytest.raises(RuntimeError) as error:
+        run(write, tmp_path / "result", fault=partial(full_disk, 100))
+    assert str(tmp_path / "result") in str(error.value).strip().splitlines()[-1]
+
+
+def test_other_errors_stay_as_they_are(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), naming(tmp_path):
+        (tmp_path / "elsewhere").read_text()
+    with pytest.raises(RuntimeError, match=r"^out of memory$"), naming(tmp_path):
+        raise RuntimeError("out of memory")
 
 
 def test_the_content_is_on_the_disk_before_the_name(path, monkeypatch):
@@ -196,6 +226,8 @@ def test_a_directory_begun_by_a_killed_process_begins_anew(tmp_path):
 def test_a_note_is_compared_with_the_earlier_one(tmp_path):
     note = tmp_path / "run" / "run.json"
     arguments = {"seed": 0, "sizes": (1, 2), "files": {"a": "1", "b": "2"}}
+    check_note(note, arguments, begun=False)
+    assert not note.parent.exists()
     made = keep_note(note, arguments, begun=False)
     assert made == keep_note(note, arguments, begun=True) == read_json(note) == arguments | {"sizes": [1, 2]}
     with pytest.raises(ValueError, match=r"files was \{'b': '2'\}, now \{'b': '3', 'c': '4'\}; model was 'not noted'"):

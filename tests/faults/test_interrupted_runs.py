@@ -158,6 +158,7 @@ def test_the_disk_is_full(command, size, files, tmp_path, undisturbed):
         run(command_line, *COMMANDS[command](files, tmp_path), fault=partial(full_disk, size))
     # In the words of the system, and of torch.
     assert "File too large" in str(error.value) or "unexpected pos" in str(error.value)
+    assert str(tmp_path / "result") in str(error.value).strip().splitlines()[-1], "where there is no room"
     check_resumed(command, files, tmp_path, undisturbed)
 
 

@@ -110,8 +110,12 @@ def test_transformers_runs_compressed_tensors_packed(checkpoint, tmp_path: Path)
     ours, model = checkpoint(4, True)
     out = export_checkpoint(ours, tmp_path / "export", "compressed-tensors")
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    layer = theirs.model.layers[0].mlp.up_proj
+    assert "weight_packed" in dict(layer.named_parameters())
     ids = torch.arange(24).view(1, -1)
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=0, atol=0.1)
+    # docs/serving.md says so: the first forward unpacks them all.
+    assert "weight_packed" not in dict(layer.named_parameters()) and layer.weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(("bits", "sym"), SETTINGS)

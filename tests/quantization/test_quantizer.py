@@ -68,6 +68,32 @@ def test_quantise_on_load_save_and_load_again(base, options, ids, tmp_path, tiny
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
 
 
+def test_quantising_again_what_is_quantised_is_refused(base, options, tmp_path):
+    TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
+    config = TwoStageGPTQConfig(**{**options, "bits": 2})
+    with pytest.raises(ValueError, match="quantised already, and quantization_config has a dataset"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=config)
+    # Without data it asks for nothing, and transformers says that it is not used.
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path / "out", quantization_config=TwoStageGPTQConfig(bits=2, group_size=32)
+        )
+    assert model.config.quantization_config.bits == 4
+
+
+def test_a_checkpoint_has_a_group_size(base, options, tmp_path):
+    TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **{**options, "group_size": None})
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    assert config["quantization_config"]["group_size"] == 64
+    config["quantization_config"]["group_size"] = None
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="group_size must be the number that the checkpoint was written with"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    # As an earlier version read it.
+    assert TwoStageGPTQConfig.from_dict({"quant_method": "two_stage_gptq"}).group_size == 128
+
+
 def test_models_that_initialise_layers_inside_of_others_load_again(tiny_gpt2, tokenizer, options, ids, tmp_path):
     tiny_gpt2.save_pretrained(tmp_path / "base")
     config = TwoStageGPTQConfig(**options, tokenizer=tokenizer)

@@ -1,12 +1,12 @@
 """Reading a text: answering over several paragraphs, explaining, summarising, continuing."""
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lkq_hf.evaluation.tasks.base import Draft, Task
+from lkq_hf.text.documents import read_rows
 from lkq_hf.text.passages import Corpus
 
 EXCERPT = "Excerpt from a book:\n\n{document}\n\n"
@@ -43,8 +43,7 @@ class QuestionAnswering(Task):
     @classmethod
     def from_jsonl(cls, corpus: Corpus, path: str | Path, seed: int = 0) -> "QuestionAnswering":
         """Reads one question a line."""
-        with open(path, encoding="utf-8") as lines:
-            return cls(corpus, [json.loads(line) for line in lines if line.strip()], seed)
+        return cls(corpus, [row for _, row in read_rows(Path(path))], seed)
 
     def draft(self, length: int, rng: random.Random) -> Draft | None:
         passage, contents = self.passage(length, rng)
