@@ -11,6 +11,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from lkq_hf.adapter.registration import LOOKAHEAD_KV
+from lkq_hf.cache.profile import check_profile
 from lkq_hf.scoring.pooling import POOLINGS, check_pooling
 
 MAX_LOOKAHEAD_TOKENS = 4096
@@ -38,6 +39,9 @@ class LookaheadKVConfig(PeftConfig):
         neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
         base_model_shape: sizes of the model that the adapter was made for; filled in by the first model it is
             attached to, and checked by every later one.
+        budget_profile: for a few budgets what each KV head of each evicted layer keeps, as a share of the mean:
+            ``{"128": [[share, ...], ...]}``, one row for each layer. ``LookaheadCache(allocation="profile")`` needs
+            it; ``lkq-hf train`` and ``lkq-hf profile`` measure it.
 
     Raises:
         ValueError: a value is out of range.
@@ -58,6 +62,9 @@ class LookaheadKVConfig(PeftConfig):
     neighbor_weight: float = field(default=1.0, metadata={"help": "What a neighbour counts, with pooling sum."})
     base_model_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Sizes of the base model; filled in when the adapter is attached."}
+    )
+    budget_profile: dict[str, list[list[float]]] | None = field(
+        default=None, metadata={"help": "Shares of the mean that each KV head keeps, for a few budgets; measured."}
     )
 
     def __post_init__(self) -> None:
@@ -85,6 +92,7 @@ class LookaheadKVConfig(PeftConfig):
             )
         if not isinstance(self.base_model_shape, dict | None):
             raise ValueError(f"base_model_shape must be a mapping or None, got {self.base_model_shape!r}")
+        check_profile(self.budget_profile)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:

@@ -15,6 +15,7 @@ from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.cache.parking import PLACES
 from lkq_hf.cache.prefix import Pool, Prefix
+from lkq_hf.cache.profile import BudgetProfile
 from lkq_hf.cache.static import (
     MASKED_ATTENTION,
     StaticEvictedLayer,
@@ -22,6 +23,7 @@ from lkq_hf.cache.static import (
     StaticStorage,
 )
 from lkq_hf.scoring import Scorer, get_scorer
+from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 
 class LookaheadCache(Cache):
@@ -79,6 +81,7 @@ class LookaheadCache(Cache):
         self.evict_later_turns = evict_later_turns
         self.refresh_every = _check_whole("refresh_every", refresh_every)
         self.park = _check_park(park)
+        self._profile: BudgetProfile | None = None
         self._records_past = False
         # A later turn begins with the next forward, even if that has one token only.
         self._turn_begins = False
@@ -276,7 +279,27 @@ class LookaheadCache(Cache):
         if length < self._turn_end:
             # More is to be read, and then each head may turn out to deserve that many.
             return Eviction(self.keeps_after(length), "uniform")
-        return Eviction(self.entries_to_keep(length), self.allocation, static=self.is_compileable)
+        if self.allocation == "profile":
+            self._profile = profile_of(decoder)
+        numbers = self._numbers_by_layer(length)
+        return Eviction(self.entries_to_keep(length), self.allocation, numbers, static=self.is_compileable)
+
+    def _numbers_by_layer(self, length: int) -> dict[int, torch.Tensor] | None:
+        """Entries that the profile gives each head of a text of ``length`` tokens; None without a profile.
+
+        Raises:
+            ValueError: the profile was measured on a model with another number of evicted layers.
+        """
+        if self._profile is None:
+            return None
+        layers = self.evicted_layers()
+        if len(self._profile.heads) != len(layers):
+            raise ValueError(
+                f"the adapter's budget_profile has numbers for {len(self._profile.heads)} layers, and this model has "
+                f"{len(layers)} that are evicted. It was measured on another model: measure it again with "
+                "`lkq-hf profile`."
+            )
+        return dict(zip(layers, self._profile.numbers(self.entries_to_keep(length), length), strict=True))
 
     def pools(self) -> list[Pool]:
         """What an eviction may write into: with static shapes, what the last one wrote."""
@@ -337,6 +360,7 @@ class LookaheadCache(Cache):
         if self.entries_to_keep(scored) >= scored:
             return
         deferred.eviction.budget = self.entries_to_keep(scored)
+        deferred.eviction.profile = self._numbers_by_layer(scored)
         mask = None if deferred.mask is None else deferred.mask[:, :scored]
         later = seen - scored
         for index, scores in deferred.scores.items():
@@ -441,6 +465,22 @@ def _layer_summary(layer: Any) -> dict[str, Any]:
         "bytes": size,
         "bytes_without_eviction": whole,
     }
+
+
+def profile_of(decoder: Any) -> BudgetProfile:
+    """Numbers per head of the active adapter's config, whichever scorer chooses among the entries of a head.
+
+    Raises:
+        ValueError: the model has no adapter, or its config has no profile.
+    """
+    tokens = getattr(decoder, ADAPTER_ATTRIBUTE, None)
+    if tokens is None:
+        raise ValueError(
+            'LookaheadCache(allocation="profile") takes its numbers per head from a LOOKAHEAD_KV adapter, and '
+            f"{type(decoder).__name__} has none. Load one with model.load_adapter(...), or choose "
+            'allocation="global", "layer" or "uniform".'
+        )
+    return tokens.budget_profile()
 
 
 def _check_allocation(allocation: str) -> str:

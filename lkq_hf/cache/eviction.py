@@ -59,11 +59,20 @@ class Eviction:
             index: of the layer.
             candidates: what it chooses from.
             scores: ``[batch, kv_heads, count]``, higher is more important.
+
+        Raises:
+            ValueError: the profile has numbers for another number of heads.
         """
         scores = scores.float()  # of a float64 model, float64
         if candidates.valid is not None:
             scores = scores.masked_fill(~candidates.valid, -torch.inf)
         numbers = None if self.profile is None else self.profile[index]
+        if numbers is not None and numbers.shape[0] != scores.shape[1]:
+            raise ValueError(
+                f"the adapter's budget_profile has numbers for {numbers.shape[0]} KV heads of layer {index}, and the "
+                f"layer has {scores.shape[1]}. It was measured on another model: measure it again with "
+                "`lkq-hf profile`."
+            )
         most = min(most_of_a_head(self.budget, self.allocation, numbers), scores.shape[-1])
         keys, values, chosen = select_compact(scores, candidates.keys, candidates.values, most)
         self._contenders[index] = _Contender(

@@ -10,6 +10,7 @@ from lkq_hf.cli.evaluate import app as evaluate
 from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
 from lkq_hf.cli.inspect import inspect
+from lkq_hf.cli.profile import profile
 from lkq_hf.cli.push import push
 from lkq_hf.cli.quantize import quantize
 from lkq_hf.cli.train import train
@@ -26,6 +27,7 @@ app = typer.Typer(
 )
 app.command("generate-targets")(generate_targets)
 app.command("train")(train)
+app.command("profile")(profile)
 app.command("quantize")(quantize)
 app.command("export")(export)
 app.command("push")(push)

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, find_device, load_model, model_note
+from lkq_hf.cli.options import Device, Model, find_device, load_model, model_note, names, whole_numbers
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
@@ -76,10 +76,10 @@ def eviction(
     if plots:
         require_matplotlib()
     default = "lookahead,snapkv,streaming,oracle" if adapter else "snapkv,streaming,oracle"
-    chosen = check_scorers(_names(default if scorers is None else scorers))
-    kept = check_budgets(_numbers("--budgets", budgets))
-    lengths = _numbers("--length", length)
-    kinds = _names(tasks)
+    chosen = check_scorers(names(default if scorers is None else scorers))
+    kept = check_budgets(whole_numbers("--budgets", budgets))
+    lengths = whole_numbers("--length", length)
+    kinds = names(tasks)
     if (QuestionAnswering.kind in kinds) != (questions is not None):
         raise ValueError(f"--questions FILE and the task {QuestionAnswering.kind} go together: pass both or neither")
     documents = read_documents(text)
@@ -178,14 +178,3 @@ def _write(out: Path, results: dict[str, Any], table: str) -> bool:
     report(table, {name: value for name, value in results.items() if name != "records"})
     typer.echo(f"Wrote {out / 'results.json'}", err=True)
     return True
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in _names(text)]
-    except ValueError as error:
-        raise ValueError(f"{option} expects whole numbers parted by commas, as in 64,128; got {text!r}") from error

@@ -12,6 +12,23 @@ Dtype = Annotated[str, typer.Option(help="Data type of the model's weights: floa
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu; by default the best there is.")]
 
 
+def names(text: str) -> list[str]:
+    """Names parted by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Positive whole numbers parted by commas, each once.
+
+    Raises:
+        ValueError: something else.
+    """
+    found = names(text)
+    if not all(number.isdecimal() and int(number) > 0 for number in found):
+        raise ValueError(f"{option} expects whole numbers parted by commas, all positive, as in 64,128; got {text!r}")
+    return [int(number) for number in found]
+
+
 def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     """A decoder-only language model on a device, and its tokenizer.
 

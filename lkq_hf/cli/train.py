@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model, model_note
+from lkq_hf.cli.options import Device, Dtype, Model, find_device, load_model, model_note, whole_numbers
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -48,6 +48,11 @@ def train(
     max_steps: Annotated[int, typer.Option(help="Steps; overrides epochs if positive.")] = -1,
     eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.", min=1)] = 200,
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1)] = 200,
+    profile_budgets: Annotated[
+        str,
+        typer.Option(help="Budgets for which the mean numbers per head are measured at the end; empty for none."),
+    ] = "64,128,256,512,1024",
+    profile_prompts: Annotated[int, typer.Option(help="Validation prompts to measure them on, at most.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -64,6 +69,8 @@ def train(
     from transformers import set_seed
 
     from lkq_hf.adapter import LookaheadKVConfig
+    from lkq_hf.cache.allocation import MOST
+    from lkq_hf.evaluation.profile import measure_profile, write_profile
     from lkq_hf.files import keep_note
     from lkq_hf.hub import adapter_config, write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
@@ -71,6 +78,7 @@ def train(
 
     if adapter is not None:
         adapter_config(adapter)
+    measured_budgets = whole_numbers("--profile-budgets", profile_budgets)
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
     set_seed(seed)
@@ -159,6 +167,21 @@ def train(
     if state.is_main_process:
         save_adapter(peft_model, out)
         write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)
+    # Every process reads the same prompts: where the model is sharded, a forward needs all of them.
+    held_out = [row["input_ids"] for row in load_targets(targets[0] / "validation")]
+    long_enough = [prompt for prompt in held_out if len(prompt) >= MOST * min(measured_budgets, default=0)]
+    profile = measure_profile(
+        peft_model.eval(), long_enough[:profile_prompts], measured_budgets, progress=state.is_main_process
+    )
+    if state.is_main_process:
+        if profile is not None:
+            write_profile(out, profile)
+        elif measured_budgets:
+            typer.echo(
+                f"no validation prompt is {MOST} times as long as the smallest budget: the adapter got no numbers for "
+                'allocation="profile" (measure them with `lkq-hf profile`)',
+                err=True,
+            )
         report(
             f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
         )
