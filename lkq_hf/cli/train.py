@@ -164,22 +164,29 @@ def train(
     trainer.train(resume_from_checkpoint=last)
     metrics = trainer.evaluate()
     trainer.save_metrics("eval", metrics)
-    if state.is_main_process:
-        save_adapter(peft_model, out)
-        write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)
-    # Every process reads the same prompts: where the model is sharded, a forward needs all of them.
-    held_out = [row["input_ids"] for row in load_targets(targets[0] / "validation")]
-    long_enough = [prompt for prompt in held_out if len(prompt) >= MOST * min(measured_budgets, default=0)]
-    profile = measure_profile(
-        peft_model.eval(), long_enough[:profile_prompts], measured_budgets, progress=state.is_main_process
-    )
+    with trainer.checkpoints_of_the_adapter():
+        if state.is_main_process:
+            save_adapter(peft_model, out)
+            write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)
+    profile = None
+    if measured_budgets and not deepspeed:  # whose weights are whole only inside of its own forwards
+        held_out = [row["input_ids"] for row in load_targets(targets[0] / "validation")]
+        long_enough = [prompt for prompt in held_out if len(prompt) >= MOST * min(measured_budgets)]
+        # Every process reads the same prompts: where the model is sharded, a forward needs all of them.
+        profile = measure_profile(
+            peft_model.eval(), long_enough[:profile_prompts], measured_budgets, progress=state.is_main_process
+        )
     if state.is_main_process:
         if profile is not None:
             write_profile(out, profile)
         elif measured_budgets:
+            reason = (
+                "under DeepSpeed they are not measured"
+                if deepspeed
+                else f"no validation prompt is {MOST} times as long as the smallest budget"
+            )
             typer.echo(
-                f"no validation prompt is {MOST} times as long as the smallest budget: the adapter got no numbers for "
-                'allocation="profile" (measure them with `lkq-hf profile`)',
+                f'the adapter got no numbers for allocation="profile": {reason}. Measure them with `lkq-hf profile`',
                 err=True,
             )
         report(
