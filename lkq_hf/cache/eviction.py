@@ -116,7 +116,7 @@ class Eviction:
         on_host: list[list[int]] | None = None
         if self.static and alone:
             # As many as there can be: known without waiting, and the same for every prompt.
-            capacity = batch * _rounded(self.budget) * sum(layer.shape[1] for layer in lengths)
+            capacity = static_capacity(self.budget, batch, sum(layer.shape[1] for layer in lengths))
         else:
             on_host = [layer.flatten().tolist() for layer in lengths]
             capacity = sum(map(sum, on_host))
@@ -133,9 +133,19 @@ class Eviction:
             longest = each.keys.shape[2] if on_host is None else max(on_host[place])
             if self.static:
                 numbers = None if self.profile is None else self.profile[index]
-                longest = _rounded(most_of_a_head(self.budget, self.allocation, numbers))
+                longest = static_longest(self.budget, self.allocation, numbers)
             prefixes[index] = Prefix(pool, starts, layer, longest, source_length)
         return prefixes
+
+
+def static_capacity(budget: int, batch: int, heads: int) -> int:
+    """Entries of a pool with static shapes, for ``heads`` KV heads over all layers."""
+    return batch * heads * _rounded(budget)
+
+
+def static_longest(budget: int, allocation: str, profile: torch.Tensor | None = None) -> int:
+    """No head of a prefix with static shapes has more entries; the same for every prompt."""
+    return _rounded(most_of_a_head(budget, allocation, profile))
 
 
 def _rounded(entries: int) -> int:
