@@ -9,7 +9,7 @@ imported on first use.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lkq_hf.compat import warn_of_newer_versions
+from lkq_hf.compat import explained_imports, warn_of_newer_versions
 from lkq_hf.registration import register
 
 __version__ = "0.1.0"

@@ -12,6 +12,7 @@ from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from lkq_hf.adapter.registration import LOOKAHEAD_KV
+from lkq_hf.cache.profile import check_profile
 from lkq_hf.files import check_safetensors
 from lkq_hf.scoring.pooling import POOLINGS, check_pooling
 
@@ -53,6 +54,9 @@ class LookaheadKVConfig(PeftConfig):
             attached to, and checked by every later one.
         init_weights: whether the LoRA starts without effect, as for training. False draws all its weights, for tests.
         format_version: of the file that the config is written to.
+        budget_profile: for a few budgets what each KV head of each evicted layer keeps, as a share of the mean:
+            ``{"128": [[share, ...], ...]}``, one row for each layer. ``LookaheadCache(allocation="profile")`` needs
+            it; ``lkq-hf train`` and ``lkq-hf profile`` measure it.
 
     Raises:
         ValueError: a value is out of range, or a file lacks a field that decides how the adapter scores.
@@ -83,6 +87,10 @@ class LookaheadKVConfig(PeftConfig):
             _check_fields(kwargs)
         return super().__new__(cls)
 
+    budget_profile: dict[str, list[list[float]]] | None = field(
+        default=None, metadata={"help": "Shares of the mean that each KV head keeps, for a few budgets; measured."}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = LOOKAHEAD_KV
@@ -110,6 +118,7 @@ class LookaheadKVConfig(PeftConfig):
             )
         if not isinstance(self.base_model_shape, dict | None):
             raise ValueError(f"base_model_shape must be a mapping or None, got {self.base_model_shape!r}")
+        check_profile(self.budget_profile)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:

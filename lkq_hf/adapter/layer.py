@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.attention import thread_state
+from lkq_hf.cache.profile import BudgetProfile
 
 
 class LookaheadKVLayer(BaseTunerLayer):
@@ -70,13 +71,14 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
     """The learned tokens, ``[num_lookahead_tokens, hidden]`` for each adapter; attached to the decoder."""
 
     adapter_layer_names = ("lookahead_kv_tokens",)
-    other_param_names = ("poolings", "row_powers")
+    other_param_names = ("poolings", "row_powers", "budget_profiles")
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.lookahead_kv_tokens = nn.ParameterDict()
         self.poolings: dict[str, dict[str, Any]] = {}
         self.row_powers: dict[str, float] = {}
+        self.budget_profiles: dict[str, BudgetProfile | None] = {}
         self._complete: set[str] = set()
         # In a tuple, so that it is not registered as a submodule and saved twice.
         self._embedding = (embedding,)
@@ -91,10 +93,21 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
             "neighbor_weight": config.neighbor_weight,
         }
         self.row_powers[adapter_name] = config.row_power
+        self.set_budget_profile(adapter_name, config)
         self._complete.discard(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _require_active(self) -> str:
+    def set_budget_profile(self, adapter_name: str, config: LookaheadKVConfig) -> None:
+        """Takes an adapter's numbers per head from its config."""
+        profile = config.budget_profile
+        self.budget_profiles[adapter_name] = None if profile is None else BudgetProfile.from_config(profile)
+
+    def active_name(self) -> str:
+        """Name of the active adapter.
+
+        Raises:
+            ValueError: no adapter, or more than one, is active.
+        """
         name = self._sole_active_adapter(self.lookahead_kv_tokens)
         if name is None:
             raise ValueError(
@@ -112,7 +125,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Raises:
             ValueError: a weight is not finite, as all are that loading should have replaced.
         """
-        name = self._require_active()
+        name = self.active_name()
         if name in self._complete:
             return
         broken = [
@@ -137,7 +150,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Raises:
             ValueError: no adapter, or more than one, is active.
         """
-        return _available(self.lookahead_kv_tokens, self._require_active())[None]
+        return _available(self.lookahead_kv_tokens, self.active_name())[None]
 
     def pooling(self) -> dict[str, Any]:
         """Arguments of :func:`~lkq_hf.scoring.pooling.pool_scores` that the active adapter's config recommends.
@@ -145,7 +158,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Raises:
             ValueError: no adapter, or more than one, is active.
         """
-        return self.poolings[self._require_active()]
+        return self.poolings[self.active_name()]
 
     def row_power(self) -> float:
         """Exponent of the active adapter's mean over its tokens.
@@ -153,7 +166,22 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Raises:
             ValueError: no adapter, or more than one, is active.
         """
-        return self.row_powers[self._require_active()]
+        return self.row_powers[self.active_name()]
+
+    def budget_profile(self) -> BudgetProfile:
+        """What each head keeps by the active adapter's config.
+
+        Raises:
+            ValueError: no adapter, or more than one, is active, or its config holds no profile.
+        """
+        name = self.active_name()
+        profile = self.budget_profiles[name]
+        if profile is None:
+            raise ValueError(
+                f'allocation="profile" needs numbers per head, and the config of the adapter {name!r} has no '
+                'budget_profile. Measure one with `lkq-hf profile`, or choose allocation="global".'
+            )
+        return profile
 
     def get_base_layer(self) -> nn.Module:
         return self._embedding[0]

@@ -1,7 +1,6 @@
 """The LOOKAHEAD_KV tuner: attaches adapters to a model, and checks what is loaded into them."""
 
 import re
-from contextlib import suppress
 from typing import Any, cast
 
 import torch
@@ -12,16 +11,13 @@ from transformers import PreTrainedModel
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
+from lkq_hf.cache.fingerprint import model_sizes
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 QUERY_AND_KEY_MODULES = (
     "q_proj", "k_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
     "query_key_value", "Wqkv", "c_attn", "query", "key",
-)  # fmt: skip
-SHAPE_FIELDS = (
-    "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim",
 )  # fmt: skip
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -218,18 +214,9 @@ def _refuse_offloaded(decoder: PreTrainedModel) -> None:
             )
 
 
-def _sizes(config: Any) -> dict[str, Any]:
-    """Those of :data:`SHAPE_FIELDS` that a model has; where layers differ in one, transformers names none."""
-    sizes = {}
-    for name in SHAPE_FIELDS:
-        with suppress(AttributeError, RuntimeError):
-            sizes[name] = getattr(config, name)
-    return sizes
-
-
 def _check_shape(config: LookaheadKVConfig, decoder: PreTrainedModel) -> None:
     """Fills the sizes of the base model into a new config, or compares them with a loaded one."""
-    found = _sizes(decoder.config)
+    found = model_sizes(decoder.config)
     if config.base_model_shape is None:
         config.base_model_shape = found
     differing = [

@@ -41,11 +41,15 @@ def share_out(
 
     Returns:
         For each layer bool ``[batch, kv_heads, candidates]``, on the device of its scores.
+
+    Raises:
+        ValueError: "profile" without a profile.
     """
     if allocation == "uniform":
         return [_best(layer, torch.full(layer.shape[1:2], budget)) for layer in scores]
     if allocation == "profile":
-        assert profile is not None  # set by the cache, which knows the adapter
+        if profile is None:
+            raise ValueError('allocation "profile" needs the number of entries that each head keeps, got None')
         return [_best(layer, numbers) for layer, numbers in zip(scores, profile, strict=True)]
     if allocation == "layer":
         return [keep for layer in scores for keep in _compete([layer], budget)]

@@ -1,20 +1,25 @@
 """The cache that a user passes to ``generate``."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from lkq_hf.attention import implementation_of
 from lkq_hf.cache.allocation import ALLOCATIONS, MOST
 from lkq_hf.cache.eviction import Eviction
+from lkq_hf.cache.fingerprint import ModelReference
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.cache.parking import PLACES
 from lkq_hf.cache.prefix import Pool, Prefix
+from lkq_hf.cache.profile import BudgetProfile
 from lkq_hf.cache.static import (
     MASKED_ATTENTION,
     StaticEvictedLayer,
@@ -22,6 +27,7 @@ from lkq_hf.cache.static import (
     StaticStorage,
 )
 from lkq_hf.scoring import Scorer, get_scorer
+from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 
 class LookaheadCache(Cache):
@@ -79,6 +85,8 @@ class LookaheadCache(Cache):
         self.evict_later_turns = evict_later_turns
         self.refresh_every = _check_whole("refresh_every", refresh_every)
         self.park = _check_park(park)
+        self._profile: BudgetProfile | None = None
+        self._model = ModelReference()
         self._records_past = False
         # A later turn begins with the next forward, even if that has one token only.
         self._turn_begins = False
@@ -228,6 +236,14 @@ class LookaheadCache(Cache):
         if self._records_past:
             super().activate_past_recording()
 
+    def model(self) -> Any:
+        """The decoder that fills this cache; None if that is not known."""
+        return self._model()
+
+    def remember_model(self, decoder: nn.Module) -> None:
+        """Says which decoder fills this cache, without keeping it alive."""
+        self._model = ModelReference(decoder)
+
     @property
     def records_past(self) -> bool:
         """Whether drafted tokens may be taken back (assisted decoding): eviction then waits for the first crop."""
@@ -276,7 +292,27 @@ class LookaheadCache(Cache):
         if length < self._turn_end:
             # More is to be read, and then each head may turn out to deserve that many.
             return Eviction(self.keeps_after(length), "uniform")
-        return Eviction(self.entries_to_keep(length), self.allocation, static=self.is_compileable)
+        if self.allocation == "profile":
+            self._profile = profile_of(decoder)
+        numbers = self._numbers_by_layer(length)
+        return Eviction(self.entries_to_keep(length), self.allocation, numbers, static=self.is_compileable)
+
+    def _numbers_by_layer(self, length: int) -> dict[int, torch.Tensor] | None:
+        """Entries that the profile gives each head of a text of ``length`` tokens; None without a profile.
+
+        Raises:
+            ValueError: the profile was measured on a model with another number of evicted layers.
+        """
+        if self._profile is None:
+            return None
+        layers = self.evicted_layers()
+        if len(self._profile.heads) != len(layers):
+            raise ValueError(
+                f"the adapter's budget_profile has numbers for {len(self._profile.heads)} layers, and this model has "
+                f"{len(layers)} that are evicted. It was measured on another model: measure it again with "
+                "`lkq-hf profile`."
+            )
+        return dict(zip(layers, self._profile.numbers(self.entries_to_keep(length), length), strict=True))
 
     def pools(self) -> list[Pool]:
         """What an eviction may write into: with static shapes, what the last one wrote."""
@@ -337,6 +373,7 @@ class LookaheadCache(Cache):
         if self.entries_to_keep(scored) >= scored:
             return
         deferred.eviction.budget = self.entries_to_keep(scored)
+        deferred.eviction.profile = self._numbers_by_layer(scored)
         mask = None if deferred.mask is None else deferred.mask[:, :scored]
         later = seen - scored
         for index, scores in deferred.scores.items():
@@ -365,6 +402,96 @@ class LookaheadCache(Cache):
         """Forgets everything that was read; the next prompt is compressed again."""
         self.layers = []
         self._deferred = None
+
+    @property
+    def is_unsettled(self) -> bool:
+        """Whether an eviction waits for the last piece of a text, or for drafted tokens to be accepted."""
+        return self._deferred is not None or int(self.get_seq_length()) < self._turn_end
+
+    def end_restoring(self) -> None:
+        """Says that all layers hold what a saved cache held."""
+        self._free_slots = 0  # how many there are is asked for when they are needed
+        self._since_reading = self.layers[self.evicted_layers()[0]].tail_length
+
+    def save_pretrained(
+        self,
+        directory: str | os.PathLike[str],
+        model: nn.Module | None = None,
+        input_ids: torch.Tensor | None = None,
+        parked: bool = True,
+    ) -> None:
+        """Writes the cache to a directory, for :meth:`from_pretrained` in another process.
+
+        A cache that is there already is replaced; a process that is killed meanwhile leaves the old one. The text is
+        not saved, but keys and values say much about it.
+
+        Args:
+            directory: made if there is none.
+            model: the model that filled the cache; needed only where the cache does not know it any more, as after
+                unpickling.
+            input_ids: ``[batch, tokens]`` that were read; their hash is saved, to be compared when it is loaded.
+            parked: whether entries in main memory (``park="cpu"``) are saved too. They are as many as the whole text
+                has; without them, the cache is loaded as one without parking.
+
+        Raises:
+            ValueError: nothing was read yet, a prompt is read in pieces and its last one is missing, drafted tokens
+                wait to be accepted, or ``input_ids`` are not as many as were read.
+            NotImplementedError: the model is divided among processes.
+        """
+        from lkq_hf.cache.saving import save_cache
+
+        save_cache(self, Path(directory), model, input_ids, parked)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str],
+        model: nn.Module,
+        *,
+        scorer: str | Scorer | None = None,
+        input_ids: torch.Tensor | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        **options: Any,
+    ) -> "LookaheadCache":
+        """The cache in a directory or a repository on the Hub, ready to go on.
+
+        The model is prepared for eviction if it is not yet. It has to be the one that filled the cache: sizes and a
+        sample of the weights are compared. If it is in another dtype, the entries are cast.
+
+        Args:
+            source: a directory that :meth:`save_pretrained` wrote, or the id of a repository.
+            model: the model.
+            scorer: scorer of later turns; needed only if the saved one is not one of ours.
+            input_ids: ids of a text that begins with what was read, to be compared with the saved hash.
+            revision: a branch, tag or commit of the repository.
+            token: by default that of the login.
+            options: arguments of the cache that replace the saved ones; ``park=None`` leaves parked entries out.
+
+        Raises:
+            FileNotFoundError: there is no such directory or repository, or no cache in it.
+            PermissionError: a token is missing or has no access.
+            ValueError: it is the cache of another model or text, or a file is damaged.
+            NotImplementedError: the model is divided among processes.
+        """
+        from lkq_hf.cache.saving import load_cache
+
+        directory = Path(source)
+        if not directory.is_dir():
+            from lkq_hf.hub.caches import download_cache
+
+            if directory.is_absolute() or str(source).startswith((".", "~")) or str(source).count("/") > 1:
+                raise FileNotFoundError(
+                    f"there is no directory {source}; expected one with a saved cache, or an id on the Hub"
+                )
+            directory = download_cache(str(source), revision, token)
+        return load_cache(directory, model, scorer, input_ids, options)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> Any:
+        """Uploads the cache with a card; see :func:`lkq_hf.hub.push_cache`, which takes the same options."""
+        from lkq_hf.hub.caches import push_cache
+
+        return push_cache(self, repo_id, **options)
 
     @property
     def nbytes(self) -> int:
@@ -441,6 +568,22 @@ def _layer_summary(layer: Any) -> dict[str, Any]:
         "bytes": size,
         "bytes_without_eviction": whole,
     }
+
+
+def profile_of(decoder: Any) -> BudgetProfile:
+    """Numbers per head of the active adapter's config, whichever scorer chooses among the entries of a head.
+
+    Raises:
+        ValueError: the model has no adapter, or its config has no profile.
+    """
+    tokens = getattr(decoder, ADAPTER_ATTRIBUTE, None)
+    if tokens is None:
+        raise ValueError(
+            'LookaheadCache(allocation="profile") takes its numbers per head from a LOOKAHEAD_KV adapter, and '
+            f"{type(decoder).__name__} has none. Load one with model.load_adapter(...), or choose "
+            'allocation="global", "layer" or "uniform".'
+        )
+    return tokens.budget_profile()
 
 
 def _check_allocation(allocation: str) -> str:

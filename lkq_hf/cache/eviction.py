@@ -59,11 +59,20 @@ class Eviction:
             index: of the layer.
             candidates: what it chooses from.
             scores: ``[batch, kv_heads, count]``, higher is more important.
+
+        Raises:
+            ValueError: the profile has numbers for another number of heads.
         """
         scores = scores.float()  # of a float64 model, float64
         if candidates.valid is not None:
             scores = scores.masked_fill(~candidates.valid, -torch.inf)
         numbers = None if self.profile is None else self.profile[index]
+        if numbers is not None and numbers.shape[0] != scores.shape[1]:
+            raise ValueError(
+                f"the adapter's budget_profile has numbers for {numbers.shape[0]} KV heads of layer {index}, and the "
+                f"layer has {scores.shape[1]}. It was measured on another model: measure it again with "
+                "`lkq-hf profile`."
+            )
         most = min(most_of_a_head(self.budget, self.allocation, numbers), scores.shape[-1])
         keys, values, chosen = select_compact(scores, candidates.keys, candidates.values, most)
         self._contenders[index] = _Contender(
@@ -107,7 +116,7 @@ class Eviction:
         on_host: list[list[int]] | None = None
         if self.static and alone:
             # As many as there can be: known without waiting, and the same for every prompt.
-            capacity = batch * _rounded(self.budget) * sum(layer.shape[1] for layer in lengths)
+            capacity = static_capacity(self.budget, batch, sum(layer.shape[1] for layer in lengths))
         else:
             on_host = [layer.flatten().tolist() for layer in lengths]
             capacity = sum(map(sum, on_host))
@@ -124,9 +133,19 @@ class Eviction:
             longest = each.keys.shape[2] if on_host is None else max(on_host[place])
             if self.static:
                 numbers = None if self.profile is None else self.profile[index]
-                longest = _rounded(most_of_a_head(self.budget, self.allocation, numbers))
+                longest = static_longest(self.budget, self.allocation, numbers)
             prefixes[index] = Prefix(pool, starts, layer, longest, source_length)
         return prefixes
+
+
+def static_capacity(budget: int, batch: int, heads: int) -> int:
+    """Entries of a pool with static shapes, for ``heads`` KV heads over all layers."""
+    return batch * heads * _rounded(budget)
+
+
+def static_longest(budget: int, allocation: str, profile: torch.Tensor | None = None) -> int:
+    """No head of a prefix with static shapes has more entries; the same for every prompt."""
+    return _rounded(most_of_a_head(budget, allocation, profile))
 
 
 def _rounded(entries: int) -> int:

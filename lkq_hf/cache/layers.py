@@ -1,6 +1,6 @@
 """What a LookaheadCache holds of one layer: a prefix that was evicted to, and an ordinary tail of later tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -212,6 +212,23 @@ class EvictedLayer(DynamicLayer):
             self.lazy_initialization(keys, values)
         self.keys, self.values, self.tokens_seen = keys, values, tokens_seen
 
+    def restore(
+        self,
+        prefix: Prefix | None,
+        tail: tuple[torch.Tensor, torch.Tensor],
+        parked: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        last_queries: LastQueries | None,
+    ) -> None:
+        """Puts what a saved layer held into this empty one."""
+        if prefix is not None:
+            self.evict_to(prefix)
+        for key, value in parked:
+            if self.parked is not None:
+                self.parked.restore(key, value, tail[0].device)
+        if tail[0].shape[2]:
+            self.update(*tail)
+        self.last_queries = last_queries
+
     def kept(self) -> torch.Tensor | None:
         """Which of the first :attr:`evicted_length` tokens each row and head has kept, bool ``[batch, kv_heads,
         evicted_length]``; None before the first eviction."""
@@ -326,6 +343,17 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
                 "tokens by one crop after each forward."
             )
         return remove
+
+    def stored_window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values that the next token needs."""
+        count = min(self.get_seq_length(), self.sliding_window - 1)
+        first = self.keys.shape[-2] - count
+        return self.keys[:, :, first:], self.values[:, :, first:]
+
+    def restore_window(self, key: torch.Tensor, value: torch.Tensor, tokens_seen: int) -> None:
+        """Puts the window that ends a text of ``tokens_seen`` tokens into this empty layer."""
+        self.cumulative_length = tokens_seen - key.shape[-2]
+        self.update(key, value)
 
     def begin_reading(self, appended: int) -> None:
         """The last ``appended`` tokens of the next ``update`` are seen and not stored."""

@@ -68,6 +68,16 @@ class ParkedEntries:
             copied.record(stream)
         self._chunks.append(_Chunk(parked[0], parked[1], None, copied))
 
+    def restore(self, key: torch.Tensor, value: torch.Tensor, device: torch.device) -> None:
+        """Takes over entries in main memory, ``[batch, kv_heads, count, features]``, that ``device`` will fetch."""
+        if device.type == "cuda":
+            key, value = key.pin_memory(), value.pin_memory()
+        self._chunks.append(_Chunk(key, value, None))
+
+    def chunks(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Keys and values of everything, in main memory, in pieces that follow each other."""
+        return [_rows_of(chunk, torch.device("cpu")) for chunk in self._chunks]
+
     def prefetch(self, device: torch.device) -> None:
         """Begins to copy everything to ``device``."""
         if self._fetched is not None or not self._chunks:

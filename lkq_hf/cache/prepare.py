@@ -236,6 +236,7 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     if not cache.has_prompt:
         refuse_in(decoder, kwargs, length)
         cache.build_layers(decoder.config)
+        cache.remember_model(decoder)
     reads = cache.will_read(length)
     cache.end_turn_begin()
     if reads:

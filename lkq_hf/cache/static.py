@@ -11,12 +11,12 @@ A sliding-window layer is laid out in the same way, its window followed by room 
 more than a ring would need, but neither a rotation in each step nor a counter that the graph would have to know.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer, tokens_removed
+from lkq_hf.cache.layers import EvictedLayer, LastQueries, UncompressedSlidingLayer, tokens_removed
 from lkq_hf.cache.prefix import Prefix
 
 if TYPE_CHECKING:
@@ -194,6 +194,20 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
         self._lay_out()
         return keys, values
 
+    def restore(
+        self,
+        prefix: Prefix | None,
+        tail: tuple[torch.Tensor, torch.Tensor],
+        parked: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        last_queries: LastQueries | None,
+    ) -> None:
+        length = tail[0].shape[2]
+        super().restore(prefix, (tail[0][:, :, :0], tail[1][:, :, :0]), parked, last_queries)
+        if length:
+            if self.has_static_storage and length > self.free_slots():
+                self.grow(length)
+            self.update(*tail)
+
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return (
             StaticStorage.append(self, key, value)
@@ -280,6 +294,13 @@ class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
         self._offset.fill_(self._first)
         self._filled.fill_(end - start)
         return keys, values
+
+    def stored_window(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_static_storage:
+            return super().stored_window()
+        filled = int(self._filled)
+        here = slice(self._first_needed_slot(filled), filled)
+        return self.keys[:, :, here], self.values[:, :, here]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.has_static_storage and self._before is not None:

@@ -11,6 +11,7 @@ from lkq_hf.cli.export import export
 from lkq_hf.cli.generate_targets import generate_targets
 from lkq_hf.cli.inspect import inspect
 from lkq_hf.cli.messages import in_words_of_options
+from lkq_hf.cli.profile import profile
 from lkq_hf.cli.push import push
 from lkq_hf.cli.quantize import quantize
 from lkq_hf.cli.train import train
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("generate-targets")(generate_targets)
 app.command("train")(train)
+app.command("profile")(profile)
 app.command("quantize")(quantize)
 app.command("export")(export)
 app.command("push")(push)

@@ -12,6 +12,7 @@ from lkq_hf.cli.checks import (
     check_model_directory,
     check_targets,
     check_writable,
+    whole_numbers,
 )
 from lkq_hf.cli.options import Device, Dtype, Model, check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
@@ -61,6 +62,11 @@ def train(
     max_steps: Annotated[int, typer.Option(help="Steps; overrides epochs if positive.")] = -1,
     eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.", min=1)] = 200,
     save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1)] = 200,
+    profile_budgets: Annotated[
+        str,
+        typer.Option(help="Budgets for which the mean numbers per head are measured at the end; empty for none."),
+    ] = "64,128,256,512,1024",
+    profile_prompts: Annotated[int, typer.Option(help="Validation prompts to measure them on, at most.", min=1)] = 64,
     seed: Annotated[int, typer.Option(help="Seed.")] = 0,
     dtype: Dtype = "bfloat16",
     device: Device = None,
@@ -86,6 +92,8 @@ def train(
     from transformers import TrainerCallback, set_seed
 
     from lkq_hf.adapter import LookaheadKVConfig
+    from lkq_hf.cache.allocation import MOST
+    from lkq_hf.evaluation.profile import measure_profile, write_profile
     from lkq_hf.files import check_note, keep_note, naming
     from lkq_hf.hub import write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
@@ -93,6 +101,7 @@ def train(
 
     if adapter is not None:
         check_adapter(str(adapter))
+    measured_budgets = whole_numbers("--profile-budgets", profile_budgets) if profile_budgets else []
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
     shape: dict[str, Any] = {
@@ -187,9 +196,31 @@ def train(
         trainer.train(resume_from_checkpoint=last)
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
+        with trainer.checkpoints_of_the_adapter():
+            if state.is_main_process:
+                save_adapter(peft_model, out)
+                write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)
+        profile = None
+        if measured_budgets and not deepspeed:  # whose weights are whole only inside of its own forwards
+            held_out = [row["input_ids"] for row in load_targets(targets[0] / "validation")]
+            long_enough = [prompt for prompt in held_out if len(prompt) >= MOST * min(measured_budgets)]
+            # Every process reads the same prompts: where the model is sharded, a forward needs all of them.
+            profile = measure_profile(
+                peft_model.eval(), long_enough[:profile_prompts], measured_budgets, progress=state.is_main_process
+            )
     if state.is_main_process:
-        save_adapter(peft_model, out)
-        write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)
+        if profile is not None:
+            write_profile(out, profile)
+        elif measured_budgets:
+            reason = (
+                "under DeepSpeed they are not measured"
+                if deepspeed
+                else f"no validation prompt is {MOST} times as long as the smallest budget"
+            )
+            typer.echo(
+                f'the adapter got no numbers for allocation="profile": {reason}. Measure them with `lkq-hf profile`',
+                err=True,
+            )
         report(
             f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
         )

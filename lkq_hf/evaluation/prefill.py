@@ -49,10 +49,17 @@ class Prefill:
 class _Recorder(Scorer):
     """Fills a cache for each cell while the prompt passes. Scorers that append a suffix must append the same."""
 
-    def __init__(self, scorers: Mapping[str, Scorer], budgets: Sequence[int], config: Any, allocation: str):
+    def __init__(
+        self,
+        scorers: Mapping[str, Scorer],
+        budgets: Sequence[int],
+        decoder: PreTrainedModel,
+        length: int,
+        allocation: str,
+    ) -> None:
         self.scorers = dict(scorers)
         self.uses_adapter = any(scorer.uses_adapter for scorer in scorers.values())
-        self.full = DynamicCache(config=config)
+        self.full = DynamicCache(config=decoder.config)
         self.caches = {
             (name, budget): LookaheadCache(budget, scorer, allocation=allocation, evict_later_turns=False)
             for budget in budgets
@@ -60,8 +67,8 @@ class _Recorder(Scorer):
         }
         self.evictions = {}
         for cell, cache in self.caches.items():
-            cache.build_layers(config)
-            self.evictions[cell] = cache.begin_eviction(None, cell[1])
+            cache.build_layers(decoder.config)
+            self.evictions[cell] = cache.begin_eviction(decoder, length)
 
     def bind(self, decoder: nn.Module) -> Scorer:
         self.scorers = {name: scorer.bind(decoder) for name, scorer in self.scorers.items()}
@@ -132,7 +139,7 @@ def read_prompts(
             f"budgets must be below the length of the shortest prompt, {shortest} tokens, so that something is "
             f"evicted; got {list(budgets)}"
         )
-    recorder = _Recorder(scorers, budgets, get_decoder(model).config, allocation)
+    recorder = _Recorder(scorers, budgets, get_decoder(model), input_ids.shape[1], allocation)
     passed = LookaheadCache(budget=1, scorer=recorder, allocation="uniform")
     output = model(
         input_ids=input_ids,
@@ -184,7 +191,7 @@ def add_oracle(
     evictions = {}
     for budget, cache in caches.items():
         cache.build_layers(decoder.config)
-        evictions[budget] = cache.begin_eviction(decoder, budget)
+        evictions[budget] = cache.begin_eviction(decoder, length)
         for index, layer in enumerate(cache.layers):
             if not isinstance(layer, EvictedLayer):
                 cache.layers[index] = copy.deepcopy(prefill.full.layers[index])

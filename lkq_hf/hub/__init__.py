@@ -1,5 +1,6 @@
 """Sharing adapters and quantised checkpoints on the Hub: cards, pushing, and loading with clear errors."""
 
+from lkq_hf.hub.caches import push_cache
 from lkq_hf.hub.cards import render_card, write_card, write_training_record
 from lkq_hf.hub.contents import Contents, check_complete, read_contents
 from lkq_hf.hub.load import adapter_config, load_adapter
@@ -11,6 +12,7 @@ __all__ = [
     "adapter_config",
     "check_complete",
     "load_adapter",
+    "push_cache",
     "push_to_hub",
     "read_contents",
     "read_results",

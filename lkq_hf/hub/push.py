@@ -1,7 +1,7 @@
 """Pushing adapters and quantised checkpoints to the Hub, with their card."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -66,28 +66,46 @@ def push_to_hub(
         files: dict[str, Path | bytes] = {name: contents.directory / name for name in contents.shared_files()}
         if not has_card(contents.directory):
             files.pop(CARD, None)
-            if not _repository_has_card(api, repo_id, revision):
+            if not repository_has_card(api, repo_id, revision):
                 card = render_card(contents, repo_id, find_base_model(contents, token), results)
                 files[CARD] = str(card).encode()
         if results and not isinstance(files.get(CARD), bytes):
             logger.warning("%s has a card already: the results were not added to it", repo_id)
-        # One commit, so that others find all of it or nothing.
         kind = "adapter" if contents.checkpoint is None else "checkpoint"
-        additions = [CommitOperationAdd(name, content) for name, content in files.items()]
         replaced = _replaced_files(api, contents, repo_id, revision)
-        try:
-            return api.create_commit(
-                repo_id,
-                [*additions, *map(CommitOperationDelete, replaced)],
-                commit_message=commit_message or f"Upload {kind}",
-                revision=revision,
-                create_pr=create_pr,
-            )
-        except (RuntimeError, ConnectionError) as error:
-            cause = getattr(error.__cause__, "server_message", None) or error.__cause__ or error
-            raise ConnectionError(
-                f"the upload to {repo_id} was interrupted ({cause}); push again, and it goes on where it was"
-            ) from error
+        return commit(api, repo_id, files, replaced, commit_message or f"Upload {kind}", revision, create_pr)
+
+
+def commit(
+    api: HfApi,
+    repo_id: str,
+    files: Mapping[str, Path | bytes],
+    replaced: Sequence[str],
+    message: str,
+    revision: str | None,
+    create_pr: bool,
+) -> CommitInfo:
+    """Uploads files and removes those that they replace, in one commit, so that others find all of it or nothing.
+
+    Raises:
+        ConnectionError: the upload was interrupted.
+    """
+    try:
+        return api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *map(CommitOperationDelete, replaced),
+            ],
+            commit_message=message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+    except (RuntimeError, ConnectionError) as error:
+        cause = getattr(error.__cause__, "server_message", None) or error.__cause__ or error
+        raise ConnectionError(
+            f"the upload to {repo_id} was interrupted ({cause}); push again, and it goes on where it was"
+        ) from error
 
 
 def _check_base_model(contents: Contents, repo_id: str, token: str | bool | None) -> None:
@@ -115,7 +133,8 @@ def _replaced_files(api: HfApi, contents: Contents, repo_id: str, revision: str 
     return sorted(set(earlier) - set(contents.shared_files()))
 
 
-def _repository_has_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+def repository_has_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Whether a repository holds a card that somebody wrote."""
     if not api.file_exists(repo_id, CARD, revision=revision):
         return False
     return has_card(Path(api.hf_hub_download(repo_id, CARD, revision=revision)).parent)

@@ -163,7 +163,7 @@ class LookaheadTrainer(Trainer):
         return loss
 
     @contextmanager
-    def _checkpoints_of_the_adapter(self) -> Iterator[None]:
+    def checkpoints_of_the_adapter(self) -> Iterator[None]:
         """Saves and loads as without FSDP: what is trained is whole in every process."""
         enabled, self.is_fsdp_enabled = self.is_fsdp_enabled, False
         # Reading a state, as the first process will, puts gathered weights away: all have to, or the next forward's
@@ -177,19 +177,19 @@ class LookaheadTrainer(Trainer):
             self.is_fsdp_enabled = enabled
 
     def save_model(self, *args: Any, **kwargs: Any) -> None:
-        with self._checkpoints_of_the_adapter():
+        with self.checkpoints_of_the_adapter():
             super().save_model(*args, **kwargs)
 
     def _save_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
-        with self._checkpoints_of_the_adapter():
+        with self.checkpoints_of_the_adapter():
             super()._save_optimizer_and_scheduler(*args, **kwargs)
 
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        with self._checkpoints_of_the_adapter():
+        with self.checkpoints_of_the_adapter():
             super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, *args: Any, **kwargs: Any) -> None:
-        with self._checkpoints_of_the_adapter():
+        with self.checkpoints_of_the_adapter():
             super()._load_optimizer_and_scheduler(*args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from datasets import Dataset
-from models import tiny_model
+from models import add_lookahead, tiny_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast, T5Config
@@ -231,8 +231,12 @@ def test_training_as_json(run, base, texts, tmp_path):
 
     options = ["--targets", tmp_path / "targets", "--out", tmp_path / "adapter", "--base-model-name", "alice/base"]
     shape = ["--max-steps", "1", "--num-lookahead-tokens", "4", "--device-batch-size", "2", "--batch-size", "2"]
+    shape += ["--profile-budgets", "4,8,1024"]
     code, out, err = run("train", base, *options, *shape, "--device", "cpu", "--dtype", "float32", "--json")
     assert code == 0, err
+    profile = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["budget_profile"]
+    assert list(profile) == ["4", "8"]  # the validation prompt has 80 tokens
+    assert all(sum(map(sum, layers)) == pytest.approx(6) for layers in profile.values())
     result = json.loads(out)
     assert result["adapter"] == str(tmp_path / "adapter") and result["metrics"]["eval_loss"] > 0
     record = json.loads((tmp_path / "adapter" / "training.json").read_text())
@@ -249,8 +253,35 @@ def test_training_as_json(run, base, texts, tmp_path):
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("adapter", "second"))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
+    assert "no validation prompt is 4 times as long as the smallest budget" in err
+
     code, _, err = run("train", base, *again, *cpu, "--max-repetition", "-1")
     assert code == 1 and "--max-repetition" in err
+    code, _, err = run("train", base, *again, *cpu, "--profile-budgets", "64,x")
+    assert code == 1 and "--profile-budgets expects whole numbers" in err
+
+
+def test_numbers_per_head_of_an_adapter_that_has_none(run, base, texts, tmp_path):
+    add_lookahead(tiny_model()).save_pretrained(tmp_path / "adapter")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    arguments = ["profile", base, "--adapter", tmp_path / "adapter", "--device", "cpu", "--dtype", "float32"]
+    for more, said in (
+        ([], "pass either --text, to make prompts from, or --prompts"),
+        (["--prompts", texts, "--budgets", "64"], "no prompt is 4 times as long as the smallest budget, 64"),
+        (["--prompts", texts, "--budgets", "0"], "--budgets expects whole numbers"),
+        (["--prompts", texts, "--budgets", ","], "--budgets expects at least one budget"),
+    ):
+        code, _, err = run(*arguments, *more)
+        assert code == 1 and said in err
+        assert before == {path.name: path.read_bytes() for path in (tmp_path / "adapter").iterdir()}
+    code, out, err = run(*arguments, "--prompts", texts, "--budgets", "8,4,16", "--count", "3", "--json")
+    assert code == 0, err
+    profile = json.loads(out)["profile"]
+    assert list(profile) == ["4", "8", "16"]
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config == json.loads(before["adapter_config.json"]) | {"budget_profile": profile}
+    code, _, err = run("profile", base, "--adapter", base, "--prompts", texts, "--device", "cpu")
+    assert code == 1 and "LOOKAHEAD_KV adapter" in err
 
 
 def test_targets_of_another_model_are_refused(run, base, other, texts, tmp_path):

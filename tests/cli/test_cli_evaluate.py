@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -208,3 +209,14 @@ def test_perplexity_of_windows(checkpoint, text, tmp_path, run):
     assert row["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-5)
     code, _, error = run(*arguments[:-4], "--window", 100_000, "--device", "cpu", "--out", tmp_path / "more")
     assert code == 1 and "smaller window" in error
+
+
+def test_numbers_per_head_on_prompts_from_texts(checkpoint, text, tmp_path, run):
+    adapter = shutil.copytree(checkpoint / "adapter", tmp_path / "adapter")
+    arguments = ["--adapter", adapter, "--text", text, "--budgets", "16,64", "--count", "3", "--dtype", "float32"]
+    lengths = ["--min-length", "256", "--max-length", "300", "--device", "cpu"]
+    code, output, error = run("profile", checkpoint / "base", *arguments, *lengths)
+    assert code == 0, error
+    assert "budget 16: heads keep from" in output and "budget 64: heads keep from" in output
+    profile = json.loads((adapter / "adapter_config.json").read_text())["budget_profile"]
+    assert [list(map(len, layers)) for layers in profile.values()] == [[2, 2, 2]] * 2
