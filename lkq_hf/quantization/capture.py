@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lkq_hf.quantization.experts import is_experts
+
 PROBE_TOKENS = 8
 # Part of a disturbance that rounding may swallow on its way into a sum.
 SUM_TOLERANCE = 0.02
@@ -158,26 +160,31 @@ class InputGroup:
 def observe_order(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> list[InputGroup]:
     """Groups layers by the input they see and orders the groups by when they run, from one real forward pass.
 
-    Layers that did not run (experts without a token) come last, each on its own.
+    Fused experts are a group of their own. Layers that did not run (single experts without a token) come last, each on
+    its own.
 
     Args:
-        names: the layers, as names inside the block.
+        names: the layers and fused experts, as names inside the block.
         hidden: one batch, `[batch, length, hidden]`.
     """
     seen: list[tuple[str, Tensor, Any]] = []
 
     def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        alone = is_experts(block.get_submodule(name))
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # The tensor itself is kept: its address identifies it only while it lives.
-            x = args[0]
-            identity = (x.data_ptr(), x.shape, x.stride(), x._version) if x.numel() else object()
+            x = args[0] if args else next(iter(kwargs.values()))
+            shared = x.numel() and not alone
+            identity = (x.data_ptr(), x.shape, x.stride(), x._version) if shared else object()
             seen.append((name, x, identity))
 
         return hook
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(block.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
+            layer = block.get_submodule(name)
+            stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         call.run(block, hidden, 0)
 
     times = {name: sum(other == name for other, _, _ in seen) for name in names}

@@ -76,7 +76,7 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     out_features, in_features = weight.integers.shape
     packed_shapes(in_features, out_features, weight.bits, weight.group_size)
     return {
-        "qweight": pack(weight.integers, weight.bits).t().contiguous(),
+        "qweight": pack(weight.integers.to(torch.int32), weight.bits).t().contiguous(),
         "qzeros": pack_zeros(weight.zeros, weight.bits, weight.sym),
         "scales": weight.scales.to(torch.float16).t().contiguous(),
         "g_idx": group_index(in_features, weight.group_size, weight.integers.device),

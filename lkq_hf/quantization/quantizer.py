@@ -17,7 +17,18 @@ from transformers.quantizers.base import HfQuantizer
 from lkq_hf.quantization.blocks import linear_weight
 from lkq_hf.quantization.calibrate import calibrate, find_layers
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.experts import (
+    expert_weights,
+    install_empty_experts,
+    is_experts,
+    packed_experts,
+    projections,
+    restore_experts,
+    use_dense_experts,
+    use_packed_experts,
+)
 from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.solve import resolve_group_size
 
@@ -65,14 +76,15 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         packed = replace_by_packed(model, self.quantization_config)
         for layer in packed.values():
             # Until all is loaded: some models initialise a layer's weight when they initialise what holds the layer.
-            vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
+            if isinstance(layer, QuantizedLinear):
+                vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         if checkpoint_files:
             check_checkpoint(model, packed, tensor_headers(checkpoint_files))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if self.pre_quantized:
             for name, module in model.named_modules():
-                if isinstance(module, QuantizedLinear):
+                if isinstance(module, PackedModule):
                     vars(module).pop("weight", None)
                     try:
                         module.validate()
@@ -132,14 +144,24 @@ def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
         )
 
 
-def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dict[str, QuantizedLinear]:
-    """Puts an empty `QuantizedLinear` in the place of every layer that `config` selects, on the layer's device."""
+def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dict[str, PackedModule]:
+    """Puts empty packed modules in the place of all that `config` selects, on the same devices.
+
+    Returns:
+        The modules by their names: one for each linear layer, and one for each projection of fused experts.
+    """
     _, layers = find_layers(model, config)
-    packed = {}
+    packed: dict[str, PackedModule] = {}
     for name, layer in layers.items():
+        if is_experts(layer):
+            inputs = [expert_weights(layer, projection)[0].shape[1] for projection in projections(layer)]
+            group_sizes = [resolve_group_size(in_features, config.group_size) for in_features in inputs]
+            install_empty_experts(layer, config.bits, group_sizes, config.sym)
+            packed.update({f"{name}.{key}": m for key, m in layer.named_children() if isinstance(m, PackedModule)})
+            continue
         weight = linear_weight(layer)
         out_features, in_features = weight.shape
-        packed[name] = QuantizedLinear(
+        linear = QuantizedLinear(
             in_features,
             out_features,
             bits=config.bits,
@@ -149,13 +171,15 @@ def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dic
             dtype=weight.dtype,
             device=weight.device,
         )
-        packed[name].replaces = type(layer)
-        _set_module(model, name, packed[name])
+        linear.replaces = type(layer)
+        packed[name] = linear
+        _set_module(model, name, linear)
+    use_packed_experts(model)
     return packed
 
 
 def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """Replaces every `QuantizedLinear` of `model` by a layer as there was, with the dequantised weight in `dtype`."""
+    """Replaces everything packed in `model` by layers as there were, with the dequantized weights in `dtype`."""
     for name, module in list(model.named_modules()):
         if isinstance(module, QuantizedLinear):
             weight = module.dequantize(dtype)
@@ -170,6 +194,9 @@ def restore_linear(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedMode
             if module.bias is not None:
                 linear.bias = nn.Parameter(module.bias.to(dtype))
             _set_module(model, name, linear)
+        elif packed_experts(module):
+            restore_experts(module, dtype)
+    use_dense_experts(model)
     model.to(dtype=dtype)  # type: ignore[call-arg]  # transformers' wrapper hides nn.Module's signature
     return model
 
@@ -210,7 +237,7 @@ def packed_model(directory: Path, config: TwoStageGPTQConfig, headers: Headers) 
     return model
 
 
-def check_checkpoint(model: PreTrainedModel, packed: dict[str, QuantizedLinear], headers: Headers) -> None:
+def check_checkpoint(model: PreTrainedModel, packed: dict[str, PackedModule], headers: Headers) -> None:
     """Compares the tensors of a checkpoint with what the configuration expects, before anything is loaded.
 
     Transformers only warns about missing tensors, and would go on with whatever was in memory.
