@@ -116,18 +116,26 @@ def layers_to_quantize(
                 continue
             if id(parameter) in first_name:
                 raise ValueError(
-                    f"{first_name[id(parameter)]} and {name} share one weight, which cannot be quantized for two "
+                    f"{first_name[id(parameter)]} and {name} share one weight, which cannot be quantised for two "
                     "places; leave both out with modules_to_not_convert"
                 )
             first_name[id(parameter)] = name
         layers[name] = module
-    _refuse_unknown_matrices(list_name, blocks, layers, exclude)
-    _check_sizes(list_name, layers, bits, group_size)
+    problems = {
+        **_unknown_matrices(list_name, blocks, layers, exclude),
+        **_sizes_that_do_not_pack(list_name, layers, bits, group_size),
+    }
+    if problems:
+        raise ValueError(
+            f"not every layer can be quantized with bits={bits} and group_size={group_size}. "
+            f"{' '.join(problems.values())} To leave them in full precision and quantize the rest, pass "
+            f"modules_to_not_convert={sorted({*exclude, *problems})}"
+        )
     if not layers:
         others = {type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear) and not is_linear(m)}
         why = f"; {', '.join(sorted(others))} may compute something else than nn.Linear does" if others else ""
         raise ValueError(
-            f"no linear layer of {list_name} is left to quantize, expected nn.Linear or Conv1D{why}; look at "
+            f"no linear layer of {list_name} is left to quantise, expected nn.Linear or Conv1D{why}; look at "
             f"modules_in_block_to_quantize={include} and modules_to_not_convert={exclude}"
         )
     embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
@@ -155,8 +163,10 @@ def inside_block(list_name: str, name: str) -> str:
     return name.removeprefix(f"{list_name}.").partition(".")[2]
 
 
-def _check_sizes(list_name: str, layers: dict[str, nn.Module], bits: int, group_size: int) -> None:
-    """Refuses layers that do not pack, all of them in one message."""
+def _sizes_that_do_not_pack(
+    list_name: str, layers: dict[str, nn.Module], bits: int, group_size: int
+) -> dict[str, str]:
+    """Why layers cannot be packed, by their names inside a block."""
     problems: dict[str, str] = {}
     for name, layer in layers.items():
         for weight in {weight.shape: weight for weight in weights_of(name, layer).values()}.values():
@@ -165,22 +175,19 @@ def _check_sizes(list_name: str, layers: dict[str, nn.Module], bits: int, group_
                 packed_shapes(in_features, out_features, bits, resolve_group_size(in_features, group_size))
             except ValueError as error:
                 problems.setdefault(inside_block(list_name, name), f"{name}: {error}")
-    if problems:
-        raise ValueError(
-            f"{len(problems)} of each block's layers do not pack with bits={bits} and group_size={group_size}. To "
-            f"leave them in full precision, pass modules_to_not_convert={list(problems)}. "
-            + " ".join(problems.values())
-        )
+    return problems
 
 
-def _refuse_unknown_matrices(
+def _unknown_matrices(
     list_name: str, blocks: nn.ModuleList, layers: dict[str, nn.Module], exclude: list[str]
-) -> None:
-    """Refuses matrices in plain parameters that would silently stay in full precision, and names small ones.
+) -> dict[str, str]:
+    """Matrices in plain parameters that would silently stay in full precision, by their names inside a block.
 
-    A router's matrix is a plain parameter too, so two dimensions count only where most weights are in such parameters.
+    A router's matrix is a plain parameter too: those of two dimensions are only logged, unless they are most of the
+    weights, as DBRX's experts are.
     """
-    several, single = {}, {}
+    several: dict[str, int] = {}
+    single: dict[str, int] = {}
     for module_name, module in blocks.named_modules():
         name = f"{list_name}.{module_name}"
         known = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd) or is_linear(module)
@@ -198,11 +205,11 @@ def _refuse_unknown_matrices(
             names = sorted({inside_block(list_name, name) for name in single})
             logger.info("in full precision, as plain parameters, stay %s of each block", ", ".join(names))
         single = {}
-    if found := {**several, **single}:
-        modules = sorted({inside_block(list_name, name.rpartition(".")[0]) for name in found})
-        raise ValueError(
-            f"{next(iter(found))} ({len(found)} such parameters, {sum(found.values())} weights) holds several matrices "
-            "in one tensor, as experts do, but does not run through transformers' registry of experts "
-            "implementations; it cannot be quantized. To quantize the rest of the model and keep them as they are, "
-            f"pass modules_to_not_convert={modules}"
+    problems: dict[str, str] = {}
+    for name, size in {**several, **single}.items():
+        problems.setdefault(
+            inside_block(list_name, name.rpartition(".")[0]),
+            f"{name} ({size} weights) holds several matrices in one tensor, as experts do, but does not run through "
+            "transformers' registry of experts implementations.",
         )
+    return problems

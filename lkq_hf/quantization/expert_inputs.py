@@ -63,11 +63,6 @@ class ExpertInputs:
         pairs = order[: sum(counts)].split(counts)
         self._routes.append([(pair // squares.shape[1], squares.view(-1)[pair]) for pair in pairs])
 
-    @property
-    def tokens(self) -> int:
-        """Number of tokens, whatever their experts."""
-        return sum(map(len, self._weights))
-
     def all_tokens(self) -> Iterator[Tokens]:
         """Every token, batch by batch, with the sum of its weights."""
         for batch, weights in enumerate(self._weights):
@@ -80,9 +75,8 @@ class ExpertInputs:
             if len(rows):
                 yield self._rows(batch, rows, weights)
 
-    def sample(self, size: int) -> Iterator[Tokens]:
-        """About `size` tokens, evenly spaced over all, batch by batch, with the sums of their weights."""
-        step = max(1, self.tokens // size)
+    def sample(self, step: int) -> Iterator[Tokens]:
+        """One of every `step` tokens, batch by batch, with the sum of its weights."""
         for batch, weights in enumerate(self._weights):
             yield self._rows(batch, slice(None, None, step), weights[::step])
 
@@ -108,7 +102,7 @@ def calls_of_experts(
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def hook(_: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        tokens, index, gates, *_ = signature.bind(*args, **kwargs).arguments.values()
+        tokens, index, gates, *_rest = signature.bind(*args, **kwargs).arguments.values()
         calls.append((tokens, index, gates))
         if once:
             raise Stop

@@ -26,15 +26,16 @@ SAMPLE = 4
 class ExpertCounts:
     """On how many tokens the experts of one layer were calibrated.
 
-    `unseen` experts computed no token, so they are calibrated on the layer's common input alone. For `rare` ones it
-    counts for more than their own tokens. `mean_common_share` is its part in the mean over all experts.
+    `tokens` is the number of the layer's tokens, each of which goes to several of its `experts`. `unseen` experts
+    computed no token, so they are calibrated on the layer's common input alone. For `rare` ones, which computed fewer
+    tokens than they have input features, the common input counts for more than their own tokens.
     """
 
+    tokens: int
     experts: int
     unseen: int
     rare: int
     fewest_tokens: int
-    mean_common_share: float
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -51,9 +52,9 @@ def quantize_experts(
 ) -> tuple[dict[str, list[Solution]], ExpertCounts]:
     """Quantizes one expert after another; afterwards `experts` compute with the quantized weights.
 
-    Both projections of an expert are calibrated on a mixture of its own tokens and the layer's common input. The
-    layer's input decides what counts for how much (`shrinkage.common_share`); what the down projection receives
-    follows from the mixture, through the expert's own, already quantized, first projection.
+    Both projections of an expert are calibrated on a mixture of its own tokens and the layer's common input
+    (`shrinkage.common_share`). What the down projection receives of either follows from them, through the expert's
+    own, already quantized, first projection.
 
     Args:
         experts: the module, on the compute device.
@@ -103,22 +104,21 @@ def quantize_experts(
         solutions[projection].append(_compact(solution))
 
     common = moments_of(first, *inputs.all_tokens())
-    sample = list(inputs.sample(SAMPLE * in_features[last]))
-    tokens, shares = [], []
+    sample = list(inputs.sample(max(1, common.tokens // (SAMPLE * in_features[last]))))
+    tokens = []
     for expert in range(len(weights[first])):
         own = moments_of(first, *inputs.of_expert(expert))
-        share = common_share(own, common)
+        share = common_share(own.tokens, in_features[first])
         solve(first, mixture(own, common, share))
         down = moments_of(last, *map(passed, inputs.of_expert(expert)))
         solve(last, mixture(down, moments_of(last, *map(passed, sample)), share))
         tokens.append(own.tokens)
-        shares.append(share)
     counts = ExpertCounts(
+        tokens=common.tokens,
         experts=len(tokens),
         unseen=tokens.count(0),
-        rare=sum(share > 0.5 for share in shares),
+        rare=sum(count < in_features[first] for count in tokens),
         fewest_tokens=min(tokens),
-        mean_common_share=round(sum(shares) / len(shares), 4),
     )
     if counts.rare:
         logger.warning(

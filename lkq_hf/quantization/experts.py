@@ -117,20 +117,18 @@ def use_packed_experts(model: PreTrainedModel) -> None:
     """Lets the experts of `model` that are packed run through `packed_experts_forward`."""
     for module in model.modules():
         if packed_experts(module):
-            module.config._experts_implementation = PACKED_EXPERTS
+            config: Any = module.config
+            config._experts_implementation = PACKED_EXPERTS
 
 
 def use_dense_experts(model: PreTrainedModel) -> None:
     """Undoes `use_packed_experts`."""
     for module in model.modules():
-        config = getattr(module, "config", None)
-        if getattr(config, "_experts_implementation", None) == PACKED_EXPERTS:
-            config._experts_implementation = model.get_correct_experts_implementation(None)
+        if isinstance(module, PreTrainedModel) and module.config._experts_implementation == PACKED_EXPERTS:
+            module.config._experts_implementation = model.get_correct_experts_implementation(None)
 
 
-def packed_experts_forward(
-    self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
-) -> Tensor:
+def packed_experts_forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """The forward of fused experts with packed weights, for transformers' registry.
 
     Modules of the same model that were left in full precision run through transformers' `grouped_mm`.

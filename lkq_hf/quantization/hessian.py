@@ -35,7 +35,6 @@ class InputMoments:
     ) -> None:
         self.tokens = 0
         self.weight = 0.0
-        self.fourth_powers = 0.0
         self.of_output = out_features is not None
         rows = in_features if out_features is None else out_features
         self.hessian = torch.zeros(in_features, in_features, device=device)
@@ -70,7 +69,6 @@ class InputMoments:
             x_tilde = x_tilde.float()
             weights = weights.detach().float().unsqueeze(-1)
             weighted = x_tilde * weights
-            self.fourth_powers += float((weighted * x_tilde).sum(-1).double().square().sum())
         _accumulate(self.hessian, weighted, x_tilde, keep, weight)
         if self.deviation is not None:
             if full is None or (self.of_output and quantized is None):
@@ -87,14 +85,6 @@ class InputMoments:
                 _accumulate(self.deviation, rest, x_tilde, 1.0, weight)
             else:
                 _accumulate(self.deviation, difference, x_tilde, keep, weight)
-
-    @property
-    def mean_fourth_power(self) -> float:
-        """The mean of `|y|^4` over tokens `y = x~ sqrt(w / mean w)`, whose plain second moments are `hessian`.
-
-        It is kept for tokens with weights.
-        """
-        return self.fourth_powers * self.tokens / self.weight**2
 
     def of_rows(self, rows: slice) -> "InputMoments":
         """The moments for some of the layer's rows: those of its input serve all, outputs have their own."""

@@ -49,7 +49,7 @@ def packed_shapes(
         if size <= 0 or size % MULTIPLE:
             raise ValueError(
                 f"A Linear packs when in_features and out_features are multiples of {MULTIPLE}; found {name}={size} "
-                f"(in_features={in_features}, out_features={out_features}). List the layer in modules_to_not_convert."
+                f"(in_features={in_features}, out_features={out_features})."
             )
     if group_size <= 0 or in_features % group_size:
         raise ValueError(f"group_size must be positive and divide in_features={in_features}; found {group_size}.")

@@ -67,19 +67,19 @@ class Processes:
         if self.size == 1:
             return
         counts = torch.tensor(
-            [moments.tokens, moments.weight, moments.fourth_powers, moments.deviation is None],
+            [moments.tokens, moments.weight, moments.deviation is None],
             dtype=torch.float64,
             device=moments.hessian.device,
         )
         distributed.all_reduce(counts)
-        tokens, weight, fourth_powers, without_deviation = counts.tolist()
+        tokens, weight, without_deviation = counts.tolist()
         if without_deviation:
             moments.deviation = None
         share = moments.weight / weight if weight else 0.0
         for moment in (moments.hessian, moments.deviation):
             if moment is not None:
                 distributed.all_reduce(moment.mul_(share))
-        moments.tokens, moments.weight, moments.fourth_powers = int(tokens), weight, fourth_powers
+        moments.tokens, moments.weight = int(tokens), weight
 
     def solve(self, rows: int, quantize: Callable[[slice], Solution]) -> Solution:
         """What `quantize` makes of all rows of a layer, each process of some: they do not depend on each other."""

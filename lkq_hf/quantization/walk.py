@@ -231,7 +231,7 @@ def _quantize_block(
             )
             for projection, each in solutions.items():
                 weights.update({f"{name}.{projection}.{expert}": part.weight for expert, part in enumerate(each)})
-                reports.append(_layer_report(f"{prefix}{name}.{projection}", each, inputs.tokens))
+                reports.append(_layer_report(f"{prefix}{name}.{projection}", each, counts[name].tokens))
     return weights, reports, counts
 
 
@@ -251,9 +251,7 @@ def _expert_inputs(paths: _Paths, group: InputGroup) -> ExpertInputs:
         size,
     )
     for batch in range(len(paths.quantized)):
-        calls = calls_of_experts(
-            paths.block, name, paths.call, paths.quantized.get(batch), batch, group.called_once
-        )
+        calls = calls_of_experts(paths.block, name, paths.call, paths.quantized.get(batch), batch, group.called_once)
         full_calls = []
         if paths.full is not None and paths.twin is not None:
             full_calls = calls_of_experts(
