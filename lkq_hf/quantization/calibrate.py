@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lkq_hf import __version__
 from lkq_hf.quantization.blocks import check_names, layers_to_quantize
-from lkq_hf.quantization.calibration_data import calibration_tokens
+from lkq_hf.quantization.calibration_data import calibration_tokens, find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
 
@@ -57,12 +57,15 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.model_seqlen > longest:
         raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")
-    tokenizer = _tokenizer(model, config)
+    tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
     tokens, recipe = calibration_tokens(
         config.dataset, tokenizer, config.num_samples, config.model_seqlen, config.seed, config.text_column
     )
     if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
-        raise ValueError("the tokenizer gives ids beyond the model's vocabulary; pass the model's own tokenizer")
+        raise ValueError(
+            "the calibration data has token ids beyond the model's vocabulary; pass the model's own tokenizer, or "
+            "rows of input_ids that it made"
+        )
     training = model.training
     model.eval()
     report = quantize_blocks(
@@ -103,13 +106,3 @@ def _base_model(model: PreTrainedModel) -> dict[str, str]:
     """The name under which the Hub knows the model; nothing for a directory, whose path concerns nobody else."""
     name = model.name_or_path
     return {"base_model": name} if name and not Path(name).exists() and name.count("/") <= 1 else {}
-
-
-def _tokenizer(model: PreTrainedModel, config: TwoStageGPTQConfig) -> PreTrainedTokenizerBase:
-    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
-        return config.tokenizer
-    name = config.tokenizer or model.name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer was found at {name!r}; pass tokenizer= to TwoStageGPTQConfig") from error

@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,18 +21,70 @@ class Stop(Exception):
     """Ends a forward pass once everything that is wanted from it has been seen."""
 
 
+@dataclass(frozen=True)
+class Placeholder:
+    """Stands for what a passed-over block would have returned at one place behind its hidden states.
+
+    A model hands it on to the next block as it is; whatever else it does with it is an error.
+    """
+
+    place: int
+
+
+Extras: TypeAlias = tuple[Any, ...]
+"""What a block returns after its hidden states."""
+
+
 @dataclass
 class BlockCall:
-    """How the model calls one block, apart from the hidden states: its other arguments, one set a batch."""
+    """How the model calls one block, apart from the hidden states: its other arguments, one set a batch.
+
+    Some of them may be what the block before returned besides its hidden states; placeholders stand for these.
+    """
 
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    returns_tuple: bool = False
+
+    def with_extras(self, extras: Sequence[Extras]) -> "BlockCall":
+        """This call with what the block before returned, batch by batch, in the place of the placeholders."""
+        if not self.takes_extras:
+            return self
+        return BlockCall([_filled(arguments, each) for arguments, each in zip(self.arguments, extras, strict=True)])
+
+    @property
+    def takes_extras(self) -> bool:
+        """Whether some of the arguments are what the block before returned besides its hidden states."""
+        return _has_placeholder(self.arguments)
 
     def run(self, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
         """The block's hidden states for one batch, `[batch, length, hidden]`."""
+        return self.results(block, hidden, batch)[0]
+
+    def results(self, block: nn.Module, hidden: Tensor, batch: int) -> tuple[Tensor, Extras]:
+        """The block's hidden states for one batch, and what else it returns, in main memory."""
         args, kwargs = move(self.arguments[batch], hidden.device)
         output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        if not isinstance(output, tuple | list):
+            return output, ()
+        return output[0], move(tuple(output[1:]), torch.device("cpu"))
+
+
+def _filled(value: Any, extras: Extras) -> Any:
+    """Nested arguments with extras in the place of their placeholders."""
+    if isinstance(value, Placeholder):
+        return extras[value.place]
+    if isinstance(value, tuple | list):
+        return type(value)(_filled(item, extras) for item in value)
+    if isinstance(value, dict):
+        return {key: _filled(item, extras) for key, item in value.items()}
+    return value
+
+
+def _has_placeholder(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_has_placeholder, value))
+    if isinstance(value, dict):
+        return any(map(_has_placeholder, value.values()))
+    return isinstance(value, Placeholder)
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -71,15 +123,20 @@ def capture_block_calls(
 
     The model prepares masks, rotary embeddings and whatever else each block is given, per layer type where it has
     several; a passed-over block returns its input, so the pass costs next to nothing and needs no block's weights.
-    Only one real call per class of blocks is made, on a few tokens, to see whether it returns a tensor or a tuple.
+    Only one real call per class of blocks is made, on a few tokens, to see what it returns besides hidden states.
     Nothing is known about the model beyond that a block's first argument and result are the hidden states.
 
     Returns:
         The first block's hidden states, `[batch, length, hidden]` per batch, and one `BlockCall` per block.
+
+    Raises:
+        ValueError: the model does not run to its last block, or computes with what a block returns besides its hidden
+            states.
     """
     calls = [BlockCall() for _ in blocks]
     hidden_states: list[Tensor] = []
-    returns_tuple: dict[type, bool] = {}
+    probe_results: dict[type, Any] = {}
+    probing = True
 
     def pass_over(index: int, block: nn.Module, forward: Any) -> Any:
         name = next(iter(inspect.signature(forward).parameters))
@@ -98,12 +155,16 @@ def capture_block_calls(
                 previous = None
             arguments = _share((args, kwargs), previous)
             call.arguments.append(_share(arguments, call.arguments[0] if call.arguments else None))
-            if type(block) not in returns_tuple:
-                returns_tuple[type(block)] = isinstance(forward(hidden, *args, **kwargs), tuple)
-            call.returns_tuple = returns_tuple[type(block)]
+            if type(block) not in probe_results:
+                probe_results[type(block)] = forward(hidden, *args, **kwargs)
             if index == len(blocks) - 1:
                 raise Stop
-            return (hidden,) if call.returns_tuple else hidden
+            result = probe_results[type(block)]
+            if not isinstance(result, tuple | list):
+                return hidden
+            # In the probe they have the right shape; later they come from the block before, when it really runs.
+            extras = result[1:] if probing else map(Placeholder, range(len(result) - 1))
+            return type(result)((hidden, *extras))
 
         return recorded
 
@@ -112,6 +173,7 @@ def capture_block_calls(
             stack.enter_context(_replaced_forward(block, pass_over(index, block, block.forward)))
         # A few tokens first, for the real calls; what they leave behind is not wanted.
         _run_to_last_block(model, batches[0][:1, :PROBE_TOKENS])
+        probing = False
         hidden_states.clear()
         for call in calls:
             call.arguments.clear()
@@ -125,6 +187,13 @@ def _run_to_last_block(model: PreTrainedModel, input_ids: Tensor) -> None:
         model(input_ids=input_ids, use_cache=False)
     except Stop:
         return
+    except (TypeError, AttributeError) as error:
+        if Placeholder.__name__ in str(error):
+            raise ValueError(
+                "the model computes with what its blocks return besides hidden states, so they cannot be calibrated "
+                f"one by one ({error})"
+            ) from error
+        raise
     raise ValueError(
         "the model's forward did not reach its last block; name the list of blocks with block_name_to_quantize"
     )

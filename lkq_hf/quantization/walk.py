@@ -18,6 +18,7 @@ from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.blocks import linear_weight, weights_of
 from lkq_hf.quantization.capture import (
     BlockCall,
+    Extras,
     InputGroup,
     capture_block_calls,
     find_sum,
@@ -134,11 +135,15 @@ def quantize_blocks(
             full.append(state)
     del hidden
 
+    # What each path's last block returned besides its hidden states, where the next one takes it.
+    extras: list[Extras] = []
+    full_extras: list[Extras] = []
     report = WalkReport(device=str(device))
     progress = tqdm(range(len(blocks)), desc="quantising", unit="block", disable=not processes.is_main)
     for index in progress:
         ensure_loaded(index)
-        block, call = blocks[index], calls[index]
+        block, call = blocks[index], calls[index].with_extras(extras)
+        full_call = calls[index].with_extras(full_extras) if full is not None else call
         prefix = f"{list_name}.{index}."
         names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
         block.to(device)
@@ -147,7 +152,7 @@ def quantize_blocks(
         checksums = journal.checksums(dense)
         finished = journal.read(index, checksums)
         if finished is None:
-            paths = _Paths(block, twin, call, quantized, full, processes, offload)
+            paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload)
             weights, reports, experts = _quantize_block(paths, names, prefix, settings, true_sequential)
             journal.write(index, checksums, weights, experts)
             report.layers.extend(reports)
@@ -159,17 +164,16 @@ def quantize_blocks(
                 dense[name].copy_(weight.dequantize())
         report.experts.update({prefix + name: counts for name, counts in experts.items()})
         if index < len(blocks) - 1:
-            for batch in range(len(quantized)):
-                quantized.replace(batch, call.run(block, quantized.get(batch), batch))
-                if full is not None and twin is not None:
-                    full.replace(batch, call.run(twin, full.get(batch), batch))
+            extras = _pass(block, call, quantized, calls[index + 1].takes_extras)
+            if full is not None and twin is not None:
+                full_extras = _pass(twin, full_call, full, calls[index + 1].takes_extras)
         del twin
         block.to(home)
         for name in names:
             _install(block, name, weights)
         if load_block is not None and not processes.is_main:
             block.to("meta")
-        call.arguments.clear()
+        calls[index].arguments.clear()
     use_packed_experts(model)
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
@@ -183,14 +187,25 @@ def quantize_blocks(
     return report
 
 
+def _pass(block: nn.Module, call: BlockCall, states: Activations, keep_extras: bool) -> list[Extras]:
+    """Replaces hidden states by what a block makes of them; what else it returns, batch by batch, if that is kept."""
+    kept = []
+    for batch in range(len(states)):
+        hidden, extras = call.results(block, states.get(batch), batch)
+        states.replace(batch, hidden)
+        kept.append(extras if keep_extras else ())
+    return kept
+
+
 @dataclass(frozen=True)
 class _Paths:
-    """A block as it is being quantised, its full-precision twin, the hidden states that enter them, and who shares the
-    work."""
+    """A block as it is being quantised, its full-precision twin, the calls of both, the hidden states that enter them,
+    and who shares the work."""
 
     block: nn.Module
     twin: nn.Module | None
     call: BlockCall
+    full_call: BlockCall
     quantized: Activations
     full: Activations | None
     processes: Processes
@@ -255,7 +270,7 @@ def _expert_inputs(paths: _Paths, group: InputGroup) -> ExpertInputs:
         full_calls = []
         if paths.full is not None and paths.twin is not None:
             full_calls = calls_of_experts(
-                paths.twin, name, paths.call, paths.full.get(batch), batch, group.called_once
+                paths.twin, name, paths.full_call, paths.full.get(batch), batch, group.called_once
             )
         same = len(full_calls) == len(calls)
         for position, (hidden, index, gates) in enumerate(calls):
@@ -283,7 +298,7 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
             full_seen: list[list[Tensor]] = [[] for _ in groups]
             full_sums: list[Tensor | None] = [None for _ in groups]
         else:
-            full_seen, full_sums = layer_inputs(paths.twin, groups, paths.call, paths.full.get(batch), batch)
+            full_seen, full_sums = layer_inputs(paths.twin, groups, paths.full_call, paths.full.get(batch), batch)
         tokens = hidden.shape[0] * hidden.shape[1]
         for index, accumulated in enumerate(moments):
             # A layer that sees only some tokens (an expert) may see other ones in the full-precision model: then
