@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.experts import expert_weights, is_experts, projections
 from lkq_hf.quantization.packing import packed_shapes
 from lkq_hf.quantization.solve import resolve_group_size
@@ -74,6 +75,18 @@ def find_blocks(model: nn.Module, block_name: str | None = None) -> tuple[str, n
 def _size(blocks: nn.ModuleList) -> int:
     # Every parameter, not only those of linear layers: the experts of a mixture are fused into plain 3D parameters.
     return sum(parameter.numel() for parameter in blocks.parameters() if parameter.dim() >= 2)
+
+
+def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
+    """The block list and the layers that `config` selects in `model` (see `layers_to_quantize`)."""
+    return layers_to_quantize(
+        model,
+        config.bits,
+        config.group_size,
+        config.block_name_to_quantize,
+        config.modules_in_block_to_quantize,
+        config.modules_to_not_convert or (),
+    )
 
 
 def layers_to_quantize(

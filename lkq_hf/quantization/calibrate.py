@@ -6,26 +6,14 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
 from transformers import PreTrainedModel
 
 from lkq_hf import __version__
-from lkq_hf.quantization.blocks import check_names, layers_to_quantize
+from lkq_hf.quantization.blocks import check_names, find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens, find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
-
-
-def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
-    """The block list and the layers that `config` selects in `model` (see `layers_to_quantize`)."""
-    return layers_to_quantize(
-        model,
-        config.bits,
-        config.group_size,
-        config.block_name_to_quantize,
-        config.modules_in_block_to_quantize,
-        config.modules_to_not_convert or (),
-    )
 
 
 def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: Any = None) -> WalkReport:
@@ -54,6 +42,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     _refuse_adapters(model)
     check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
     list_name, layers = find_layers(model, config)
+    check_that_it_loads(model, config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.model_seqlen > longest:
         raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")

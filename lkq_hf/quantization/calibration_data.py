@@ -43,7 +43,9 @@ class CalibrationRecipe:
         return asdict(self)
 
 
-def find_tokenizer(given: PreTrainedTokenizerBase | str | None, model: str | Path | None) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(
+    given: PreTrainedTokenizerBase | str | None, model: str | Path | None
+) -> PreTrainedTokenizerBase | None:
     """The tokenizer to calibrate with: the given one, or that of the model; none where the model has none.
 
     Args:

@@ -115,7 +115,6 @@ def _share(value: Any, like: Any) -> Any:
     return value
 
 
-@torch.no_grad()
 def capture_block_calls(
     model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[BlockCall]]:
@@ -133,10 +132,41 @@ def capture_block_calls(
         ValueError: the model does not run to its last block, or computes with what a block returns besides its hidden
             states.
     """
+    results: dict[type, Any] = {}
+    _pass_over(model, blocks, [_few(batches[0])], results, probing=True)
+    return _pass_over(model, blocks, batches, results, probing=False)
+
+
+def probe_block_calls(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor
+) -> tuple[Tensor, list[BlockCall]]:
+    """The same for a few tokens of `tokens`: the first block's hidden states, and calls that can be made at once.
+
+    What a block takes of the one before, besides hidden states, is here what the first block of its class returned.
+    """
+    hidden, calls = _pass_over(model, blocks, [_few(tokens)], {}, probing=True)
+    return hidden[0], calls
+
+
+def _few(tokens: Tensor) -> Tensor:
+    return tokens[:1, :PROBE_TOKENS]
+
+
+@torch.no_grad()
+def _pass_over(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    results: dict[type, Any],
+    probing: bool,
+) -> tuple[list[Tensor], list[BlockCall]]:
+    """`capture_block_calls` with one real call for each class that is not in `results`, which the result joins.
+
+    Args:
+        probing: whether a passed-over block returns what the real call did besides hidden states, or placeholders.
+    """
     calls = [BlockCall() for _ in blocks]
     hidden_states: list[Tensor] = []
-    probe_results: dict[type, Any] = {}
-    probing = True
 
     def pass_over(index: int, block: nn.Module, forward: Any) -> Any:
         name = next(iter(inspect.signature(forward).parameters))
@@ -155,14 +185,13 @@ def capture_block_calls(
                 previous = None
             arguments = _share((args, kwargs), previous)
             call.arguments.append(_share(arguments, call.arguments[0] if call.arguments else None))
-            if type(block) not in probe_results:
-                probe_results[type(block)] = forward(hidden, *args, **kwargs)
+            if type(block) not in results:
+                results[type(block)] = forward(hidden, *args, **kwargs)
             if index == len(blocks) - 1:
                 raise Stop
-            result = probe_results[type(block)]
+            result = results[type(block)]
             if not isinstance(result, tuple | list):
                 return hidden
-            # In the probe they have the right shape; later they come from the block before, when it really runs.
             extras = result[1:] if probing else map(Placeholder, range(len(result) - 1))
             return type(result)((hidden, *extras))
 
@@ -171,12 +200,6 @@ def capture_block_calls(
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.enter_context(_replaced_forward(block, pass_over(index, block, block.forward)))
-        # A few tokens first, for the real calls; what they leave behind is not wanted.
-        _run_to_last_block(model, batches[0][:1, :PROBE_TOKENS])
-        probing = False
-        hidden_states.clear()
-        for call in calls:
-            call.arguments.clear()
         for batch in batches:
             _run_to_last_block(model, batch)
     return hidden_states, calls

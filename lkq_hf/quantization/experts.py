@@ -113,7 +113,7 @@ def restore_experts(experts: nn.Module, dtype: torch.dtype) -> None:
         experts.register_parameter(projection, nn.Parameter(weights))
 
 
-def use_packed_experts(model: PreTrainedModel) -> None:
+def use_packed_experts(model: nn.Module) -> None:
     """Lets the experts of `model` that are packed run through `packed_experts_forward`."""
     for module in model.modules():
         if packed_experts(module):

@@ -25,12 +25,13 @@ from lkq_hf.quantization.capture import (
     layer_inputs,
     observe_order,
 )
+from lkq_hf.quantization.dry_run import check_that_blocks_run_packed, first_of_each_kind
 from lkq_hf.quantization.expert_inputs import ExpertInputs, calls_of_experts
 from lkq_hf.quantization.expert_solver import ExpertCounts, quantize_experts
-from lkq_hf.quantization.experts import install_experts, is_experts, projections, use_packed_experts
+from lkq_hf.quantization.experts import is_experts, projections, use_packed_experts
 from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.install import install_packed
 from lkq_hf.quantization.journal import Journal, walk_fingerprint
-from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -119,10 +120,10 @@ def quantize_blocks(
             load_block(f"{list_name}.{index}", blocks[index])
             loaded.add(index)
 
-    # The capture makes one real call per class of block, which needs that block's weights.
-    kinds = [type(block) for block in blocks]
-    for first in {kinds.index(kind) for kind in kinds}:
+    # The checks and the capture make real calls of one block of each kind, which need its weights.
+    for first in first_of_each_kind(list_name, blocks, layers):
         ensure_loaded(first)
+    check_that_blocks_run_packed(model, list_name, blocks, layers, tokens, settings, device)
     home = model.get_input_embeddings().weight.device
     batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
     hidden, calls = capture_block_calls(model, blocks, batches)
@@ -170,7 +171,7 @@ def quantize_blocks(
         del twin
         block.to(home)
         for name in names:
-            _install(block, name, weights)
+            install_packed(block, name, weights)
         if load_block is not None and not processes.is_main:
             block.to("meta")
         calls[index].arguments.clear()
@@ -365,40 +366,6 @@ def _summary(reports: Sequence[LayerReport]) -> str:
     steps = reports[0].losses
     means = (f"{step} {sum(report.losses[step] for report in reports) / len(reports):.3g}" for step in steps)
     return "relative error: " + ", ".join(means)
-
-
-def _install(block: nn.Module, name: str, weights: dict[str, QuantizedWeight]) -> None:
-    module = block.get_submodule(name)
-    if is_experts(module):
-        install_experts(
-            module,
-            {
-                projection: [
-                    weights[f"{name}.{projection}.{expert}"] for expert in range(len(module.get_parameter(projection)))
-                ]
-                for projection in projections(module)
-            },
-        )
-        return
-    weight = weights[name]
-    parameter = linear_weight(module)
-    bias = getattr(module, "bias", None)
-    home = parameter.device
-    packed = QuantizedLinear.from_quantized_weight(
-        QuantizedWeight(
-            weight.integers.to(home),
-            weight.scales.to(home),
-            weight.zeros.to(home),
-            weight.bits,
-            weight.group_size,
-            weight.sym,
-        ),
-        bias=None if bias is None else bias.detach(),
-        dtype=parameter.dtype,
-    )
-    packed.replaces = type(module)
-    parent, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(parent), leaf, packed)
 
 
 def _peak_memory(device: torch.device) -> int:
