@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.registration import NAME as PEFT_TYPE
 from lkq_hf.files import read_json
+from lkq_hf.quantization.checkpoint import packed_model, tensor_headers
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
 from lkq_hf.quantization.export import RECIPE
-from lkq_hf.quantization.quantizer import packed_model, tensor_headers
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"

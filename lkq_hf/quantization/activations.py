@@ -38,6 +38,11 @@ class Activations:
         """A copy of a batch on the compute device: blocks may write into their input."""
         return self._batches[index].to(self.device, copy=True)
 
+    def rows(self, index: int, rows: Tensor | slice) -> Tensor:
+        """A copy of some rows of a batch on the compute device."""
+        batch = self._batches[index]
+        return batch[rows.to(batch.device) if isinstance(rows, Tensor) else rows].to(self.device, copy=True)
+
     def append(self, value: Tensor) -> None:
         self._batches.append(self._keep(len(self._batches), value))
 

@@ -1,13 +1,18 @@
-"""What in a model is quantised: its repeated decoder blocks and the linear layers inside them, found by structure."""
+"""What in a model is quantized: its repeated decoder blocks, the linear layers and the fused experts inside them."""
 
+import logging
 from collections.abc import Iterable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.experts import expert_weights, is_experts, projections
 from lkq_hf.quantization.packing import packed_shapes
 from lkq_hf.quantization.solve import resolve_group_size
+
+logger = logging.getLogger(__name__)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -19,6 +24,20 @@ def linear_weight(module: nn.Module) -> Tensor:
     """The weight of a linear layer as `[out, in]`; for `Conv1D` a transposed view."""
     weight = module.get_parameter("weight")
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def weights_of(name: str, layer: nn.Module) -> dict[str, Tensor]:
+    """The weights of a layer to quantize, as `[out, in]` views: one of a linear layer, two an expert of fused experts.
+
+    The name of an expert's weight is the layer's name, the projection's, and the expert's number, with dots between.
+    """
+    if not is_experts(layer):
+        return {name: linear_weight(layer)}
+    return {
+        f"{name}.{projection}.{expert}": weight
+        for projection in projections(layer)
+        for expert, weight in enumerate(expert_weights(layer, projection))
+    }
 
 
 def matches(name: str, patterns: Iterable[str]) -> bool:
@@ -58,6 +77,18 @@ def _size(blocks: nn.ModuleList) -> int:
     return sum(parameter.numel() for parameter in blocks.parameters() if parameter.dim() >= 2)
 
 
+def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
+    """The block list and the layers that `config` selects in `model` (see `layers_to_quantize`)."""
+    return layers_to_quantize(
+        model,
+        config.bits,
+        config.group_size,
+        config.block_name_to_quantize,
+        config.modules_in_block_to_quantize,
+        config.modules_to_not_convert or (),
+    )
+
+
 def layers_to_quantize(
     model: PreTrainedModel,
     bits: int,
@@ -66,45 +97,53 @@ def layers_to_quantize(
     include: Iterable[str] | None = None,
     exclude: Iterable[str] = (),
 ) -> tuple[str, dict[str, nn.Module]]:
-    """The linear layers inside the blocks, by their full names, in module order.
+    """The linear layers and fused experts inside the blocks, by their full names, in module order.
 
     Calibration and loading both ask this function, so a checkpoint's config alone decides what is packed.
 
     Args:
-        include: names inside a block to quantise (`modules_in_block_to_quantize`); `None` for all linear layers.
+        include: names inside a block to quantize (`modules_in_block_to_quantize`); `None` for everything.
         exclude: names to leave alone (`modules_to_not_convert`).
 
     Returns:
         The name of the block list, and the layers.
 
     Raises:
-        ValueError: no list of blocks or no layer is found; weights that would silently stay out (fused experts);
-            blocks or layers that share one weight; sizes that no group fits or that do not pack.
+        ValueError: no list of blocks or no layer is found; weights that would silently stay out (experts of an unknown
+            kind); blocks or layers that share one weight; sizes that no group fits or that do not pack.
     """
     exclude = list(exclude)
     list_name, blocks = find_blocks(model, block_name)
-    _refuse_fused_experts(list_name, blocks, exclude)
     first_name: dict[int, str] = {}
     layers: dict[str, nn.Module] = {}
     # remove_duplicate=False: a block that stands in the list twice must be seen twice to be refused.
     for name, module in model.named_modules(remove_duplicate=False):
-        if not name.startswith(f"{list_name}.") or not is_linear(module) or matches(name, exclude):
+        if not name.startswith(f"{list_name}.") or matches(name, exclude):
+            continue
+        if not is_linear(module) and not is_experts(module):
             continue
         if include is not None and not matches(name.removeprefix(f"{list_name}."), include):
             continue
-        weight = module.get_parameter("weight")
-        if id(weight) in first_name:
-            raise ValueError(
-                f"{first_name[id(weight)]} and {name} share one weight, which cannot be quantised for two places; "
-                "leave both out with modules_to_not_convert"
-            )
-        first_name[id(weight)] = name
-        try:
-            out_features, in_features = linear_weight(module).shape
-            packed_shapes(in_features, out_features, bits, resolve_group_size(in_features, group_size))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() < 2:
+                continue
+            if id(parameter) in first_name:
+                raise ValueError(
+                    f"{first_name[id(parameter)]} and {name} share one weight, which cannot be quantised for two "
+                    "places; leave both out with modules_to_not_convert"
+                )
+            first_name[id(parameter)] = name
         layers[name] = module
+    problems = {
+        **_unknown_matrices(list_name, blocks, layers, exclude),
+        **_sizes_that_do_not_pack(list_name, layers, bits, group_size),
+    }
+    if problems:
+        raise ValueError(
+            f"not every layer can be quantized with bits={bits} and group_size={group_size}. "
+            f"{' '.join(problems.values())} To leave them in full precision and quantize the rest, pass "
+            f"modules_to_not_convert={sorted({*exclude, *problems})}"
+        )
     if not layers:
         others = {type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear) and not is_linear(m)}
         why = f"; {', '.join(sorted(others))} may compute something else than nn.Linear does" if others else ""
@@ -114,7 +153,7 @@ def layers_to_quantize(
         )
     embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
     for name, module in layers.items():
-        if id(module.get_parameter("weight")) in embeddings:
+        if is_linear(module) and id(module.get_parameter("weight")) in embeddings:
             raise ValueError(f"{name} shares its weight with an embedding; leave it out with modules_to_not_convert")
     return list_name, layers
 
@@ -132,17 +171,58 @@ def check_names(model: PreTrainedModel, include: Iterable[str] | None, exclude: 
                 raise ValueError(f"{field} names {pattern!r}, which matches no module of the model")
 
 
-def _refuse_fused_experts(list_name: str, blocks: nn.ModuleList, exclude: list[str]) -> None:
-    fused = [
-        f"{list_name}.{module_name}.{name}"
-        for module_name, module in blocks.named_modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() >= 3 and not isinstance(module, nn.modules.conv._ConvNd)
-    ]
-    fused = [name for name in fused if not matches(name, exclude)]
-    if fused:
-        raise ValueError(
-            f"{fused[0]} ({len(fused)} such parameters) holds several matrices in one tensor, as fused experts do; "
-            "these are not quantised. To quantise the rest of the model and keep them as they are, pass "
-            f"modules_to_not_convert=[{fused[0].split('.', list_name.count('.') + 2)[-1].rpartition('.')[0]!r}]"
+def inside_block(list_name: str, name: str) -> str:
+    """A name without the list of blocks and the block's number: what one writes into `modules_to_not_convert`."""
+    return name.removeprefix(f"{list_name}.").partition(".")[2]
+
+
+def _sizes_that_do_not_pack(
+    list_name: str, layers: dict[str, nn.Module], bits: int, group_size: int
+) -> dict[str, str]:
+    """Why layers cannot be packed, by their names inside a block."""
+    problems: dict[str, str] = {}
+    for name, layer in layers.items():
+        for weight in {weight.shape: weight for weight in weights_of(name, layer).values()}.values():
+            out_features, in_features = weight.shape
+            try:
+                packed_shapes(in_features, out_features, bits, resolve_group_size(in_features, group_size))
+            except ValueError as error:
+                problems.setdefault(inside_block(list_name, name), f"{name}: {error}")
+    return problems
+
+
+def _unknown_matrices(
+    list_name: str, blocks: nn.ModuleList, layers: dict[str, nn.Module], exclude: list[str]
+) -> dict[str, str]:
+    """Matrices in plain parameters that would silently stay in full precision, by their names inside a block.
+
+    A router's matrix is a plain parameter too: those of two dimensions are only logged, unless they are most of the
+    weights, as DBRX's experts are.
+    """
+    several: dict[str, int] = {}
+    single: dict[str, int] = {}
+    for module_name, module in blocks.named_modules():
+        name = f"{list_name}.{module_name}"
+        known = isinstance(module, nn.Linear | nn.Embedding | nn.modules.conv._ConvNd) or is_linear(module)
+        if known or is_experts(module) or name in layers:
+            continue
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            full_name = f"{name}.{parameter_name}"
+            # Convolutions and decays of state-space models have dimensions of size 1.
+            if parameter.dim() < 2 or 1 in parameter.shape[-2:] or matches(full_name, exclude):
+                continue
+            (several if parameter.dim() > 2 else single)[full_name] = parameter.numel()
+    quantized = sum(weight.numel() for name, layer in layers.items() for weight in weights_of(name, layer).values())
+    if sum(single.values()) <= quantized:
+        if single:
+            names = sorted({inside_block(list_name, name) for name in single})
+            logger.info("in full precision, as plain parameters, stay %s of each block", ", ".join(names))
+        single = {}
+    problems: dict[str, str] = {}
+    for name, size in {**several, **single}.items():
+        problems.setdefault(
+            inside_block(list_name, name.rpartition(".")[0]),
+            f"{name} ({size} weights) holds several matrices in one tensor, as experts do, but does not run through "
+            "transformers' registry of experts implementations.",
         )
+    return problems

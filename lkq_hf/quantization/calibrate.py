@@ -6,13 +6,13 @@ from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from lkq_hf import __version__
-from lkq_hf.quantization.blocks import check_names, layers_to_quantize, linear_weight
-from lkq_hf.quantization.calibration_data import calibration_tokens
+from lkq_hf.quantization.blocks import check_names, find_layers, weights_of
+from lkq_hf.quantization.calibration_data import calibration_tokens, find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.packing import MULTIPLE
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
 
@@ -20,24 +20,12 @@ GROUP_SIZES = (128, 64, MULTIPLE)
 """What is tried, in this order, where no group size is given."""
 
 
-def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
-    """The block list and the layers that `config` selects in `model` (see `layers_to_quantize`)."""
-    return layers_to_quantize(
-        model,
-        config.bits,
-        config.group_size,
-        config.block_name_to_quantize,
-        config.modules_in_block_to_quantize,
-        config.modules_to_not_convert or (),
-    )
-
-
 def default_group_size(model: PreTrainedModel, config: TwoStageGPTQConfig) -> int:
     """The largest of 128, 64 and 32 that divides the inputs of all layers that `config` selects; 32 divides any."""
     rows = copy.copy(config)
     rows.group_size = -1  # fits any layer
     _, layers = find_layers(model, rows)
-    widths = {linear_weight(layer).shape[1] for layer in layers.values()}
+    widths = {weight.shape[-1] for name, layer in layers.items() for weight in weights_of(name, layer).values()}
     return next(size for size in GROUP_SIZES if all(width % size == 0 for width in widths))
 
 
@@ -69,15 +57,19 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     if config.group_size is None:
         config.group_size = default_group_size(model, config)
     list_name, layers = find_layers(model, config)
+    check_that_it_loads(model, config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.model_seqlen > longest:
         raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")
-    tokenizer = _tokenizer(model, config)
+    tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
     tokens, recipe = calibration_tokens(
         config.dataset, tokenizer, config.num_samples, config.model_seqlen, config.seed, config.text_column
     )
     if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
-        raise ValueError("the tokenizer gives ids beyond the model's vocabulary; pass the model's own tokenizer")
+        raise ValueError(
+            "the calibration data has token ids beyond the model's vocabulary; pass the model's own tokenizer, or "
+            "rows of input_ids that it made"
+        )
     training = model.training
     model.eval()
     report = quantize_blocks(
@@ -118,13 +110,3 @@ def _base_model(model: PreTrainedModel) -> dict[str, str]:
     """The name under which the Hub knows the model; nothing for a directory, whose path concerns nobody else."""
     name = model.name_or_path
     return {"base_model": name} if name and not Path(name).exists() and name.count("/") <= 1 else {}
-
-
-def _tokenizer(model: PreTrainedModel, config: TwoStageGPTQConfig) -> PreTrainedTokenizerBase:
-    if isinstance(config.tokenizer, PreTrainedTokenizerBase):
-        return config.tokenizer
-    name = config.tokenizer or model.name_or_path
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"no tokenizer was found at {name!r}; pass tokenizer= to TwoStageGPTQConfig") from error

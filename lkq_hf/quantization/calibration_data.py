@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 if TYPE_CHECKING:
     import datasets
@@ -33,7 +33,7 @@ class CalibrationRecipe:
     """How the calibration tokens came to be: goes into a checkpoint's `meta`."""
 
     dataset: str
-    tokenizer: str
+    tokenizer: str | None
     samples: int
     length: int
     seed: int
@@ -43,9 +43,35 @@ class CalibrationRecipe:
         return asdict(self)
 
 
+def find_tokenizer(
+    given: PreTrainedTokenizerBase | str | None, model: str | Path | None
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer to calibrate with: the given one, or that of the model; none where the model has none.
+
+    Args:
+        given: a tokenizer, or the directory or Hub id of one.
+        model: directory or Hub id of the model, if it has one.
+
+    Raises:
+        OSError, ValueError: a given name has no tokenizer.
+    """
+    if isinstance(given, PreTrainedTokenizerBase):
+        return given
+    if given is not None:
+        return AutoTokenizer.from_pretrained(given)
+    if not model:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        return None
+    # Where the files are missing, transformers makes some tokenizers without a vocabulary.
+    return tokenizer if tokenizer("a")["input_ids"] else None
+
+
 def calibration_tokens(
     source: CalibrationSource,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     samples: int = 128,
     length: int = 2048,
     seed: int = 0,
@@ -60,6 +86,7 @@ def calibration_tokens(
         source: a list of texts, a list of dicts with `input_ids`, a `datasets` dataset with a column `text_column` or
             `input_ids`, a text file, a `.jsonl` file with a field `text_column` (either may be gzipped), or a Hub
             dataset id (`"id"` or `"id:configuration"`, split `train`, streamed).
+        tokenizer: `None` where the source holds `input_ids` alone; these are then only joined and cut.
         samples: number of windows.
         length: tokens in a window.
 
@@ -69,16 +96,17 @@ def calibration_tokens(
     Raises:
         FileNotFoundError: a path that does not exist.
         TypeError: a source of another kind.
-        ValueError: an empty source, a missing column, or too little text; nothing is padded or repeated.
+        ValueError: an empty source, a missing column, texts without a tokenizer, or too little text; nothing is padded
+            or repeated.
     """
     if samples < 1 or length < 2:
         raise ValueError(f"calibration needs samples >= 1 and length >= 2, found samples={samples}, length={length}")
-    start = _window_start(tokenizer)
+    start = [] if tokenizer is None else _window_start(tokenizer)
     body = length - len(start)
     enough = samples * length * CHARACTERS_PER_TOKEN * OVERSAMPLING
     shuffler = random.Random(seed)
     documents = _documents(source, text_column, enough, shuffler)
-    separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    separator = [] if tokenizer is None or tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     pieces: list[str | list[int]] = []
     for document in documents:
         pieces.extend(_cut(document, CHARACTERS_PER_TOKEN * length) if isinstance(document, str) else [document])
@@ -87,7 +115,15 @@ def calibration_tokens(
     shuffler.shuffle(pieces)
     stream: list[int] = []
     for piece in pieces:
-        ids = tokenizer(piece, add_special_tokens=False)["input_ids"] if isinstance(piece, str) else piece
+        if not isinstance(piece, str):
+            ids = piece
+        elif tokenizer is None:
+            raise ValueError(
+                f"the calibration dataset ({_describe(source)}) holds texts, and no tokenizer was found beside the "
+                "model; pass tokenizer=, or rows with 'input_ids'"
+            )
+        else:
+            ids = tokenizer(piece, add_special_tokens=False)["input_ids"]
         stream.extend(ids)
         stream.extend(separator)
         if len(stream) >= samples * body:
@@ -101,7 +137,7 @@ def calibration_tokens(
     tokens = torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), windows], dim=1)
     recipe = CalibrationRecipe(
         dataset=_describe(source),
-        tokenizer=Path(tokenizer.name_or_path).name,
+        tokenizer=None if tokenizer is None else Path(tokenizer.name_or_path).name,
         samples=samples,
         length=length,
         seed=seed,

@@ -4,11 +4,13 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from lkq_hf.quantization.experts import is_experts
 
 PROBE_TOKENS = 8
 # Part of a disturbance that rounding may swallow on its way into a sum.
@@ -19,18 +21,70 @@ class Stop(Exception):
     """Ends a forward pass once everything that is wanted from it has been seen."""
 
 
+@dataclass(frozen=True)
+class Placeholder:
+    """Stands for what a passed-over block would have returned at one place behind its hidden states.
+
+    A model hands it on to the next block as it is; whatever else it does with it is an error.
+    """
+
+    place: int
+
+
+Extras: TypeAlias = tuple[Any, ...]
+"""What a block returns after its hidden states."""
+
+
 @dataclass
 class BlockCall:
-    """How the model calls one block, apart from the hidden states: its other arguments, one set a batch."""
+    """How the model calls one block, apart from the hidden states: its other arguments, one set a batch.
+
+    Some of them may be what the block before returned besides its hidden states; placeholders stand for these.
+    """
 
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
-    returns_tuple: bool = False
+
+    def with_extras(self, extras: Sequence[Extras]) -> "BlockCall":
+        """This call with what the block before returned, batch by batch, in the place of the placeholders."""
+        if not self.takes_extras:
+            return self
+        return BlockCall([_filled(arguments, each) for arguments, each in zip(self.arguments, extras, strict=True)])
+
+    @property
+    def takes_extras(self) -> bool:
+        """Whether some of the arguments are what the block before returned besides its hidden states."""
+        return _has_placeholder(self.arguments)
 
     def run(self, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
         """The block's hidden states for one batch, `[batch, length, hidden]`."""
+        return self.results(block, hidden, batch)[0]
+
+    def results(self, block: nn.Module, hidden: Tensor, batch: int) -> tuple[Tensor, Extras]:
+        """The block's hidden states for one batch, and what else it returns, in main memory."""
         args, kwargs = move(self.arguments[batch], hidden.device)
         output = block(hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        if not isinstance(output, tuple | list):
+            return output, ()
+        return output[0], move(tuple(output[1:]), torch.device("cpu"))
+
+
+def _filled(value: Any, extras: Extras) -> Any:
+    """Nested arguments with extras in the place of their placeholders."""
+    if isinstance(value, Placeholder):
+        return extras[value.place]
+    if isinstance(value, tuple | list):
+        return type(value)(_filled(item, extras) for item in value)
+    if isinstance(value, dict):
+        return {key: _filled(item, extras) for key, item in value.items()}
+    return value
+
+
+def _has_placeholder(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return any(map(_has_placeholder, value))
+    if isinstance(value, dict):
+        return any(map(_has_placeholder, value.values()))
+    return isinstance(value, Placeholder)
 
 
 def move(value: Any, device: torch.device) -> Any:
@@ -61,7 +115,6 @@ def _share(value: Any, like: Any) -> Any:
     return value
 
 
-@torch.no_grad()
 def capture_block_calls(
     model: PreTrainedModel, blocks: Sequence[nn.Module], batches: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[BlockCall]]:
@@ -69,15 +122,51 @@ def capture_block_calls(
 
     The model prepares masks, rotary embeddings and whatever else each block is given, per layer type where it has
     several; a passed-over block returns its input, so the pass costs next to nothing and needs no block's weights.
-    Only one real call per class of blocks is made, on a few tokens, to see whether it returns a tensor or a tuple.
+    Only one real call per class of blocks is made, on a few tokens, to see what it returns besides hidden states.
     Nothing is known about the model beyond that a block's first argument and result are the hidden states.
 
     Returns:
         The first block's hidden states, `[batch, length, hidden]` per batch, and one `BlockCall` per block.
+
+    Raises:
+        ValueError: the model does not run to its last block, or computes with what a block returns besides its hidden
+            states.
+    """
+    results: dict[type, Any] = {}
+    _pass_over(model, blocks, [_few(batches[0])], results, probing=True)
+    return _pass_over(model, blocks, batches, results, probing=False)
+
+
+def probe_block_calls(
+    model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor
+) -> tuple[Tensor, list[BlockCall]]:
+    """The same for a few tokens of `tokens`: the first block's hidden states, and calls that can be made at once.
+
+    What a block takes of the one before, besides hidden states, is here what the first block of its class returned.
+    """
+    hidden, calls = _pass_over(model, blocks, [_few(tokens)], {}, probing=True)
+    return hidden[0], calls
+
+
+def _few(tokens: Tensor) -> Tensor:
+    return tokens[:1, :PROBE_TOKENS]
+
+
+@torch.no_grad()
+def _pass_over(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    results: dict[type, Any],
+    probing: bool,
+) -> tuple[list[Tensor], list[BlockCall]]:
+    """`capture_block_calls` with one real call for each class that is not in `results`, which the result joins.
+
+    Args:
+        probing: whether a passed-over block returns what the real call did besides hidden states, or placeholders.
     """
     calls = [BlockCall() for _ in blocks]
     hidden_states: list[Tensor] = []
-    returns_tuple: dict[type, bool] = {}
 
     def pass_over(index: int, block: nn.Module, forward: Any) -> Any:
         name = next(iter(inspect.signature(forward).parameters))
@@ -96,23 +185,21 @@ def capture_block_calls(
                 previous = None
             arguments = _share((args, kwargs), previous)
             call.arguments.append(_share(arguments, call.arguments[0] if call.arguments else None))
-            if type(block) not in returns_tuple:
-                returns_tuple[type(block)] = isinstance(forward(hidden, *args, **kwargs), tuple)
-            call.returns_tuple = returns_tuple[type(block)]
+            if type(block) not in results:
+                results[type(block)] = forward(hidden, *args, **kwargs)
             if index == len(blocks) - 1:
                 raise Stop
-            return (hidden,) if call.returns_tuple else hidden
+            result = results[type(block)]
+            if not isinstance(result, tuple | list):
+                return hidden
+            extras = result[1:] if probing else map(Placeholder, range(len(result) - 1))
+            return type(result)((hidden, *extras))
 
         return recorded
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
             stack.enter_context(_replaced_forward(block, pass_over(index, block, block.forward)))
-        # A few tokens first, for the real calls; what they leave behind is not wanted.
-        _run_to_last_block(model, batches[0][:1, :PROBE_TOKENS])
-        hidden_states.clear()
-        for call in calls:
-            call.arguments.clear()
         for batch in batches:
             _run_to_last_block(model, batch)
     return hidden_states, calls
@@ -123,6 +210,13 @@ def _run_to_last_block(model: PreTrainedModel, input_ids: Tensor) -> None:
         model(input_ids=input_ids, use_cache=False)
     except Stop:
         return
+    except (TypeError, AttributeError) as error:
+        if Placeholder.__name__ in str(error):
+            raise ValueError(
+                "the model computes with what its blocks return besides hidden states, so they cannot be calibrated "
+                f"one by one ({error})"
+            ) from error
+        raise
     raise ValueError(
         "the model's forward did not reach its last block; name the list of blocks with block_name_to_quantize"
     )
@@ -158,26 +252,31 @@ class InputGroup:
 def observe_order(block: nn.Module, names: Sequence[str], call: BlockCall, hidden: Tensor) -> list[InputGroup]:
     """Groups layers by the input they see and orders the groups by when they run, from one real forward pass.
 
-    Layers that did not run (experts without a token) come last, each on its own.
+    Fused experts are a group of their own. Layers that did not run (single experts without a token) come last, each on
+    its own.
 
     Args:
-        names: the layers, as names inside the block.
+        names: the layers and fused experts, as names inside the block.
         hidden: one batch, `[batch, length, hidden]`.
     """
     seen: list[tuple[str, Tensor, Any]] = []
 
     def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+        alone = is_experts(block.get_submodule(name))
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # The tensor itself is kept: its address identifies it only while it lives.
-            x = args[0]
-            identity = (x.data_ptr(), x.shape, x.stride(), x._version) if x.numel() else object()
+            x = args[0] if args else next(iter(kwargs.values()))
+            shared = x.numel() and not alone
+            identity = (x.data_ptr(), x.shape, x.stride(), x._version) if shared else object()
             seen.append((name, x, identity))
 
         return hook
 
     with ExitStack() as stack:
         for name in names:
-            stack.callback(block.get_submodule(name).register_forward_pre_hook(watch(name)).remove)
+            layer = block.get_submodule(name)
+            stack.callback(layer.register_forward_pre_hook(watch(name), with_kwargs=True).remove)
         call.run(block, hidden, 0)
 
     times = {name: sum(other == name for other, _, _ in seen) for name in names}

@@ -22,10 +22,10 @@ from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_
 
 from lkq_hf import __version__
 from lkq_hf.files import check_free, new_directory, read_json
+from lkq_hf.quantization.checkpoint import Headers, names_in_model, packed_model, tensor_headers
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import checkpoint_format
-from lkq_hf.quantization.quantizer import Headers, names_in_model, packed_model, tensor_headers
 
 FORMATS = ("gptq", "compressed-tensors")
 

@@ -16,7 +16,8 @@ class InputMoments:
     `X` is the layer's input in the full-precision network and `X~` its input in the network quantised so far
     (arXiv 2602.02126). The deviation is `R = E[(X - X~) X~^T]` or, with `out_features`, `D = E[(Y - Y~) X~^T]` of what
     the layer's output has become part of: for a sum `Y = residual + W X` it is `E[(residual - residual~) X~^T] + W R`.
-    The moments are float32 running means, so their size does not grow with the token count.
+    The moments are float32 running means, so their size does not grow with the token count. Tokens may count for
+    different weights: `tokens` is their number, `weight` the sum of their weights.
 
     Args:
         in_features: the layer's input size.
@@ -33,31 +34,49 @@ class InputMoments:
         out_features: int | None = None,
     ) -> None:
         self.tokens = 0
+        self.weight = 0.0
         self.of_output = out_features is not None
         rows = in_features if out_features is None else out_features
         self.hessian = torch.zeros(in_features, in_features, device=device)
         self.deviation = torch.zeros(rows, in_features, device=device) if deviation else None
 
-    def add(self, quantized_input: Tensor, full: Tensor | None = None, quantized: Tensor | None = None) -> None:
+    def add(
+        self,
+        quantized_input: Tensor,
+        full: Tensor | None = None,
+        quantized: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> None:
         """Adds the tokens of one batch.
 
         Args:
             quantized_input: `X~`, `[..., in_features]`.
             full: where the deviation is needed, `X`, or `Y` if it is one of outputs.
             quantized: what `full` deviates from: `Y~`; by default `X~`.
+            weights: what each token counts for, `[tokens]`, not negative; by default 1.
         """
         x_tilde = quantized_input.detach().reshape(-1, quantized_input.shape[-1])
         new = x_tilde.shape[0]
-        if new == 0:
+        added = float(new) if weights is None else float(weights.sum())
+        self.tokens += new
+        if added == 0:
             return
-        keep = self.tokens / (self.tokens + new)
-        weight = 1.0 / (self.tokens + new)
-        _accumulate(self.hessian, x_tilde, x_tilde, keep, weight)
+        keep = self.weight / (self.weight + added)
+        weight = 1.0 / (self.weight + added)
+        self.weight += added
+        weighted = x_tilde
+        if weights is not None:
+            x_tilde = x_tilde.float()
+            weights = weights.detach().float().unsqueeze(-1)
+            weighted = x_tilde * weights
+        _accumulate(self.hessian, weighted, x_tilde, keep, weight)
         if self.deviation is not None:
             if full is None or (self.of_output and quantized is None):
                 raise ValueError("this accumulator tracks a deviation, so it needs the full-precision values too")
             quantized = quantized_input if quantized is None else quantized
             difference = (full.detach().float() - quantized.detach().float()).reshape(new, -1)
+            if weights is not None:
+                difference *= weights
             if x_tilde.dtype in TENSOR_CORE_DTYPES and x_tilde.is_cuda:
                 # Two halves hold what the difference of two halves can hold, but for bits that no sum would notice.
                 leading = difference.to(x_tilde.dtype)
@@ -66,7 +85,6 @@ class InputMoments:
                 _accumulate(self.deviation, rest, x_tilde, 1.0, weight)
             else:
                 _accumulate(self.deviation, difference, x_tilde, keep, weight)
-        self.tokens += new
 
     def of_rows(self, rows: slice) -> "InputMoments":
         """The moments for some of the layer's rows: those of its input serve all, outputs have their own."""

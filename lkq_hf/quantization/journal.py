@@ -13,12 +13,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lkq_hf.files import note_changes, read_json, write_atomically, write_json
-from lkq_hf.quantization.blocks import linear_weight
+from lkq_hf.quantization.blocks import weights_of
+from lkq_hf.quantization.expert_solver import ExpertCounts
 from lkq_hf.quantization.solve import SolverSettings, resolve_group_size
 from lkq_hf.quantization.weight import QuantizedWeight
 
 NOTE = "walk.json"
 """Name of the file that says of which walk the blocks beside it are."""
+
+# No layer's name: names of weights have no space.
+_EXPERTS = "tokens of experts"
 
 
 def walk_fingerprint(
@@ -37,7 +41,11 @@ def walk_fingerprint(
     contents: dict[str, Any] = {
         "model": type(model).__name__,
         "dtype": str(model.dtype),
-        "layers": {name: list(linear_weight(layer).shape) for name, layer in layers.items()},
+        "layers": {
+            weight_name: list(weight.shape)
+            for name, layer in layers.items()
+            for weight_name, weight in weights_of(name, layer).items()
+        },
         "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
         "settings": asdict(settings),
         "true_sequential": true_sequential,
@@ -100,18 +108,25 @@ class Journal:
     def _path(self, index: int) -> Path | None:
         return None if self.directory is None else self.directory / f"block-{index:05d}.safetensors"
 
-    def checksums(self, layers: dict[str, nn.Module]) -> dict[str, str]:
-        """The SHA-256 of each layer's weight; none for a journal that keeps nothing."""
+    def checksums(self, weights: dict[str, Tensor]) -> dict[str, str]:
+        """The SHA-256 of each weight of a block, by name; none for a journal that keeps nothing."""
         sums: dict[str, str] = {}
         if self.directory is None:
             return sums
-        for name, layer in layers.items():
-            weight = linear_weight(layer).detach().cpu().contiguous()
-            sums[name] = hashlib.sha256(weight.view(torch.uint8).numpy().data).hexdigest()
+        for name, weight in weights.items():
+            stored = weight.detach().cpu().contiguous()
+            sums[name] = hashlib.sha256(stored.view(torch.uint8).numpy().data).hexdigest()
         return sums
 
-    def write(self, index: int, checksums: dict[str, str], weights: dict[str, QuantizedWeight]) -> None:
-        """Keeps a finished block: its layers' quantised weights and the checksums of what they were made from."""
+    def write(
+        self,
+        index: int,
+        checksums: dict[str, str],
+        weights: dict[str, QuantizedWeight],
+        experts: dict[str, ExpertCounts],
+    ) -> None:
+        """Keeps a finished block: its quantized weights, the checksums of what they were made from, and on how many
+        tokens its experts were calibrated."""
         path = self._path(index)
         if path is None or not self.writes:
             return
@@ -124,9 +139,13 @@ class Journal:
         if not note.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(note, self.fingerprint)
-        write_atomically(path, lambda partial: save_file(tensors, partial, metadata=checksums))
+        counts = {name: count.to_dict() for name, count in experts.items()}
+        metadata = {**checksums, **({_EXPERTS: json.dumps(counts)} if counts else {})}
+        write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
-    def read(self, index: int, checksums: dict[str, str]) -> dict[str, QuantizedWeight] | None:
+    def read(
+        self, index: int, checksums: dict[str, str]
+    ) -> tuple[dict[str, QuantizedWeight], dict[str, ExpertCounts]] | None:
         """A block finished earlier, or `None`.
 
         Raises:
@@ -137,11 +156,14 @@ class Journal:
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                if (file.metadata() or {}) != checksums:
+                metadata = file.metadata() or {}
+                counts = json.loads(metadata.pop(_EXPERTS, "{}"))
+                if metadata != checksums:
                     raise ValueError(
                         f"{path} was made from other base weights; delete its directory or name another one"
                     )
-                return {name: self._weight(file, name) for name in checksums}
+                weights = {name: self._weight(file, name) for name in checksums}
+                return weights, {name: ExpertCounts(**count) for name, count in counts.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, and the run makes it again") from error
 

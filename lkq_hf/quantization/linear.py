@@ -1,6 +1,5 @@
 """The packed Linear: a drop-in for `torch.nn.Linear` whose weight is in the GPTQ layout."""
 
-from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
 import torch
@@ -8,12 +7,13 @@ from torch import Tensor, nn
 
 from lkq_hf.kernels.dequantize import dequantize
 from lkq_hf.kernels.quantized_matmul import quantized_matmul
-from lkq_hf.quantization.packing import group_index, pack_weight, packed_shapes, unpack_weight, unpack_zeros
+from lkq_hf.quantization.packed_module import PackedModule
+from lkq_hf.quantization.packing import group_index, pack_weight, packed_shapes, unpack_weight
 from lkq_hf.quantization.shared_input import FixedInput, SharedInput, autocast, shared_product
 from lkq_hf.quantization.weight import QuantizedWeight
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(PackedModule, nn.Linear):
     """`y = x w^T + bias` with a group-wise quantised `w` (see :mod:`lkq_hf.quantization.packing` for its tensors).
 
     It is an `nn.Linear` to whoever asks, so that PEFT puts LoRA on it with an ordinary `LoraConfig`; gradients reach
@@ -35,9 +35,6 @@ class QuantizedLinear(nn.Linear):
         ValueError: the sizes do not pack.
     """
 
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
     g_idx: Tensor
 
     replaces: type[nn.Module] = nn.Linear
@@ -119,33 +116,22 @@ class QuantizedLinear(nn.Linear):
         )
 
     def validate(self) -> None:
-        """Check loaded tensors against the configuration this module was made from.
+        """Checks loaded tensors against the configuration that this module was made from.
 
         Raises:
             ValueError: a tensor has the wrong shape or dtype, `g_idx` is not `k // group_size`, scales are not finite
                 and positive, or symmetric weights have other zero points than `2**(bits - 1)`.
         """
-        made_for = f"{self.bits} bits, group_size {self.group_size}, {'symmetric' if self.sym else 'asymmetric'}"
-        advice = f"The configuration says {made_for}: the checkpoint was written with another one, or is damaged."
-        for name, (shape, dtype) in self._shapes().items():
-            tensor = getattr(self, name)
-            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-                raise ValueError(
-                    f"{name} should be {dtype} {list(shape)}, found {tensor.dtype} {list(tensor.shape)}. {advice}"
-                )
+        super().validate()
         if self.bias is not None and tuple(self.bias.shape) != (self.out_features,):
-            raise ValueError(f"bias should be [{self.out_features}], found {list(self.bias.shape)}. {advice}")
-        if self.qweight.is_meta:
-            return
-        if not torch.equal(self.g_idx, group_index(self.in_features, self.group_size, self.g_idx.device)):
+            raise ValueError(f"bias should be [{self.out_features}], found {list(self.bias.shape)}. {self._advice}")
+        if not self.g_idx.is_meta and not torch.equal(
+            self.g_idx, group_index(self.in_features, self.group_size, self.g_idx.device)
+        ):
             raise ValueError(
                 "g_idx should be k // group_size; groups of columns that are not neighbours (act-order, desc_act) "
-                f"cannot be read. {advice}"
+                f"cannot be read. {self._advice}"
             )
-        if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
-            raise ValueError(f"scales should be finite and positive. {advice}")
-        if self.sym and not bool((unpack_zeros(self.qzeros, self.bits, self.sym) == 2 ** (self.bits - 1)).all()):
-            raise ValueError(f"symmetric zero points should all be {2 ** (self.bits - 1)}. {advice}")
 
     def extra_repr(self) -> str:
         return (
@@ -158,30 +144,3 @@ class QuantizedLinear(nn.Linear):
 
     def _shapes(self) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return packed_shapes(self.in_features, self.out_features, self.bits, self.group_size)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        scales = self.scales
-        super()._apply(fn, recurse)
-        if self.scales.dtype != scales.dtype:
-            self.scales = scales.to(self.scales.device)
-        return self
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        known = len(missing_keys) + len(error_msgs)
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if len(missing_keys) + len(error_msgs) == known:
-            try:
-                self.validate()
-            except ValueError as error:
-                error_msgs.append(f"{prefix.removesuffix('.')}: {error}")

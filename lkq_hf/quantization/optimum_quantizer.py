@@ -6,11 +6,12 @@ from typing import Any, Self
 
 import torch
 from optimum.quantization_base import OptimumQuantizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lkq_hf.files import check_free, new_directory, pieces_directory
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate
+from lkq_hf.quantization.calibration_data import find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer, torch_dtype
@@ -100,7 +101,8 @@ class TwoStageQuantizer(OptimumQuantizer):
         check_free(target)
         partial = Path(config.resume_dir or pieces_directory(target))
         run = TwoStageGPTQConfig(**{**config.__dict__, "resume_dir": partial})
-        tokenizer = self._tokenizer(run)
+        name = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else self.model
+        tokenizer = find_tokenizer(run.tokenizer, name)
         run.tokenizer = tokenizer
         load_block = None
         if isinstance(self.model, PreTrainedModel):
@@ -126,16 +128,11 @@ class TwoStageQuantizer(OptimumQuantizer):
         if processes.is_main:
             with new_directory(target) as temporary:
                 model.save_pretrained(temporary)
-                tokenizer.save_pretrained(temporary)
+                if tokenizer is not None:
+                    tokenizer.save_pretrained(temporary)
             shutil.rmtree(partial)
         processes.wait()
         return model
-
-    def _tokenizer(self, config: TwoStageGPTQConfig) -> PreTrainedTokenizerBase:
-        if isinstance(config.tokenizer, PreTrainedTokenizerBase):
-            return config.tokenizer
-        name = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else self.model
-        return AutoTokenizer.from_pretrained(config.tokenizer or name)
 
 
 def mark_quantized(model: PreTrainedModel, config: TwoStageGPTQConfig) -> None:

@@ -49,7 +49,7 @@ def packed_shapes(
         if size <= 0 or size % MULTIPLE:
             raise ValueError(
                 f"A Linear packs when in_features and out_features are multiples of {MULTIPLE}; found {name}={size} "
-                f"(in_features={in_features}, out_features={out_features}). List the layer in modules_to_not_convert."
+                f"(in_features={in_features}, out_features={out_features})."
             )
     if group_size <= 0 or in_features % group_size:
         raise ValueError(f"group_size must be positive and divide in_features={in_features}; found {group_size}.")
@@ -76,7 +76,7 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
     out_features, in_features = weight.integers.shape
     packed_shapes(in_features, out_features, weight.bits, weight.group_size)
     return {
-        "qweight": pack(weight.integers, weight.bits).t().contiguous(),
+        "qweight": pack(weight.integers.to(torch.int32), weight.bits).t().contiguous(),
         "qzeros": pack_zeros(weight.zeros, weight.bits, weight.sym),
         "scales": weight.scales.to(torch.float16).t().contiguous(),
         "g_idx": group_index(in_features, weight.group_size, weight.integers.device),

@@ -66,16 +66,20 @@ class Processes:
         """Makes moments of one process's tokens those of all tokens, in place."""
         if self.size == 1:
             return
-        counts = torch.tensor([moments.tokens, moments.deviation is None], device=moments.hessian.device)
+        counts = torch.tensor(
+            [moments.tokens, moments.weight, moments.deviation is None],
+            dtype=torch.float64,
+            device=moments.hessian.device,
+        )
         distributed.all_reduce(counts)
-        tokens, without_deviation = counts.tolist()
+        tokens, weight, without_deviation = counts.tolist()
         if without_deviation:
             moments.deviation = None
-        share = moments.tokens / max(tokens, 1)
+        share = moments.weight / weight if weight else 0.0
         for moment in (moments.hessian, moments.deviation):
             if moment is not None:
                 distributed.all_reduce(moment.mul_(share))
-        moments.tokens = tokens
+        moments.tokens, moments.weight = int(tokens), weight
 
     def solve(self, rows: int, quantize: Callable[[slice], Solution]) -> Solution:
         """What `quantize` makes of all rows of a layer, each process of some: they do not depend on each other."""

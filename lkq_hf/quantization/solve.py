@@ -66,8 +66,7 @@ def resolve_group_size(in_features: int, group_size: int) -> int:
         fitting = [size for size in (32, 64, 128) if in_features % size == 0]
         raise ValueError(
             f"in_features={in_features} is not a multiple of group_size={group_size}; group sizes that fit: "
-            f"{', '.join(map(str, [*fitting, -1]))} (-1: one group a row), or leave the layer out with "
-            "modules_to_not_convert"
+            f"{', '.join(map(str, [*fitting, -1]))} (-1: one group a row)."
         )
     return group_size
 

@@ -15,18 +15,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lkq_hf.quantization.activations import Activations
-from lkq_hf.quantization.blocks import linear_weight
+from lkq_hf.quantization.blocks import linear_weight, weights_of
 from lkq_hf.quantization.capture import (
     BlockCall,
+    Extras,
     InputGroup,
     capture_block_calls,
     find_sum,
     layer_inputs,
     observe_order,
 )
+from lkq_hf.quantization.dry_run import check_that_blocks_run_packed, first_of_each_kind
+from lkq_hf.quantization.expert_inputs import ExpertInputs, calls_of_experts
+from lkq_hf.quantization.expert_solver import ExpertCounts, quantize_experts
+from lkq_hf.quantization.experts import is_experts, projections, use_packed_experts
 from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.install import install_packed
 from lkq_hf.quantization.journal import Journal, walk_fingerprint
-from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -45,9 +50,13 @@ class LayerReport:
 
 @dataclass
 class WalkReport:
-    """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process."""
+    """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process.
+
+    `experts` says of every module of fused experts on how many tokens they were calibrated, also of resumed blocks.
+    """
 
     layers: list[LayerReport] = field(default_factory=list)
+    experts: dict[str, ExpertCounts] = field(default_factory=dict)
     device: str = "cpu"
     resumed_blocks: int = 0
     seconds: float = 0.0
@@ -111,10 +120,10 @@ def quantize_blocks(
             load_block(f"{list_name}.{index}", blocks[index])
             loaded.add(index)
 
-    # The capture makes one real call per class of block, which needs that block's weights.
-    kinds = [type(block) for block in blocks]
-    for first in {kinds.index(kind) for kind in kinds}:
+    # The checks and the capture make real calls of one block of each kind, which need its weights.
+    for first in first_of_each_kind(list_name, blocks, layers):
         ensure_loaded(first)
+    check_that_blocks_run_packed(model, list_name, blocks, layers, tokens, settings, device)
     home = model.get_input_embeddings().weight.device
     batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
     hidden, calls = capture_block_calls(model, blocks, batches)
@@ -127,39 +136,46 @@ def quantize_blocks(
             full.append(state)
     del hidden
 
+    # What each path's last block returned besides its hidden states, where the next one takes it.
+    extras: list[Extras] = []
+    full_extras: list[Extras] = []
     report = WalkReport(device=str(device))
     progress = tqdm(range(len(blocks)), desc="quantising", unit="block", disable=not processes.is_main)
     for index in progress:
         ensure_loaded(index)
-        block, call = blocks[index], calls[index]
+        block, call = blocks[index], calls[index].with_extras(extras)
+        full_call = calls[index].with_extras(full_extras) if full is not None else call
         prefix = f"{list_name}.{index}."
         names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
         block.to(device)
         twin = copy.deepcopy(block) if full is not None else None
-        checksums = journal.checksums({name: block.get_submodule(name) for name in names})
-        weights = journal.read(index, checksums)
-        if weights is None:
-            paths = _Paths(block, twin, call, quantized, full, processes)
-            weights, reports = _quantize_block(paths, names, prefix, settings, true_sequential)
-            journal.write(index, checksums, weights)
+        dense = {key: weight for name in names for key, weight in weights_of(name, block.get_submodule(name)).items()}
+        checksums = journal.checksums(dense)
+        finished = journal.read(index, checksums)
+        if finished is None:
+            paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload)
+            weights, reports, experts = _quantize_block(paths, names, prefix, settings, true_sequential)
+            journal.write(index, checksums, weights, experts)
             report.layers.extend(reports)
             progress.set_postfix_str(_summary(reports))
         else:
+            weights, experts = finished
             report.resumed_blocks += 1
             for name, weight in weights.items():
-                _write_back(block.get_submodule(name), weight)
+                dense[name].copy_(weight.dequantize())
+        report.experts.update({prefix + name: counts for name, counts in experts.items()})
         if index < len(blocks) - 1:
-            for batch in range(len(quantized)):
-                quantized.replace(batch, call.run(block, quantized.get(batch), batch))
-                if full is not None and twin is not None:
-                    full.replace(batch, call.run(twin, full.get(batch), batch))
+            extras = _pass(block, call, quantized, calls[index + 1].takes_extras)
+            if full is not None and twin is not None:
+                full_extras = _pass(twin, full_call, full, calls[index + 1].takes_extras)
         del twin
         block.to(home)
-        for name, weight in weights.items():
-            _install(block, name, weight)
+        for name in names:
+            install_packed(block, name, weights)
         if load_block is not None and not processes.is_main:
             block.to("meta")
-        call.arguments.clear()
+        calls[index].arguments.clear()
+    use_packed_experts(model)
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
     logger.info(
@@ -172,32 +188,48 @@ def quantize_blocks(
     return report
 
 
+def _pass(block: nn.Module, call: BlockCall, states: Activations, keep_extras: bool) -> list[Extras]:
+    """Replaces hidden states by what a block makes of them; what else it returns, batch by batch, if that is kept."""
+    kept = []
+    for batch in range(len(states)):
+        hidden, extras = call.results(block, states.get(batch), batch)
+        states.replace(batch, hidden)
+        kept.append(extras if keep_extras else ())
+    return kept
+
+
 @dataclass(frozen=True)
 class _Paths:
-    """A block as it is being quantised, its full-precision twin, the hidden states that enter them, and who shares the
-    work."""
+    """A block as it is being quantised, its full-precision twin, the calls of both, the hidden states that enter them,
+    and who shares the work."""
 
     block: nn.Module
     twin: nn.Module | None
     call: BlockCall
+    full_call: BlockCall
     quantized: Activations
     full: Activations | None
     processes: Processes
+    offload: str
 
 
 def _quantize_block(
     paths: _Paths, names: Sequence[str], prefix: str, settings: SolverSettings, true_sequential: bool
-) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
-    """Quantises the layers `names` of a block; afterwards the block computes with the quantised weights."""
+) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, ExpertCounts]]:
+    """Quantizes the layers `names` of a block; afterwards the block computes with the quantized weights."""
     weights: dict[str, QuantizedWeight] = {}
     reports: list[LayerReport] = []
+    counts: dict[str, ExpertCounts] = {}
     groups = observe_order(paths.block, names, paths.call, paths.quantized.get(0)) if names else []
     if settings.needs_deviation and settings.corrected_residual:
         groups = [_with_sum(group, paths) for group in groups]
     # Which experts saw a token, and so the order, may differ between processes.
     groups = paths.processes.first(groups)
     for step in [[group] for group in groups] if true_sequential else [groups]:
-        for group, moments in zip(step, _input_moments(paths, step, settings), strict=True):
+        linear = [group for group in step if not _of_experts(group, paths)]
+        # All inputs are taken before anything in this step is quantized.
+        expert_inputs = {group.names[0]: _expert_inputs(paths, group) for group in step if group not in linear}
+        for group, moments in zip(linear, _input_moments(paths, linear, settings), strict=True):
             modules = {name: paths.block.get_submodule(name) for name in group.names}
             if moments.tokens == 0:
                 logger.warning("%s saw no calibration token and is rounded to nearest", prefix + group.names[0])
@@ -205,13 +237,50 @@ def _quantize_block(
             rows = [linear_weight(module).shape[0] for module in modules.values()]
             for (name, module), part in zip(modules.items(), _split(solution, rows), strict=True):
                 weights[name] = part.weight
-                _write_back(module, part.weight)
-                reports.append(_layer_report(prefix + name, part, moments.tokens))
-    return weights, reports
+                linear_weight(module).copy_(part.weight.dequantize())
+                reports.append(_layer_report(prefix + name, [part], moments.tokens))
+        for name, inputs in expert_inputs.items():
+            experts = paths.block.get_submodule(name)
+            twin = None if paths.twin is None else paths.twin.get_submodule(name)
+            solutions, counts[name] = quantize_experts(
+                experts, twin, inputs, f"{prefix}{name}.", settings, paths.processes
+            )
+            for projection, each in solutions.items():
+                weights.update({f"{name}.{projection}.{expert}": part.weight for expert, part in enumerate(each)})
+                reports.append(_layer_report(f"{prefix}{name}.{projection}", each, counts[name].tokens))
+    return weights, reports, counts
+
+
+def _of_experts(group: InputGroup, paths: _Paths) -> bool:
+    return is_experts(paths.block.get_submodule(group.names[0]))
+
+
+def _expert_inputs(paths: _Paths, group: InputGroup) -> ExpertInputs:
+    name = group.names[0]
+    experts = paths.block.get_submodule(name)
+    size = sum(x.numel() * x.element_size() for x in map(paths.quantized.get, range(len(paths.quantized))))
+    inputs = ExpertInputs(
+        len(experts.get_parameter(projections(experts)[0])),
+        paths.quantized.device,
+        paths.offload,
+        paths.full is not None,
+        size,
+    )
+    for batch in range(len(paths.quantized)):
+        calls = calls_of_experts(paths.block, name, paths.call, paths.quantized.get(batch), batch, group.called_once)
+        full_calls = []
+        if paths.full is not None and paths.twin is not None:
+            full_calls = calls_of_experts(
+                paths.twin, name, paths.full_call, paths.full.get(batch), batch, group.called_once
+            )
+        same = len(full_calls) == len(calls)
+        for position, (hidden, index, gates) in enumerate(calls):
+            inputs.add(hidden, index, gates, full_calls[position][0] if same else None)
+    return inputs
 
 
 def _with_sum(group: InputGroup, paths: _Paths) -> InputGroup:
-    if len(group.names) > 1 or not group.called_once:
+    if len(group.names) > 1 or not group.called_once or _of_experts(group, paths):
         return group
     return replace(group, added_at=find_sum(paths.block, group.names[0], paths.call, paths.quantized.get(0)))
 
@@ -230,7 +299,7 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
             full_seen: list[list[Tensor]] = [[] for _ in groups]
             full_sums: list[Tensor | None] = [None for _ in groups]
         else:
-            full_seen, full_sums = layer_inputs(paths.twin, groups, paths.call, paths.full.get(batch), batch)
+            full_seen, full_sums = layer_inputs(paths.twin, groups, paths.full_call, paths.full.get(batch), batch)
         tokens = hidden.shape[0] * hidden.shape[1]
         for index, accumulated in enumerate(moments):
             # A layer that sees only some tokens (an expert) may see other ones in the full-precision model: then
@@ -281,9 +350,12 @@ def _split(solution: Solution, rows: Sequence[int]) -> list[Solution]:
     ]
 
 
-def _layer_report(name: str, solution: Solution, tokens: int) -> LayerReport:
-    energy = max(float(solution.energy.sum()), torch.finfo(torch.float32).tiny)
-    losses = {step: float(loss.sum()) / energy for step, loss in solution.losses.items()}
+def _layer_report(name: str, solutions: Sequence[Solution], tokens: int) -> LayerReport:
+    energy = max(sum(float(solution.energy.sum()) for solution in solutions), torch.finfo(torch.float32).tiny)
+    losses = {
+        step: sum(float(solution.losses[step].sum()) for solution in solutions) / energy
+        for step in solutions[0].losses
+    }
     logger.info("%s: relative error %s", name, ", ".join(f"{step} {loss:.3g}" for step, loss in losses.items()))
     return LayerReport(name, losses, tokens)
 
@@ -294,32 +366,6 @@ def _summary(reports: Sequence[LayerReport]) -> str:
     steps = reports[0].losses
     means = (f"{step} {sum(report.losses[step] for report in reports) / len(reports):.3g}" for step in steps)
     return "relative error: " + ", ".join(means)
-
-
-def _write_back(module: nn.Module, weight: QuantizedWeight) -> None:
-    linear_weight(module).copy_(weight.dequantize())
-
-
-def _install(block: nn.Module, name: str, weight: QuantizedWeight) -> None:
-    module = block.get_submodule(name)
-    parameter = linear_weight(module)
-    bias = getattr(module, "bias", None)
-    home = parameter.device
-    packed = QuantizedLinear.from_quantized_weight(
-        QuantizedWeight(
-            weight.integers.to(home),
-            weight.scales.to(home),
-            weight.zeros.to(home),
-            weight.bits,
-            weight.group_size,
-            weight.sym,
-        ),
-        bias=None if bias is None else bias.detach(),
-        dtype=parameter.dtype,
-    )
-    packed.replaces = type(module)
-    parent, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(parent), leaf, packed)
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -11,7 +11,7 @@ class QuantizedWeight:
     """A group-wise quantised weight: `w[o, k] = scales[o, g] * (integers[o, k] - zeros[o, g])`, `g = k // group_size`.
 
     Args:
-        integers: int32 `[out_features, in_features]` in `0 .. 2**bits - 1`, columns in their original order.
+        integers: int32 or uint8 `[out_features, in_features]` in `0 .. 2**bits - 1`, columns in their original order.
         scales: float16 `[out_features, groups]`, positive and finite: the values that are stored.
         zeros: int32 `[out_features, groups]` in `0 .. 2**bits - 1`.
         bits: 2, 3, 4 or 8.

@@ -15,7 +15,9 @@ from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate, find_layers
 from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.quantizer import restore_linear
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.walk import quantize_blocks
 
@@ -46,6 +48,8 @@ class Routed(torch.nn.Module):
 
 
 def build(architecture):
+    if architecture == "mixtral":
+        return tiny_model("mixtral", num_local_experts=4, num_hidden_layers=2)
     if architecture != "routed":
         return tiny_model(architecture)
     model = tiny_model()
@@ -70,13 +74,13 @@ def walk(architecture="llama", resume_dir=None, kill=None, device="cpu", **chang
     state = {
         f"{name}.{kind}": getattr(module, kind).numpy()
         for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        if isinstance(module, PackedModule)
         for kind in ("qweight", "scales", "qzeros")
     }
     dense = {
-        name: module.dequantize(torch.float32).numpy()
-        for name, module in model.named_modules()
-        if isinstance(module, QuantizedLinear)
+        name: parameter.detach().numpy()
+        for name, parameter in restore_linear(model, torch.float32).named_parameters()
+        if parameter.dim() > 1 and name.startswith("model.layers.")
     }
     return state, dense, report.layers, report.resumed_blocks
 
@@ -105,6 +109,7 @@ def assert_equal_states(found, expected):
         pytest.param("llama", {"true_sequential": False, "bits": 3, "alpha": 0.0}, marks=pytest.mark.slow),
         ("gemma3", {"sym": True}),
         ("routed", {}),
+        ("mixtral", {}),
     ],
 )
 def test_processes_make_the_checkpoint_of_one(architecture, changes):

@@ -6,8 +6,11 @@ import json
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from models import tiny_model
 from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM
 
+from lkq_hf.quantization import TwoStageQuantizer
 from lkq_hf.quantization.calibration_data import calibration_tokens
 
 
@@ -63,6 +66,33 @@ def test_every_window_starts_with_the_begin_token_where_the_tokenizer_adds_one(t
     starting._tokenizer.post_processor = TemplateProcessing(single="w0 $A", special_tokens=[("w0", number)])
     tokens, _ = calibration_tokens(texts, starting, samples=6, length=20)
     assert (tokens[:, 0] == number).all() and tokens.shape == (6, 20)
+
+
+def test_rows_of_token_ids_need_no_tokenizer():
+    rows = [{"input_ids": list(range(i, i + 20))} for i in range(0, 100, 20)]
+    for source in (rows, Dataset.from_list(rows)):
+        tokens, recipe = calibration_tokens(source, None, samples=5, length=20)
+        assert sorted(row[0] for row in tokens.tolist()) == [0, 20, 40, 60, 80]
+        assert recipe.tokenizer is None
+    with pytest.raises(ValueError, match=r"holds texts, and no tokenizer was found.*pass tokenizer=, or rows with"):
+        calibration_tokens(["some text"], None, samples=1, length=2)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_a_model_without_a_tokenizer_is_calibrated_on_rows_alone(architecture, texts, tmp_path):
+    """transformers makes an empty tokenizer where GPT-2's files are missing, and none for Llama."""
+    tiny_model(architecture, num_hidden_layers=1).save_pretrained(tmp_path / "base")
+    rows = [{"input_ids": torch.randint(3, 160, (40,), generator=torch.Generator().manual_seed(0)).tolist()}]
+    options = {"bits": 4, "group_size": 32, "num_samples": 2, "model_seqlen": 16}
+    quantizer = TwoStageQuantizer.from_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="holds texts, and no tokenizer was found"):
+        quantizer.quantize(tmp_path / "out", dataset=texts, **options)
+    model = quantizer.quantize(tmp_path / "out", dataset=rows, **options)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 20).unsqueeze(0)
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    with pytest.raises((OSError, ValueError)):
+        quantizer.quantize(tmp_path / "other", dataset=rows, tokenizer=str(tmp_path / "no-tokenizer"), **options)
 
 
 @pytest.mark.parametrize(
