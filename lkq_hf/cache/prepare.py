@@ -6,7 +6,7 @@
 
 import threading
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from lkq_hf.attention import thread_state
+from lkq_hf.attention import implementation_of, thread_state
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
@@ -228,6 +228,7 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         refresh.start()
         return None
     refuse_replica(decoder)
+    kwargs, changed = _without_slicing_block_masks(decoder, kwargs)
     length = _length(kwargs)
     if not cache.has_prompt:
         refuse_in(decoder, kwargs, length)
@@ -242,7 +243,25 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         _thread.forward = Decoding(decoder, cache, text_mask)
         _thread.forward.start()
-    return None
+    return ((), kwargs) if changed else None
+
+
+def _without_slicing_block_masks(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The arguments, and whether they were changed.
+
+    Decoders that read only the last positions in their last layers cut their masks for it, which flex attention's do
+    not allow. They know it by the name of the attention, which now is another.
+    """
+    if implementation_of(decoder.config) != "flex_attention" or "logits_to_keep" not in _parameters(
+        type(decoder).forward
+    ):
+        return kwargs, False
+    return kwargs | {"logits_to_keep": None}, True
+
+
+@lru_cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(forward).parameters)
 
 
 def _refresh_if_due(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> None:
