@@ -1,5 +1,6 @@
 """Attention over a prefix and a tail, whatever attention implementation the model has."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def attend_over(call: AttentionCall, prefix: Prefix | None, text_mask: torch.Ten
             not say it; None if all are real.
     """
     if prefix is None:
-        return _attend_over_slots(call) if _is_one_token_over_slots(call) else call.run()
+        return _attend_over_slots(call) if _is_one_token_over_slots(call) else _aligned(call).run()
     if call.implementation in ("eager", "sdpa") and not _can_be_ragged(call):
         return _attend_padded(call, prefix)
     options = call.options if "flash" in call.implementation else {}
@@ -44,6 +45,18 @@ def attend_over(call: AttentionCall, prefix: Prefix | None, text_mask: torch.Ten
         sinks=options.get("s_aux"),
     )
     return output.transpose(1, 2), None
+
+
+def _aligned(call: AttentionCall) -> AttentionCall:
+    """The call with a mask, where a decoder dropped all but its last queries and left the mask to sdpa.
+
+    Decoders do so (Gemma 4, in layers that share keys and values) unless their attention is named "sdpa", for torch
+    takes the queries of a causal attention for the first ones.
+    """
+    queries, keys = call.query.shape[2], call.key.shape[2]
+    if call.implementation != "sdpa" or call.mask is not None or not 1 < queries < keys:
+        return call
+    return replace(call, mask=_causal(queries, keys, call.query.device))
 
 
 def _plain(call: AttentionCall) -> bool:
@@ -103,13 +116,6 @@ def _attend_padded(call: AttentionCall, prefix: Prefix) -> Any:
     if mask.dtype != torch.bool:
         seen = torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
     mask = torch.cat([seen, mask[..., :tail].expand(batch, heads, -1, -1)], dim=-1)
-    whole = AttentionCall(
-        call.module,
-        call.implementation,
-        call.query,
-        torch.cat([keys, call.key], dim=2),
-        torch.cat([values, call.value], dim=2),
-        mask,
-        call.options,
-    )
-    return whole.run()
+    return replace(
+        call, key=torch.cat([keys, call.key], dim=2), value=torch.cat([values, call.value], dim=2), mask=mask
+    ).run()

@@ -5,8 +5,9 @@
 """
 
 import threading
+import warnings
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from inspect import signature
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
-from lkq_hf.attention import thread_state
+from lkq_hf.attention import implementation_of, thread_state
 from lkq_hf.cache.batching import refuse_cache
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
@@ -26,6 +27,7 @@ from lkq_hf.cache.refresh import begin_refresh
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
 from lkq_hf.compat import cache_name, find_cache, rename_cache
 from lkq_hf.quantization.shared_input import weights_fixed
+from lkq_hf.scoring import Scorer
 
 MASKS_ATTRIBUTE = "create_masks_for_generate"
 
@@ -232,6 +234,7 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         prepared.start()
         return None
     refuse_replica(decoder)
+    kwargs, changed = _without_slicing_block_masks(decoder, kwargs)
     length = _length(kwargs)
     if not cache.has_prompt:
         refuse_in(decoder, kwargs, length)
@@ -239,8 +242,9 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         cache.remember_model(decoder)
     reads = cache.will_read(length)
     cache.end_turn_begin()
-    if reads:
-        return _begin_reading(decoder, cache, kwargs, length)
+    scorer = _bind(decoder, cache) if reads else None
+    if scorer is not None:
+        return _begin_reading(decoder, cache, scorer, kwargs, length)
     if cache.refresh_is_due():
         refresh(decoder, cache, kwargs.get("attention_mask"))
     if cache.has_prefix:
@@ -248,7 +252,25 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         _thread.forward = Decoding(decoder, cache, text_mask)
         _thread.forward.start()
-    return None
+    return ((), kwargs) if changed else None
+
+
+def _without_slicing_block_masks(decoder: PreTrainedModel, kwargs: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """The arguments, and whether they were changed.
+
+    Decoders that read only the last positions in their last layers cut their masks for it, which flex attention's do
+    not allow. They know it by the name of the attention, which now is another.
+    """
+    if implementation_of(decoder.config) != "flex_attention" or "logits_to_keep" not in _parameters(
+        type(decoder).forward
+    ):
+        return kwargs, False
+    return kwargs | {"logits_to_keep": None}, True
+
+
+@lru_cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(signature(forward).parameters)
 
 
 def refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: torch.Tensor | None = None) -> None:
@@ -270,8 +292,28 @@ def refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: tor
         decoder(**inputs)
 
 
-def _begin_reading(decoder: PreTrainedModel, cache: LookaheadCache, kwargs: dict[str, Any], length: int) -> Any:
-    scorer = cache.scorer.bind(decoder)
+def _bind(decoder: PreTrainedModel, cache: LookaheadCache) -> Scorer | None:
+    """The cache's scorer for this model; None where a later turn cannot be scored and is kept whole instead.
+
+    Raises:
+        ValueError: a first prompt cannot be scored.
+    """
+    try:
+        return cache.scorer.bind(decoder)
+    except ValueError as error:
+        if not cache.has_prompt:
+            raise
+        warnings.warn(
+            f"this turn is kept whole, since it cannot be scored: {error} LookaheadCache(evict_later_turns=False) "
+            "keeps later turns whole without this warning.",
+            stacklevel=2,
+        )
+        return None
+
+
+def _begin_reading(
+    decoder: PreTrainedModel, cache: LookaheadCache, scorer: Scorer, kwargs: dict[str, Any], length: int
+) -> Any:
     seen = int(cache.get_seq_length())
     given_mask = kwargs.get("attention_mask")
     if isinstance(given_mask, dict) and _thread.outer_inputs:

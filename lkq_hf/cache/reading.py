@@ -106,9 +106,9 @@ class Reading:
 
     def attend(self, call: AttentionCall) -> Any:
         layer = layer_of(self.cache, call.module, call.key, call.value)
+        output = attend_over(call, None if layer is None else layer.attended_prefix, self.text_mask)
         if layer is None:
-            return call.run()
-        output = attend_over(call, layer.attended_prefix, self.text_mask)
+            return output
         index: int = call.module.layer_idx  # type: ignore[assignment]
         if index < len(self.cache.layers) and self.cache.layers[index] is layer:
             queries = LastQueries(call.query, call.scaling, call.options.get("softcap"))

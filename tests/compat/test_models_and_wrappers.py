@@ -279,7 +279,7 @@ def test_a_lora_of_a_question_over_a_document_read_without_it():
 
 
 @item("ordinary LoRA adapters beside the lookahead adapter: one, several, swapped while in use")
-def test_a_question_without_the_lookahead_adapter_is_kept_whole_or_refused():
+def test_a_question_without_the_lookahead_adapter_is_kept_whole():
     base, ids = tiny_model(), prompt_ids(1, 40)
     model = copy.deepcopy(base)
     add_adapter(model, lora(11), "style")
@@ -292,12 +292,12 @@ def test_a_question_without_the_lookahead_adapter_is_kept_whole_or_refused():
             model.eval()(ids, past_key_values=cache)
         set_adapter(model, ["style"])
         if evict_later_turns:
-            with pytest.raises(ValueError, match=r"needs an active LOOKAHEAD_KV adapter.*set_adapter"):
-                generate(model, question, cache)
-            assert cache.get_seq_length() == 40
+            with pytest.warns(UserWarning, match=r"kept whole.*needs an active LOOKAHEAD_KV adapter.*set_adapter"):
+                answer = generate(model, question, cache)[0]
         else:
-            assert generate(model, question, cache)[0].shape == (1, 8)
-            assert cache.summary()["entries_stored"] == 7 + 5 + 7
+            answer = generate(model, question, cache)[0]
+        assert answer.shape == (1, 8)
+        assert cache.summary()["entries_stored"] == 7 + 5 + 7
 
 
 @item("hot-swapping of lookahead adapters")
