@@ -33,7 +33,6 @@ from triton.runtime.errors import OutOfResources
 from lkq_hf.kernels.decode_attention import decode_attention
 from lkq_hf.kernels.ragged_attention import ragged_attention, ragged_attention_reference
 from lkq_hf.kernels.ragged_attention_triton import Tile, default_tile, ragged_attention_triton
-from lkq_hf.kernels.ragged_attention_varlen import ragged_attention_varlen
 
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DTYPE = torch.bfloat16
@@ -167,9 +166,6 @@ def measure_queries(q: int, batch: int, mean: int, tiles: list[Tile]) -> dict[st
     result["tiles"] = [
         {**tile._asdict(), "us": timed} for tile in tiles if (timed := tile_time([inputs] * 10, tile)) is not None
     ]
-    without_mask = {key: value for key, value in inputs.items() if key != "tail_mask"}
-    check("varlen_attn", ragged_attention_varlen(**without_mask), inputs)
-    result["varlen_us"] = microseconds([partial(ragged_attention_varlen, **without_mask)] * 10)
     key, value = (torch.randn(batch, KV_HEADS, mean + q, HEAD_DIM, dtype=DTYPE, device=DEVICE) for _ in range(2))
     dense = partial(scaled_dot_product_attention, inputs["query"], key, value, scale=SCALING, enable_gqa=True)
     result["dense_us"] = microseconds([dense] * 10)
@@ -242,14 +238,14 @@ def page(results: dict[str, Any]) -> str:
                 for row in results["decode"]
             ],
         ),
-        "Several new tokens, mean entries as above plus the tokens themselves: the kernel, torch's `varlen_attn` with "
-        "its copies, and `scaled_dot_product_attention` without a mask over dense tensors of the same mean.",
+        "Several new tokens, mean entries as above plus the tokens themselves: the kernel, and "
+        "`scaled_dot_product_attention` without a mask over dense tensors of the same mean.",
         table(
-            ["tokens", "batch", "mean entries", "kernel", "varlen_attn", "dense"],
+            ["tokens", "batch", "mean entries", "kernel", "dense"],
             [
                 [
                     *(str(row[name]) for name in ("q", "batch", "mean")),
-                    *(f"{row[f'{name}_us']:.1f}" for name in ("kernel", "varlen", "dense")),
+                    *(f"{row[f'{name}_us']:.1f}" for name in ("kernel", "dense")),
                 ]
                 for row in results["queries"]
             ],

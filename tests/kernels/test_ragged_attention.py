@@ -260,55 +260,6 @@ def test_compiled(device, reset_compiler):
     compare(compiled(inputs["query"]) / 2, inputs)
 
 
-def definition_of_varlen(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale, window_size=(-1, -1), enable_gqa=False
-):
-    """What torch documents of `varlen_attn`, with causality aligned to the last query and the last key."""
-    assert window_size == (-1, 0)
-    output = torch.empty(*query.shape[:-1], value.shape[-1], dtype=query.dtype)
-    for i in range(len(cu_seq_q) - 1):
-        rows, entries = slice(*cu_seq_q[i : i + 2].tolist()), slice(*cu_seq_k[i : i + 2].tolist())
-        q, k = rows.stop - rows.start, entries.stop - entries.start
-        assert q <= max_q and k <= max_k
-        groups = query.shape[1] // key.shape[1]
-        keys, values = (t[entries].transpose(0, 1).repeat_interleave(groups, 0) for t in (key, value))
-        logits = scale * query[rows].transpose(0, 1) @ keys.transpose(-1, -2)
-        seen = torch.ones(q, k, dtype=torch.bool).tril(k - q)
-        output[rows] = (logits.masked_fill(~seen, -torch.inf).softmax(-1) @ values).transpose(0, 1)
-    return output
-
-
-def test_sequences_for_varlen(monkeypatch):
-    from lkq_hf.kernels import ragged_attention_varlen as varlen
-
-    monkeypatch.setattr(varlen, "varlen_attn", definition_of_varlen)
-    varlen._grouped_heads.cache_clear()
-    inputs = make_inputs("cpu", [[0, 1, 20], [33, 7, 12]], slots=5, q=4) | {"longest": 40}
-    arguments = {name: value for name, value in inputs.items() if name != "tail_mask"}
-    compare(varlen.ragged_attention_varlen(**arguments), inputs)
-    varlen._grouped_heads.cache_clear()
-
-
-def test_varlen_is_not_asked_for_what_it_cannot_do(monkeypatch):
-    from lkq_hf.kernels.ragged_attention_varlen import varlen_serves
-
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-
-    class OnGPU(torch.Tensor):
-        is_cuda = True
-
-    query = torch.zeros(1, 2, 4, 64).half().as_subclass(OnGPU)
-    values, mask = torch.zeros(9, 64).half(), torch.ones(1, 1, 4, 4, dtype=torch.bool)
-    others = {"tail_mask": None, "softcap": None, "sinks": None}
-    assert varlen_serves(query, values, **others)
-    for change in ({"tail_mask": mask}, {"softcap": 30.0}, {"sinks": torch.zeros(2)}):
-        assert not varlen_serves(query, values, **others | change)
-    assert not varlen_serves(query.float(), values, **others)
-    assert not varlen_serves(query, torch.zeros(9, 128).half(), **others)
-    assert not varlen_serves(query[..., :60], values[:, :60], **others)
-    assert not varlen_serves(torch.zeros(1, 2, 4, 64).half(), values, **others)
-
-
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -319,7 +270,6 @@ class TestOnGPU:
     @pytest.mark.parametrize(("head_dim", "value_dim"), [(64, 64), (128, 128), (192, 128), (256, 256)])
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
     def test_long_segments(self, device, use_kernels, q, head_dim, value_dim, dtype):
-        """300 queries take the way through torch's varlen_attn where that serves."""
         lengths = torch.randint(0, 4000, (2, 4), generator=torch.Generator().manual_seed(1)).tolist()
         inputs = make_inputs(device, lengths, 320, q, 4, dtype, head_dim, value_dim)
         use_kernels("triton")
