@@ -33,8 +33,8 @@ def ragged_attention(
 
     What runs, by the first line that applies:
 
-    - a GPU that Triton serves: a kernel that reads prefix and tail where they lie. (For 4 to 1,024 queries on an H200 it
-      takes 0.02 to 0.5 times as long as torch's `varlen_attn`, which needs copies.)
+    - a GPU that Triton serves: a kernel that reads prefix and tail where they lie. (For 4 to 1,024 queries on an H200,
+      it takes 0.02 to 0.5 times as long as torch's `varlen_attn`, which needs copies.)
     - a CPU, at least :data:`SDPA_TOKENS` queries, no softcap or sinks: torch's `scaled_dot_product_attention` for each
       segment, over copies of prefix and tail;
     - a CPU: products for each segment, which copy no keys and values, except to convert float16 and bfloat16 to
