@@ -178,21 +178,19 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.has_static_storage:
-            if not self.is_reading:
-                return self.append(key_states, value_states)
-            filled = int(self._filled)
-            key_states = torch.cat([self.keys[:, :, :filled], key_states], dim=-2)
-            value_states = torch.cat([self.values[:, :, :filled], value_states], dim=-2)
-            self._returned = key_states, value_states
-            return key_states, value_states
         if self.is_reading:
             return super().update(key_states, value_states)
-        self.tokens_seen += key_states.shape[-2]
-        self.keys, self.values = EvictedLayer.append(self, key_states, value_states)
-        keys, values = self.keys, self.values
+        if self.has_static_storage:
+            return self.append(key_states, value_states)
+        returned = super().update(key_states, value_states)
         self._lay_out()
-        return keys, values
+        return returned
+
+    def stored_tail(self) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.has_static_storage:
+            return super().stored_tail()
+        filled = int(self._filled)
+        return self.keys[:, :, :filled], self.values[:, :, :filled]
 
     def restore(
         self,
@@ -228,6 +226,7 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
             super().evict_to(prefix, recent)
             self._lay_out()
             return
+        self._park_tail()
         filled = int(self._filled) if recent else 0
         for storage in (self.keys, self.values):
             storage[:, :, :recent] = storage[:, :, filled - recent : filled].clone()
@@ -241,7 +240,7 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         if self.has_static_storage and self.is_reading:
-            return int(self._filled) + query_length, self._first
+            return EvictedLayer.get_mask_sizes(self, query_length)
         return super().get_mask_sizes(query_length)
 
     @property
