@@ -26,6 +26,8 @@ def inject_adapter(model: PreTrainedModel, config: PeftConfig, adapter_name: str
     """
     if adapter_name in getattr(model, "peft_config", {}):
         raise ValueError(f"the model has an adapter {adapter_name!r} already: choose another adapter_name")
+    if config.base_model_name_or_path is None:
+        config.base_model_name_or_path = model.name_or_path
     inject_adapter_in_model(config, model, adapter_name)
     model._hf_peft_config_loaded = True
 

@@ -103,7 +103,7 @@ def test_init_weights_as_other_methods_of_peft_take_it(init_weights, tmp_path):
         cache = LookaheadCache(budget=7)
         with torch.no_grad():
             each(input_ids=ids, past_key_values=cache)
-        kept.append([layer.kept_indices for layer in cache.layers])
+        kept.append([layer.kept() for layer in cache.layers])
     assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))
 
 
@@ -144,5 +144,5 @@ def test_an_adapter_of_an_earlier_version_scores_as_it_did(adapter, tmp_path):
         cache = LookaheadCache(budget=7)
         with torch.no_grad():
             model(input_ids=prompt_ids(1, 40, vocabulary=SIZES["vocab_size"]), past_key_values=cache)
-        kept.append([layer.kept_indices for layer in cache.layers])
+        kept.append([layer.kept() for layer in cache.layers])
     assert all(torch.equal(one, other) for one, other in zip(*kept, strict=True))

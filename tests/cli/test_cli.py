@@ -258,7 +258,7 @@ def test_training_as_json(run, base, texts, tmp_path):
     code, _, err = run("train", base, *again, *cpu, "--max-repetition", "-1")
     assert code == 1 and "--max-repetition" in err
     code, _, err = run("train", base, *again, *cpu, "--profile-budgets", "64,x")
-    assert code == 1 and "--profile-budgets expects whole numbers" in err
+    assert code == 1 and "--profile-budgets expects positive whole numbers" in err
 
 
 def test_numbers_per_head_of_an_adapter_that_has_none(run, base, texts, tmp_path):
@@ -268,8 +268,8 @@ def test_numbers_per_head_of_an_adapter_that_has_none(run, base, texts, tmp_path
     for more, said in (
         ([], "pass either --text, to make prompts from, or --prompts"),
         (["--prompts", texts, "--budgets", "64"], "no prompt is 4 times as long as the smallest budget, 64"),
-        (["--prompts", texts, "--budgets", "0"], "--budgets expects whole numbers"),
-        (["--prompts", texts, "--budgets", ","], "--budgets expects at least one budget"),
+        (["--prompts", texts, "--budgets", "0"], "--budgets expects positive whole numbers"),
+        (["--prompts", texts, "--budgets", ","], "--budgets expects names or numbers"),
     ):
         code, _, err = run(*arguments, *more)
         assert code == 1 and said in err

@@ -127,7 +127,7 @@ lkq_hf peft
 peft lkq_hf
 transformers.quantizers.auto lkq_hf
 lkq_hf transformers.trainer
-lkq_hf.cache.prefill
+lkq_hf.cache.prepare
 lkq_hf.quantization.calibrate
 """
 MORE_ORDERS = """

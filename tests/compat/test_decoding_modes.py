@@ -329,19 +329,19 @@ def chunked(model, cache, how):
     return model.generate(prompt_ids(1, 40), config, past_key_values=cache)
 
 
-@item("prefill_chunk_size", refused="pass prefill_chunk_size=None")
+@item("prefill_chunk_size")
 @pytest.mark.parametrize("how", ["argument", "config", "model"])
 def test_a_prompt_in_chunks(how):
     model, cache = lookahead_model(), LookaheadCache(budget=7)
-    calls = []
-    model.model.embed_tokens.register_forward_pre_hook(lambda *_: calls.append(1))
-    with pytest.raises(ValueError, match=r"prefill_chunk_size=16.*prefill_chunk_size=None"):
-        chunked(model, cache, how)
-    assert not calls and cache.get_seq_length() == 0
-    chunked(model, DynamicCache(config=model.config), how)
+    lengths = []
+    model.model.layers[0].register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    chunked(model, cache, how)
+    # 16 tokens with 5 lookahead tokens twice, then the remaining 8.
+    assert lengths[:3] == [21, 21, 13]
+    assert cache.get_seq_length() == 43 and cache.summary()["entries_stored"] == 7 + 3
 
 
-@item("prefill_chunk_size", refused="pass prefill_chunk_size=None")
+@item("prefill_chunk_size")
 def test_a_prompt_in_one_chunk_is_whole():
     base, model = base_and_adapted()
     ids = prompt_ids(1, 40)
