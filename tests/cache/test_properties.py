@@ -23,17 +23,26 @@ from models import tiny_config
 from shares import naive_shares
 
 from lkq_hf import LookaheadCache
+from lkq_hf.cache import static
 from lkq_hf.cache.layers import EvictedLayer
 
-HEADS, WINDOW = 2, 8
+HEADS = 2
 SETTINGS = settings(
-    max_examples=60,
-    stateful_step_count=14,
+    max_examples=100,
+    stateful_step_count=20,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.data_too_large],
 )
 MORE = settings(SETTINGS, max_examples=2000, stateful_step_count=40, derandomize=False)
+
+
+@pytest.fixture(autouse=True)
+def little_storage(monkeypatch):
+    """Static storage that is soon full."""
+    monkeypatch.setattr(static, "SLOTS_MULTIPLE", 4)
+    monkeypatch.setattr(static, "LEAST_GROWTH", 4)
+
 
 Token = tuple[int, int, int]
 
@@ -78,7 +87,8 @@ class CacheMachine(RuleBasedStateMachine):
     @initialize(
         batch=st.integers(1, 3),
         length=st.integers(1, 30),
-        budget=st.one_of(st.integers(1, 40), st.floats(0.01, 1.0)),
+        window=st.sampled_from([3, 8, 25]),
+        budget=st.one_of(st.integers(1, 12), st.integers(1, 40), st.floats(0.01, 1.0)),
         allocation=st.sampled_from(["global", "global", "layer", "uniform"]),
         suffix=st.integers(0, 3),
         room=st.one_of(st.none(), st.integers(1, 9)),
@@ -86,8 +96,8 @@ class CacheMachine(RuleBasedStateMachine):
         padded=st.booleans(),
         seed=st.integers(0, 2**16),
     )
-    def read_a_prompt(self, batch, length, budget, allocation, suffix, room, records_past, padded, seed):
-        self.budget, self.allocation = budget, allocation
+    def read_a_prompt(self, batch, length, window, budget, allocation, suffix, room, records_past, padded, seed):
+        self.window, self.budget, self.allocation = window, budget, allocation
         self.cache = LookaheadCache(budget, max_new_tokens=room, allocation=allocation)
         if records_past:
             self.cache.activate_past_recording()
@@ -95,7 +105,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.begin(batch, length, suffix, padded, seed)
 
     def begin(self, batch, length, suffix, padded, seed):
-        config = tiny_config(self.architecture)
+        config = tiny_config(self.architecture, **self.changes())
         config._attn_implementation = "sdpa"
         self.cache.build_layers(config)
         generator = torch.Generator().manual_seed(seed)
@@ -107,6 +117,10 @@ class CacheMachine(RuleBasedStateMachine):
         self.model = Model([[] for _ in range(batch)], [[] for _ in range(batch)])
         assert not self.cache.has_prompt
         self.turn(length, suffix, real, generator)
+
+    def changes(self):
+        """Of the model's config."""
+        return {}
 
     def share(self, length):
         """Entries that a text of this length keeps for each head on average."""
@@ -223,8 +237,8 @@ class CacheMachine(RuleBasedStateMachine):
             keys, values = self.cache.update(*states, index)
             assert columns == keys.shape[-2] == values.shape[-2], "the mask has a column for every key"
             assert torch.equal(keys, -values)
-            static = getattr(layer, "has_static_storage", False)
-            end = self.model.length - int(offset) if static else keys.shape[-2]
+            slots = getattr(layer, "has_static_storage", False)
+            end = self.model.length - int(offset) if slots else keys.shape[-2]
             self.compare(index, layer, keys, int(offset), end, count)
 
     def compare(self, index, layer, keys, offset, end, count):
@@ -238,7 +252,7 @@ class CacheMachine(RuleBasedStateMachine):
         if isinstance(layer, EvictedLayer):
             assert offset == self.model.evicted_length, "the prefix has all before the tail"
         else:
-            first = max(self.model.length - count - WINDOW + 1, 0)
+            first = max(self.model.length - count - self.window + 1, 0)
             assert offset <= first, "every query sees its whole window"
 
     def compare_candidates(self, index, candidates):
@@ -257,8 +271,16 @@ class CacheMachine(RuleBasedStateMachine):
                     assert not ok or tuple(map(int, name)) == text[place]
 
     @precondition(lambda self: not self.cache.records_past)
-    @rule(count=st.integers(1, 20), suffix=st.integers(0, 3), padded=st.booleans(), seed=st.integers(0, 2**16))
-    def read_a_later_turn(self, count, suffix, padded, seed):
+    @rule(
+        count=st.integers(1, 20),
+        suffix=st.integers(0, 3),
+        padded=st.booleans(),
+        given_up_after=st.one_of(st.none(), st.integers(0, 3)),
+        seed=st.integers(0, 2**16),
+    )
+    def read_a_later_turn(self, count, suffix, padded, given_up_after, seed):
+        if given_up_after is not None:
+            self.give_up_reading(count, suffix, given_up_after)
         generator = torch.Generator().manual_seed(seed)
         real = None
         if padded:
@@ -276,8 +298,6 @@ class CacheMachine(RuleBasedStateMachine):
         recent = min(recent, self.model.length - max(self.model.evicted_length, 1))
         self.read(0, suffix, recent, None, torch.Generator().manual_seed(seed))
 
-    @precondition(lambda self: not self.cache.records_past)
-    @rule(count=st.integers(1, 12), suffix=st.integers(0, 3), layers=st.integers(0, 3))
     def give_up_reading(self, count, suffix, layers):
         """In the middle of a forward."""
         states = self.states([[(-2, -2, -2)] * (count + suffix) for _ in self.model.rows])
@@ -322,37 +342,28 @@ class CacheMachine(RuleBasedStateMachine):
     def windows_are_cut(self, length):
         pass
 
-    @rule(data=st.data())
-    def reorder(self, data):
-        self.pick(data, self.cache.reorder_cache, same_size=True)
-
-    @rule(data=st.data())
-    def select(self, data):
-        self.pick(data, self.cache.batch_select_indices, same_size=False)
-
-    def pick(self, data, operation, same_size):
+    @rule(data=st.data(), operation=st.sampled_from(["reorder", "select", "repeat"]))
+    def choose_rows(self, data, operation):
         batch = len(self.model.rows)
-        sizes = {"min_size": batch if same_size else 1, "max_size": batch}
+        if operation == "repeat" and batch <= 3:
+            repeats = data.draw(st.integers(1, 3))
+            self.cache.batch_repeat_interleave(repeats)
+            self.model.take([row for row in range(batch) for _ in range(repeats)])
+            return
+        sizes = {"min_size": batch if operation == "reorder" else 1, "max_size": batch}
         chosen = data.draw(st.lists(st.integers(0, batch - 1), **sizes))
-        operation(torch.tensor(chosen))
+        choose = self.cache.reorder_cache if operation == "reorder" else self.cache.batch_select_indices
+        choose(torch.tensor(chosen))
         self.model.take(chosen)
 
-    @precondition(lambda self: len(self.model.rows) <= 3)
-    @rule(repeats=st.integers(1, 3))
-    def repeat(self, repeats):
-        self.cache.batch_repeat_interleave(repeats)
-        self.model.take([row for row in range(len(self.model.rows)) for _ in range(repeats)])
-
-    @rule()
-    def work_on_a_copy(self):
-        """The cache that was copied is not changed by it."""
-        self.other = self.cache, self.model
-        self.cache, self.model = copy.deepcopy(self.other)
-
-    @precondition(lambda self: self.other is not None)
-    @rule()
-    def go_back_to_what_was_copied(self):
-        self.other, (self.cache, self.model) = (self.cache, self.model), self.other
+    @rule(back=st.booleans())
+    def work_on_a_copy(self, back):
+        """The cache that was copied is not changed by it, and may be gone back to."""
+        if back and self.other is not None:
+            self.other, (self.cache, self.model) = (self.cache, self.model), self.other
+        else:
+            self.other = self.cache, self.model
+            self.cache, self.model = copy.deepcopy(self.other)
 
     @rule(
         batch=st.integers(1, 3),
@@ -418,17 +429,20 @@ class SlidingCacheMachine(CacheMachine):
 
     architecture = "gemma3"
 
+    def changes(self):
+        return {"sliding_window": self.window}
+
     def windows_allow(self, length):
         first = self.cache.layers[0]
         if getattr(first, "has_static_storage", False):
             return length >= first._first_croppable_length()
-        if max(length - WINDOW + 1, 0) < self.model.window_start:
+        if max(length - self.window + 1, 0) < self.model.window_start:
             return False
-        return self.cache.records_past or self.model.length < WINDOW
+        return self.cache.records_past or self.model.length < self.window
 
     def windows_are_cut(self, length):
-        if self.model.length >= WINDOW:
-            self.model.window_start = max(self.model.window_start, length - WINDOW + 1)
+        if self.model.length >= self.window:
+            self.model.window_start = max(self.model.window_start, length - self.window + 1)
 
     @precondition(lambda self: not self.cache.records_past)
     @rule(count=st.integers(1, 300))
