@@ -368,6 +368,7 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
         """Goes back to what was stored before :meth:`begin_reading`."""
         if self._before is not None:
             self.keys, self.values, self.cumulative_length = self._before  # type: ignore[assignment]
+            self.is_initialized = self.keys is not None
         self.end_reading()
 
     def update(

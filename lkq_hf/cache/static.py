@@ -287,8 +287,11 @@ class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
         values = torch.cat([self.values[:, :, first:filled], value], dim=2)
         end = keys.shape[2] - self._appended
         start = max(end - self.sliding_window + 1, 0)
-        self.keys[:, :, : end - start] = keys[:, :, start:end]
-        self.values[:, :, : end - start] = values[:, :, start:end]
+        if end - start > self.keys.shape[2]:  # the window is not full yet
+            self._allocate(keys[:, :, start:end], values[:, :, start:end], end - start + self._room)
+        else:
+            self.keys[:, :, : end - start] = keys[:, :, start:end]
+            self.values[:, :, : end - start] = values[:, :, start:end]
         self._first += first + start
         self._offset.fill_(self._first)
         self._filled.fill_(end - start)
@@ -321,8 +324,11 @@ class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
         if keys is None or values is None:  # there was nothing yet
             self.reset()
             return
-        self.keys.copy_(keys)
-        self.values.copy_(values)
+        if self.keys.shape == keys.shape:
+            self.keys.copy_(keys)
+            self.values.copy_(values)
+        else:
+            self._allocate(keys, values, keys.shape[2])
         self._first = self._first_before
         self._offset.fill_(self._first)
         self._filled.fill_(filled)
