@@ -26,6 +26,7 @@ from lkq_hf.cache.static import (
     StaticSlidingLayer,
     StaticStorage,
 )
+from lkq_hf.cache.tensor_parallel import divided_heads
 from lkq_hf.scoring import Scorer, get_scorer
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
@@ -295,7 +296,8 @@ class LookaheadCache(Cache):
         if self.allocation == "profile":
             self._profile = profile_of(decoder)
         numbers = self._numbers_by_layer(length)
-        return Eviction(self.entries_to_keep(length), self.allocation, numbers, static=self.is_compileable)
+        budget, processes = self.entries_to_keep(length), divided_heads(decoder)
+        return Eviction(budget, self.allocation, numbers, self.is_compileable, processes)
 
     def _numbers_by_layer(self, length: int) -> dict[int, torch.Tensor] | None:
         """Entries that the profile gives each head of a text of ``length`` tokens; None without a profile.

@@ -9,6 +9,7 @@ import torch
 from lkq_hf.cache.allocation import most_of_a_head, share_out
 from lkq_hf.cache.layers import Candidates
 from lkq_hf.cache.prefix import Pool, Prefix
+from lkq_hf.cache.tensor_parallel import DividedHeads
 from lkq_hf.kernels.compact_segments import compact_segments
 from lkq_hf.kernels.dispatch import ceil_div
 from lkq_hf.kernels.select_compact import select_compact
@@ -39,12 +40,14 @@ class Eviction:
         allocation: one of :data:`~lkq_hf.cache.allocation.ALLOCATIONS`.
         profile: for "profile", how many entries each head keeps, ``{layer: [kv_heads]}``.
         static: whether prefixes get the same shapes whatever was read.
+        processes: among which the KV heads are divided; None if this one holds all.
     """
 
     budget: int
     allocation: str
     profile: dict[int, torch.Tensor] | None = None
     static: bool = False
+    processes: DividedHeads | None = None
     _contenders: dict[int, _Contender] = field(default_factory=dict, repr=False)
 
     @property
@@ -66,18 +69,41 @@ class Eviction:
         scores = scores.float()  # of a float64 model, float64
         if candidates.valid is not None:
             scores = scores.masked_fill(~candidates.valid, -torch.inf)
-        numbers = None if self.profile is None else self.profile[index]
-        if numbers is not None and numbers.shape[0] != scores.shape[1]:
-            raise ValueError(
-                f"the adapter's budget_profile has numbers for {numbers.shape[0]} KV heads of layer {index}, and the "
-                f"layer has {scores.shape[1]}. It was measured on another model: measure it again with "
-                "`lkq-hf profile`."
-            )
+        numbers = self._numbers(index, scores.shape[1])
         most = min(most_of_a_head(self.budget, self.allocation, numbers), scores.shape[-1])
         keys, values, chosen = select_compact(scores, candidates.keys, candidates.values, most)
         self._contenders[index] = _Contender(
             keys, values, candidates.positions.gather(-1, chosen), scores.gather(-1, chosen)
         )
+
+    def _numbers(self, index: int, heads: int) -> torch.Tensor | None:
+        """How many entries the profile gives each of this process's ``heads``."""
+        if self.profile is None:
+            return None
+        numbers = self.profile[index]
+        if self.processes is not None and numbers.shape[0] == self.processes.heads:
+            numbers = self.processes.own(numbers, heads, 0)
+        if numbers.shape[0] != heads:
+            raise ValueError(
+                f"the adapter's budget_profile has numbers for {numbers.shape[0]} KV heads of layer {index}, and the "
+                f"layer has {heads}. It was measured on another model: measure it again with `lkq-hf profile`."
+            )
+        return numbers
+
+    def _share_out(self) -> list[torch.Tensor]:
+        """Which candidates of each layer stay."""
+        scores = [each.scores for each in self._contenders.values()]
+        if self.allocation == "profile":
+            numbers = [self._numbers(index, each.scores.shape[1]) for index, each in self._contenders.items()]
+            return share_out(scores, self.budget, self.allocation, [each for each in numbers if each is not None])
+        if self.processes is None or self.allocation == "uniform":
+            return share_out(scores, self.budget, self.allocation)
+        # Heads of all processes compete: each sees everyone's scores, finds the same threshold and keeps its part.
+        keep = share_out(self.processes.gather(scores), self.budget, self.allocation)
+        return [
+            self.processes.own(every, own.shape[1], 1)[..., : own.shape[2]]
+            for every, own in zip(keep, scores, strict=True)
+        ]
 
     def settle(self, source_length: int, reuse: Sequence[Pool] = ()) -> dict[int, Prefix]:
         """What each layer keeps.
@@ -86,9 +112,8 @@ class Eviction:
             source_length: tokens of the text that the candidates came from, padding included.
             reuse: pools to write into where they fit.
         """
+        keep = self._share_out()
         contenders, self._contenders = self._contenders, {}
-        profile = None if self.profile is None else [self.profile[index] for index in contenders]
-        keep = share_out([each.scores for each in contenders.values()], self.budget, self.allocation, profile)
         groups: dict[Any, list[int]] = {}
         for index, each in contenders.items():
             kind = (each.keys.device, each.keys.dtype, each.keys.shape[-1], each.values.shape[-1])
@@ -114,7 +139,7 @@ class Eviction:
         ends = torch.cat([layer.flatten() for layer in lengths]).cumsum(0)
         batch = first.keys.shape[0]
         on_host: list[list[int]] | None = None
-        if self.static and alone:
+        if self.static and alone and self.processes is None:
             # As many as there can be: known without waiting, and the same for every prompt.
             capacity = static_capacity(self.budget, batch, sum(layer.shape[1] for layer in lengths))
         else:
@@ -132,8 +157,7 @@ class Eviction:
             )
             longest = each.keys.shape[2] if on_host is None else max(on_host[place])
             if self.static:
-                numbers = None if self.profile is None else self.profile[index]
-                longest = static_longest(self.budget, self.allocation, numbers)
+                longest = static_longest(self.budget, self.allocation, self._numbers(index, layer.shape[1]))
             prefixes[index] = Prefix(pool, starts, layer, longest, source_length)
         return prefixes
 

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from workers import launch
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.evaluation.profile import set_profile
 
 NEW_TOKENS = 6
 
@@ -30,11 +31,11 @@ def prompts():
     return left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 31, seed=1)[0]])
 
 
-def answer(model, scorer):
+def answer(model, scorer, **options):
     """Generated tokens, logits of the last step, and the entries kept per layer and KV head."""
     place = "cpu" if model.device.type == "meta" else model.device  # of a model whose first layer is offloaded
     ids, mask = (tensor.to(place) for tensor in prompts())
-    cache = LookaheadCache(budget=8, scorer=scorer)
+    cache = LookaheadCache(**{"budget": 8, "scorer": scorer} | options)
     output = model.generate(
         ids, attention_mask=mask, past_key_values=cache, do_sample=False,
         max_new_tokens=NEW_TOKENS, return_dict_in_generate=True, output_logits=True,
@@ -98,6 +99,71 @@ def test_heads_are_selected_by_each_process_alone(saved):
     for layer, entries in kept.items():
         assert np.array_equal(np.concatenate([run[2][layer] for run in runs], axis=1), entries)
     assert all(np.array_equal(run[0], sequences) for run in runs)
+
+
+PROFILE = {"8": [[1.5, 0.5], [0.25, 2.0], [0.75, 1.0]]}
+
+
+def conversation(directory, options, processes):
+    """Tokens of two turns, and the entries kept after each."""
+    torch.set_num_threads(1)
+    plan = {"tp_plan": "auto"} if processes > 1 else {}
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="sdpa", **plan)
+    model.load_adapter(str(directory / "adapter"))
+    set_profile(model, PROFILE)
+    ids, mask = prompts()
+    cache = LookaheadCache(**{"budget": 8} | options)
+    kept, lengths = [], []
+    for turn in range(2):
+        ids = model.generate(
+            ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=NEW_TOKENS,
+            disable_compile=True,
+        )  # fmt: skip
+        kept.append({index: entries.numpy() for index, entries in kept_entries(cache).items()})
+        lengths.append({index: cache.layers[index].prefix.lengths.numpy() for index in cache.evicted_layers()})
+        ids = torch.cat([ids, prompt_ids(2, 5 + turn, seed=7 + turn)], dim=1)
+        mask = torch.cat([mask, torch.ones(2, ids.shape[1] - mask.shape[1], dtype=torch.long)], dim=1)
+    return ids.numpy(), kept, lengths
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"allocation": "layer"}, {"allocation": "uniform"}, {"allocation": "profile"}, {"max_new_tokens": 20},
+        {"refresh_every": 2}, {"park": "cpu"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_heads_of_all_processes_compete_as_those_of_one(saved, options):
+    directory = saved("llama")
+    ((ids, kept, lengths),) = launch(conversation, directory, options, 1, processes=1)
+    runs = launch(conversation, directory, options, 2)
+    for run in runs:
+        assert np.array_equal(run[0], ids)
+    for turn in range(2):
+        for layer, entries in kept[turn].items():
+            assert np.array_equal(np.concatenate([run[1][turn][layer] for run in runs], axis=1), entries)
+            assert runs[0][2][turn][layer].shape == (2, 1)
+    if options.get("allocation") == "profile":
+        assert [lengths[1][layer].tolist() for layer in range(3)] == [[[12, 4]] * 2, [[2, 16]] * 2, [[6, 8]] * 2]
+    elif options.get("allocation") != "uniform":
+        # One process keeps more than the other: it is not each one's own competition.
+        assert any(run[2][0][layer].sum() != 16 for run in runs for layer in range(3))
+
+
+def _save_a_part(directory, out):
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="sdpa", tp_plan="auto")
+    model.load_adapter(str(directory / "adapter"))
+    cache = LookaheadCache(budget=8)
+    with torch.no_grad():
+        model(prompt_ids(1, 40), past_key_values=cache)
+    cache.save_pretrained(out)
+
+
+def test_a_part_of_a_cache_is_not_saved(saved, tmp_path):
+    with pytest.raises(RuntimeError, match=r"every process holds a part of the cache, which is neither saved nor"):
+        launch(_save_a_part, saved("llama"), tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
 
 
 def test_training_under_tensor_parallelism_is_refused(saved):

@@ -21,7 +21,7 @@ def test_the_page_runs(hub, saved_adapter, saved_checkpoint, tmp_path, monkeypat
     text = PAGE.read_text().replace("your-name", "alice").replace("HuggingFaceTB/SmolLM2-135M-Instruct", BASE)
     names: dict = {}
     blocks = re.findall(r"```(sh|python)\n(.*?)```", text, re.DOTALL)
-    assert [language for language, _ in blocks] == ["sh", "python", "python", "python", "python"]
+    assert [language for language, _ in blocks] == ["sh", "python", "python", "python", "python", "python"]
     for language, block in blocks:
         if language == "python":
             exec(compile(block, PAGE.name, "exec"), names)
