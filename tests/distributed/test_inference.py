@@ -9,6 +9,7 @@ from workers import launch
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
 from lkq_hf.evaluation.profile import set_profile
+from lkq_hf.hub import load_adapter
 
 NEW_TOKENS = 6
 
@@ -57,6 +58,13 @@ def tensor_parallel(directory, scorer, processes, device="cpu", **changes):
     return answer(model, scorer)
 
 
+def loaded_by_us(directory):
+    torch.set_num_threads(1)
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager", tp_plan="auto")
+    load_adapter(model, directory / "adapter")
+    return answer(model, "lookahead")
+
+
 def _trained_in_parallel(directory):
     model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="eager", tp_plan="auto")
     add_adapter(model, LookaheadKVConfig(num_lookahead_tokens=4, r=2))
@@ -89,6 +97,15 @@ def test_tensor_parallel_processes_keep_the_entries_of_one(saved, architecture, 
         for layer, entries in kept.items():
             assert np.array_equal(np.concatenate([run[2][layer] for run in runs], axis=1), entries)
             assert runs[0][3][layer][1] * 2 == shapes[layer][1]
+
+
+def test_an_adapter_that_we_load_is_the_one_that_transformers_loads(saved):
+    directory = saved("llama")
+    for ours, theirs in zip(
+        launch(loaded_by_us, directory), launch(tensor_parallel, directory, "lookahead", 2), strict=True
+    ):
+        assert np.array_equal(ours[0], theirs[0]) and np.array_equal(ours[1], theirs[1])
+        assert all(np.array_equal(ours[2][layer], entries) for layer, entries in theirs[2].items())
 
 
 def test_heads_are_selected_by_each_process_alone(saved):
