@@ -1,7 +1,7 @@
 """What reaches a block and the layers inside it, learnt by watching the real model run."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +26,7 @@ class BlockCall:
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
     returns_tuple: bool = False
 
-    def run(self, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+    def run(self, block: Callable[..., Any], hidden: Tensor, batch: int) -> Tensor:
         """The block's hidden states for one batch, `[batch, length, hidden]`."""
         args, kwargs = move(self.arguments[batch], hidden.device)
         output = block(hidden, *args, **kwargs)

@@ -28,6 +28,7 @@ from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.journal import Journal, walk_fingerprint
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.refine import BlockPaths, BlockReport, refine_block
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
 from lkq_hf.quantization.weight import QuantizedWeight
 
@@ -48,6 +49,7 @@ class WalkReport:
     """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     device: str = "cpu"
     resumed_blocks: int = 0
     seconds: float = 0.0
@@ -120,7 +122,7 @@ def quantize_blocks(
     hidden, calls = capture_block_calls(model, blocks, batches)
     size = sum(state.numel() * state.element_size() for state in hidden)
     quantized = Activations(device, offload, size)
-    full = Activations(device, offload, size) if settings.needs_deviation else None
+    full = Activations(device, offload, size) if settings.needs_full_path else None
     for state in hidden:
         quantized.append(state)
         if full is not None:
@@ -140,10 +142,20 @@ def quantize_blocks(
         weights = journal.read(index, checksums)
         if weights is None:
             paths = _Paths(block, twin, call, quantized, full, processes)
-            weights, reports = _quantize_block(paths, names, prefix, settings, true_sequential)
+            weights, reports, offsets = _quantize_block(paths, names, prefix, settings, true_sequential)
+            if settings.refinement is not None and weights and twin is not None and full is not None:
+                block_paths = BlockPaths(block, twin, call, quantized, full, processes)
+                targets = Activations(device, offload, size)
+                weights, refined = refine_block(
+                    block_paths, prefix.rstrip("."), weights, offsets, settings.refinement, targets
+                )
+                for name, weight in weights.items():
+                    _write_back(block.get_submodule(name), weight)
+                report.blocks.append(refined)
+                del targets, block_paths
             journal.write(index, checksums, weights)
             report.layers.extend(reports)
-            progress.set_postfix_str(_summary(reports))
+            progress.set_postfix_str(_summary(reports, report.blocks))
         else:
             report.resumed_blocks += 1
             for name, weight in weights.items():
@@ -187,9 +199,10 @@ class _Paths:
 
 def _quantize_block(
     paths: _Paths, names: Sequence[str], prefix: str, settings: SolverSettings, true_sequential: bool
-) -> tuple[dict[str, QuantizedWeight], list[LayerReport]]:
+) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, Tensor]]:
     """Quantises the layers `names` of a block; afterwards the block computes with the quantised weights."""
     weights: dict[str, QuantizedWeight] = {}
+    offsets: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     groups = observe_order(paths.block, names, paths.call, paths.quantized.get(0)) if names else []
     if settings.needs_deviation and settings.corrected_residual:
@@ -205,9 +218,11 @@ def _quantize_block(
             rows = [linear_weight(module).shape[0] for module in modules.values()]
             for (name, module), part in zip(modules.items(), _split(solution, rows), strict=True):
                 weights[name] = part.weight
+                if part.offsets is not None:
+                    offsets[name] = part.offsets
                 _write_back(module, part.weight)
                 reports.append(_layer_report(prefix + name, part, moments.tokens))
-    return weights, reports
+    return weights, reports, offsets
 
 
 def _with_sum(group: InputGroup, paths: _Paths) -> InputGroup:
@@ -226,7 +241,7 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
     for batch in range(len(paths.quantized)):
         hidden = paths.quantized.get(batch)
         seen, sums = layer_inputs(paths.block, groups, paths.call, hidden, batch)
-        if paths.full is None or paths.twin is None:
+        if paths.full is None or paths.twin is None or not settings.needs_deviation:
             full_seen: list[list[Tensor]] = [[] for _ in groups]
             full_sums: list[Tensor | None] = [None for _ in groups]
         else:
@@ -271,11 +286,13 @@ def _split(solution: Solution, rows: Sequence[int]) -> list[Solution]:
     whole = solution.weight
     parts = zip(whole.integers.split(rows), whole.scales.split(rows), whole.zeros.split(rows), strict=True)
     losses = {step: loss.split(rows) for step, loss in solution.losses.items()}
+    offsets = None if solution.offsets is None else solution.offsets.split(rows)
     return [
         Solution(
             QuantizedWeight(integers, scales, zeros, whole.bits, whole.group_size, whole.sym),
             {step: loss[index] for step, loss in losses.items()},
             solution.energy.split(rows)[index],
+            None if offsets is None else offsets[index],
         )
         for index, (integers, scales, zeros) in enumerate(parts)
     ]
@@ -288,9 +305,12 @@ def _layer_report(name: str, solution: Solution, tokens: int) -> LayerReport:
     return LayerReport(name, losses, tokens)
 
 
-def _summary(reports: Sequence[LayerReport]) -> str:
+def _summary(reports: Sequence[LayerReport], blocks: Sequence[BlockReport]) -> str:
     if not reports:
         return ""
+    if blocks:
+        last = blocks[-1]
+        return f"block error: {last.before:.3g}, refined {last.after:.3g}{'' if last.accepted else ' (not kept)'}"
     steps = reports[0].losses
     means = (f"{step} {sum(report.losses[step] for report in reports) / len(reports):.3g}" for step in steps)
     return "relative error: " + ", ".join(means)
