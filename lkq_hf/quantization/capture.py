@@ -107,7 +107,7 @@ def capture_block_calls(
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block, pass_over(index, block, block.forward)))
+            stack.enter_context(replaced_forward(block, pass_over(index, block, block.forward)))
         # A few tokens first, for the real calls; what they leave behind is not wanted.
         _run_to_last_block(model, batches[0][:1, :PROBE_TOKENS])
         hidden_states.clear()
@@ -129,7 +129,7 @@ def _run_to_last_block(model: PreTrainedModel, input_ids: Tensor) -> None:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     # On the instance: its class, which other models share, stays untouched.
     before = module.__dict__.get("forward")
     module.forward = forward

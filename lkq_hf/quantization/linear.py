@@ -122,8 +122,8 @@ class QuantizedLinear(nn.Linear):
         """Check loaded tensors against the configuration this module was made from.
 
         Raises:
-            ValueError: a tensor has the wrong shape or dtype, `g_idx` is not `k // group_size`, scales are not finite
-                and positive, or symmetric weights have other zero points than `2**(bits - 1)`.
+            ValueError: a tensor has the wrong shape or dtype, `g_idx` is not `k // group_size`, scales are not finite,
+                0, or negative in asymmetric weights, or symmetric weights have other zero points than `2**(bits - 1)`.
         """
         made_for = f"{self.bits} bits, group_size {self.group_size}, {'symmetric' if self.sym else 'asymmetric'}"
         advice = f"The configuration says {made_for}: the checkpoint was written with another one, or is damaged."
@@ -142,8 +142,9 @@ class QuantizedLinear(nn.Linear):
                 "g_idx should be k // group_size; groups of columns that are not neighbours (act-order, desc_act) "
                 f"cannot be read. {advice}"
             )
-        if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
-            raise ValueError(f"scales should be finite and positive. {advice}")
+        usable = self.scales != 0 if self.sym else self.scales > 0
+        if not bool((torch.isfinite(self.scales) & usable).all()):
+            raise ValueError(f"scales should be finite and {'not 0' if self.sym else 'positive'}. {advice}")
         if self.sym and not bool((unpack_zeros(self.qzeros, self.bits, self.sym) == 2 ** (self.bits - 1)).all()):
             raise ValueError(f"symmetric zero points should all be {2 ** (self.bits - 1)}. {advice}")
 

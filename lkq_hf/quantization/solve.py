@@ -10,7 +10,7 @@ from lkq_hf.quantization.gptq import costliest_first_order, gptq, group_aware_or
 from lkq_hf.quantization.grid import LARGEST_SCALE, SCALE_DTYPE, minmax_grid, nearest, reconstruct
 from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
 from lkq_hf.quantization.precision import full_float32
-from lkq_hf.quantization.refinement_settings import RefinementSettings
+from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.stage1 import search_scales
 from lkq_hf.quantization.stage2 import refine_scales
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -35,7 +35,8 @@ class SolverSettings:
     corrected_target: bool
     corrected_residual: bool
     sweeps: int
-    refinement: RefinementSettings | None = None
+    refinement: BlockRefinement | None = None
+    end_to_end: EndToEnd | None = None
 
     @property
     def needs_deviation(self) -> bool:
@@ -46,7 +47,7 @@ class SolverSettings:
     @property
     def needs_full_path(self) -> bool:
         """Whether the full-precision hidden states travel along."""
-        return self.needs_deviation or self.refinement is not None
+        return self.needs_deviation or self.refinement is not None or self.end_to_end is not None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lkq_hf.quantization.capture import (
     layer_inputs,
     observe_order,
 )
+from lkq_hf.quantization.end_to_end import EndToEndReport, tune_end_to_end
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.journal import Journal, walk_fingerprint
 from lkq_hf.quantization.linear import QuantizedLinear
@@ -50,6 +51,7 @@ class WalkReport:
 
     layers: list[LayerReport] = field(default_factory=list)
     blocks: list[BlockReport] = field(default_factory=list)
+    end_to_end: EndToEndReport | None = None
     device: str = "cpu"
     resumed_blocks: int = 0
     seconds: float = 0.0
@@ -160,7 +162,7 @@ def quantize_blocks(
             report.resumed_blocks += 1
             for name, weight in weights.items():
                 _write_back(block.get_submodule(name), weight)
-        if index < len(blocks) - 1:
+        if index < len(blocks) - 1 or settings.end_to_end is not None:
             for batch in range(len(quantized)):
                 quantized.replace(batch, call.run(block, quantized.get(batch), batch))
                 if full is not None and twin is not None:
@@ -172,6 +174,11 @@ def quantize_blocks(
         if load_block is not None and not processes.is_main:
             block.to("meta")
         call.arguments.clear()
+    if settings.end_to_end is not None and full is not None:
+        model.to(device)
+        batches = [batch.to(device) for batch in batches]
+        report.end_to_end = tune_end_to_end(model, blocks, batches, quantized, full, settings.end_to_end, processes)
+        model.to(home)
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
     logger.info(
