@@ -5,17 +5,16 @@
     python benchmarks/quantization_sweep.py run experiments.jsonl --model smollm2 --windows windows.safetensors \
         --device cuda --processes 6 --minutes 9 --out rows.jsonl
 
-`prepare` writes the windows of tokens, so that `run` needs neither texts nor a tokenizer of a certain version. A line of
-the experiments is an object; what it leaves out is as in `Experiment`:
+`prepare` writes the windows of tokens, so that `run` needs neither texts nor a tokenizer of a certain version. A line
+of the experiments is an object. What it leaves out is as in `Experiment`:
 
-    {"bits": 2, "sym": true, "samples": 128, "length": 2048, "refinement": {"steps": 400}, "end_to_end": {"steps": 100}}
-    {"bits": 2, "peer": {"iters": 1000, "enable_alg_ext": true}}
+    {"bits": 2, "sym": true, "refinement": {"steps": 400}, "end_to_end": {"steps": 100}}
+    {"bits": 2, "samples": 32, "length": 512, "peer": {"iters": 1000, "enable_alg_ext": true}}
 
-`peer` runs AutoRound (0.16.1: auto-round and py-cpuinfo besides what is here) with these arguments. The experiments are
-taken in the order of the file by as many processes as are asked for. A row holds the experiment, each window's loss over
-full precision, the divergence from it (mean and 99th percentile of its tokens, in nats), the share of tokens with the same
-most likely successor, and the seconds. Experiments that have a row already are passed over: a run may be stopped and
-started again.
+`peer` runs AutoRound (0.16.1: auto-round and py-cpuinfo besides what is here) with these arguments. The processes take
+the experiments in the order of the file. A row holds the experiment, each window's loss over full precision, the
+divergence from it (mean and 99th percentile over tokens, in nats), the share of tokens whose most likely successor is
+the same, and the seconds. The same command continues a stopped run: experiments that have a row are passed over.
 """
 
 import argparse

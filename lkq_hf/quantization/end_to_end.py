@@ -1,4 +1,4 @@
-"""End-to-end tuning: scales and zero points of all blocks, by gradient of the divergence from the original's logits."""
+"""End-to-end tuning: scales and zero points of all blocks, by gradient of the divergence of the logits."""
 
 import logging
 from collections.abc import Sequence
@@ -89,12 +89,12 @@ def tune_end_to_end(
         return state
 
     def add_gradients(batch: int) -> None:
-        kept = ~held_out[batch].to(device)
+        kept = (~held_out[batch]).nonzero().flatten().to(device)
         with precision(dtype, device, settings):
             state = hidden_states(batch, layers)
         gradient = torch.zeros_like(state)
         _, gradient[kept] = _divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
-        state.backward(gradient / kept.numel())
+        state.backward(gradient / len(state))
 
     @torch.no_grad()
     def error() -> float:
@@ -109,7 +109,9 @@ def tune_end_to_end(
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     before = error()
-    take_steps([weight for inside in layers for weight in inside.values()], settings, held_out, add_gradients, processes)
+    take_steps(
+        [weight for inside in layers for weight in inside.values()], settings, held_out, add_gradients, processes
+    )
     tuned = [{name: processes.same(w.quantized()) for name, w in inside.items()} for inside in layers]
     frozen = EndToEnd(steps=0, offset_rate=0, scale_rate=0, zero_rate=0)
     layers = [{name: RefinedWeight(weight, frozen) for name, weight in inside.items()} for inside in tuned]

@@ -80,7 +80,8 @@ def _optimizer(weights: Sequence[RefinedWeight], settings: GradientSteps) -> Opt
         {"params": [weight.zero for weight in weights if not weight.sym], "lr": settings.zero_rate * first},
     ]
     groups = [group for group in groups if group["params"] and group["lr"] > 0]
-    return SGD(groups) if settings.optimizer == "sign" else Adam(groups)
+    # Far below any gradient: whatever the scale of the loss, a step has the length of its rate.
+    return SGD(groups) if settings.optimizer == "sign" else Adam(groups, eps=1e-16)
 
 
 def _batches(usable: Sequence[int], seed: int) -> Iterator[int]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPE = torch.float16
-# The smallest positive and the largest finite float16: a magnitude outside would become 0 or infinity in the checkpoint.
+# The smallest positive and the largest finite float16: magnitudes outside would be stored as 0 or infinity.
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
 

@@ -61,6 +61,7 @@ def refine_block(
     offsets: dict[str, Tensor],
     settings: BlockRefinement,
     targets: Activations,
+    factor: Tensor | None = None,
 ) -> tuple[dict[str, QuantizedWeight], BlockReport]:
     """Minimizes the squared error of a block's output over scales, zero points and roundings of its layers.
 
@@ -74,6 +75,7 @@ def refine_block(
         weights: the solved weights by the layers' names inside the block.
         offsets: by the same names, from each integer to the vertex of its layer's objective, in grid steps.
         targets: an empty store for the outputs aimed at.
+        factor: errors are multiplied by it before they are squared, `[hidden, hidden]` (`error_factor`).
 
     Returns:
         The refined weights, or `weights`, and the report.
@@ -82,25 +84,28 @@ def refine_block(
     held_out = held_out_windows([paths.quantized.windows(batch) for batch in batches])
     for batch in batches:
         targets.append(_target(paths, batch, settings.target_mix))
-    before = _error(paths, targets, held_out, weights, settings)
+    before = _error(paths, targets, held_out, weights, settings, factor)
     layers = {
         key: RefinedWeight(weight, settings, offsets.get(key) if settings.start_from_vertex else None)
         for key, weight in weights.items()
     }
     device, dtype = paths.quantized.device, linear_weight(paths.block.get_submodule(next(iter(weights)))).dtype
 
+    kept = [(~chosen).to(device).unsqueeze(1) for chosen in held_out]
+
     def add_gradients(batch: int) -> None:
         with precision(dtype, device, settings):
             used = compute_dtype(dtype, device, settings)
             run = with_weights(paths.block, {key: layer(used) for key, layer in layers.items()})
             output = paths.call.run(run, paths.quantized.get(batch), batch)
-        target, kept = targets.get(batch), ~held_out[batch].to(device)
-        error = _squared_error(output[kept], target[kept], settings.token_power)
+        target = targets.get(batch)
+        # Multiplied and not selected: the device need not wait for the number of windows.
+        error = _squared_error(output, target, settings.token_power, factor) * kept[batch]
         (error.sum() / target.numel()).backward()
 
     take_steps(list(layers.values()), settings, held_out, add_gradients, paths.processes)
     refined = {key: paths.processes.same(layer.quantized()) for key, layer in layers.items()}
-    after = _error(paths, targets, held_out, refined, settings)
+    after = _error(paths, targets, held_out, refined, settings, factor)
     report = BlockReport(name, before, after)
     logger.info("%s: error on held-out windows %.4g, refined %.4g", name, before, after)
     return (refined if report.accepted else weights), report
@@ -115,10 +120,13 @@ def _target(paths: BlockPaths, batch: int, mix: float) -> Tensor:
     return own if full is None else torch.lerp(own.float(), full.float(), mix).to(own.dtype)
 
 
-def _squared_error(output: Tensor, target: Tensor, token_power: float) -> Tensor:
+def _squared_error(output: Tensor, target: Tensor, token_power: float, factor: Tensor | None) -> Tensor:
     """Squared errors by token, `[windows, length]`."""
     target = target.float()
-    error = (output.float() - target).square().sum(-1)
+    difference = output.float() - target
+    if factor is not None:
+        difference = difference @ factor
+    error = difference.square().sum(-1)
     if token_power:
         error = error / target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny).pow(token_power)
     return error
@@ -131,6 +139,7 @@ def _error(
     held_out: Sequence[Tensor],
     weights: dict[str, QuantizedWeight],
     settings: BlockRefinement,
+    factor: Tensor | None,
 ) -> float:
     """Squared error on the held-out windows of all processes, relative to the energy of the targets there."""
     dtypes = {key: linear_weight(paths.block.get_submodule(key)).dtype for key in weights}
@@ -141,8 +150,8 @@ def _error(
             inside = chosen.to(paths.quantized.device)
             output = paths.call.run(run, paths.quantized.get(batch), batch)[inside]
             target = targets.get(batch)[inside]
-            sums[0] += _squared_error(output, target, settings.token_power).sum().double()
-            sums[1] += _squared_error(torch.zeros_like(target), target, settings.token_power).sum().double()
+            sums[0] += _squared_error(output, target, settings.token_power, factor).sum().double()
+            sums[1] += _squared_error(torch.zeros_like(target), target, settings.token_power, factor).sum().double()
     paths.processes.sum(sums)
     error, energy = sums.tolist()
     return error / max(energy, torch.finfo(torch.float32).tiny)

@@ -24,9 +24,9 @@ class GradientSteps:
 
     steps: int = 200
     optimizer: str = "adam"
-    offset_rate: float = 1.0
-    scale_rate: float = 0.1
-    zero_rate: float = 0.5
+    offset_rate: float = 1.2
+    scale_rate: float = 0.05
+    zero_rate: float = 0.3
     offset_bound: float = 1.0
     mixed_precision: bool = True
     seed: int = 0
@@ -43,11 +43,16 @@ class BlockRefinement(GradientSteps):
             quantized path's inputs, and what lies between at the mean of both with these weights.
         token_power: each token's squared error is divided by this power of its target's mean square; 0 weighs all
             tokens alike, 1 weighs relative errors.
+        fisher_share: how much of the error is weighed by what the model's output loses (`output_fisher`) and not by
+            its square; 0 needs no pass through the whole model.
+        fisher_windows: calibration windows from which that is measured.
     """
 
     start_from_vertex: bool = True
     target_mix: float = 1.0
     token_power: float = 0.0
+    fisher_share: float = 0.0
+    fisher_windows: int = 16
 
 
 @dataclass(frozen=True)

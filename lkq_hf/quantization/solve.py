@@ -43,7 +43,6 @@ class SolverSettings:
         """Whether any step uses a deviation (`InputMoments`)."""
         return self.alpha != 0 and (self.corrected_target or "stage2" in self.stages or "descent" in self.stages)
 
-
     @property
     def needs_full_path(self) -> bool:
         """Whether the full-precision hidden states travel along."""

@@ -25,6 +25,7 @@ from lkq_hf.quantization.capture import (
     observe_order,
 )
 from lkq_hf.quantization.end_to_end import EndToEndReport, tune_end_to_end
+from lkq_hf.quantization.fisher import error_factor, output_fisher
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.journal import Journal, walk_fingerprint
 from lkq_hf.quantization.linear import QuantizedLinear
@@ -131,6 +132,7 @@ def quantize_blocks(
             full.append(state)
     del hidden
 
+    fisher = _fisher(model, blocks, batches, settings, device, processes)
     report = WalkReport(device=str(device))
     progress = tqdm(range(len(blocks)), desc="quantising", unit="block", disable=not processes.is_main)
     for index in progress:
@@ -149,7 +151,13 @@ def quantize_blocks(
                 block_paths = BlockPaths(block, twin, call, quantized, full, processes)
                 targets = Activations(device, offload, size)
                 weights, refined = refine_block(
-                    block_paths, prefix.rstrip("."), weights, offsets, settings.refinement, targets
+                    block_paths,
+                    prefix.rstrip("."),
+                    weights,
+                    offsets,
+                    settings.refinement,
+                    targets,
+                    None if fisher is None else error_factor(fisher[index], settings.refinement.fisher_share),
                 )
                 for name, weight in weights.items():
                     _write_back(block.get_submodule(name), weight)
@@ -189,6 +197,25 @@ def quantize_blocks(
         report.peak_memory / 2**30,
     )
     return report
+
+
+def _fisher(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    settings: SolverSettings,
+    device: torch.device,
+    processes: Processes,
+) -> list[Tensor] | None:
+    refinement = settings.refinement
+    if refinement is None or not refinement.fisher_share:
+        return None
+    home = model.get_input_embeddings().weight.device
+    model.to(device)
+    tokens = torch.cat(list(batches))[: -(-refinement.fisher_windows // processes.size)].to(device)
+    result = output_fisher(model, blocks, tokens, processes)
+    model.to(home)
+    return result
 
 
 @dataclass(frozen=True)
