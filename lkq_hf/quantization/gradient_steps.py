@@ -52,36 +52,46 @@ def take_steps(
         add_gradients: adds the gradients of one batch's loss to the parameters, given the batch's index.
         processes: whose gradients are added up.
     """
-    optimizer = _optimizer(weights, settings)
-    schedule = LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    optimizers = _optimizers(weights, settings)
+    schedules = [LambdaLR(optimizer, lambda step: 1 - step / settings.steps) for optimizer in optimizers]
+    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
     # A process all of whose windows are held out adds nothing to the gradients, but has to take every step.
     order = _batches([batch for batch, out in enumerate(held_out) if not bool(out.all())] or [0], settings.seed)
     for _ in range(settings.steps):
         with torch.enable_grad():
             add_gradients(next(order))
         processes.sum_gradients(parameters)
-        if settings.optimizer == "sign":
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.sign_()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        if settings.rounding == "vertex":
+            for weight in weights:
+                weight.aim_at_vertex()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
         for weight in weights:
             weight.project()
 
 
-def _optimizer(weights: Sequence[RefinedWeight], settings: GradientSteps) -> Optimizer:
+def _optimizers(weights: Sequence[RefinedWeight], settings: GradientSteps) -> list[Optimizer]:
+    """The chosen optimizer, and one for what goes to vertices."""
     first = 2 / settings.steps  # of a fall to 0 whose mean is 1 / steps
+    positions = [weight.position for weight in weights] if settings.offset_rate > 0 else []
+    to_vertex = settings.rounding == "vertex"
     groups: list[dict[str, Any]] = [
-        {"params": [weight.position for weight in weights], "lr": settings.offset_rate * first},
+        {"params": [] if to_vertex else positions, "lr": settings.offset_rate * first},
         {"params": [weight.factor for weight in weights], "lr": settings.scale_rate * first},
         {"params": [weight.zero for weight in weights if not weight.sym], "lr": settings.zero_rate * first},
     ]
     groups = [group for group in groups if group["params"] and group["lr"] > 0]
-    # Far below any gradient: whatever the scale of the loss, a step has the length of its rate.
-    return SGD(groups) if settings.optimizer == "sign" else Adam(groups, eps=1e-16)
+    optimizers: list[Optimizer] = []
+    if groups:
+        # Far below any gradient: whatever the scale of the loss, a step has the length of its rate.
+        # Without its memory Adam divides a gradient by its own size: the sign is left.
+        memory = (0.0, 0.0) if settings.optimizer == "sign" else (0.9, 0.999)
+        optimizers.append(Adam(groups, betas=memory, eps=1e-16))
+    if to_vertex and positions:
+        optimizers.append(SGD(positions, lr=settings.offset_rate))
+    return optimizers
 
 
 def _batches(usable: Sequence[int], seed: int) -> Iterator[int]:

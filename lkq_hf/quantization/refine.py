@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,9 @@ from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import BlockRefinement
 from lkq_hf.quantization.weight import QuantizedWeight
+
+# From so many batches the curvature is estimated.
+CURVATURE_BATCHES = 2
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +96,9 @@ def refine_block(
     device, dtype = paths.quantized.device, linear_weight(paths.block.get_submodule(next(iter(weights)))).dtype
 
     kept = [(~chosen).to(device).unsqueeze(1) for chosen in held_out]
+    if settings.rounding == "vertex":
+        for key, curvature in _curvatures(paths, targets, weights, settings, factor).items():
+            layers[key].curvature = curvature
 
     def add_gradients(batch: int) -> None:
         with precision(dtype, device, settings):
@@ -120,16 +127,79 @@ def _target(paths: BlockPaths, batch: int, mix: float) -> Tensor:
     return own if full is None else torch.lerp(own.float(), full.float(), mix).to(own.dtype)
 
 
+def _residual(output: Tensor, target: Tensor, token_power: float, factor: Tensor | None) -> Tensor:
+    """What is squared to be the error, `[windows, length, hidden]`."""
+    target = target.float()
+    residual = output.float() - target
+    if factor is not None:
+        residual = residual @ factor
+    if token_power:
+        energy = target.square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        residual = residual / energy.pow(token_power / 2)
+    return residual
+
+
 def _squared_error(output: Tensor, target: Tensor, token_power: float, factor: Tensor | None) -> Tensor:
     """Squared errors by token, `[windows, length]`."""
-    target = target.float()
-    difference = output.float() - target
-    if factor is not None:
-        difference = difference @ factor
-    error = difference.square().sum(-1)
-    if token_power:
-        error = error / target.square().mean(-1).clamp(min=torch.finfo(torch.float32).tiny).pow(token_power)
-    return error
+    return _residual(output, target, token_power, factor).square().sum(-1)
+
+
+def _curvatures(
+    paths: BlockPaths,
+    targets: Activations,
+    weights: dict[str, QuantizedWeight],
+    settings: BlockRefinement,
+    factor: Tensor | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each layer two vectors, `[out]` and `[in]`, whose outer product is the loss's curvature in its weights.
+
+    The diagonal of Gauss and Newton's matrix, factored as in K-FAC (arXiv 1503.05671): the mean square of the layer's
+    inputs, and that of what random signs in place of the residuals send back to its outputs.
+    """
+    device = paths.quantized.device
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    generator = torch.Generator(device).manual_seed(settings.seed)
+
+    def add(into: dict[str, Tensor], name: str, value: Tensor) -> None:
+        squares = value.detach().float().flatten(0, -2).square().sum(0)
+        into[name] = into[name] + squares if name in into else squares
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            add(inputs, name, args[0])
+            output.register_hook(lambda gradient: add(outputs, name, gradient))
+
+        return hook
+
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    dense = {}
+    for key, weight in weights.items():
+        dense[key] = weight.dequantize(linear_weight(paths.block.get_submodule(key)).dtype).requires_grad_()
+    with ExitStack() as stack, torch.enable_grad():
+        for key in weights:
+            stack.callback(paths.block.get_submodule(key).register_forward_hook(watch(key)).remove)
+        for batch in range(min(CURVATURE_BATCHES, len(paths.quantized))):
+            target = targets.get(batch)
+            output = paths.call.run(with_weights(paths.block, dense), paths.quantized.get(batch), batch)
+            residual = _residual(output, target, settings.token_power, factor)
+            signs = torch.randint(0, 2, residual.shape, generator=generator, device=device).mul_(2).sub_(1)
+            torch.autograd.grad((residual * signs).sum(), list(dense.values()), allow_unused=True)
+            counts += torch.tensor([target.shape[0] * target.shape[1], target.shape[-1]], device=device)
+            counts[1] = target.shape[-1]
+    paths.processes.sum(counts)
+    tokens, width = counts.tolist()
+    width /= paths.processes.size
+    result = {}
+    for key, weight in weights.items():
+        out_features, in_features = weight.integers.shape
+        rows = outputs.get(key, torch.zeros(out_features, device=device))
+        columns = inputs.get(key, torch.zeros(in_features, device=device))
+        for moment in (rows, columns):
+            paths.processes.sum(moment)
+        # Every process adds the gradient of its batch's squared error, divided by the batch's elements.
+        result[key] = (rows * (2 * paths.processes.size / (tokens * width)), columns / tokens)
+    return result
 
 
 @torch.no_grad()

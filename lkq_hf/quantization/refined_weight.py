@@ -31,6 +31,7 @@ class RefinedWeight(nn.Module):
         self.bits, self.group_size, self.sym = weight.bits, weight.group_size, weight.sym
         self.largest = 2**weight.bits - 1
         self.bound = settings.offset_bound
+        self.curvature: tuple[Tensor, Tensor] | None = None
         self.register_buffer("start", weight.integers.to(torch.uint8))
         self.register_buffer("scales", weight.scales)
         if settings.offset_rate > 0:
@@ -48,6 +49,20 @@ class RefinedWeight(nn.Module):
         scale = self.scales.float() * self.factor.exp()
         weight: Tensor = _Dequantize.apply(self.position, scale, self.zero, self.largest, self.group_size, dtype)
         return weight
+
+    @torch.no_grad()
+    def aim_at_vertex(self) -> None:
+        """Turns the position's gradient into its way from the vertex: where the loss is least with all others fixed.
+
+        With the curvature `h` of the loss in the weight, the vertex lies `-dL/dw / (h s)` grid steps from the integer.
+        """
+        if self.curvature is None or self.position.grad is None:
+            return
+        rows, columns = self.curvature
+        scale = (self.scales.float() * self.factor.exp()).repeat_interleave(self.group_size, 1)
+        curvature = torch.outer(rows, columns).mul_(scale.square_())
+        away = self.position.grad.div_(curvature.clamp(min=torch.finfo(torch.float32).tiny)).clamp_(-1, 1)
+        away.add_(self.position - self.position.round().clamp_(0, self.largest))
 
     @torch.no_grad()
     def project(self) -> None:

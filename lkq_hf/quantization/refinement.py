@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 OPTIMIZERS = ("adam", "sign")
+ROUNDINGS = ("vertex", "straight_through")
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,12 @@ class GradientSteps:
     Args:
         steps: gradient steps, one batch of calibration windows each.
         optimizer: `"adam"`, or `"sign"` for the gradient's sign alone.
-        offset_rate: of the roundings, in grid steps; 0 keeps the integers.
+        rounding: `"straight_through"` moves a weight's position along the gradient as the optimizer does, which drives
+            it to the middle of two integers, where it goes to and fro. `"vertex"` moves it to where the loss is least
+            with all other weights fixed, a Newton step from its integer by the curvature of the loss, so that an
+            integer changes only if that lowers the loss.
+        offset_rate: of the roundings; 0 keeps the integers. In grid steps with `"straight_through"`; with `"vertex"`
+            the part of the way to the vertex of one batch that the first step goes.
         scale_rate: of the logarithms of the scales; 0 keeps the scales.
         zero_rate: of the zero points, in grid steps; 0 keeps them, and symmetric weights always do.
         offset_bound: how far a weight's position may move from its integer, in grid steps.
@@ -24,6 +30,7 @@ class GradientSteps:
 
     steps: int = 200
     optimizer: str = "adam"
+    rounding: str = "straight_through"
     offset_rate: float = 1.2
     scale_rate: float = 0.05
     zero_rate: float = 0.3
