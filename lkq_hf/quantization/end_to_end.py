@@ -81,7 +81,7 @@ def tune_end_to_end(
         state = store.get(batch).requires_grad_(torch.is_grad_enabled())
         for block, call, inside in zip(blocks, calls, weights, strict=True):
 
-            def run(state: Tensor, block=block, call=call, inside=inside) -> Tensor:  # type: ignore[no-untyped-def]
+            def run(state: Tensor, block=block, call=call, inside=inside) -> Tensor:
                 dense = {name: weight(used) for name, weight in inside.items()}
                 return call.run(with_weights(block, dense), state, batch)
 

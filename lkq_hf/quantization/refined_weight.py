@@ -25,6 +25,8 @@ class RefinedWeight(nn.Module):
     """
 
     position: Tensor
+    start: Tensor
+    scales: Tensor
 
     def __init__(self, weight: QuantizedWeight, settings: GradientSteps, offsets: Tensor | None = None) -> None:
         super().__init__()

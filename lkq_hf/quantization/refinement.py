@@ -30,10 +30,10 @@ class GradientSteps:
 
     steps: int = 200
     optimizer: str = "adam"
-    rounding: str = "straight_through"
-    offset_rate: float = 1.2
+    rounding: str = "vertex"
+    offset_rate: float = 0.1
     scale_rate: float = 0.05
-    zero_rate: float = 0.3
+    zero_rate: float = 0.0
     offset_bound: float = 1.0
     mixed_precision: bool = True
     seed: int = 0
@@ -66,4 +66,5 @@ class BlockRefinement(GradientSteps):
 class EndToEnd(GradientSteps):
     """How the whole model is tuned to the full-precision model's logits, after its last block."""
 
+    rounding: str = "straight_through"
     offset_rate: float = 0.0

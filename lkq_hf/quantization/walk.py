@@ -120,7 +120,7 @@ def quantize_blocks(
     kinds = [type(block) for block in blocks]
     for first in {kinds.index(kind) for kind in kinds}:
         ensure_loaded(first)
-    home = model.get_input_embeddings().weight.device
+    home = model.get_input_embeddings().get_parameter("weight").device
     batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
     hidden, calls = capture_block_calls(model, blocks, batches)
     size = sum(state.numel() * state.element_size() for state in hidden)
@@ -183,10 +183,10 @@ def quantize_blocks(
             block.to("meta")
         call.arguments.clear()
     if settings.end_to_end is not None and full is not None:
-        model.to(device)
+        nn.Module.to(model, device)
         batches = [batch.to(device) for batch in batches]
         report.end_to_end = tune_end_to_end(model, blocks, batches, quantized, full, settings.end_to_end, processes)
-        model.to(home)
+        nn.Module.to(model, home)
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
     logger.info(
@@ -210,11 +210,11 @@ def _fisher(
     refinement = settings.refinement
     if refinement is None or not refinement.fisher_share:
         return None
-    home = model.get_input_embeddings().weight.device
-    model.to(device)
+    home = model.get_input_embeddings().get_parameter("weight").device
+    nn.Module.to(model, device)
     tokens = torch.cat(list(batches))[: -(-refinement.fisher_windows // processes.size)].to(device)
     result = output_fisher(model, blocks, tokens, processes)
-    model.to(home)
+    nn.Module.to(model, home)
     return result
 
 

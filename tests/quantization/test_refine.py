@@ -61,7 +61,7 @@ def random_weight(sym):
 def test_gradients_are_those_of_rounding_taken_for_the_identity(sym):
     weight = random_weight(sym)
     offsets = torch.rand(6, 64, generator=torch.Generator().manual_seed(1)) - 0.5
-    refined = RefinedWeight(weight, GradientSteps(), offsets)
+    refined = RefinedWeight(weight, GradientSteps(zero_rate=0.3), offsets)
     probe = torch.randn(6, 64, generator=torch.Generator().manual_seed(2))
     (refined(torch.float32) * probe).sum().backward()
 
@@ -98,7 +98,7 @@ def test_what_moves_stays_inside_the_grid_and_within_its_bound():
 def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256)
     plain, _ = quantized(model, tokens, bits=3, sym=sym)
-    settings = BlockRefinement(steps=150, offset_rate=0.8)
+    settings = BlockRefinement(steps=80, offset_rate=0.1)
     refined, report = quantized(model, tokens, bits=3, sym=sym, refinement=settings)
     assert [block.name for block in report.blocks] == ["model.layers.0", "model.layers.1"]
     assert all(block.accepted for block in report.blocks)
