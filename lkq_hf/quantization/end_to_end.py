@@ -76,14 +76,13 @@ def tune_end_to_end(
             _set_module(block, name, _shell(module))
     changed = [p for inside in layers for weight in inside.values() for p in weight.parameters() if p.requires_grad]
     dtype = model.dtype
-    used = compute_dtype(dtype, device, settings)
 
-    def hidden_states(batch: int, weights: Sequence[dict[str, RefinedWeight]]) -> Tensor:
+    def hidden_states(batch: int, weights: Sequence[dict[str, RefinedWeight]], weight_dtype: torch.dtype) -> Tensor:
         state = store.get(batch).requires_grad_(torch.is_grad_enabled())
         for block, call, inside in zip(blocks, calls, weights, strict=True):
 
             def run(state: Tensor, block=block, call=call, inside=inside) -> Tensor:
-                dense = {name: weight(used) for name, weight in inside.items()}
+                dense = {name: weight(weight_dtype) for name, weight in inside.items()}
                 return call.run(with_weights(block, dense), state, batch)
 
             state = checkpoint(run, state, use_reentrant=False) if torch.is_grad_enabled() else run(state)
@@ -92,7 +91,7 @@ def tune_end_to_end(
     def add_gradients(batch: int) -> None:
         kept = (~held_out[batch]).nonzero().flatten().to(device)
         with precision(dtype, device, settings):
-            state = hidden_states(batch, layers)
+            state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
         gradient = torch.zeros_like(state)
         _, gradient[kept] = _divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
         state.backward(gradient / len(state), inputs=changed)
@@ -103,7 +102,7 @@ def tune_end_to_end(
         for batch, chosen in enumerate(held_out):
             if bool(chosen.any()):
                 inside = chosen.to(device)
-                state = hidden_states(batch, layers)[inside]
+                state = hidden_states(batch, layers, dtype)[inside]
                 sums[0] += _divergence(head, state, teacher.get(batch)[inside], False)[0]
                 sums[1] += state.shape[0] * state.shape[1]
         processes.sum(sums)

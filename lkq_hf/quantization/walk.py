@@ -56,7 +56,7 @@ class WalkReport:
     """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process.
 
     `experts` says of every module of fused experts on how many tokens they were calibrated, also of resumed blocks.
-    `blocks` are the refined blocks of this run; `unrefined` says of others, by name, why they were not refined.
+    `blocks` are the refined blocks of this run; `unrefined` says of others, by name, why they are not refined.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -165,31 +165,31 @@ def quantize_blocks(
         twin = copy.deepcopy(block) if full is not None else None
         dense = {key: weight for name in names for key, weight in weights_of(name, block.get_submodule(name)).items()}
         checksums = journal.checksums(dense)
+        keep_extras = index < len(blocks) - 1 and calls[index + 1].takes_extras
+        reason = _reason_against_refining(block, names, keep_extras)
+        if settings.refinement is not None and reason is not None:
+            report.unrefined[prefix.rstrip(".")] = reason
         finished = journal.read(index, checksums)
         if finished is None:
             paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload)
+            block_report = None
             weights, reports, experts, offsets = _quantize_block(paths, names, prefix, settings, true_sequential)
-            if settings.refinement is not None and twin is not None and full is not None:
+            if settings.refinement is not None and reason is None and twin is not None and full is not None:
+                factor = None if fisher is None else error_factor(fisher[index], settings.refinement.fisher_share)
+                block_paths = BlockPaths(block, twin, call, full_call, quantized, full, processes)
+                targets = Activations(device, offload, size)
                 linear = {name: weights[name] for name in names if name in weights}
-                if not linear:
-                    report.unrefined[prefix.rstrip(".")] = "no linear layer is quantized"
-                elif index < len(blocks) - 1 and calls[index + 1].takes_extras:
-                    report.unrefined[prefix.rstrip(".")] = "the next block takes more of it than hidden states"
-                else:
-                    factor = None if fisher is None else error_factor(fisher[index], settings.refinement.fisher_share)
-                    block_paths = BlockPaths(block, twin, call, full_call, quantized, full, processes)
-                    targets = Activations(device, offload, size)
-                    refined, block_report = refine_block(
-                        block_paths, prefix.rstrip("."), linear, offsets, settings.refinement, targets, factor
-                    )
-                    for name, weight in refined.items():
-                        dense[name].copy_(weight.dequantize())
-                    weights.update(refined)
-                    report.blocks.append(block_report)
-                    del targets, block_paths
+                refined, block_report = refine_block(
+                    block_paths, prefix.rstrip("."), linear, offsets, settings.refinement, targets, factor
+                )
+                for name, weight in refined.items():
+                    dense[name].copy_(weight.dequantize())
+                weights.update(refined)
+                report.blocks.append(block_report)
+                del targets, block_paths
             journal.write(index, checksums, weights, experts)
             report.layers.extend(reports)
-            progress.set_postfix_str(_summary(reports, report.blocks))
+            progress.set_postfix_str(_summary(reports, block_report))
         else:
             weights, experts = finished
             report.resumed_blocks += 1
@@ -197,7 +197,6 @@ def quantize_blocks(
                 dense[name].copy_(weight.dequantize())
         report.experts.update({prefix + name: counts for name, counts in experts.items()})
         if index < len(blocks) - 1 or settings.end_to_end is not None:
-            keep_extras = index < len(blocks) - 1 and calls[index + 1].takes_extras
             extras = _pass(block, call, quantized, keep_extras)
             if full is not None and twin is not None:
                 full_extras = _pass(twin, full_call, full, keep_extras)
@@ -234,6 +233,15 @@ def _pass(block: nn.Module, call: BlockCall, states: Activations, keep_extras: b
         states.replace(batch, hidden)
         kept.append(extras if keep_extras else ())
     return kept
+
+
+def _reason_against_refining(block: nn.Module, names: Sequence[str], keep_extras: bool) -> str | None:
+    """Why a block is left as it was solved, if it is. Of a block with fused experts the other layers are refined."""
+    if all(is_experts(block.get_submodule(name)) for name in names):
+        return "it has no linear layers to quantize besides fused experts" if names else "it has no layers to quantize"
+    if keep_extras:
+        return "the next block takes more from it than hidden states, and the error of that is not seen"
+    return None
 
 
 def _fisher(
@@ -428,12 +436,11 @@ def _layer_report(name: str, solutions: Sequence[Solution], tokens: int) -> Laye
     return LayerReport(name, losses, tokens)
 
 
-def _summary(reports: Sequence[LayerReport], blocks: Sequence[BlockReport]) -> str:
+def _summary(reports: Sequence[LayerReport], block: BlockReport | None) -> str:
     if not reports:
         return ""
-    if blocks:
-        last = blocks[-1]
-        return f"block error: {last.before:.3g}, refined {last.after:.3g}{'' if last.accepted else ' (not kept)'}"
+    if block is not None:
+        return f"block error: {block.before:.3g}, refined {block.after:.3g}{'' if block.accepted else ' (not kept)'}"
     steps = reports[0].losses
     means = (f"{step} {sum(report.losses[step] for report in reports) / len(reports):.3g}" for step in steps)
     return "relative error: " + ", ".join(means)

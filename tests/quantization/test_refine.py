@@ -1,12 +1,15 @@
 """Block refinement and end-to-end tuning."""
 
 import copy
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
+from causal_models import tiny_causal_model
 from models import tiny_model
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
 
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig
 from lkq_hf.quantization.calibrate import find_layers
@@ -23,9 +26,9 @@ def random_tokens(windows, length=64, seed=0):
     return torch.randint(3, 160, (windows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def quantized(model, tokens, bits=2, sym=False, **settings):
+def quantized(model, tokens, bits=2, sym=False, exclude=None, **settings):
     model = copy.deepcopy(model)
-    config = TwoStageGPTQConfig(bits=bits, group_size=32, sym=sym)
+    config = TwoStageGPTQConfig(bits=bits, group_size=32, sym=sym, modules_to_not_convert=exclude)
     name, layers = find_layers(model, config)
     resume = settings.pop("resume_dir", None)
     report = quantize_blocks(
@@ -158,6 +161,106 @@ def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
     assert divergence(tuned) < divergence(plain)
     for name, weight in packed(plain).items():
         assert torch.equal(packed(tuned)[name].integers, weight.integers)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
+    """A bfloat16 model, and a float32 model that is multiplied in bfloat16, as on a GPU."""
+    from lkq_hf.quantization import end_to_end, gradient_steps
+
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(128)
+    if mixed:
+        for module in (end_to_end, gradient_steps):
+            monkeypatch.setattr(module, "compute_dtype", lambda *_: torch.bfloat16)
+    else:
+        model = model.bfloat16()
+    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1))
+    assert report.end_to_end.accepted
+    assert tuned.dtype == model.dtype and tuned(tokens[:2]).logits.dtype == model.dtype
+
+
+def test_tuning_end_to_end_where_blocks_return_tuples():
+    model = tiny_causal_model("gpt_neo")
+    _, report = quantized(model, random_tokens(32).clamp(max=127), bits=3, end_to_end=EndToEnd(steps=16))
+    assert report.end_to_end.accepted
+
+
+def test_linear_layers_beside_fused_experts_are_refined_and_the_experts_stay():
+    model = tiny_model("mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+    tokens = random_tokens(128)
+    plain, _ = quantized(model, tokens, bits=3)
+    refined, report = quantized(model, tokens, bits=3, refinement=BlockRefinement(steps=40))
+    assert [block.accepted for block in report.blocks] == [True] and not report.unrefined
+    assert list(packed(plain)) == list(packed(refined))
+    assert any(not torch.equal(w.integers, packed(refined)[name].integers) for name, w in packed(plain).items())
+    experts = [
+        {name: buffer for name, buffer in m.named_buffers() if ".experts." in name and "weight" in name}
+        for m in (plain, refined)
+    ]
+    assert experts[0] and all(torch.equal(buffer, experts[1][name]) for name, buffer in experts[0].items())
+
+
+def test_a_block_whose_other_results_are_used_stays_as_it_was_solved():
+    # The next block takes this one's choice of keys.
+    model, tokens = tiny_causal_model("glm_moe_dsa"), random_tokens(16, length=32).clamp(max=127)
+    exclude = ["indexer", "mlp.gate", "kv_a_proj_with_mqa"]
+    plain, _ = quantized(model, tokens, exclude=exclude)
+    refined, report = quantized(model, tokens, exclude=exclude, refinement=BlockRefinement(steps=4))
+    assert list(report.unrefined) == ["model.layers.0"] and "more from it" in report.unrefined["model.layers.0"]
+    assert [block.name for block in report.blocks] == ["model.layers.1"]
+    for name, weight in packed(plain).items():
+        if name.startswith("model.layers.0."):
+            assert torch.equal(packed(refined)[name].integers, weight.integers)
+            assert torch.equal(packed(refined)[name].scales, weight.scales)
+    with pytest.raises(ValueError, match="nothing but hidden states"):
+        quantized(model, tokens, exclude=exclude, end_to_end=EndToEnd(steps=1))
+
+
+def test_refinement_leaves_no_gradients_behind():
+    model, _ = quantized(
+        tiny_model("llama", num_hidden_layers=1), random_tokens(8), refinement=BlockRefinement(steps=2)
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
+    from lkq_hf.quantization import walk
+
+    tiny_llama.save_pretrained(tmp_path / "base")
+    rows = [{"input_ids": window} for window in random_tokens(260).clamp(max=127)]
+    options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 256, "model_seqlen": 64}
+
+    def quantize(preset, resume_dir=None):
+        config = TwoStageGPTQConfig(**options, preset=preset, resume_dir=resume_dir)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+
+    real = walk.refine_block
+
+    def killed(paths, name, *args, **kwargs):
+        if name.endswith(".1"):
+            raise KeyboardInterrupt
+        return real(paths, name, *args, **kwargs)
+
+    monkeypatch.setattr(walk, "refine_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize("refined", tmp_path / "blocks")
+    monkeypatch.setattr(walk, "refine_block", real)
+    with pytest.raises(ValueError, match="refinement"):
+        quantize("default", tmp_path / "blocks")
+    resumed, whole = quantize("refined", tmp_path / "blocks"), quantize("refined")
+    assert resumed.hf_quantizer.report.resumed_blocks == 1
+    for name, weight in packed(whole).items():
+        assert torch.equal(packed(resumed)[name].integers, weight.integers)
+        assert torch.equal(packed(resumed)[name].scales, weight.scales)
+    assert any(not torch.equal(w.integers, packed(whole)[n].integers) for n, w in packed(quantize("default")).items())
+
+    resumed.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 27).view(1, -1)
+    assert torch.equal(again(ids).logits, whole(ids).logits)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["preset"] == "refined"
+    assert stored["meta"]["refinement"] == {**asdict(BlockRefinement()), "unrefined_blocks": {}}
 
 
 def test_the_fisher_information_foretells_the_divergence_of_small_errors():
