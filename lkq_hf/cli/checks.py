@@ -20,7 +20,7 @@ TASKS = (
     "explain", "summarise", "continue", "question_answering",
 )  # fmt: skip
 BITS = (2, 3, 4, 8)
-PRESETS = ("default", "paper")
+PRESETS = ("default", "paper", "refined")
 
 
 def check_choice(option: str, value: str | int, choices: Sequence[str | int]) -> None:

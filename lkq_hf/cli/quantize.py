@@ -31,7 +31,13 @@ def quantize(
         ),
     ] = None,
     sym: Annotated[bool, typer.Option("--sym/--no-sym", help="Symmetric zero points.")] = True,
-    preset: Annotated[str, typer.Option(help="default (the strongest measured) or paper (as published).")] = "default",
+    preset: Annotated[
+        str,
+        typer.Option(
+            help="default (the strongest measured), paper (as published), or refined (the default and a refinement of "
+            "each block by gradient; new)."
+        ),
+    ] = "default",
     num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     model_seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.", min=1)] = 2048,
     batch_size: Annotated[int, typer.Option(help="Windows that run through a block at once.", min=1)] = 8,

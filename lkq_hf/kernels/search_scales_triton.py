@@ -84,6 +84,9 @@ def _search_kernel(
         if SYM:
             zero = tl.zeros((ROWS,), tl.float32) + (largest + 1) / 2
             loss = _loss(w, block, scale, zero, largest)
+            negative_loss = _loss(w, block, -scale, zero, largest)
+            scale = tl.where(negative_loss < loss, -scale, scale)
+            loss = tl.minimum(negative_loss, loss)
         else:
             exact = tl.div_rn(-bottom, scale)
             zero = tl.minimum(tl.maximum(tl.floor(exact), 0.0), largest)
@@ -111,7 +114,7 @@ def search_scales_triton(
         weight: float32 `[out, in]`, contiguous.
         blocks: diagonal blocks of the Hessian, float32 `[groups, group_size, group_size]`, contiguous.
         bits: bits per weight.
-        sym: zero point fixed at `2**(bits - 1)`.
+        sym: zero point fixed at `2**(bits - 1)`; scales of both signs are tried.
         smallest_shrink: per cent of the range that the narrowest candidate keeps.
         coarse_step: per cent between the first candidates; then all whole per cents around the best are tried.
     """

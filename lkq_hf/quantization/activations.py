@@ -34,6 +34,10 @@ class Activations:
     def __len__(self) -> int:
         return len(self._batches)
 
+    def windows(self, index: int) -> int:
+        """How many windows a batch holds."""
+        return self._batches[index].shape[0]
+
     def get(self, index: int) -> Tensor:
         """A copy of a batch on the compute device: blocks may write into their input."""
         return self._batches[index].to(self.device, copy=True)

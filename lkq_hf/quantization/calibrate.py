@@ -1,6 +1,7 @@
 """From a model in memory and a configuration to the quantised model: what every front end calls."""
 
 import copy
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,13 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         )
     training = model.training
     model.eval()
+    settings = config.solver_settings()
     report = quantize_blocks(
         model,
         list_name,
         layers,
         tokens,
-        config.solver_settings(),
+        settings,
         device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         batch_size=config.batch_size,
         true_sequential=config.true_sequential,
@@ -93,6 +95,8 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         "quantizer": [f"lkq-hf:{__version__}"],
         "calibration": recipe.to_dict(),
     }
+    if settings.refinement is not None:
+        config.meta["refinement"] = {**asdict(settings.refinement), "unrefined_blocks": report.unrefined}
     return report
 
 

@@ -1,7 +1,7 @@
 """What reaches a block and the layers inside it, learnt by watching the real model run."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -40,26 +40,37 @@ class BlockCall:
     """How the model calls one block, apart from the hidden states: its other arguments, one set a batch.
 
     Some of them may be what the block before returned besides its hidden states; placeholders stand for these.
+    `returns` tells in which sequence the block returns its hidden states and how many items follow them; it is `None`
+    where the block returns hidden states alone.
     """
 
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
+    returns: tuple[type, int] | None = None
 
     def with_extras(self, extras: Sequence[Extras]) -> "BlockCall":
         """This call with what the block before returned, batch by batch, in the place of the placeholders."""
         if not self.takes_extras:
             return self
-        return BlockCall([_filled(arguments, each) for arguments, each in zip(self.arguments, extras, strict=True)])
+        filled = [_filled(arguments, each) for arguments, each in zip(self.arguments, extras, strict=True)]
+        return BlockCall(filled, self.returns)
 
     @property
     def takes_extras(self) -> bool:
         """Whether some of the arguments are what the block before returned besides its hidden states."""
         return _has_placeholder(self.arguments)
 
-    def run(self, block: nn.Module, hidden: Tensor, batch: int) -> Tensor:
+    def returned(self, hidden: Tensor) -> Any:
+        """What the block would return with these hidden states, with placeholders for what follows them."""
+        if self.returns is None:
+            return hidden
+        sequence, extras = self.returns
+        return sequence((hidden, *map(Placeholder, range(extras))))
+
+    def run(self, block: Callable[..., Any], hidden: Tensor, batch: int) -> Tensor:
         """The block's hidden states for one batch, `[batch, length, hidden]`."""
         return self.results(block, hidden, batch)[0]
 
-    def results(self, block: nn.Module, hidden: Tensor, batch: int) -> tuple[Tensor, Extras]:
+    def results(self, block: Callable[..., Any], hidden: Tensor, batch: int) -> tuple[Tensor, Extras]:
         """The block's hidden states for one batch, and what else it returns, in main memory."""
         args, kwargs = move(self.arguments[batch], hidden.device)
         output = block(hidden, *args, **kwargs)
@@ -187,19 +198,18 @@ def _pass_over(
             call.arguments.append(_share(arguments, call.arguments[0] if call.arguments else None))
             if type(block) not in results:
                 results[type(block)] = forward(hidden, *args, **kwargs)
+            result = results[type(block)]
+            several = isinstance(result, tuple | list)
+            call.returns = (type(result), len(result) - 1) if several else None
             if index == len(blocks) - 1:
                 raise Stop
-            result = results[type(block)]
-            if not isinstance(result, tuple | list):
-                return hidden
-            extras = result[1:] if probing else map(Placeholder, range(len(result) - 1))
-            return type(result)((hidden, *extras))
+            return type(result)((hidden, *result[1:])) if several and probing else call.returned(hidden)
 
         return recorded
 
     with ExitStack() as stack:
         for index, block in enumerate(blocks):
-            stack.enter_context(_replaced_forward(block, pass_over(index, block, block.forward)))
+            stack.enter_context(replaced_forward(block, pass_over(index, block, block.forward)))
         for batch in batches:
             _run_to_last_block(model, batch)
     return hidden_states, calls
@@ -223,7 +233,7 @@ def _run_to_last_block(model: PreTrainedModel, input_ids: Tensor) -> None:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Any) -> Iterator[None]:
     # On the instance: its class, which other models share, stays untouched.
     before = module.__dict__.get("forward")
     module.forward = forward

@@ -11,6 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lkq_hf.quantization.activations import OFFLOADS
 from lkq_hf.quantization.calibration_data import CalibrationSource
 from lkq_hf.quantization.packing import checkpoint_format as format_for
+from lkq_hf.quantization.refinement import BlockRefinement
 from lkq_hf.quantization.registration import QUANT_METHOD
 from lkq_hf.quantization.solve import SolverSettings
 
@@ -20,7 +21,8 @@ SCALE_SEARCHES = ("minmax", "mse")
 COLUMN_ORDERS = ("stored", "group_aware", "costliest_first")
 
 # What each preset sets; an explicit argument wins. The default is the strongest method measured
-# (benchmarks/quantization.py), "paper" the published two stages around plain GPTQ.
+# (benchmarks/quantization.py), "paper" the published two stages around plain GPTQ, "refined" the default and a
+# refinement of each block by gradient.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {
         "stages": ("stage1", "descent"),
@@ -41,6 +43,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "sweeps": 1,
     },
 }
+PRESETS["refined"] = PRESETS["default"] | {"refinement": BlockRefinement()}
 
 
 class TwoStageGPTQConfig(QuantizationConfigMixin):
@@ -66,9 +69,10 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         damp_percent (`float`, *optional*): damping of the Hessian, as a part of its mean diagonal; every step
             minimises the damped objective, which keeps it from fitting what is particular to the calibration data.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
-        preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, or `"paper"`, the
-            method as published (arXiv 2602.02126). It sets `damp_percent` and those of the next six fields, where they
-            are not given.
+        preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, `"paper"`, the
+            method as published (arXiv 2602.02126), or `"refined"`, the default and a refinement of each block's
+            scales and integers by gradient (`BlockRefinement`). It sets `damp_percent` and those of the next six
+            fields, where they are not given.
         stages (`tuple[str, ...]`, *optional*): what is done besides GPTQ, any of `"stage1"` (scales searched by their
             effect on the output), `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined
             together after GPTQ). `()` is plain GPTQ.
@@ -277,6 +281,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             corrected_target=self.corrected_target,
             corrected_residual=self.corrected_residual,
             sweeps=self.sweeps,
+            refinement=PRESETS[self.preset].get("refinement"),
         )
 
     def to_dict(self) -> dict[str, Any]:

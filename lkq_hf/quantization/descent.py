@@ -70,5 +70,5 @@ def _descend_group(
     curvature = (level * (hessian @ level)).sum(0)
     free = curvature > torch.finfo(curvature.dtype).eps * hessian.diagonal().sum()
     wanted = scale + (residual * level).sum(0) / torch.where(free, curvature, 1.0)
-    scale.copy_(torch.where(free & (wanted > 0), stored(wanted), scale))
+    scale.copy_(torch.where(free & (wanted * scale > 0), stored(wanted), scale))
     return level * scale - before

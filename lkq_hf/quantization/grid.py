@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 SCALE_DTYPE = torch.float16
-# The smallest positive and the largest finite float16: a scale outside would become 0 or infinity in the checkpoint.
+# The smallest positive and the largest finite float16: magnitudes outside would be stored as 0 or infinity.
 SMALLEST_SCALE = 2.0**-24
 LARGEST_SCALE = torch.finfo(SCALE_DTYPE).max
 
 
 def stored(scales: Tensor) -> Tensor:
-    """Scales rounded to the stored float16 and kept inside its positive range, as float32."""
-    return scales.clamp(SMALLEST_SCALE, LARGEST_SCALE).to(SCALE_DTYPE).float()
+    """Scales rounded to the stored float16 and kept inside its range, as float32. Signs stay; 0 counts as positive."""
+    return scales.abs().clamp(SMALLEST_SCALE, LARGEST_SCALE).to(SCALE_DTYPE).float().copysign(scales)
 
 
 def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:

@@ -119,8 +119,8 @@ class QuantizedLinear(PackedModule, nn.Linear):
         """Checks loaded tensors against the configuration that this module was made from.
 
         Raises:
-            ValueError: a tensor has the wrong shape or dtype, `g_idx` is not `k // group_size`, scales are not finite
-                and positive, or symmetric weights have other zero points than `2**(bits - 1)`.
+            ValueError: a tensor has the wrong shape or dtype, `g_idx` is not `k // group_size`, scales are not finite,
+                0, or negative in asymmetric weights, or symmetric weights have other zero points than `2**(bits - 1)`.
         """
         super().validate()
         if self.bias is not None and tuple(self.bias.shape) != (self.out_features,):

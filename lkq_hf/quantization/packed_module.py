@@ -37,8 +37,8 @@ class PackedModule(nn.Module):
         """Checks loaded tensors against the configuration that this module was made from.
 
         Raises:
-            ValueError: a tensor has the wrong shape or dtype, scales are not finite and positive, or symmetric weights
-                have other zero points than `2**(bits - 1)`.
+            ValueError: a tensor has the wrong shape or dtype, scales are not finite, 0, or negative in asymmetric
+                weights, or symmetric weights have other zero points than `2**(bits - 1)`.
         """
         for name, (shape, dtype) in self._shapes().items():
             tensor = getattr(self, name)
@@ -49,8 +49,9 @@ class PackedModule(nn.Module):
                 )
         if self.qweight.is_meta:
             return
-        if not bool((torch.isfinite(self.scales) & (self.scales > 0)).all()):
-            raise ValueError(f"scales should be finite and positive. {self._advice}")
+        usable = self.scales != 0 if self.sym else self.scales > 0
+        if not bool((torch.isfinite(self.scales) & usable).all()):
+            raise ValueError(f"scales should be finite and {'not 0' if self.sym else 'positive'}. {self._advice}")
         middle = 2 ** (self.bits - 1)
         # The layout of symmetric weights stores zero points less one (`packing`).
         if self.sym and not bool((unpack(self.qzeros, self.bits) == middle - 1).all()):

@@ -1,7 +1,7 @@
 """How the processes of a launch (`accelerate launch`, `torchrun`) share one calibration walk."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Self
 
@@ -81,6 +81,32 @@ class Processes:
                 distributed.all_reduce(moment.mul_(share))
         moments.tokens, moments.weight = int(tokens), weight
 
+    def sum(self, value: Tensor) -> None:
+        """Adds up the processes' values, in place."""
+        if self.size > 1:
+            distributed.all_reduce(value)
+
+    def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
+        """Adds up the processes' gradients, in place; a parameter that one of them did not use has zeros there."""
+        if self.size == 1:
+            return
+        for parameter in parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+
+    def same(self, weight: QuantizedWeight) -> QuantizedWeight:
+        """The first process's weight: what each made of the same gradients may differ by rounding."""
+        if self.size == 1:
+            return weight
+        parts = (weight.integers.to(torch.uint8), weight.scales.clone(), weight.zeros.to(torch.uint8))
+        for part in parts:
+            distributed.broadcast(part, src=0)
+        integers, scales, zeros = parts
+        return replace(
+            weight, integers=integers.to(weight.integers.dtype), scales=scales, zeros=zeros.to(weight.zeros.dtype)
+        )
+
     def solve(self, rows: int, quantize: Callable[[slice], Solution]) -> Solution:
         """What `quantize` makes of all rows of a layer, each process of some: they do not depend on each other."""
         if self.size == 1:
@@ -94,6 +120,7 @@ class Processes:
         weight = own.weight
         errors = torch.stack([*own.losses.values(), own.energy], dim=1)
         *losses, energy = self._gather(errors, sizes).unbind(1)
+        offsets = None if own.offsets is None else self._gather(own.offsets, sizes)
         return Solution(
             QuantizedWeight(
                 self._gather(weight.integers.to(torch.uint8), sizes).to(weight.integers.dtype),
@@ -105,6 +132,7 @@ class Processes:
             ),
             dict(zip(own.losses, losses, strict=True)),
             energy,
+            offsets,
         )
 
     def _gather(self, own: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -10,6 +10,7 @@ from lkq_hf.quantization.gptq import costliest_first_order, gptq, group_aware_or
 from lkq_hf.quantization.grid import LARGEST_SCALE, SCALE_DTYPE, minmax_grid, nearest, reconstruct
 from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
 from lkq_hf.quantization.precision import full_float32
+from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.stage1 import search_scales
 from lkq_hf.quantization.stage2 import refine_scales
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -34,11 +35,18 @@ class SolverSettings:
     corrected_target: bool
     corrected_residual: bool
     sweeps: int
+    refinement: BlockRefinement | None = None
+    end_to_end: EndToEnd | None = None
 
     @property
     def needs_deviation(self) -> bool:
         """Whether any step uses a deviation (`InputMoments`)."""
         return self.alpha != 0 and (self.corrected_target or "stage2" in self.stages or "descent" in self.stages)
+
+    @property
+    def needs_full_path(self) -> bool:
+        """Whether the full-precision hidden states travel along."""
+        return self.needs_deviation or self.refinement is not None or self.end_to_end is not None
 
 
 @dataclass(frozen=True)
@@ -46,12 +54,14 @@ class Solution:
     """A quantised weight and its error per row after each step, in the order in which the steps ran.
 
     `losses[step]` is `(t - w^) H (t - w^)^T` with the damped `H`, float32 `[out]`, and `energy` is `w H w^T`, to
-    read it against.
+    read it against. `offsets` are where the objective is least in each weight with all others fixed, from its integer
+    and in grid steps, float16 `[out, in]`; only for a block that is refined later.
     """
 
     weight: QuantizedWeight
     losses: dict[str, Tensor]
     energy: Tensor
+    offsets: Tensor | None = None
 
 
 def resolve_group_size(in_features: int, group_size: int) -> int:
@@ -141,7 +151,12 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
         group_size=group_size,
         sym=sym,
     )
-    return Solution(quantized, losses, ((w @ hessian) * w).sum(1))
+    offsets = None
+    if settings.refinement is not None:
+        error = target - reconstruct(integers, scales, zeros, group_size)
+        curvature = hessian.diagonal() * scales.repeat_interleave(group_size, 1)
+        offsets = ((error @ hessian) / curvature).clamp(-1, 1).half()
+    return Solution(quantized, losses, ((w @ hessian) * w).sum(1), offsets)
 
 
 def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, alpha: float) -> Tensor:

@@ -18,8 +18,10 @@ def search_scales(
     """Searches scale and zero point of every row and group over shrunken ranges `p * (min, max)`.
 
     Minimises `(w^ - w) H_gg (w^ - w)^T` per row and group over `p = 1.00, 0.99 ... 0.20`, first in steps of 0.05 and
-    then of 0.01 around the best; an asymmetric zero point is tried rounded down and rounded up. `p = 1` is among the
-    candidates, so the result is never worse than the minimum-maximum grid by this measure.
+    then of 0.01 around the best; an asymmetric zero point is tried rounded down and rounded up, a symmetric grid with
+    a positive and a negative scale: it has one level more below its zero point than above, and the sign says which end
+    of the weights gets it. `p = 1` is among the candidates, so the result is never worse than the minimum-maximum grid
+    by this measure.
 
     Args:
         weight: float32 `[out, in]`.
@@ -70,15 +72,16 @@ def _search(weight: Tensor, bits: int, group_size: int, sym: bool, blocks: Tenso
         nonlocal best, best_scales, best_zeros, best_shrink
         scales = scales_of_range(low * shrink / 100, high * shrink / 100, bits)
         if sym:
-            candidates = [torch.full_like(low, 2 ** (bits - 1))]
+            middle = torch.full_like(low, 2 ** (bits - 1))
+            candidates = [(scales, middle), (-scales, middle)]
         else:
             zero = -low * shrink / 100 / scales
-            candidates = [zero.floor().clamp_(0, largest), zero.ceil().clamp_(0, largest)]
-        for zeros in candidates:
-            value = loss(scales, zeros)
+            candidates = [(scales, zero.floor().clamp_(0, largest)), (scales, zero.ceil().clamp_(0, largest))]
+        for signed, zeros in candidates:
+            value = loss(signed, zeros)
             better = value < best
             best = torch.where(better, value, best)
-            best_scales = torch.where(better, scales, best_scales)
+            best_scales = torch.where(better, signed, best_scales)
             best_zeros = torch.where(better, zeros, best_zeros)
             best_shrink = torch.where(better, shrink, best_shrink)
 

@@ -55,7 +55,7 @@ def _refine(
     for _ in range(sweeps):
         for i in range(groups):
             wanted = torch.addcmul(current[i], residual[i], step[i])
-            new = torch.where((wanted > 0) & free[i], stored(wanted), current[i])
+            new = torch.where((wanted * current[i] > 0) & free[i], stored(wanted), current[i])
             change = new - current[i]
             residual.addcmul_(quadratic[i], change.unsqueeze(0), value=-1)
             current[i] = new

@@ -26,13 +26,16 @@ from lkq_hf.quantization.capture import (
     observe_order,
 )
 from lkq_hf.quantization.dry_run import check_that_blocks_run_packed, first_of_each_kind
+from lkq_hf.quantization.end_to_end import EndToEndReport, tune_end_to_end
 from lkq_hf.quantization.expert_inputs import ExpertInputs, calls_of_experts
 from lkq_hf.quantization.expert_solver import ExpertCounts, quantize_experts
 from lkq_hf.quantization.experts import is_experts, projections, use_packed_experts
+from lkq_hf.quantization.fisher import error_factor, output_fisher
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.install import install_packed
 from lkq_hf.quantization.journal import Journal, walk_fingerprint
 from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.refine import BlockPaths, BlockReport, refine_block
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
 from lkq_hf.quantization.weight import QuantizedWeight
 
@@ -53,10 +56,14 @@ class WalkReport:
     """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process.
 
     `experts` says of every module of fused experts on how many tokens they were calibrated, also of resumed blocks.
+    `blocks` are the refined blocks of this run; `unrefined` says of others, by name, why they are not refined.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
     experts: dict[str, ExpertCounts] = field(default_factory=dict)
+    blocks: list[BlockReport] = field(default_factory=list)
+    unrefined: dict[str, str] = field(default_factory=dict)
+    end_to_end: EndToEndReport | None = None
     device: str = "cpu"
     resumed_blocks: int = 0
     seconds: float = 0.0
@@ -103,7 +110,8 @@ def quantize_blocks(
         load_block: called with a block and its name before its weights are needed.
 
     Raises:
-        ValueError: a layer that cannot be quantised, by name, or a `resume_dir` of another walk.
+        ValueError: a layer that cannot be quantised, by name, a `resume_dir` of another walk, or end-to-end tuning of
+            blocks that take more than hidden states from the one before.
     """
     start = time.perf_counter()
     processes = Processes.current()
@@ -124,12 +132,17 @@ def quantize_blocks(
     for first in first_of_each_kind(list_name, blocks, layers):
         ensure_loaded(first)
     check_that_blocks_run_packed(model, list_name, blocks, layers, tokens, settings, device)
-    home = model.get_input_embeddings().weight.device
+    home = model.get_input_embeddings().get_parameter("weight").device
     batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
     hidden, calls = capture_block_calls(model, blocks, batches)
+    if settings.end_to_end is not None and any(call.takes_extras for call in calls):
+        raise ValueError(
+            "end-to-end tuning needs blocks that take nothing but hidden states from the block before; those of "
+            f"{type(model).__name__} take more. Quantize it without end_to_end"
+        )
     size = sum(state.numel() * state.element_size() for state in hidden)
     quantized = Activations(device, offload, size)
-    full = Activations(device, offload, size) if settings.needs_deviation else None
+    full = Activations(device, offload, size) if settings.needs_full_path else None
     for state in hidden:
         quantized.append(state)
         if full is not None:
@@ -139,6 +152,7 @@ def quantize_blocks(
     # What each path's last block returned besides its hidden states, where the next one takes it.
     extras: list[Extras] = []
     full_extras: list[Extras] = []
+    fisher = _fisher(model, blocks, batches, settings, device, processes)
     report = WalkReport(device=str(device))
     progress = tqdm(range(len(blocks)), desc="quantising", unit="block", disable=not processes.is_main)
     for index in progress:
@@ -151,23 +165,41 @@ def quantize_blocks(
         twin = copy.deepcopy(block) if full is not None else None
         dense = {key: weight for name in names for key, weight in weights_of(name, block.get_submodule(name)).items()}
         checksums = journal.checksums(dense)
+        keep_extras = index < len(blocks) - 1 and calls[index + 1].takes_extras
+        reason = _reason_against_refining(block, names, keep_extras)
+        if settings.refinement is not None and reason is not None:
+            report.unrefined[prefix.rstrip(".")] = reason
         finished = journal.read(index, checksums)
         if finished is None:
             paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload)
-            weights, reports, experts = _quantize_block(paths, names, prefix, settings, true_sequential)
+            block_report = None
+            weights, reports, experts, offsets = _quantize_block(paths, names, prefix, settings, true_sequential)
+            if settings.refinement is not None and reason is None and twin is not None and full is not None:
+                factor = None if fisher is None else error_factor(fisher[index], settings.refinement.fisher_share)
+                block_paths = BlockPaths(block, twin, call, full_call, quantized, full, processes)
+                targets = Activations(device, offload, size)
+                linear = {name: weights[name] for name in names if name in weights}
+                refined, block_report = refine_block(
+                    block_paths, prefix.rstrip("."), linear, offsets, settings.refinement, targets, factor
+                )
+                for name, weight in refined.items():
+                    dense[name].copy_(weight.dequantize())
+                weights.update(refined)
+                report.blocks.append(block_report)
+                del targets, block_paths
             journal.write(index, checksums, weights, experts)
             report.layers.extend(reports)
-            progress.set_postfix_str(_summary(reports))
+            progress.set_postfix_str(_summary(reports, block_report))
         else:
             weights, experts = finished
             report.resumed_blocks += 1
             for name, weight in weights.items():
                 dense[name].copy_(weight.dequantize())
         report.experts.update({prefix + name: counts for name, counts in experts.items()})
-        if index < len(blocks) - 1:
-            extras = _pass(block, call, quantized, calls[index + 1].takes_extras)
+        if index < len(blocks) - 1 or settings.end_to_end is not None:
+            extras = _pass(block, call, quantized, keep_extras)
             if full is not None and twin is not None:
-                full_extras = _pass(twin, full_call, full, calls[index + 1].takes_extras)
+                full_extras = _pass(twin, full_call, full, keep_extras)
         del twin
         block.to(home)
         for name in names:
@@ -176,6 +208,11 @@ def quantize_blocks(
             block.to("meta")
         calls[index].arguments.clear()
     use_packed_experts(model)
+    if settings.end_to_end is not None and full is not None:
+        nn.Module.to(model, device)
+        batches = [batch.to(device) for batch in batches]
+        report.end_to_end = tune_end_to_end(model, blocks, batches, quantized, full, settings.end_to_end, processes)
+        nn.Module.to(model, home)
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
     logger.info(
@@ -198,6 +235,34 @@ def _pass(block: nn.Module, call: BlockCall, states: Activations, keep_extras: b
     return kept
 
 
+def _reason_against_refining(block: nn.Module, names: Sequence[str], keep_extras: bool) -> str | None:
+    """Why a block is left as it was solved, if it is. Of a block with fused experts the other layers are refined."""
+    if all(is_experts(block.get_submodule(name)) for name in names):
+        return "it has no linear layers to quantize besides fused experts" if names else "it has no layers to quantize"
+    if keep_extras:
+        return "the next block takes more from it than hidden states, and the error of that is not seen"
+    return None
+
+
+def _fisher(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    settings: SolverSettings,
+    device: torch.device,
+    processes: Processes,
+) -> list[Tensor] | None:
+    refinement = settings.refinement
+    if refinement is None or not refinement.fisher_share:
+        return None
+    home = model.get_input_embeddings().get_parameter("weight").device
+    nn.Module.to(model, device)
+    tokens = torch.cat(list(batches))[: -(-refinement.fisher_windows // processes.size)].to(device)
+    result = output_fisher(model, blocks, tokens, processes)
+    nn.Module.to(model, home)
+    return result
+
+
 @dataclass(frozen=True)
 class _Paths:
     """A block as it is being quantised, its full-precision twin, the calls of both, the hidden states that enter them,
@@ -215,9 +280,14 @@ class _Paths:
 
 def _quantize_block(
     paths: _Paths, names: Sequence[str], prefix: str, settings: SolverSettings, true_sequential: bool
-) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, ExpertCounts]]:
-    """Quantizes the layers `names` of a block; afterwards the block computes with the quantized weights."""
+) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, ExpertCounts], dict[str, Tensor]]:
+    """Quantizes the layers `names` of a block; afterwards the block computes with the quantized weights.
+
+    Returns:
+        The weights, the reports, the counts of experts, and for linear layers the `Solution.offsets`, if any.
+    """
     weights: dict[str, QuantizedWeight] = {}
+    offsets: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
     counts: dict[str, ExpertCounts] = {}
     groups = observe_order(paths.block, names, paths.call, paths.quantized.get(0)) if names else []
@@ -228,7 +298,9 @@ def _quantize_block(
     for step in [[group] for group in groups] if true_sequential else [groups]:
         linear = [group for group in step if not _of_experts(group, paths)]
         # All inputs are taken before anything in this step is quantized.
-        expert_inputs = {group.names[0]: _expert_inputs(paths, group) for group in step if group not in linear}
+        expert_inputs = {
+            group.names[0]: _expert_inputs(paths, group, settings) for group in step if group not in linear
+        }
         for group, moments in zip(linear, _input_moments(paths, linear, settings), strict=True):
             modules = {name: paths.block.get_submodule(name) for name in group.names}
             if moments.tokens == 0:
@@ -237,6 +309,8 @@ def _quantize_block(
             rows = [linear_weight(module).shape[0] for module in modules.values()]
             for (name, module), part in zip(modules.items(), _split(solution, rows), strict=True):
                 weights[name] = part.weight
+                if part.offsets is not None:
+                    offsets[name] = part.offsets
                 linear_weight(module).copy_(part.weight.dequantize())
                 reports.append(_layer_report(prefix + name, [part], moments.tokens))
         for name, inputs in expert_inputs.items():
@@ -248,14 +322,14 @@ def _quantize_block(
             for projection, each in solutions.items():
                 weights.update({f"{name}.{projection}.{expert}": part.weight for expert, part in enumerate(each)})
                 reports.append(_layer_report(f"{prefix}{name}.{projection}", each, counts[name].tokens))
-    return weights, reports, counts
+    return weights, reports, counts, offsets
 
 
 def _of_experts(group: InputGroup, paths: _Paths) -> bool:
     return is_experts(paths.block.get_submodule(group.names[0]))
 
 
-def _expert_inputs(paths: _Paths, group: InputGroup) -> ExpertInputs:
+def _expert_inputs(paths: _Paths, group: InputGroup, settings: SolverSettings) -> ExpertInputs:
     name = group.names[0]
     experts = paths.block.get_submodule(name)
     size = sum(x.numel() * x.element_size() for x in map(paths.quantized.get, range(len(paths.quantized))))
@@ -263,13 +337,13 @@ def _expert_inputs(paths: _Paths, group: InputGroup) -> ExpertInputs:
         len(experts.get_parameter(projections(experts)[0])),
         paths.quantized.device,
         paths.offload,
-        paths.full is not None,
+        settings.needs_deviation,
         size,
     )
     for batch in range(len(paths.quantized)):
         calls = calls_of_experts(paths.block, name, paths.call, paths.quantized.get(batch), batch, group.called_once)
         full_calls = []
-        if paths.full is not None and paths.twin is not None:
+        if settings.needs_deviation and paths.full is not None and paths.twin is not None:
             full_calls = calls_of_experts(
                 paths.twin, name, paths.full_call, paths.full.get(batch), batch, group.called_once
             )
@@ -295,7 +369,7 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
     for batch in range(len(paths.quantized)):
         hidden = paths.quantized.get(batch)
         seen, sums = layer_inputs(paths.block, groups, paths.call, hidden, batch)
-        if paths.full is None or paths.twin is None:
+        if paths.full is None or paths.twin is None or not settings.needs_deviation:
             full_seen: list[list[Tensor]] = [[] for _ in groups]
             full_sums: list[Tensor | None] = [None for _ in groups]
         else:
@@ -340,11 +414,13 @@ def _split(solution: Solution, rows: Sequence[int]) -> list[Solution]:
     whole = solution.weight
     parts = zip(whole.integers.split(rows), whole.scales.split(rows), whole.zeros.split(rows), strict=True)
     losses = {step: loss.split(rows) for step, loss in solution.losses.items()}
+    offsets = None if solution.offsets is None else solution.offsets.split(rows)
     return [
         Solution(
             QuantizedWeight(integers, scales, zeros, whole.bits, whole.group_size, whole.sym),
             {step: loss[index] for step, loss in losses.items()},
             solution.energy.split(rows)[index],
+            None if offsets is None else offsets[index],
         )
         for index, (integers, scales, zeros) in enumerate(parts)
     ]
@@ -360,9 +436,11 @@ def _layer_report(name: str, solutions: Sequence[Solution], tokens: int) -> Laye
     return LayerReport(name, losses, tokens)
 
 
-def _summary(reports: Sequence[LayerReport]) -> str:
+def _summary(reports: Sequence[LayerReport], block: BlockReport | None) -> str:
     if not reports:
         return ""
+    if block is not None:
+        return f"block error: {block.before:.3g}, refined {block.after:.3g}{'' if block.accepted else ' (not kept)'}"
     steps = reports[0].losses
     means = (f"{step} {sum(report.losses[step] for report in reports) / len(reports):.3g}" for step in steps)
     return "relative error: " + ", ".join(means)

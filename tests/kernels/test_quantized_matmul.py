@@ -37,6 +37,9 @@ def packed(bits: int, group_size: int, sym: bool, in_features: int, out_features
     groups = in_features // group_size
     zeros = torch.randint(0, 2**bits, (groups, out_features), dtype=torch.int32, generator=generator)
     scales = (torch.rand(groups, out_features, generator=generator) * 0.05 + 0.01).half()
+    if sym:
+        # The solver gives symmetric groups scales of either sign.
+        scales *= torch.randint(0, 2, scales.shape, generator=generator) * 2 - 1
     tensors = (pack(integers, bits).t().contiguous(), pack(zeros, bits), scales)
     return (*(tensor.to(DEVICE) for tensor in tensors), bits, group_size, sym)
 

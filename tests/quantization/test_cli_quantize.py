@@ -39,6 +39,13 @@ def test_a_checkpoint_comes_out(files, extra):
     assert stored["meta"]["calibration"]["dataset"] == "file texts.jsonl"
 
 
+def test_the_refined_preset(files):
+    result = run(files, "--preset", "refined", "--group-size", "64")
+    assert result.exit_code == 0, result.output
+    stored = json.loads((files / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["preset"] == "refined" and stored["meta"]["refinement"]["steps"] > 0
+
+
 def test_errors_reach_the_user(files):
     result = run(files, "--bits", "5")
     assert isinstance(result.exception, ValueError) and "bits must be one of" in str(result.exception)

@@ -31,7 +31,9 @@ SETTINGS = [(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
 def checkpoint(tiny_llama, tokenizer, texts, tmp_path):
     """Quantises the tiny model: bits, sym and group_size to a directory and the model."""
 
-    def make(bits: int, sym: bool, group_size: int = 32, shard: str = "5GB") -> tuple[Path, PreTrainedModel]:
+    def make(
+        bits: int, sym: bool, group_size: int = 32, shard: str = "5GB", stages: tuple[str, ...] = ()
+    ) -> tuple[Path, PreTrainedModel]:
         tiny_llama.save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
         config = TwoStageGPTQConfig(
@@ -42,7 +44,7 @@ def checkpoint(tiny_llama, tokenizer, texts, tmp_path):
             tokenizer=tokenizer,
             num_samples=4,
             model_seqlen=32,
-            stages=(),
+            stages=stages,
             modules_to_not_convert=[KEPT_DENSE],
         )
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()
@@ -79,6 +81,47 @@ def test_compressed_tensors_decompresses_bit_for_bit(checkpoint, bits: int, sym:
         mine = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name}
         weight = PackedQuantizationCompressor.decompress(mine, scheme)["weight"]
         assert torch.equal(weight, layer.dequantize(weight.dtype))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_readers_take_negative_scales(checkpoint, bits: int, tmp_path: Path) -> None:
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+
+    ours, model = checkpoint(bits, True, stages=("stage1", "descent"))
+    gptq = load_file(export_checkpoint(ours, tmp_path / "gptq", "gptq") / "model.safetensors")
+    out = export_checkpoint(ours, tmp_path / "compressed", "compressed-tensors")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = quantization.QuantizationConfig.model_validate(config).config_groups["group_0"]
+    tensors = load_file(out / "model.safetensors")
+    layers = packed_layers(model)
+    assert any((layer.scales < 0).any() for layer in layers.values())
+    again = AutoModelForCausalLM.from_pretrained(ours)
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    for name, layer in layers.items():
+        mine = {key.rpartition(".")[2]: tensor for key, tensor in tensors.items() if key.rpartition(".")[0] == name}
+        weight = PackedQuantizationCompressor.decompress(mine, scheme)["weight"]
+        assert torch.equal(weight, layer.dequantize(weight.dtype))
+        assert torch.equal(gptq_weight({key: gptq[f"{name}.{key}"] for key in GPTQ_TENSORS}, bits), layer.dequantize())
+        if layer.in_features == 64:
+            expected = x @ layer.dequantize().T + (0 if layer.bias is None else layer.bias)
+            torch.testing.assert_close(again.get_submodule(name)(x), expected)
+
+
+GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+def gptq_weight(tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+    """`[out, in]` by the formula of AutoGPTQ's format: `scale * (q - (z + 1))`, the scale that of `g_idx`."""
+
+    def numbers(words: torch.Tensor) -> torch.Tensor:
+        # A stream of bits along the last dimension, the lowest first.
+        stream = ((words.unsqueeze(-1) >> torch.arange(32)) & 1).flatten(-2)
+        return (stream.unflatten(-1, (-1, bits)) << torch.arange(bits)).sum(-1)
+
+    groups = tensors["g_idx"].long()
+    zeros = numbers(tensors["qzeros"])[groups].T + 1
+    return tensors["scales"].float()[groups].T * (numbers(tensors["qweight"].T.contiguous()) - zeros)
 
 
 @pytest.mark.parametrize(("bits", "sym"), SETTINGS)

@@ -323,7 +323,7 @@ def test_every_step_lowers_the_loss_and_the_result_fits_the_format(problem, bits
     assert result.integers.dtype == torch.int32 and result.scales.dtype == torch.float16
     assert result.integers.min() >= 0 and result.integers.max() <= 2**bits - 1
     assert result.zeros.min() >= 0 and result.zeros.max() <= 2**bits - 1
-    assert torch.isfinite(result.scales).all() and (result.scales > 0).all()
+    assert torch.isfinite(result.scales).all() and (result.scales != 0).all()
     assert result.group_size == (COLUMNS if group_size == -1 else group_size)
     last = float(solution.losses["descent"].sum() / solution.energy.sum())
     target_error = objective(weight, moments.hessian, result.dequantize()).sum() / solution.energy.sum()
@@ -385,7 +385,7 @@ def test_scales_neither_vanish_nor_overflow_in_float16(problem, size):
     _, moments, _, _ = problem
     weight = torch.randn(8, COLUMNS, generator=torch.Generator().manual_seed(4)) * size
     result = quantize_weight(weight, moments, settings(bits=8)).weight
-    assert torch.isfinite(result.scales).all() and (result.scales > 0).all()
+    assert torch.isfinite(result.scales).all() and (result.scales != 0).all()
     if size > 1:
         assert (result.dequantize() - weight).abs().max() < 0.1 * size
 

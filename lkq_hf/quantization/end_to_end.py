@@ -1,0 +1,174 @@
+"""End-to-end tuning: scales and zero points of all blocks, by gradient of the divergence of the logits."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lkq_hf.quantization.activations import Activations
+from lkq_hf.quantization.capture import capture_block_calls
+from lkq_hf.quantization.gradient_steps import compute_dtype, held_out_windows, precision, take_steps
+from lkq_hf.quantization.head import Head
+from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.refine import with_weights
+from lkq_hf.quantization.refined_weight import RefinedWeight
+from lkq_hf.quantization.refinement import EndToEnd
+from lkq_hf.quantization.weight import QuantizedWeight
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EndToEndReport:
+    """The mean divergence from the original model on held-out windows, in nats, and whether the tuning was kept."""
+
+    before: float
+    after: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.after < self.before
+
+
+def tune_end_to_end(
+    model: PreTrainedModel,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Tensor],
+    store: Activations,
+    teacher: Activations,
+    settings: EndToEnd,
+    processes: Processes,
+) -> EndToEndReport:
+    """Minimizes `KL(original || quantized)` over the packed layers of `blocks`, in place.
+
+    Every block is run twice, without and with gradients (checkpointing), and logits are taken for some tokens at a
+    time, so that besides the packed model one block's activations and one batch's hidden states are in memory.
+
+    Args:
+        model: on the device where it is tuned, with `QuantizedLinear` layers in its blocks.
+        blocks: of the model.
+        batches: token ids, int64 `[windows, length]` each.
+        store: of one tensor a batch, to be filled with the hidden states that enter the first block.
+        teacher: the original model's hidden states after its last block, one tensor a batch.
+
+    Returns:
+        The divergence before and after; what was tuned is kept only if it fell.
+    """
+    device = teacher.device
+    hidden, calls = capture_block_calls(model, blocks, batches)
+    for batch, state in enumerate(hidden):
+        store.replace(batch, state)
+    del hidden
+    head = Head(model, blocks, calls)
+    held_out = held_out_windows([len(batch) for batch in batches])
+    packed = [{name: m for name, m in block.named_modules() if isinstance(m, QuantizedLinear)} for block in blocks]
+    layers: list[dict[str, RefinedWeight]] = []
+    for block, inside in zip(blocks, packed, strict=True):
+        layers.append({name: RefinedWeight(m.quantized_weight(), settings) for name, m in inside.items()})
+        for name, module in inside.items():
+            _set_module(block, name, _shell(module))
+    changed = [p for inside in layers for weight in inside.values() for p in weight.parameters() if p.requires_grad]
+    dtype = model.dtype
+
+    def hidden_states(batch: int, weights: Sequence[dict[str, RefinedWeight]], weight_dtype: torch.dtype) -> Tensor:
+        state = store.get(batch).requires_grad_(torch.is_grad_enabled())
+        for block, call, inside in zip(blocks, calls, weights, strict=True):
+
+            def run(state: Tensor, block=block, call=call, inside=inside) -> Tensor:
+                dense = {name: weight(weight_dtype) for name, weight in inside.items()}
+                return call.run(with_weights(block, dense), state, batch)
+
+            state = checkpoint(run, state, use_reentrant=False) if torch.is_grad_enabled() else run(state)
+        return state
+
+    def add_gradients(batch: int) -> None:
+        kept = (~held_out[batch]).nonzero().flatten().to(device)
+        with precision(dtype, device, settings):
+            state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
+        gradient = torch.zeros_like(state)
+        _, gradient[kept] = _divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
+        state.backward(gradient / len(state), inputs=changed)
+
+    @torch.no_grad()
+    def error() -> float:
+        sums = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch, chosen in enumerate(held_out):
+            if bool(chosen.any()):
+                inside = chosen.to(device)
+                state = hidden_states(batch, layers, dtype)[inside]
+                sums[0] += _divergence(head, state, teacher.get(batch)[inside], False)[0]
+                sums[1] += state.shape[0] * state.shape[1]
+        processes.sum(sums)
+        return (sums[0] / sums[1].clamp(min=1)).item()
+
+    before = error()
+    take_steps(
+        [weight for inside in layers for weight in inside.values()], settings, held_out, add_gradients, processes
+    )
+    tuned = [{name: processes.same(w.quantized()) for name, w in inside.items()} for inside in layers]
+    frozen = EndToEnd(steps=0, offset_rate=0, scale_rate=0, zero_rate=0)
+    layers = [{name: RefinedWeight(weight, frozen) for name, weight in inside.items()} for inside in tuned]
+    report = EndToEndReport(before, error())
+    logger.info("divergence on held-out windows %.4g nats, tuned %.4g", report.before, report.after)
+    for block, inside, weights in zip(blocks, packed, tuned, strict=True):
+        for name, module in inside.items():
+            _set_module(block, name, _packed(module, weights[name]) if report.accepted else module)
+    return report
+
+
+def _divergence(head: Head, student: Tensor, teacher: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
+    """The sum of `KL(teacher || student)` over tokens, float64, and its gradient.
+
+    Args:
+        student, teacher: hidden states after the last block, `[windows, length, hidden]`.
+
+    Returns:
+        The sum, and its gradient for `student`, of its shape, divided by the length; zeros without `gradients`.
+    """
+    length = max(student.shape[1], 1)
+    gradient = torch.zeros_like(student).flatten(0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    pieces = zip(
+        student.flatten(0, 1).split(head.tokens),
+        teacher.flatten(0, 1).split(head.tokens),
+        gradient.split(head.tokens),
+        strict=True,
+    )
+    for state, reference, into in pieces:
+        with torch.no_grad():
+            wanted = head(reference).log_softmax(-1)
+        leaf = state.detach().requires_grad_(gradients)
+        with torch.enable_grad() if gradients else nullcontext():
+            found = head(leaf).log_softmax(-1)
+            piece = F.kl_div(found, wanted, reduction="sum", log_target=True)
+        if gradients:
+            into.copy_(torch.autograd.grad(piece, leaf)[0] / length)
+        total += piece.detach().double()
+    return total, gradient.view_as(student)
+
+
+def _shell(packed: QuantizedLinear) -> nn.Module:
+    """A dense layer without a weight, to be run with one that is given."""
+    with torch.device("meta"):
+        linear = nn.Linear(packed.in_features, packed.out_features, bias=False)
+    if packed.bias is not None:
+        linear.bias = nn.Parameter(packed.bias, requires_grad=False)
+    return linear
+
+
+def _packed(before: QuantizedLinear, weight: QuantizedWeight) -> QuantizedLinear:
+    packed = QuantizedLinear.from_quantized_weight(weight, bias=before.bias)
+    packed.replaces = before.replaces
+    return packed
+
+
+def _set_module(block: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(parent), leaf, module)

@@ -1,0 +1,229 @@
+"""Block refinement: scales, zero points and roundings of a block's layers, by gradient of the block's output error."""
+
+import logging
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lkq_hf.quantization.activations import Activations
+from lkq_hf.quantization.blocks import linear_weight
+from lkq_hf.quantization.capture import BlockCall
+from lkq_hf.quantization.gradient_steps import compute_dtype, held_out_windows, precision, take_steps
+from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.refined_weight import RefinedWeight
+from lkq_hf.quantization.refinement import BlockRefinement
+from lkq_hf.quantization.weight import QuantizedWeight
+
+# From so many batches the curvature is estimated.
+CURVATURE_BATCHES = 2
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """A refined block's error on held-out windows, relative to its output's energy, and whether it was kept."""
+
+    name: str
+    before: float
+    after: float
+
+    @property
+    def accepted(self) -> bool:
+        return self.after < self.before
+
+
+@dataclass(frozen=True)
+class BlockPaths:
+    """A block with quantized weights, its full-precision twin, the calls of both, and the hidden states that enter."""
+
+    block: nn.Module
+    twin: nn.Module
+    call: BlockCall
+    full_call: BlockCall
+    quantized: Activations
+    full: Activations
+    processes: Processes
+
+
+def with_weights(block: nn.Module, weights: dict[str, Tensor]) -> Callable[..., Any]:
+    """A block as a function, with other weights, `[out, in]`, in some of its layers."""
+    tensors = {}
+    for name, weight in weights.items():
+        tensors[f"{name}.weight"] = weight if type(block.get_submodule(name)) is nn.Linear else weight.T
+    return lambda *args, **kwargs: functional_call(block, tensors, args, kwargs)
+
+
+def refine_block(
+    paths: BlockPaths,
+    name: str,
+    weights: dict[str, QuantizedWeight],
+    offsets: dict[str, Tensor],
+    settings: BlockRefinement,
+    targets: Activations,
+    factor: Tensor | None = None,
+) -> tuple[dict[str, QuantizedWeight], BlockReport]:
+    """Minimizes the squared error of a block's output over scales, zero points and roundings of its layers.
+
+    The block sees the quantized path's inputs; its output is compared with the full-precision block's
+    (`BlockRefinement.target_mix`). Every eighth calibration window is held out, and the refined weights are kept only
+    if the error there fell.
+
+    Args:
+        paths: the block as it was solved, and what enters it.
+        name: of the block, for the report.
+        weights: the solved weights by the layers' names inside the block.
+        offsets: by the same names, from each integer to the vertex of its layer's objective, in grid steps.
+        targets: an empty store for the outputs aimed at.
+        factor: errors are multiplied by it before they are squared, `[hidden, hidden]` (`error_factor`).
+
+    Returns:
+        The refined weights, or `weights`, and the report.
+    """
+    batches = range(len(paths.quantized))
+    held_out = held_out_windows([paths.quantized.windows(batch) for batch in batches])
+    for batch in batches:
+        targets.append(_target(paths, batch, settings.target_mix))
+    before = _error(paths, targets, held_out, weights, settings, factor)
+    layers = {
+        key: RefinedWeight(weight, settings, offsets.get(key) if settings.start_from_vertex else None)
+        for key, weight in weights.items()
+    }
+    device, dtype = paths.quantized.device, linear_weight(paths.block.get_submodule(next(iter(weights)))).dtype
+
+    changed = [parameter for layer in layers.values() for parameter in layer.parameters() if parameter.requires_grad]
+    kept = [(~chosen).to(device).unsqueeze(1) for chosen in held_out]
+    if settings.rounding == "vertex":
+        for key, curvature in _curvatures(paths, targets, weights, settings, factor).items():
+            layers[key].curvature = curvature
+
+    def add_gradients(batch: int) -> None:
+        with precision(dtype, device, settings):
+            used = compute_dtype(dtype, device, settings)
+            run = with_weights(paths.block, {key: layer(used) for key, layer in layers.items()})
+            output = paths.call.run(run, paths.quantized.get(batch), batch)
+        target = targets.get(batch)
+        # Multiplied and not selected: the device need not wait for the number of windows.
+        error = _squared_error(output, target, settings.token_power, factor) * kept[batch]
+        (error.sum() / target.numel()).backward(inputs=changed)
+
+    take_steps(list(layers.values()), settings, held_out, add_gradients, paths.processes)
+    refined = {key: paths.processes.same(layer.quantized()) for key, layer in layers.items()}
+    after = _error(paths, targets, held_out, refined, settings, factor)
+    report = BlockReport(name, before, after)
+    logger.info("%s: error on held-out windows %.4g, refined %.4g", name, before, after)
+    return (refined if report.accepted else weights), report
+
+
+@torch.no_grad()
+def _target(paths: BlockPaths, batch: int, mix: float) -> Tensor:
+    full = paths.full_call.run(paths.twin, paths.full.get(batch), batch) if mix > 0 else None
+    if full is not None and mix == 1:
+        return full
+    own = paths.call.run(paths.twin, paths.quantized.get(batch), batch)
+    return own if full is None else torch.lerp(own.float(), full.float(), mix).to(own.dtype)
+
+
+def _residual(output: Tensor, target: Tensor, token_power: float, factor: Tensor | None) -> Tensor:
+    """What is squared to be the error, `[windows, length, hidden]`."""
+    target = target.float()
+    residual = output.float() - target
+    if factor is not None:
+        residual = residual @ factor
+    if token_power:
+        energy = target.square().mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        residual = residual / energy.pow(token_power / 2)
+    return residual
+
+
+def _squared_error(output: Tensor, target: Tensor, token_power: float, factor: Tensor | None) -> Tensor:
+    """Squared errors by token, `[windows, length]`."""
+    return _residual(output, target, token_power, factor).square().sum(-1)
+
+
+def _curvatures(
+    paths: BlockPaths,
+    targets: Activations,
+    weights: dict[str, QuantizedWeight],
+    settings: BlockRefinement,
+    factor: Tensor | None,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """For each layer two vectors, `[out]` and `[in]`, whose outer product is the loss's curvature in its weights.
+
+    The diagonal of Gauss and Newton's matrix, factored as in K-FAC (arXiv 1503.05671): the mean square of the layer's
+    inputs, and that of what random signs in place of the residuals send back to its outputs.
+    """
+    device = paths.quantized.device
+    inputs: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    generator = torch.Generator(device).manual_seed(settings.seed)
+
+    def add(into: dict[str, Tensor], name: str, value: Tensor) -> None:
+        squares = value.detach().float().flatten(0, -2).square().sum(0)
+        into[name] = into[name] + squares if name in into else squares
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            add(inputs, name, args[0])
+            output.register_hook(lambda gradient: add(outputs, name, gradient))
+
+        return hook
+
+    counts = torch.zeros(2, dtype=torch.float64, device=device)
+    dense = {}
+    for key, weight in weights.items():
+        dense[key] = weight.dequantize(linear_weight(paths.block.get_submodule(key)).dtype).requires_grad_()
+    with ExitStack() as stack, torch.enable_grad():
+        for key in weights:
+            stack.callback(paths.block.get_submodule(key).register_forward_hook(watch(key)).remove)
+        for batch in range(min(CURVATURE_BATCHES, len(paths.quantized))):
+            target = targets.get(batch)
+            output = paths.call.run(with_weights(paths.block, dense), paths.quantized.get(batch), batch)
+            residual = _residual(output, target, settings.token_power, factor)
+            signs = torch.randint(0, 2, residual.shape, generator=generator, device=device).mul_(2).sub_(1)
+            torch.autograd.grad((residual * signs).sum(), list(dense.values()), allow_unused=True)
+            counts += torch.tensor([target.shape[0] * target.shape[1], target.shape[-1]], device=device)
+            counts[1] = target.shape[-1]
+    paths.processes.sum(counts)
+    tokens, width = counts.tolist()
+    width /= paths.processes.size
+    result = {}
+    for key, weight in weights.items():
+        out_features, in_features = weight.integers.shape
+        rows = outputs.get(key, torch.zeros(out_features, device=device))
+        columns = inputs.get(key, torch.zeros(in_features, device=device))
+        for moment in (rows, columns):
+            paths.processes.sum(moment)
+        # Every process adds the gradient of its batch's squared error, divided by the batch's elements.
+        result[key] = (rows * (2 * paths.processes.size / (tokens * width)), columns / tokens)
+    return result
+
+
+@torch.no_grad()
+def _error(
+    paths: BlockPaths,
+    targets: Activations,
+    held_out: Sequence[Tensor],
+    weights: dict[str, QuantizedWeight],
+    settings: BlockRefinement,
+    factor: Tensor | None,
+) -> float:
+    """Squared error on the held-out windows of all processes, relative to the energy of the targets there."""
+    dtypes = {key: linear_weight(paths.block.get_submodule(key)).dtype for key in weights}
+    run = with_weights(paths.block, {key: weight.dequantize(dtypes[key]) for key, weight in weights.items()})
+    sums = torch.zeros(2, dtype=torch.float64, device=paths.quantized.device)
+    for batch, chosen in enumerate(held_out):
+        if bool(chosen.any()):
+            inside = chosen.to(paths.quantized.device)
+            output = paths.call.run(run, paths.quantized.get(batch), batch)[inside]
+            target = targets.get(batch)[inside]
+            sums[0] += _squared_error(output, target, settings.token_power, factor).sum().double()
+            sums[1] += _squared_error(torch.zeros_like(target), target, settings.token_power, factor).sum().double()
+    paths.processes.sum(sums)
+    error, energy = sums.tolist()
+    return error / max(energy, torch.finfo(torch.float32).tiny)

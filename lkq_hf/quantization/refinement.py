@@ -1,0 +1,70 @@
+"""What gradient steps change in a quantized model, and how far."""
+
+from dataclasses import dataclass
+
+OPTIMIZERS = ("adam", "sign")
+ROUNDINGS = ("vertex", "straight_through")
+
+
+@dataclass(frozen=True)
+class GradientSteps:
+    """How scales, zero points and roundings are changed by gradient.
+
+    A rate is the way that all steps together can take: their length falls linearly from twice the mean to 0.
+
+    Args:
+        steps: gradient steps, one batch of calibration windows each.
+        optimizer: `"adam"`, or `"sign"` for the gradient's sign alone.
+        rounding: `"straight_through"` moves a weight's position along the gradient as the optimizer does, which drives
+            it to the middle of two integers, where it goes to and fro. `"vertex"` moves it to where the loss is least
+            with all other weights fixed, a Newton step from its integer by the curvature of the loss, so that an
+            integer changes only if that lowers the loss.
+        offset_rate: of the roundings; 0 keeps the integers. In grid steps with `"straight_through"`; with `"vertex"`
+            the part of the way to the vertex of one batch that the first step goes.
+        scale_rate: of the logarithms of the scales; 0 keeps the scales.
+        zero_rate: of the zero points, in grid steps; 0 keeps them, and symmetric weights always do.
+        offset_bound: how far a weight's position may move from its integer, in grid steps.
+        mixed_precision: float32 models are multiplied in bfloat16 on a GPU.
+        seed: of the order of batches.
+    """
+
+    steps: int = 200
+    optimizer: str = "adam"
+    rounding: str = "vertex"
+    offset_rate: float = 0.1
+    scale_rate: float = 0.05
+    zero_rate: float = 0.0
+    offset_bound: float = 1.0
+    mixed_precision: bool = True
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class BlockRefinement(GradientSteps):
+    """How each block is refined after its layers are solved.
+
+    Args:
+        start_from_vertex: a weight's position starts where its layer's objective is least with the others fixed, so
+            that weights near the middle of two integers flip first; otherwise it starts at its integer.
+        target_mix: 1 aims at the full-precision block on full-precision inputs, 0 at the full-precision block on the
+            quantized path's inputs, and what lies between at the mean of both with these weights.
+        token_power: each token's squared error is divided by this power of its target's mean square; 0 weighs all
+            tokens alike, 1 weighs relative errors.
+        fisher_share: how much of the error is weighed by what the model's output loses (`output_fisher`) and not by
+            its square; 0 needs no pass through the whole model.
+        fisher_windows: calibration windows from which that is measured.
+    """
+
+    start_from_vertex: bool = True
+    target_mix: float = 1.0
+    token_power: float = 0.0
+    fisher_share: float = 0.0
+    fisher_windows: int = 16
+
+
+@dataclass(frozen=True)
+class EndToEnd(GradientSteps):
+    """How the whole model is tuned to the full-precision model's logits, after its last block."""
+
+    rounding: str = "straight_through"
+    offset_rate: float = 0.0

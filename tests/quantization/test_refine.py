@@ -1,0 +1,283 @@
+"""Block refinement and end-to-end tuning."""
+
+import copy
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from causal_models import tiny_causal_model
+from models import tiny_model
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig
+from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.fisher import error_factor, output_fisher
+from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.refined_weight import RefinedWeight
+from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd, GradientSteps
+from lkq_hf.quantization.walk import quantize_blocks
+from lkq_hf.quantization.weight import QuantizedWeight
+
+
+def random_tokens(windows, length=64, seed=0):
+    # Token 0 is the padding, whose embedding is 0.
+    return torch.randint(3, 160, (windows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def quantized(model, tokens, bits=2, sym=False, exclude=None, **settings):
+    model = copy.deepcopy(model)
+    config = TwoStageGPTQConfig(bits=bits, group_size=32, sym=sym, modules_to_not_convert=exclude)
+    name, layers = find_layers(model, config)
+    resume = settings.pop("resume_dir", None)
+    report = quantize_blocks(
+        model,
+        name,
+        layers,
+        tokens,
+        replace(config.solver_settings(), **settings),
+        batch_size=8,
+        resume_dir=resume,
+    )
+    return model, report
+
+
+def packed(model):
+    return {
+        name: module.quantized_weight()
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+    }
+
+
+def random_weight(sym):
+    generator = torch.Generator().manual_seed(0)
+    shape, groups = (6, 64), (6, 2)
+    zeros = torch.full(groups, 4) if sym else torch.randint(0, 8, groups, generator=generator)
+    scales = torch.rand(groups, generator=generator).add(0.5).half()
+    integers = torch.randint(0, 8, shape, generator=generator)
+    return QuantizedWeight(integers.int(), scales, zeros.int(), bits=3, group_size=32, sym=sym)
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_gradients_are_those_of_rounding_taken_for_the_identity(sym):
+    weight = random_weight(sym)
+    offsets = torch.rand(6, 64, generator=torch.Generator().manual_seed(1)) - 0.5
+    refined = RefinedWeight(weight, GradientSteps(zero_rate=0.3), offsets)
+    probe = torch.randn(6, 64, generator=torch.Generator().manual_seed(2))
+    (refined(torch.float32) * probe).sum().backward()
+
+    position, factor, zero = (
+        p.detach().clone().requires_grad_() for p in (refined.position, refined.factor, refined.zero)
+    )
+    through = position + (position.round() - position).detach()
+    level = through.view(6, 2, 32) - (zero + (zero.round() - zero).detach()).unsqueeze(-1)
+    dense = (weight.scales.float() * factor.exp()).unsqueeze(-1) * level
+    (dense.view(6, 64) * probe).sum().backward()
+    assert torch.equal(refined(torch.float32), weight.dequantize())
+    torch.testing.assert_close(refined.position.grad, position.grad)
+    torch.testing.assert_close(refined.factor.grad, factor.grad)
+    if sym:
+        assert not refined.zero.requires_grad
+    else:
+        torch.testing.assert_close(refined.zero.grad, zero.grad)
+
+
+def test_what_moves_stays_inside_the_grid_and_within_its_bound():
+    weight = random_weight(sym=False)
+    refined = RefinedWeight(weight, GradientSteps(offset_bound=1.0))
+    with torch.no_grad():
+        refined.position.add_(torch.randn(6, 64, generator=torch.Generator().manual_seed(3)) * 5)
+        refined.zero.add_(100)
+    refined.project()
+    result = refined.quantized()
+    assert result.integers.min() >= 0 and result.integers.max() <= 7
+    assert (result.integers - weight.integers).abs().max() == 1
+    assert (result.zeros == 7).all()
+
+
+@pytest.mark.parametrize("sym", [False, True])
+def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256)
+    plain, _ = quantized(model, tokens, bits=3, sym=sym)
+    settings = BlockRefinement(steps=80, offset_rate=0.1)
+    refined, report = quantized(model, tokens, bits=3, sym=sym, refinement=settings)
+    assert [block.name for block in report.blocks] == ["model.layers.0", "model.layers.1"]
+    assert all(block.accepted for block in report.blocks)
+    first = "model.layers.0."
+    before, after = ({k: w for k, w in packed(m).items() if k.startswith(first)} for m in (plain, refined))
+    assert any(not torch.equal(after[k].integers, before[k].integers) for k in before)
+    for key, weight in after.items():
+        assert (weight.integers - before[key].integers).abs().max() <= 1
+        assert not sym or torch.equal(weight.zeros, before[key].zeros)
+
+
+def test_a_block_whose_error_rises_stays_as_it_was_solved():
+    model, tokens = tiny_model("llama", num_hidden_layers=1), random_tokens(16)
+    plain, _ = quantized(model, tokens)
+    kept, report = quantized(model, tokens, refinement=BlockRefinement(steps=2, scale_rate=50.0))
+    assert [block.accepted for block in report.blocks] == [False]
+    for name, weight in packed(plain).items():
+        assert torch.equal(packed(kept)[name].scales, weight.scales)
+        assert torch.equal(packed(kept)[name].integers, weight.integers)
+
+
+def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
+    from lkq_hf.quantization import walk
+
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(32)
+    settings = {"refinement": BlockRefinement(steps=10), "end_to_end": EndToEnd(steps=4)}
+    whole, _ = quantized(model, tokens, **settings)
+    real = walk.refine_block
+
+    def killed(paths, name, *args, **kwargs):
+        if name.endswith(".1"):
+            raise KeyboardInterrupt
+        return real(paths, name, *args, **kwargs)
+
+    monkeypatch.setattr(walk, "refine_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantized(model, tokens, resume_dir=tmp_path, **settings)
+    monkeypatch.setattr(walk, "refine_block", real)
+    resumed, report = quantized(model, tokens, resume_dir=tmp_path, **settings)
+    assert report.resumed_blocks == 1
+    for name, weight in packed(whole).items():
+        assert torch.equal(packed(resumed)[name].integers, weight.integers)
+        assert torch.equal(packed(resumed)[name].scales, weight.scales)
+
+
+def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
+    model, tokens, others = tiny_model("llama", num_hidden_layers=2), random_tokens(128), random_tokens(64, seed=1)
+
+    def divergence(other):
+        with torch.no_grad():
+            found, wanted = (m(others).logits.log_softmax(-1) for m in (other, model))
+        return float(F.kl_div(found, wanted, log_target=True, reduction="sum") / others.numel())
+
+    plain, _ = quantized(model, tokens)
+    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1, zero_rate=0.0))
+    assert report.end_to_end.accepted
+    assert divergence(tuned) < divergence(plain)
+    for name, weight in packed(plain).items():
+        assert torch.equal(packed(tuned)[name].integers, weight.integers)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
+    """A bfloat16 model, and a float32 model that is multiplied in bfloat16, as on a GPU."""
+    from lkq_hf.quantization import end_to_end, gradient_steps
+
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(128)
+    if mixed:
+        for module in (end_to_end, gradient_steps):
+            monkeypatch.setattr(module, "compute_dtype", lambda *_: torch.bfloat16)
+    else:
+        model = model.bfloat16()
+    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1))
+    assert report.end_to_end.accepted
+    assert tuned.dtype == model.dtype and tuned(tokens[:2]).logits.dtype == model.dtype
+
+
+def test_tuning_end_to_end_where_blocks_return_tuples():
+    model = tiny_causal_model("gpt_neo")
+    _, report = quantized(model, random_tokens(32).clamp(max=127), bits=3, end_to_end=EndToEnd(steps=16))
+    assert report.end_to_end.accepted
+
+
+def test_linear_layers_beside_fused_experts_are_refined_and_the_experts_stay():
+    model = tiny_model("mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
+    tokens = random_tokens(128)
+    plain, _ = quantized(model, tokens, bits=3)
+    refined, report = quantized(model, tokens, bits=3, refinement=BlockRefinement(steps=40))
+    assert [block.accepted for block in report.blocks] == [True] and not report.unrefined
+    assert list(packed(plain)) == list(packed(refined))
+    assert any(not torch.equal(w.integers, packed(refined)[name].integers) for name, w in packed(plain).items())
+    experts = [
+        {name: buffer for name, buffer in m.named_buffers() if ".experts." in name and "weight" in name}
+        for m in (plain, refined)
+    ]
+    assert experts[0] and all(torch.equal(buffer, experts[1][name]) for name, buffer in experts[0].items())
+
+
+def test_a_block_whose_other_results_are_used_stays_as_it_was_solved():
+    # The next block takes this one's choice of keys.
+    model, tokens = tiny_causal_model("glm_moe_dsa"), random_tokens(16, length=32).clamp(max=127)
+    exclude = ["indexer", "mlp.gate", "kv_a_proj_with_mqa"]
+    plain, _ = quantized(model, tokens, exclude=exclude)
+    refined, report = quantized(model, tokens, exclude=exclude, refinement=BlockRefinement(steps=4))
+    assert list(report.unrefined) == ["model.layers.0"] and "more from it" in report.unrefined["model.layers.0"]
+    assert [block.name for block in report.blocks] == ["model.layers.1"]
+    for name, weight in packed(plain).items():
+        if name.startswith("model.layers.0."):
+            assert torch.equal(packed(refined)[name].integers, weight.integers)
+            assert torch.equal(packed(refined)[name].scales, weight.scales)
+    with pytest.raises(ValueError, match="nothing but hidden states"):
+        quantized(model, tokens, exclude=exclude, end_to_end=EndToEnd(steps=1))
+
+
+def test_refinement_leaves_no_gradients_behind():
+    model, _ = quantized(
+        tiny_model("llama", num_hidden_layers=1), random_tokens(8), refinement=BlockRefinement(steps=2)
+    )
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
+    from lkq_hf.quantization import walk
+
+    tiny_llama.save_pretrained(tmp_path / "base")
+    rows = [{"input_ids": window} for window in random_tokens(260).clamp(max=127)]
+    options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 256, "model_seqlen": 64}
+
+    def quantize(preset, resume_dir=None):
+        config = TwoStageGPTQConfig(**options, preset=preset, resume_dir=resume_dir)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
+
+    real = walk.refine_block
+
+    def killed(paths, name, *args, **kwargs):
+        if name.endswith(".1"):
+            raise KeyboardInterrupt
+        return real(paths, name, *args, **kwargs)
+
+    monkeypatch.setattr(walk, "refine_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        quantize("refined", tmp_path / "blocks")
+    monkeypatch.setattr(walk, "refine_block", real)
+    with pytest.raises(ValueError, match="refinement"):
+        quantize("default", tmp_path / "blocks")
+    resumed, whole = quantize("refined", tmp_path / "blocks"), quantize("refined")
+    assert resumed.hf_quantizer.report.resumed_blocks == 1
+    for name, weight in packed(whole).items():
+        assert torch.equal(packed(resumed)[name].integers, weight.integers)
+        assert torch.equal(packed(resumed)[name].scales, weight.scales)
+    assert any(not torch.equal(w.integers, packed(whole)[n].integers) for n, w in packed(quantize("default")).items())
+
+    resumed.save_pretrained(tmp_path / "out")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    ids = torch.arange(3, 27).view(1, -1)
+    assert torch.equal(again(ids).logits, whole(ids).logits)
+    stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["preset"] == "refined"
+    assert stored["meta"]["refinement"] == {**asdict(BlockRefinement()), "unrefined_blocks": {}}
+
+
+def test_the_fisher_information_foretells_the_divergence_of_small_errors():
+    model, tokens = tiny_model("llama", num_hidden_layers=2).double(), random_tokens(300, length=16)
+    fisher = output_fisher(model, list(model.model.layers), tokens, Processes.current())[0]
+    assert torch.isclose(fisher.diagonal().mean(), torch.tensor(1.0))
+    with torch.no_grad():
+        base = model(tokens).logits.log_softmax(-1)
+    ratios = []
+    for index in (0, 20, 40, 63):
+        direction = torch.linalg.eigh(fisher)[1][:, index].double()
+        size = 1e-2 * torch.randn(tokens.shape, generator=torch.Generator().manual_seed(index)).double()
+        hook = model.model.layers[0].register_forward_hook(lambda _m, _a, o: o + size[..., None] * direction)  # noqa: B023
+        with torch.no_grad():
+            divergence = F.kl_div(model(tokens).logits.log_softmax(-1), base, log_target=True, reduction="sum")
+        hook.remove()
+        ratios.append(float(divergence) / float(direction @ fisher.double() @ direction))
+    assert max(ratios) < 1.3 * min(ratios)
+    mixed = error_factor(fisher, 0.5)
+    torch.testing.assert_close(mixed @ mixed.T, 0.5 * torch.eye(64) + 0.5 * fisher, atol=1e-4, rtol=1e-4)
