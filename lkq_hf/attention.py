@@ -60,6 +60,9 @@ class AttentionCall:
 Attend = Callable[[AttentionCall], Any]
 """Called in the place of each attention; returns what it should return."""
 
+Recur = Callable[[nn.Module, Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+"""Called in the place of the forward of each module with a recurrent state: (module, forward, args, kwargs)."""
+
 Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, dict[str, Any]], None]
 """Called after each attention with (module, query, key, value, keyword arguments of the attention function).
 
@@ -79,6 +82,7 @@ class _ThreadState(threading.local):
         self.attend: Attend | None = None
         # Whether `attend` may become part of a compiled graph. Others are called outside of it, anew each time.
         self.attend_compiles = False
+        self.recur: Recur | None = None
         # The last positions of the running forward on which lookahead adapters are active, and its batch and length.
         self.lookahead_length = 0
         self.token_shape = (0, 0)

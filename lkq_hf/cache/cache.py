@@ -3,27 +3,26 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache
 
 from lkq_hf.attention import implementation_of
 from lkq_hf.cache.allocation import ALLOCATIONS, MOST
+from lkq_hf.cache.build import build_layers
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.fingerprint import ModelReference
-from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
+from lkq_hf.cache.layers import EvictedLayer
 from lkq_hf.cache.parking import PLACES
 from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.cache.profile import BudgetProfile
+from lkq_hf.cache.recurrent import RecurrentLayer
 from lkq_hf.cache.static import (
     MASKED_ATTENTION,
-    StaticEvictedLayer,
-    StaticSlidingLayer,
     StaticStorage,
 )
 from lkq_hf.cache.tensor_parallel import divided_heads
@@ -187,14 +186,19 @@ class LookaheadCache(Cache):
 
     @property
     def _has_static_storage(self) -> bool:
-        first = self.layers[0] if self.layers else None
-        return isinstance(first, StaticStorage) and first.has_static_storage
+        first = next((layer for layer in self.layers if isinstance(layer, StaticStorage)), None)
+        return first is not None and first.has_static_storage
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """Which layers have a state of fixed size and no entries."""
+        return [type(layer) is RecurrentLayer for layer in self.layers]
 
     def build_layers(self, config: PreTrainedConfig) -> None:
         """Creates the empty layers that a model with this config needs.
 
         Raises:
-            NotImplementedError: the model has layers whose state cannot be cut to a set of entries.
+            NotImplementedError: the model has layers whose entries cannot be evicted, or none with entries to evict.
             ValueError: static shapes are asked for, and the model's attention cannot mask the slots not yet written.
         """
         if self.is_compileable and implementation_of(config) not in MASKED_ATTENTION:
@@ -206,33 +210,7 @@ class LookaheadCache(Cache):
         room = self.max_new_tokens or 0
         if self.refresh_every is not None:
             room = min(room, 2 * self.refresh_every)
-        parks = self.park is not None
-        full: Callable[[], Any] = partial(EvictedLayer, parks)
-        sliding: Callable[[int], Any] = UncompressedSlidingLayer
-        if self.is_compileable:
-            full = partial(StaticEvictedLayer, room, parks)
-            sliding = partial(StaticSlidingLayer, room)
-        layers: list[Any] = []
-        for index, layer in enumerate(DynamicCache(config=config).layers):
-            # Exact types: subclasses carry more state (recurrent, indexed), which eviction would leave inconsistent.
-            if type(layer) is DynamicLayer:
-                layers.append(full())
-            elif type(layer) is DynamicSlidingWindowLayer:
-                layers.append(sliding(layer.sliding_window))
-            elif layer.__class__.__name__ == "DummyLayer":
-                layers.append(layer)
-            else:
-                raise NotImplementedError(
-                    "LookaheadCache compresses full-attention layers and keeps sliding-window ones, but layer "
-                    f"{index} of this model ({config.model_type}) keeps its state in a {type(layer).__name__}. "
-                    "Generate without past_key_values, or with DynamicCache, for this model."
-                )
-        if not any(isinstance(layer, EvictedLayer) for layer in layers):
-            raise NotImplementedError(
-                f"every layer of this model ({config.model_type}) has a sliding window, which bounds its cache "
-                "already: there is nothing to evict. Generate without past_key_values for this model."
-            )
-        self.layers = layers
+        self.layers = build_layers(config, self.park is not None, room if self.is_compileable else None)
         self._free_slots = room
         if self._records_past:
             super().activate_past_recording()
@@ -362,7 +340,7 @@ class LookaheadCache(Cache):
             ValueError: entries that the shorter text needs are gone.
         """
         for layer in self.layers:
-            if isinstance(layer, EvictedLayer | UncompressedSlidingLayer):
+            if hasattr(layer, "croppable"):
                 layer.croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
         deferred, self._deferred = self._deferred, None
@@ -497,9 +475,10 @@ class LookaheadCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the stored keys and values, and of the positions of those that an eviction has kept."""
+        """Bytes of the stored keys and values, of the positions of those that an eviction has kept, and of states."""
         tails = (tensor for layer in self.layers for tensor in (layer.keys, layer.values) if tensor is not None)
-        return sum(tensor.nbytes for tensor in tails) + sum(pool.nbytes for pool in self._used_pools())
+        states = sum(layer.states_nbytes for layer in self.layers if isinstance(layer, RecurrentLayer))
+        return sum(tensor.nbytes for tensor in tails) + sum(pool.nbytes for pool in self._used_pools()) + states
 
     @property
     def parked_nbytes(self) -> int:
@@ -551,8 +530,9 @@ class _Deferred:
 
 def _layer_summary(layer: Any) -> dict[str, Any]:
     keys, values = layer.keys, layer.values
-    if not layer.is_initialized:
-        return {"entries": [], "least": 0, "mean": 0, "most": 0, "bytes": 0, "bytes_without_eviction": 0}
+    states = layer.states_nbytes if isinstance(layer, RecurrentLayer) else 0
+    if keys is None:
+        return {"entries": [], "least": 0, "mean": 0, "most": 0, "bytes": states, "bytes_without_eviction": states}
     batch, heads = keys.shape[:2]
     entry = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
     size = keys.nbytes + values.nbytes
@@ -567,8 +547,8 @@ def _layer_summary(layer: Any) -> dict[str, Any]:
         "least": min(stored),
         "mean": sum(stored) / heads,
         "most": max(stored),
-        "bytes": size,
-        "bytes_without_eviction": whole,
+        "bytes": size + states,
+        "bytes_without_eviction": whole + states,
     }
 
 

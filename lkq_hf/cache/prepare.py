@@ -21,8 +21,10 @@ from lkq_hf.cache.batching import refuse_cache
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
+from lkq_hf.cache.modules import attention_modules, forgets, recurrent_modules
 from lkq_hf.cache.padding import padding_mask
 from lkq_hf.cache.reading import Decoding, Reading
+from lkq_hf.cache.recurrent import read_one_by_one
 from lkq_hf.cache.refresh import begin_refresh
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
 from lkq_hf.compat import cache_name, find_cache, rename_cache
@@ -68,13 +70,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         ImportError: this version of transformers passes caches in a way that is not known here.
     """
     decoder = get_decoder(model)
-    if not getattr(decoder, "_supports_attention_backend", False) or not hasattr(
-        decoder.config, "_attn_implementation"
-    ):
-        raise NotImplementedError(
-            f"{type(decoder).__name__} does not use transformers' attention interface, through which LookaheadCache "
-            "sees queries and keys. Generate with DynamicCache for this model."
-        )
+    attention_modules(decoder)  # raises where they cannot be observed
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
         return EvictionHandle([])
     cache_name()  # raises where the hooks would look for the cache in vain
@@ -83,6 +79,8 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,
         guard_method(decoder, "forward", _forward_or_clean_up),
     ]
+    for module in recurrent_modules(decoder):
+        undo.append(guard_method(module, "forward", partial(_recur, module, forgets(module))))
     base: Any = _base_model(model)
     if hasattr(base, "generate"):
         create_masks = getattr(type(base), MASKS_ATTRIBUTE, create_masks_for_generate)
@@ -176,6 +174,28 @@ def _forward_or_clean_up(forward: Callable[..., Any], *args: Any, **kwargs: Any)
     except BaseException:
         _abandon_forward()
         raise
+
+
+def _recur(module: nn.Module, forgets: bool, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Guards the forward of a module with a recurrent state."""
+    if forgets and (cache := _cache_among(*args, *kwargs.values())) is not None:
+        forward = partial(read_one_by_one, cache.layers[module.layer_idx], forward)  # type: ignore[index]
+    if thread_state.recur is None:
+        return forward(*args, **kwargs)
+    return _recur_uncompiled(module, forward, args, kwargs)
+
+
+def _cache_among(*arguments: Any) -> LookaheadCache | None:
+    return next((each for each in arguments if isinstance(each, LookaheadCache)), None)
+
+
+@torch.compiler.disable
+def _recur_uncompiled(
+    module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    # A compiled forward would hold on to what one thread asked for once.
+    recur = thread_state.recur
+    return forward(*args, **kwargs) if recur is None else recur(module, forward, args, kwargs)
 
 
 def _remember_inputs(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -18,6 +18,7 @@ from lkq_hf.cache.attend import attend_over
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, LastQueries
+from lkq_hf.cache.recurrent import read_apart
 from lkq_hf.scoring import PrefillAttention, Scorer
 
 
@@ -30,7 +31,7 @@ def layer_of(cache: LookaheadCache, module: nn.Module, key: torch.Tensor, value:
         if isinstance(own, EvictedLayer):
             if torch.compiler.is_compiling() or own.returned(key, value):
                 return own
-        elif own.keys is key:  # a sliding window
+        elif own.keys is not None and own.keys is key:  # a sliding window
             return None
     return next((each for each in layers if isinstance(each, EvictedLayer) and each.returned(key, value)), None)
 
@@ -101,6 +102,7 @@ class Reading:
                 layer.begin_reading(self.suffix_length)
         self.cache.layers[self.cache.evicted_layers()[0]].prefetch()
         self.stop_attending = start_attending(self.decoder, self.attend)
+        thread_state.recur = self.recur if self.suffix_length else None
         thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0
         thread_state.token_shape = (self.batch, self.new_length + self.suffix_length)
 
@@ -114,6 +116,13 @@ class Reading:
             queries = LastQueries(call.query, call.scaling, call.options.get("softcap"))
             self._hand_in(index, layer, queries, call.key, call.value, self.new_length)
         return output
+
+    def recur(
+        self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """What a module with a recurrent state returns, as if no tokens were appended to those before them."""
+        layer = self.cache.layers[module.layer_idx]  # type: ignore[index]
+        return read_apart(layer, forward, args, kwargs, self.suffix_length)
 
     def without_forward(self) -> None:
         """Evicts by what the last tokens' queries attend to, for scorers that append no tokens."""
@@ -196,6 +205,7 @@ class Reading:
 
     def _stop(self) -> None:
         self.stop_attending()
+        thread_state.recur = None
         thread_state.lookahead_length = 0
 
     def abandon(self) -> None:

@@ -15,7 +15,7 @@ from models import (
     tiny_model,
     top_entries,
 )
-from transformers import AutoModelForCausalLM, DynamicCache, MambaConfig
+from transformers import DynamicCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lkq_hf.attention
@@ -288,26 +288,6 @@ def test_preparing_twice_adds_nothing_and_removing_restores():
 def test_what_is_no_language_model_is_refused():
     with pytest.raises(TypeError, match="decoder"):
         prepare_model_for_eviction(torch.nn.Linear(2, 2))
-
-
-def recurrent_model():
-    """A hybrid of short convolutions and full attention."""
-    return tiny_model("lfm2", layer_types=["conv", "full_attention", "conv"], block_auto_adjust_ff_dim=False)
-
-
-def test_a_model_with_recurrent_layers_is_refused_before_any_work():
-    model = recurrent_model()
-    calls = []
-    model.get_decoder().layers[0].register_forward_pre_hook(lambda *_: calls.append(1))
-    with prepare_model_for_eviction(model), pytest.raises(NotImplementedError, match=r"layer 0.*DynamicCache"):
-        model(prompt_ids(1, 30), past_key_values=LookaheadCache(budget=6, scorer="snapkv"))
-    assert not calls
-
-
-def test_a_model_without_the_attention_interface_is_refused():
-    config = MambaConfig(vocab_size=160, hidden_size=64, num_hidden_layers=2, state_size=4)
-    with pytest.raises((NotImplementedError, TypeError), match=r"DynamicCache|decoder"):
-        prepare_model_for_eviction(AutoModelForCausalLM.from_config(config))
 
 
 def test_a_model_with_sliding_windows_only_is_refused():
