@@ -224,7 +224,9 @@ def deferring_cache(length=20, budget=6):
     for index in range(3):
         tails[index] = key + index, value - index
         scores[index] = torch.rand(2, 2, length, generator=torch.Generator().manual_seed(index))
-    cache.defer(cache.begin_eviction(None, length), tails, scores, length, None)
+    decoder = torch.nn.Module()
+    decoder.config = config
+    cache.defer(cache.begin_eviction(decoder, length), tails, scores, length, None)
     return cache, tails, scores
 
 
