@@ -224,7 +224,9 @@ def deferring_cache(length=20, budget=6):
     for index in range(3):
         tails[index] = key + index, value - index
         scores[index] = torch.rand(2, 2, length, generator=torch.Generator().manual_seed(index))
-    cache.defer(cache.begin_eviction(None, length), tails, scores, length, None)
+    decoder = torch.nn.Module()
+    decoder.config = config
+    cache.defer(cache.begin_eviction(decoder, length), tails, scores, length, None)
     return cache, tails, scores
 
 
@@ -401,6 +403,29 @@ def test_a_sliding_layer_goes_back_when_a_reading_is_given_up(kind, read_before)
     end = 8 if read_before else 1
     assert torch.equal(keys[:, :, end - 1 : end], following[0])
     assert torch.equal(values[:, :, end - 1 : end], following[1])
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_static_sliding_layer_reads_more_than_it_has_room_for(given_up):
+    """Before its window is full, storage is as large as what was read needs it."""
+    layer, plain = StaticSlidingLayer(4, 110), UncompressedSlidingLayer(110)
+    first, later = states(length=20), states(length=103, seed=1)
+    for each in (layer, plain):
+        each.update(*first)
+    assert layer.keys.shape[2] == 64
+    for turn in [True, False] if given_up else [False]:
+        layer.begin_reading(3)
+        keys = layer.update(*later)[0]
+        if turn:
+            layer.abandon_reading()
+            assert int(layer.get_seq_length()) == 20 and torch.equal(layer.keys[:, :, :20], first[0])
+        else:
+            layer.end_reading()
+    plain.begin_reading(3)
+    assert torch.equal(keys, plain.update(*later)[0])
+    plain.end_reading()
+    assert int(layer.get_seq_length()) == 120 and layer.free_slots() >= 4
+    assert torch.equal(layer.keys[:, :, :109], plain.keys) and torch.equal(layer.values[:, :, :109], plain.values)
 
 
 def test_layers_follow_the_config():

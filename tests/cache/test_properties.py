@@ -108,6 +108,8 @@ class CacheMachine(RuleBasedStateMachine):
         config = tiny_config(self.architecture, **self.changes())
         config._attn_implementation = "sdpa"
         self.cache.build_layers(config)
+        self.decoder = torch.nn.Module()  # says whether processes divide its heads
+        self.decoder.config = config
         generator = torch.Generator().manual_seed(seed)
         real = [[True] * length for _ in range(batch)]
         if padded:
@@ -145,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
         sizes = self.mask_sizes(count + suffix)
         total = self.model.length
         mask = torch.tensor(self.model.real)
-        eviction, tails, scores = self.cache.begin_eviction(None, total), {}, {}
+        eviction, tails, scores = self.cache.begin_eviction(self.decoder, total), {}, {}
         for index, layer in enumerate(self.cache.layers):
             keys, values = self.cache.update(*states, index)
             assert torch.equal(keys, -values)

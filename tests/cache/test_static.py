@@ -109,6 +109,16 @@ def test_nothing_moves_while_tokens_are_generated():
     assert addresses(cache) == before
 
 
+def test_turns_before_a_sliding_window_is_full():
+    """Its storage grows with what is read, and room is made for each answer."""
+    model = lookahead_model("gemma3", "sdpa", sliding_window=200)
+    cache, growing, ids = static_cache(max_new_tokens=8), LookaheadCache(7), prompt_ids(2, 40)
+    for new_tokens, following in ((2, 20), (8, 100), (8, 60), (8, 1)):
+        found = generate(model, ids, cache, new_tokens=new_tokens)
+        assert_same(found, generate(model, ids, growing, new_tokens=new_tokens))
+        ids = torch.cat([found.sequences, prompt_ids(2, following, seed=following)], dim=1)
+
+
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_a_compiled_model_outside_of_generate(architecture, graphs):
     model = lookahead_model(architecture, "sdpa")

@@ -16,6 +16,7 @@ from models import (
     evicted_logits,
     kept_entries,
     left_padded,
+    positions,
     prompt_ids,
     tiny_model,
 )
@@ -31,6 +32,7 @@ from lkq_hf.cache import prepare
 CLOSE = 2e-3
 SCORERS = ("lookahead", "lookahead", "snapkv", "streaming", "random")
 FAILURES = (KeyboardInterrupt, torch.OutOfMemoryError)
+ALLOCATIONS = ("global", "global", "layer", "uniform")
 SAMPLING = (
     {"temperature": 1.5},
     {"top_k": 7},
@@ -62,12 +64,36 @@ def draw_prompt(draw):
 def draw_cache(draw, model):
     budget = draw.choice([1, 3, 7, 12, 30, 70, 0.1, 0.3, 0.8])
     room = draw.choice([None, None, 1, 6, 20])
-    return LookaheadCache(budget, draw.choice(SCORERS), max_new_tokens=room)
+    return LookaheadCache(
+        budget, draw.choice(SCORERS), max_new_tokens=room, allocation=draw.choice(ALLOCATIONS),
+        evict_later_turns=draw.random() < 0.8,
+    )  # fmt: skip
 
 
-def check(base, sequences, mask, cache, prompt_length, evicted_length, logits):
+def add_stage(stages, cache):
+    """What the cache has kept, if it has evicted since the last time: what is generated from now on sees it."""
+    kept = kept_entries(cache)
+    if kept:
+        (length,) = {entries.shape[-1] for entries in kept.values()}
+        if not stages or length > stage_length(stages):
+            stages.append(kept)
+
+
+def stage_length(stages):
+    """Tokens of the text that the last eviction chose from."""
+    return next(iter(stages[-1].values())).shape[-1]
+
+
+def stages_of(cache):
+    """Of one that has read once. With drafted tokens, those that were accepted at once were up for eviction too."""
+    stages = []
+    add_stage(stages, cache)
+    return stages
+
+
+def check(base, sequences, mask, stages, prompt_length, logits):
     """The logits, unless None, are those of the masked full cache, which are returned."""
-    expected = evicted_logits(base, sequences, mask, kept_entries(cache), evicted_length)[:, prompt_length - 1 : -1]
+    expected = evicted_logits(base, sequences, mask, stages or [{}])[:, prompt_length - 1 : -1]
     if logits is not None:
         torch.testing.assert_close(torch.stack(logits, dim=1), expected, atol=CLOSE, rtol=CLOSE)
     return expected
@@ -78,17 +104,22 @@ def assert_best(expected, tokens):
     assert (chosen > expected.amax(-1) - CLOSE).all(), "the best token, or one as good"
 
 
-def chosen_from(cache, length):
-    """Tokens that the eviction chose from: with drafted ones, those of them that were accepted at once as well."""
-    lengths = {layer._evicted_length for layer in cache.layers if getattr(layer, "kept_indices", None) is not None}
-    assert len(lengths) <= 1
-    return lengths.pop() if lengths else length
+def draw_following(draw, ids, mask):
+    """A text with a few tokens more, which are fewer in some rows."""
+    count = draw.randint(1, 6)
+    ids = torch.cat([ids, prompt_ids(ids.shape[0], count, seed=draw.randrange(10**6))], dim=1)
+    following = torch.ones(mask.shape[0], count, dtype=mask.dtype)
+    if draw.random() < 0.3:
+        for row in following[1:]:
+            row[: draw.randint(0, count - 1)] = 0
+    mask = F.pad(mask, (0, ids.shape[1] - count - mask.shape[1]), value=1)
+    return ids, torch.cat([mask, following], dim=1)
 
 
 def greedy_and_more_turns(draw, base, model, cache, ids, mask):
     """One to three turns, of which later ones may begin on a copy, or anew after a reset."""
     options = {"do_sample": False} if draw.random() < 0.5 else {"do_sample": True} | draw.choice(SAMPLING)
-    evicted_length = None
+    stages = []
     for turn in range(draw.choice([1, 1, 2, 3])):
         torch.manual_seed(draw.randrange(10**6))
         given = ids[:, int(cache.get_seq_length()) :] if turn and draw.random() < 0.5 else ids
@@ -96,43 +127,56 @@ def greedy_and_more_turns(draw, base, model, cache, ids, mask):
             inputs = {"inputs_embeds": model.get_input_embeddings()(ids).detach()}
         else:
             inputs = {"input_ids": given}
+        reads = not cache.has_prompt or cache.evict_later_turns
         output = model.generate(
             **inputs, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(1, 8),
             output_logits=True, return_dict_in_generate=True, **options,
         )  # fmt: skip
+        add_stage(stages, cache)
+        length = ids.shape[1]
+        if reads and cache.entries_to_keep(length) < length:
+            assert stage_length(stages) == length, "what does not fit into the budget is evicted"
         tokens = output.sequences[:, 0 if "inputs_embeds" in inputs else given.shape[1] :]
         sequences = torch.cat([ids, tokens], dim=1)
-        evicted_length = evicted_length or ids.shape[1]
-        expected = check(base, sequences, mask, cache, ids.shape[1], evicted_length, output.logits)
+        expected = check(base, sequences, mask, stages, length, output.logits)
         if not options["do_sample"]:
             assert_best(expected, tokens)
-        following = prompt_ids(ids.shape[0], draw.randint(1, 6), seed=draw.randrange(10**6))
-        ids = torch.cat([sequences, following], dim=1)
-        mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+        ids, mask = draw_following(draw, sequences, mask)
         if draw.random() < 0.3:
             cache = copy.deepcopy(cache)
         elif draw.random() < 0.2:
             cache.reset()
-            evicted_length = None
+            stages = []
+            mask[:, :length] = mask[:, :length].cummax(-1).values  # a first prompt is padded on its left only
+            mask[:, length:] = 1
     return cache
 
 
 def beams(draw, base, model, cache, ids, mask):
+    """Of a prompt, or of a later turn over what was read before."""
     width = draw.choice([2, 3])
     returned = draw.randint(1, width)
+    stages, length = [], ids.shape[1]
+    if length > 2 and mask[:, : length // 2].any(-1).all() and draw.random() < 0.4:
+        first, first_mask = ids[:, : length // 2], mask[:, : length // 2]
+        with torch.no_grad():
+            model(first, attention_mask=first_mask, position_ids=positions(first_mask), past_key_values=cache)
+        add_stage(stages, cache)
+        stages = [{layer: kept.repeat_interleave(returned, dim=0) for layer, kept in kept.items()} for kept in stages]
+        cache.batch_repeat_interleave(width)
     torch.manual_seed(draw.randrange(10**6))
     output = model.generate(
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(2, 6), num_beams=width,
         num_return_sequences=returned, do_sample=draw.random() < 0.5, return_dict_in_generate=True,
         output_scores=True, length_penalty=0.0,
     )  # fmt: skip
-    one_of_each = copy.deepcopy(cache)
-    for layer in one_of_each.layers:
-        if getattr(layer, "kept_indices", None) is not None:
-            layer.kept_indices = layer.kept_indices[::width].repeat_interleave(returned, dim=0)
+    last = []
+    add_stage(last, cache)
+    if last and (not stages or stage_length(last) > stage_length(stages)):
+        # All beams of a row keep the same entries.
+        stages.append({layer: kept[::width].repeat_interleave(returned, dim=0) for layer, kept in last[0].items()})
     mask = mask.repeat_interleave(returned, dim=0)
-    length = ids.shape[1]
-    expected = check(base, output.sequences, mask, one_of_each, length, length, None).log_softmax(-1)
+    expected = check(base, output.sequences, mask, stages, length, None).log_softmax(-1)
     likelihood = expected.gather(-1, output.sequences[:, length:, None])[..., 0].sum(-1)
     torch.testing.assert_close(output.sequences_scores, likelihood, atol=10 * CLOSE, rtol=CLOSE)
     return cache
@@ -145,8 +189,7 @@ def several_sequences(draw, base, model, cache, ids, mask):
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(1, 6), do_sample=True,
         num_return_sequences=count, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
-    length, mask = ids.shape[1], mask.repeat_interleave(count, dim=0)
-    check(base, output.sequences, mask, cache, length, length, output.logits)
+    check(base, output.sequences, mask.repeat_interleave(count, dim=0), stages_of(cache), ids.shape[1], output.logits)
     return cache
 
 
@@ -157,7 +200,7 @@ def prompt_lookup(draw, base, model, cache, ids, mask):
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(2, 12), do_sample=False,
         prompt_lookup_num_tokens=draw.randint(1, 5),
     )  # fmt: skip
-    expected = check(base, output, mask, cache, ids.shape[1], chosen_from(cache, ids.shape[1]), None)
+    expected = check(base, output, mask, stages_of(cache), ids.shape[1], None)
     assert_best(expected, output[:, ids.shape[1] :])
     return cache
 
@@ -169,7 +212,7 @@ def assistant(draw, base, model, cache, ids, mask):
         ids, attention_mask=mask, past_key_values=cache, max_new_tokens=draw.randint(2, 8), do_sample=False,
         assistant_model=base,
     )  # fmt: skip
-    expected = check(base, output, mask, cache, ids.shape[1], chosen_from(cache, ids.shape[1]), None)
+    expected = check(base, output, mask, stages_of(cache), ids.shape[1], None)
     assert_best(expected, output[:, ids.shape[1] :])
     return cache
 
