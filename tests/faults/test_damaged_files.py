@@ -256,7 +256,7 @@ CHECKPOINTS = {
     ),
     "a scale of zero": (
         lambda path: damage(path, scales=lambda tensor: tensor.fill_(0)),
-        "scales should be finite and positive",
+        "scales should be finite and not 0",
     ),
 }
 

@@ -102,6 +102,14 @@ def test_validate(linear: QuantizedLinear) -> None:
         damaged("g_idx", linear.g_idx.flip(0)).validate()
     with pytest.raises(ValueError, match="scales should be finite and positive"):
         damaged("scales", linear.scales * torch.nan).validate()
+    with pytest.raises(ValueError, match="scales should be finite and positive"):
+        damaged("scales", -linear.scales).validate()
+    symmetric = QuantizedLinear.from_quantized_weight(random_weight(sym=True))
+    symmetric.scales = -symmetric.scales
+    symmetric.validate()
+    symmetric.scales = symmetric.scales * 0
+    with pytest.raises(ValueError, match="scales should be finite and not 0"):
+        symmetric.validate()
     with pytest.raises(ValueError, match=r"qweight should be torch.int32 \[12, 96\], found torch.int32 \[11, 96\]"):
         damaged("qweight", linear.qweight[1:]).validate()
     with pytest.raises(ValueError, match=r"scales should be torch.float16 .* found torch.float32"):
