@@ -24,7 +24,7 @@ from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, refuse_chunked_prompts, refuse_in, refuse_replica
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
-from lkq_hf.compat import cache_name, find_cache, pass_cache, rename_cache
+from lkq_hf.compat import find_cache, pass_cache, rename_cache, require_cache_support
 from lkq_hf.quantization.shared_input import weights_fixed
 from lkq_hf.scoring import PrefillAttention, Scorer
 
@@ -66,6 +66,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         NotImplementedError: the model's attention cannot be observed.
         ImportError: this version of transformers passes caches in a way that is not known here.
     """
+    require_cache_support()
     decoder = get_decoder(model)
     if not getattr(decoder, "_supports_attention_backend", False) or not hasattr(
         decoder.config, "_attn_implementation"
@@ -76,7 +77,6 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         )
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
         return EvictionHandle([])
-    cache_name()  # raises where the hooks would look for the cache in vain
     undo: list[Callable[[], object]] = [
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True).remove,
         decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,
