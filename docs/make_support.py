@@ -106,7 +106,8 @@ def page(results: list[Path]) -> str:
             refused.append(f"| {item} | {', '.join(instead)} |")
         else:
             works.append(f"| {item} | {notes(tests)} |")
-    versions = " and ".join(sorted({test.transformers for tests in items.values() for test in tests}))
+    *older, newest = sorted({test.transformers for tests in items.values() for test in tests})
+    versions = " and ".join([", ".join(older), newest] if older else [newest])
     sections = [INTRODUCTION.format(versions=versions)]
     for head, columns, rows in (
         (WORKS, ("", "notes"), works),

@@ -8,12 +8,12 @@
 - The private parts that this package uses: [`PRIVATE_PARTS`].
 """
 
+import functools
 import importlib
 import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
 
@@ -104,7 +104,7 @@ PRIVATE_PARTS = (
 _Cache = TypeVar("_Cache")
 
 
-@cache
+@functools.cache
 def cache_name() -> str:
     """The name under which the installed transformers passes a cache to a model.
 
@@ -205,9 +205,23 @@ def require_parts(owner: Any, *names: str) -> None:
     Raises:
         ImportError: it lacks one.
     """
+    kind = owner if isinstance(owner, type) else type(owner)
     for name in names:
         if not hasattr(owner, name):
-            raise incompatible(f"{type(owner).__module__}.{type(owner).__qualname__} has no {name}")
+            raise incompatible(f"{kind.__module__}.{kind.__qualname__} has no {name}")
+
+
+def require_cache_support() -> None:
+    """Checks that transformers has what a LookaheadCache needs of every model, so that no model is blamed for it.
+
+    Raises:
+        ImportError: it lacks something.
+    """
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    cache_name()
+    require_parts(PreTrainedModel, "_supports_attention_backend")
+    require_parts(PreTrainedConfig, "_attn_implementation")
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from lkq_hf.cache.reading import Decoding, Reading
 from lkq_hf.cache.recurrent import read_one_by_one
 from lkq_hf.cache.refresh import begin_refresh
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
-from lkq_hf.compat import cache_name, find_cache, rename_cache
+from lkq_hf.compat import find_cache, rename_cache, require_cache_support
 from lkq_hf.quantization.shared_input import weights_fixed
 from lkq_hf.scoring import Scorer
 
@@ -69,11 +69,11 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
         NotImplementedError: the model's attention cannot be observed.
         ImportError: this version of transformers passes caches in a way that is not known here.
     """
+    require_cache_support()
     decoder = get_decoder(model)
     attention_modules(decoder)  # raises where they cannot be observed
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
         return EvictionHandle([])
-    cache_name()  # raises where the hooks would look for the cache in vain
     undo: list[Callable[[], object]] = [
         decoder.register_forward_pre_hook(_before_forward, with_kwargs=True).remove,
         decoder.register_forward_hook(_after_forward, with_kwargs=True, always_call=True).remove,

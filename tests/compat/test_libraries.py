@@ -12,6 +12,7 @@ import torch
 from models import tiny_model
 from packaging.requirements import Requirement
 from packaging.version import Version
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from lkq_hf import LookaheadCache, compat
@@ -93,6 +94,13 @@ def test_an_unknown_name_for_caches_is_an_error_about_versions(monkeypatch):
             prepare_model_for_eviction(tiny_model())
     finally:
         compat.cache_name.cache_clear()
+
+
+def test_a_transformers_without_its_mark_of_an_attention_interface_is_an_error_about_versions(monkeypatch):
+    model = tiny_model()
+    monkeypatch.delattr(PreTrainedModel, "_supports_attention_backend")
+    with pytest.raises(ImportError, match=r"PreTrainedModel has no _supports_attention_backend\. Found"):
+        prepare_model_for_eviction(model)
 
 
 def test_a_registry_without_its_mapping_is_an_error_about_versions():
