@@ -234,7 +234,7 @@ def interrupted(draw, base, model, cache, ids, mask):
 
 
 def refused(draw, base, model, cache, ids, mask):
-    options = draw.choice([{"use_cache": False}, {"prefill_chunk_size": 1}, {"attention_mask": mask[:, :0]}])
+    options = draw.choice([{"use_cache": False}, {"attention_mask": mask[:, :0]}])
     if ids.shape[1] > 1:
         with pytest.raises((ValueError, RuntimeError, IndexError)):
             model.generate(ids, **{"attention_mask": mask, "past_key_values": cache, "max_new_tokens": 2} | options)
