@@ -22,7 +22,8 @@ from lkq_hf.kernels.softcap_triton import LOG2_E, base2_logits, logit_scales
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LEAST_ROWS = 16  # of a tile that the tensor cores multiply
-_MOST_COMBINED = 8192  # values of parts that a thread block holds at a time
+MOST_COMBINED = 8192
+"""Values of parts that a thread block holds at a time."""
 
 
 class Tile(NamedTuple):
@@ -158,7 +159,7 @@ def ragged_attention_triton(
                 HEADS=heads,
                 GROUPS=groups,
                 VALUE_DIM=value_dim,
-                BLOCK_PARTS=min(next_power_of_2(parts), max(1, _MOST_COMBINED // block_value_dim)),
+                BLOCK_PARTS=min(next_power_of_2(parts), max(1, MOST_COMBINED // block_value_dim)),
                 BLOCK_VALUE_DIM=block_value_dim,
                 DEPENDENT=bool(launch),
                 num_warps=4,

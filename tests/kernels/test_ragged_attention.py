@@ -100,7 +100,7 @@ def random_mask(batch, q, slots, share=0.5):
 
 @ways
 @pytest.mark.parametrize("q", [1, 3])
-@pytest.mark.parametrize("slots", [3, 70])
+@pytest.mark.parametrize("slots", [3, 65])
 def test_lengths(device, use_kernels, way, q, slots):
     check(use_kernels, way, make_inputs(device, [[0, 1, 130], [64, 7, 65]], slots, q))
 
@@ -238,6 +238,16 @@ def test_divisions_of_the_work(device, q, masked, programs):
     inputs = make_inputs(device, [[100, 0], [17, 64]], 40, q, 4, head_dim=16, value_dim=16, tail_mask=mask)
     inputs |= {"sinks": torch.randn(8, device=device), "longest": 150}
     tile = triton_kernels.Tile(rows=16, entries=16, warps=4, stages=2, programs=programs)
+    compare(triton_kernels.ragged_attention_triton(**inputs, tile=tile), inputs)
+
+
+def test_more_parts_than_are_combined_at_a_time(device):
+    triton_kernels = pytest.importorskip("lkq_hf.kernels.ragged_attention_triton")
+    inputs = make_inputs(device, [[16 * 40, 30]], 3, groups=1, head_dim=16, value_dim=256)
+    # One of the last entries has the largest logit.
+    inputs["keys"][inputs["starts"][0, 0] + 16 * 39] = 4 * inputs["query"][0, 0, 0]
+    tile = triton_kernels.Tile(rows=16, entries=16, warps=4, stages=2, programs=1000)
+    assert triton_kernels.MOST_COMBINED // 256 < 40
     compare(triton_kernels.ragged_attention_triton(**inputs, tile=tile), inputs)
 
 
