@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, find_device, load_model, model_note, names, whole_numbers
+from lkq_hf.cli.options import Allocation, Device, Model, find_device, load_model, model_note, names, whole_numbers
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
@@ -40,6 +40,7 @@ def eviction(
             "an adapter."
         ),
     ] = None,
+    allocation: Allocation = "global",
     tasks: Annotated[
         str,
         typer.Option(
@@ -63,9 +64,10 @@ def eviction(
     """Compare evicted caches with the full one.
 
     Prompts are made from your texts. Every prompt is read once; from that, each scorer's cache at each budget is
-    made, and answers. Writes results.json, results.md and three plots. Under `accelerate launch`, the prompts are
+    made, and answers. Writes results.json, results.md and four plots. Under `accelerate launch`, the prompts are
     divided among the processes.
     """
+    from lkq_hf.cache.cache import check_allocation
     from lkq_hf.evaluation.eviction import check_budgets, check_scorers, evaluate_eviction, load_evaluator
     from lkq_hf.evaluation.journal import Journal
     from lkq_hf.evaluation.plots import require_matplotlib, save_plots
@@ -77,6 +79,7 @@ def eviction(
         require_matplotlib()
     default = "lookahead,snapkv,streaming,oracle" if adapter else "snapkv,streaming,oracle"
     chosen = check_scorers(names(default if scorers is None else scorers))
+    check_allocation(allocation)
     kept = check_budgets(whole_numbers("--budgets", budgets))
     lengths = whole_numbers("--length", length)
     kinds = names(tasks)
@@ -91,6 +94,7 @@ def eviction(
             "adapter": adapter,
             "budgets": kept,
             "scorers": chosen,
+            "allocation": allocation,
             "tasks": kinds,
             "length": lengths,
             "examples": examples,
@@ -106,7 +110,7 @@ def eviction(
         else build_task(kind, corpus, seed)
         for kind in kinds
     ]
-    evaluator = load_evaluator(causal_lm, tokenizer, adapter, chosen, kept)
+    evaluator = load_evaluator(causal_lm, tokenizer, adapter, chosen, kept, allocation)
     results = evaluate_eviction(evaluator, built, lengths, examples, journal, batch_size)
     table = eviction_table(results["rows"])
     if _write(out, results, table) and plots:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lkq_hf.cli.options import Device, Model, find_device, load_model
+from lkq_hf.cli.options import Allocation, Device, Model, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -18,6 +18,7 @@ def inspect(
         typer.Option(help="Lookahead adapter: a directory or an id on the Hub. Without one, SnapKV is shown."),
     ] = None,
     budget: Annotated[int, typer.Option(help="Entries to keep per KV head.", min=1)] = 128,
+    allocation: Allocation = "global",
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Compare with what the full cache's own answer attends to, and answer.")
     ] = False,
@@ -29,7 +30,7 @@ def inspect(
 ) -> None:
     """Show which tokens of a prompt are kept, in an HTML page.
 
-    It shades the prompt's text, maps layers and heads, and needs no network.
+    It shades the prompt's text, maps layers and heads, shows how many entries each head keeps, and needs no network.
     """
     from lkq_hf.hub import load_adapter
     from lkq_hf.inspection import inspect_eviction, render_report
@@ -51,18 +52,24 @@ def inspect(
         budget,
         scorers=["lookahead", "snapkv"] if adapter else ["snapkv", "streaming"],
         oracle=oracle,
+        allocation=allocation,
         max_new_tokens=max_new_tokens,
         adapter=adapter and Path(adapter).name,
         add_special_tokens=raw or not tokenizer.chat_template,
     )
     out.write_text(render_report(inspection), encoding="utf-8")
+    entries = inspection.entries(next(iter(inspection.kept)))
+    least, most = int(entries.min()), int(entries.max())
     mebibytes = [f"{size / 2**20:.2f} MiB" for size in (inspection.kept_bytes, inspection.full_bytes)]
     report(
-        f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head, {' of '.join(mebibytes)}",
+        f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head on average (from {least:,} to "
+        f"{most:,}), {' of '.join(mebibytes)}",
         {
             "report": str(out),
             "tokens": len(inspection.pieces),
             "budget": inspection.budget,
+            "allocation": allocation,
+            "entries": {name: inspection.entries(name).tolist() for name in inspection.kept},
             "bytes": inspection.kept_bytes,
             "bytes_without_eviction": inspection.full_bytes,
             "answers": inspection.answers,
