@@ -145,16 +145,10 @@ def likelihood(bench: Bench, examples: list[Example], new_tokens: int) -> dict[s
 
 
 def _recall(kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Share of the oracle's entries that were kept, ``[batch]``; both hold ``[batch, kv_heads, budget]`` positions."""
-    shares = [torch.isin(_distinct(kept[layer]), _distinct(best[layer])).float().mean((1, 2)) for layer in best]
-    return torch.stack(shares).mean(0).cpu()
-
-
-def _distinct(positions: torch.Tensor) -> torch.Tensor:
-    """Positions numbered through all heads of all prompts, so that each is compared with its own head's alone."""
-    batch, heads, _ = positions.shape
-    offsets = torch.arange(batch * heads, device=positions.device).view(batch, heads, 1) * 2**32
-    return positions.long() + offsets
+    """Share of the oracle's entries that were kept, mean over heads, ``[batch]``; both hold bool ``[batch, kv_heads,
+    length]`` for each layer."""
+    shares = [(kept[layer] & best[layer]).sum(-1) / best[layer].sum(-1) for layer in best]
+    return torch.cat([share.cpu() for share in shares], dim=1).mean(1)
 
 
 @torch.no_grad()
