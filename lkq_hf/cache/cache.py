@@ -81,7 +81,7 @@ class LookaheadCache(Cache):
         self.budget = _check_budget(budget)
         self.scorer = get_scorer(scorer)
         self.max_new_tokens = _check_whole("max_new_tokens", max_new_tokens)
-        self.allocation = _check_allocation(allocation)
+        self.allocation = check_allocation(allocation)
         self.evict_later_turns = evict_later_turns
         self.refresh_every = _check_whole("refresh_every", refresh_every)
         self.park = _check_park(park)
@@ -568,7 +568,12 @@ def profile_of(decoder: Any) -> BudgetProfile:
     return tokens.budget_profile()
 
 
-def _check_allocation(allocation: str) -> str:
+def check_allocation(allocation: str) -> str:
+    """The allocation.
+
+    Raises:
+        ValueError: it is unknown.
+    """
     if allocation not in ALLOCATIONS:
         raise ValueError(f"unknown allocation {allocation!r}; choose one of {', '.join(ALLOCATIONS)}")
     return allocation

@@ -14,6 +14,7 @@ FILE_SUFFIXES = (".gz", ".json", ".jsonl", ".md", ".txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 # What the library offers, named here because importing the library takes seconds (tests compare both).
+ALLOCATIONS = ("global", "layer", "uniform", "profile")
 SCORERS = ("lookahead", "snapkv", "streaming", "random", "oracle")
 TASKS = (
     "needle", "needle_multi_key", "needle_multi_value", "variable_tracking", "frequent_words", "paragraph_question",

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from lkq_hf.cli.checks import (
+    ALLOCATIONS,
     SCORERS,
     TASKS,
     budgets_of,
@@ -18,7 +19,7 @@ from lkq_hf.cli.checks import (
     names_of,
     whole_numbers,
 )
-from lkq_hf.cli.options import Device, Model, check_adapter, find_device, load_model, model_note
+from lkq_hf.cli.options import Allocation, Device, Model, check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 app = typer.Typer(
@@ -53,6 +54,7 @@ def eviction(
         str | None,
         typer.Option(help=f"Of {', '.join(SCORERS)}. Default: all but random, and lookahead if there is an adapter."),
     ] = None,
+    allocation: Allocation = "global",
     tasks: Annotated[
         str,
         typer.Option(help=f"Of {', '.join(TASKS)}."),
@@ -75,7 +77,7 @@ def eviction(
     """Compare evicted caches with the full one.
 
     Prompts are made from your texts. Every prompt is read once; from that, each scorer's cache at each budget is
-    made, and answers. Writes results.json, results.md and three plots. Under `accelerate launch`, the prompts are
+    made, and answers. Writes results.json, results.md and four plots. Under `accelerate launch`, the prompts are
     divided among the processes.
     """
     default = "lookahead,snapkv,streaming,oracle" if adapter else "snapkv,streaming,oracle"
@@ -90,6 +92,7 @@ def eviction(
     if ("question_answering" in kinds) != (questions is not None):
         raise ValueError("--questions FILE and the task question_answering go together: pass both or neither")
     wanted, lengths = budgets_of("--budgets", budgets), whole_numbers("--length", length)
+    check_choice("--allocation", allocation, ALLOCATIONS)
     check_dtype(dtype, "auto")
     check_model_directory(model)
     if adapter is not None:
@@ -131,6 +134,7 @@ def eviction(
             "adapter": adapter,
             "budgets": kept,
             "scorers": chosen,
+            "allocation": allocation,
             "tasks": kinds,
             "length": lengths,
             "examples": examples,
@@ -139,7 +143,7 @@ def eviction(
             **model_note(model, causal_lm, dtype, *text, questions, adapter),
         },
     )
-    evaluator = load_evaluator(causal_lm, tokenizer, adapter, chosen, kept)
+    evaluator = load_evaluator(causal_lm, tokenizer, adapter, chosen, kept, allocation)
     results = evaluate_eviction(evaluator, built, lengths, examples, journal, batch_size)
     table = eviction_table(results["rows"])
     if _write(out, results, table) and plots:

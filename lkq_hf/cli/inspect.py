@@ -6,13 +6,15 @@ from typing import Annotated
 import typer
 
 from lkq_hf.cli.checks import (
+    ALLOCATIONS,
     budgets_of,
     check_adapter_directory,
+    check_choice,
     check_dtype,
     check_model_directory,
     check_writable,
 )
-from lkq_hf.cli.options import Device, Model, check_adapter, find_device, load_model
+from lkq_hf.cli.options import Allocation, Device, Model, check_adapter, find_device, load_model
 from lkq_hf.cli.output import AsJson, report
 
 
@@ -27,6 +29,7 @@ def inspect(
     budget: Annotated[
         str, typer.Option(help="Entries to keep per KV head, or a fraction of the prompt, as in 0.1.")
     ] = "128",
+    allocation: Allocation = "global",
     oracle: Annotated[
         bool, typer.Option("--oracle", help="Compare with what the full cache's own answer attends to, and answer.")
     ] = False,
@@ -38,11 +41,12 @@ def inspect(
 ) -> None:
     """Show which tokens of a prompt are kept, in an HTML page.
 
-    It shades the prompt's text, maps layers and heads, and needs no network.
+    It shades the prompt's text, maps layers and heads, shows how many entries each head keeps, and needs no network.
     """
     entries, *more = budgets_of("--budget", budget)
     if more:
         raise ValueError(f"--budget expects one budget, as in 64 or 0.1; got {budget!r}")
+    check_choice("--allocation", allocation, ALLOCATIONS)
     check_dtype(dtype)
     check_model_directory(model)
     if adapter is not None:
@@ -71,6 +75,7 @@ def inspect(
         entries,
         scorers=["lookahead", "snapkv"] if adapter else ["snapkv", "streaming"],
         oracle=oracle,
+        allocation=allocation,
         max_new_tokens=max_new_tokens,
         adapter=adapter and Path(adapter).name,
         add_special_tokens=raw or not tokenizer.chat_template,
@@ -78,13 +83,18 @@ def inspect(
     out.parent.mkdir(parents=True, exist_ok=True)
     with naming(out):
         out.write_text(render_report(inspection), encoding="utf-8")
+    by_head = inspection.entries(next(iter(inspection.kept)))
+    least, most = int(by_head.min()), int(by_head.max())
     mebibytes = [f"{size / 2**20:.2f} MiB" for size in (inspection.kept_bytes, inspection.full_bytes)]
     report(
-        f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head, {' of '.join(mebibytes)}",
+        f"{out}: {inspection.budget} of {len(inspection.pieces)} tokens per head on average (from {least:,} to "
+        f"{most:,}), {' of '.join(mebibytes)}",
         {
             "report": str(out),
             "tokens": len(inspection.pieces),
             "budget": inspection.budget,
+            "allocation": allocation,
+            "entries": {name: inspection.entries(name).tolist() for name in inspection.kept},
             "bytes": inspection.kept_bytes,
             "bytes_without_eviction": inspection.full_bytes,
             "answers": inspection.answers,

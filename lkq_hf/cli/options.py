@@ -13,6 +13,14 @@ Model = Annotated[str, typer.Argument(help="Model: a directory or an id on the H
 Dtype = Annotated[str, typer.Option(help="Data type of the model's weights: float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option(help="Device, such as cuda or cpu; by default the best there is.")]
 
+Allocation = Annotated[
+    str,
+    typer.Option(
+        help="How entries are shared out: global (all heads compete), layer (those of a layer do), uniform, or "
+        "profile (numbers of the adapter's config)."
+    ),
+]
+
 
 def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     """A decoder-only language model on a device, and its tokenizer.

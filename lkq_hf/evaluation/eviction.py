@@ -13,6 +13,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.cache import prepare_model_for_eviction
+from lkq_hf.cache.cache import check_allocation, profile_of
+from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.evaluation.decoding import Answers, answer_greedily, pad_left, score_answers
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.journal import Journal
@@ -53,10 +55,13 @@ class EvictionEvaluator:
             for eviction if it is not yet.
         tokenizer: its tokenizer.
         scorers: names of scorers, "oracle" (which attends to the full cache's own answer) among them.
-        budgets: entries to keep per KV head (int), or fractions of a prompt's length (float between 0 and 1).
+        budgets: entries to keep per KV head on average (int), or fractions of a prompt's length (float between 0 and
+            1).
+        allocation: how they are shared out among heads, the same for every scorer, as in
+            :class:`~lkq_hf.LookaheadCache`.
 
     Raises:
-        ValueError: an unknown scorer, or no scorers or budgets.
+        ValueError: an unknown scorer or allocation, no scorers or budgets, or "profile" and no adapter that has one.
     """
 
     def __init__(
@@ -65,11 +70,15 @@ class EvictionEvaluator:
         tokenizer: PreTrainedTokenizerBase,
         scorers: Sequence[str] = ("lookahead", "snapkv", "streaming", ORACLE),
         budgets: Sequence[int | float] = (64, 128, 256),
+        allocation: str = "global",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.scorers = check_scorers(scorers)
         self.budgets = check_budgets(budgets)
+        self.allocation = check_allocation(allocation)
+        if allocation == "profile":
+            profile_of(get_decoder(model))  # told before hours of work
         self._scorers: dict[str, Scorer] = {name: get_scorer(name) for name in self.scorers if name != ORACLE}
         self._recall = load_metric("topk_recall", keep_in_memory=True)
         self._mass = load_metric("retained_attention_mass", keep_in_memory=True)
@@ -94,10 +103,10 @@ class EvictionEvaluator:
         ids, mask = ids.to(self.model.device), mask.to(self.model.device)
         entries = {budget: entries_of(budget, ids.shape[1]) for budget in self.budgets}
         different = sorted(set(entries.values()))
-        prefill = read_prompts(self.model, ids, mask, self._scorers, different)
+        prefill = read_prompts(self.model, ids, mask, self._scorers, different, self.allocation)
         full_bytes = cache_bytes(prefill.full)
         answers = answer_greedily(self.model, prefill.logits, mask, copy.deepcopy(prefill.full), max_new_tokens)
-        full = add_oracle(self.model, prefill, answers, different)
+        full = add_oracle(self.model, prefill, answers, different, self.allocation)
         records = [
             {"task": e["kind"], "length": len(e["input_ids"]), "document": e["document"], "reference": e["reference"]}
             for e in examples
@@ -116,8 +125,10 @@ class EvictionEvaluator:
                 here = slice(index * len(examples), (index + 1) * len(examples))
                 part = Answers(own.ids[here], own.mask[here])
                 rows = self._describe(part, nll[here], chosen[here], answers, cache_bytes(cache))
+                kept = kept_entries(cache)
                 for prompt, row in enumerate(rows):
-                    row |= self._attention(kept_entries(cache), kept_entries(oracle), full, prompt)
+                    row |= self._attention(kept, kept_entries(oracle), full, prompt)
+                    row["entries_by_head"] = [kept[layer][prompt].sum(-1).tolist() for layer in sorted(kept)]
                 cells[cell_name(name, budget)] = rows
         return [
             record | {"caches": {name: rows[index] for name, rows in cells.items()}}
@@ -144,8 +155,10 @@ class EvictionEvaluator:
         self, kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor], full: ScoredAnswers, index: int
     ) -> dict[str, float]:
         """Means over the KV heads of one prompt."""
-        entries = [head.nonzero()[:, 0].tolist() for layer in sorted(kept) for head in kept[layer][index]]
-        oracle = [head.nonzero()[:, 0].tolist() for layer in sorted(kept) for head in best[layer][index]]
+        entries, oracle = (
+            [head.nonzero()[:, 0].tolist() for layer in sorted(kept) for head in each[layer][index]]
+            for each in (kept, best)
+        )
         mass = torch.cat([full.attention[layer][index] for layer in sorted(kept)]).clamp(min=0.0).tolist()
         return {
             **self._recall.compute(predictions=entries, references=oracle),
@@ -273,7 +286,9 @@ def summarise(records: Iterable[Record]) -> list[Row]:
     - ``word_f1``, ``agreed_prefix``: generated answers against the full cache's;
     - ``nll``, ``nll_gap``, ``perplexity``, ``token_agreement``: the full cache's answers under this cache;
     - ``topk_recall``, ``retained_attention_mass``: what was kept of what the full cache's answer attends to;
-    - ``kv_bytes``: of keys and values of one prompt, after its prefill.
+    - ``kv_bytes``: of keys and values of one prompt, after its prefill;
+    - ``entries_by_head``: what each KV head keeps of a prompt on average, ``[evicted layers][kv_heads]``, and
+      ``entries_least`` and ``entries_most`` of these.
     """
     groups: dict[tuple[str, int], list[Record]] = {}
     for record in records:
@@ -326,7 +341,16 @@ class _Metrics:
         for key in ("topk_recall", "retained_attention_mass", "kv_bytes"):
             values = [cell[key] for cell in cells if key in cell]
             result |= {key: sum(values) / len(values)} if values else {}
-        return result
+        return result | _entries([cell["entries_by_head"] for cell in cells if "entries_by_head" in cell])
+
+
+def _entries(every: list[list[list[int]]]) -> dict[str, Any]:
+    """Where the budget went: means over prompts, by layer and head."""
+    if not every:
+        return {}
+    heads = [[sum(counts) / len(every) for counts in zip(*layer, strict=True)] for layer in zip(*every, strict=True)]
+    flat = [count for layer in heads for count in layer]
+    return {"entries_by_head": heads, "entries_least": min(flat), "entries_most": max(flat)}
 
 
 def load_evaluator(
@@ -335,6 +359,7 @@ def load_evaluator(
     adapter: str | Path | None,
     scorers: Sequence[str],
     budgets: Sequence[int | float],
+    allocation: str = "global",
 ) -> EvictionEvaluator:
     """An evaluator of a model with its adapter.
 
@@ -345,4 +370,4 @@ def load_evaluator(
         raise ValueError("the lookahead scorer needs an adapter: pass one, or leave lookahead out of the scorers")
     if adapter is not None:
         load_adapter(model, adapter)
-    return EvictionEvaluator(model, tokenizer, scorers, budgets)
+    return EvictionEvaluator(model, tokenizer, scorers, budgets, allocation)

@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lkq_hf.cache.allocation import MOST
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -161,8 +163,50 @@ def pareto_front(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]
     return front
 
 
+def plot_entries(rows: Sequence[Row]) -> "Figure":
+    """Where the budget went: what each head of each layer keeps, a map for each scorer and budget (mean of all rows).
+
+    Args:
+        rows: see :func:`~lkq_hf.evaluation.eviction.summarise`; those of the full cache are left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    cells: dict[tuple[str, int | float], list[Row]] = {}
+    for row in rows:
+        if "entries_by_head" in row:
+            cells.setdefault((row["scorer"], row["budget"]), []).append(row)
+    scorers, budgets = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    figure = new_figure(1.6 + 1.6 * len(scorers), 1.0 + 2.2 * len(budgets))
+    axes = figure.subplots(len(budgets), len(scorers), squeeze=False, sharex=True, sharey=True)
+    for (scorer, budget), every in cells.items():
+        panel = axes[budgets.index(budget), scorers.index(scorer)]
+        heads = [row["entries_by_head"] for row in every]
+        mean = [
+            [sum(counts) / len(every) for counts in zip(*layer, strict=True)] for layer in zip(*heads, strict=True)
+        ]
+        draw_entries(panel, mean, sum(map(_entries, every)) / len(every))
+        panel.set_title(f"{scorer}, {budget}", fontsize=9)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("evicted layer", fontsize=8)
+    for panel in axes[-1]:
+        panel.set_xlabel("KV head", fontsize=8)
+    figure.colorbar(axes[0, 0].images[0], ax=axes, label="entries kept, times the budget", shrink=0.9)
+    return figure
+
+
+def draw_entries(panel: Any, entries: Sequence[Sequence[float]], budget: float) -> None:
+    """A map of what each head keeps, ``[layers][kv_heads]``, in colors from none to the most that a head may keep."""
+    shares = [[count / budget for count in layer] for layer in entries]
+    panel.imshow(shares, aspect="auto", cmap="Blues", vmin=0, vmax=MOST, interpolation="nearest")
+    panel.tick_params(labelsize=8)
+
+
 def save_plots(rows: Sequence[Row], directory: str | os.PathLike[str]) -> list[Path]:
-    """Writes ``quality_by_budget.png``, ``nll_by_budget.png`` and ``pareto.png``, and returns their paths.
+    """Writes ``quality_by_budget.png``, ``nll_by_budget.png``, ``pareto.png`` and ``entries_by_head.png``.
+
+    Returns:
+        Their paths.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -171,6 +215,7 @@ def save_plots(rows: Sequence[Row], directory: str | os.PathLike[str]) -> list[P
         "quality_by_budget": plot_by_budget(rows),
         "nll_by_budget": plot_by_budget(rows, "nll_gap"),
         "pareto": plot_pareto(rows),
+        "entries_by_head": plot_entries(rows),
     }
     paths = [Path(directory) / f"{name}.png" for name in figures]
     for path, figure in zip(paths, figures.values(), strict=True):

@@ -13,6 +13,8 @@ TITLES = {
     "topk_recall": "top-k recall",
     "retained_attention_mass": "attention kept",
     "kv_bytes": "KV MiB",
+    "entries_least": "least of a head",
+    "entries_most": "most of a head",
 }
 """Columns of :func:`eviction_table`, and their titles."""
 

@@ -25,7 +25,7 @@ class Inspection:
 
     Attributes:
         model: name of the model, without its owner or directory.
-        budget: entries kept per KV head.
+        budget: entries kept per KV head, on average.
         pieces: the text of each token; joined, they are the prompt.
         layers: indices of the compressed layers in the model.
         kept: for each scorer, the first of which is the one of interest, bool ``[layers, kv_heads, length]``.
@@ -34,6 +34,7 @@ class Inspection:
             None unless the oracle was asked for.
         answers: the answer over each cache, the full one first; empty unless the oracle was asked for.
         adapter: name of the adapter, if there is one.
+        allocation: how the entries are shared out among heads.
     """
 
     model: str
@@ -46,6 +47,7 @@ class Inspection:
     attention: torch.Tensor | None = None
     answers: dict[str, str] = field(default_factory=dict)
     adapter: str | None = None
+    allocation: str = "global"
 
     @property
     def heads(self) -> int:
@@ -56,6 +58,10 @@ class Inspection:
     def counts(self, scorer: str) -> torch.Tensor:
         """How many heads keep each token, int64 ``[length]``."""
         return self.kept[scorer].sum((0, 1))
+
+    def entries(self, scorer: str) -> torch.Tensor:
+        """How many entries each head keeps, int64 ``[layers, kv_heads]``."""
+        return self.kept[scorer].sum(-1)
 
     def overlap(self, scorer: str, other: str) -> torch.Tensor:
         """Share of the entries that ``other`` keeps which ``scorer`` keeps too, ``[layers]``."""
@@ -81,6 +87,7 @@ def inspect_eviction(
     max_new_tokens: int = 64,
     adapter: str | None = None,
     add_special_tokens: bool = False,
+    allocation: str = "global",
 ) -> Inspection:
     """Reads a prompt once and records what each scorer keeps of it.
 
@@ -88,16 +95,18 @@ def inspect_eviction(
         model: a causal language model, with its lookahead adapter if the lookahead scorer is asked for.
         tokenizer: its (fast) tokenizer.
         prompt: the text as the model reads it, after the chat template.
-        budget: entries to keep per KV head (int), or a fraction of the prompt's length (float between 0 and 1).
+        budget: entries to keep per KV head on average (int), or a fraction of the prompt's length (float between 0 and
+            1).
         scorers: their names, the one of interest first.
         oracle: also answer the prompt with every cache, and record what the full cache's answer attends to.
         max_new_tokens: longest answer, in tokens.
         adapter: name of the adapter, for the record.
         add_special_tokens: whether the tokenizer puts its own tokens around the prompt.
+        allocation: how entries are shared out among heads, the same for every scorer.
 
     Raises:
-        ValueError: the prompt is not longer than the budget, no scorer or an unknown one, or the tokenizer knows no
-            character offsets.
+        ValueError: an unknown allocation, or "profile" and no adapter that has one; the prompt is not longer than the
+            budget; no scorer or an unknown one; or the tokenizer knows no character offsets.
     """
     if not scorers:
         raise ValueError("no scorers were given: expected at least one name")
@@ -112,7 +121,8 @@ def inspect_eviction(
     prepare_model_for_eviction(model)
     input_ids = torch.tensor([ids], device=model.device)
     mask = torch.ones_like(input_ids)
-    prefill = read_prompts(model, input_ids, mask, {name: get_scorer(name) for name in scorers}, [entries])
+    named = {name: get_scorer(name) for name in scorers}
+    prefill = read_prompts(model, input_ids, mask, named, [entries], allocation)
     full_bytes = cache_bytes(prefill.full)
     caches = {name: prefill.caches[name, entries] for name in scorers}
     kept_bytes = cache_bytes(caches[scorers[0]])
@@ -120,7 +130,7 @@ def inspect_eviction(
     attention, answers = None, {}
     if oracle:
         own = _answer(model, prefill, copy.deepcopy(prefill.full), max_new_tokens)
-        scored = add_oracle(model, prefill, own, [entries])
+        scored = add_oracle(model, prefill, own, [entries], allocation)
         caches[ORACLE] = scored.oracle[entries]
         kept[ORACLE] = _as_mask(caches[ORACLE])
         attention = torch.stack([scored.attention[layer][0] for layer in sorted(scored.attention)]).cpu()
@@ -138,6 +148,7 @@ def inspect_eviction(
         attention=attention,
         answers=answers,
         adapter=adapter,
+        allocation=allocation,
     )
 
 

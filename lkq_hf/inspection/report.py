@@ -12,10 +12,19 @@ import numpy
 import torch
 
 import lkq_hf
+from lkq_hf.cache.allocation import MOST
 from lkq_hf.inspection.collect import ORACLE, Inspection
 
 ASSETS = Path(__file__).parent
 NAMES = {"lookahead": "lookahead", "snapkv": "SnapKV", "streaming": "sinks + recent", ORACLE: "oracle"}
+
+ALLOCATIONS = {
+    "global": "The heads of all layers compete for them",
+    "layer": "The heads of each layer compete for them",
+    "uniform": "Each head keeps the same number",
+    "profile": "How many each head keeps is fixed by the adapter's config",
+}
+"""How entries are shared out, as the beginning of a sentence."""
 
 ORACLE_NOTE = (
     '<p class="note">The oracle keeps what the full cache\'s own answer attends to. No scorer can know that: it shows '
@@ -52,6 +61,9 @@ def render_report(inspection: Inspection) -> str:
         "tokens": _tokens(inspection.pieces, counts / inspection.heads),
         "layer_ticks": _ticks("layers", "top", {i: str(layer) for i, layer in enumerate(inspection.layers)}),
         "token_ticks": _ticks("tokens", "left", {i: f"{i + 1:,}" for i in range(len(inspection.pieces))}),
+        "spread": _spread(inspection),
+        "by_head_tables": _by_head(inspection),
+        "how": ALLOCATIONS[inspection.allocation],
         "comparison": _comparison(inspection),
         "oracle_note": ORACLE_NOTE if ORACLE in inspection.kept else "",
         "by_layer": _by_layer(inspection),
@@ -144,6 +156,40 @@ def _comparison(inspection: Inspection) -> str:
     titles += ["of the oracle's entries, also kept"] if ORACLE in inspection.kept else []
     titles += ["of the answer's attention, kept"] if inspection.attention is not None else []
     return _table("", titles, rows)
+
+
+def _spread(inspection: Inspection) -> str:
+    """For each scorer least, mean and most of heads, and of layers."""
+    rows = []
+    for name in inspection.kept:
+        entries = inspection.entries(name).float()
+        layers = entries.mean(1)
+        numbers = [entries.min(), entries.mean(), entries.max(), layers.min(), layers.max()]
+        cells = _cells([f"{number.item():,.0f}" for number in numbers])
+        rows.append(f'<tr><th scope="row">{html.escape(_name(name))}</th>{cells}</tr>')
+    titles = ["least of a head", "mean", "most of a head", "least of a layer, per head", "most of a layer, per head"]
+    return _table("", titles, rows)
+
+
+def _by_head(inspection: Inspection) -> str:
+    """For each scorer a table of what each head keeps, shaded; that of the first one is open."""
+    parts = []
+    for place, name in enumerate(inspection.kept):
+        entries = inspection.entries(name)
+        rows = []
+        for layer, counts in zip(inspection.layers, entries.tolist(), strict=True):
+            # Square root, as in the maps: small numbers differ visibly.
+            cells = "".join(
+                f'<td class="heat" style="--n:{(count / (MOST * inspection.budget)) ** 0.5:.3f}">{count:,}</td>'
+                for count in counts
+            )
+            rows.append(f'<tr><th scope="row">{layer}</th>{cells}</tr>')
+        titles = [f"head {head}" for head in range(entries.shape[1])]
+        parts.append(
+            f"<details{'' if place else ' open'}><summary>{html.escape(_name(name))}: entries of each head</summary>"
+            f'<div class="wide">{_table("layer", titles, rows)}</div></details>'
+        )
+    return "".join(parts)
 
 
 def _by_layer(inspection: Inspection) -> str:

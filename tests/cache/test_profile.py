@@ -73,7 +73,8 @@ def test_each_head_keeps_its_own_best_entries(architecture, stages):
         for head in range(2):
             few, many = cache.layers[index].kept()[0, head], larger.layers[index].kept()[0, head]
             assert (few & many).sum() == min(few.sum(), many.sum())
-    model.generate(ids, past_key_values=copy.deepcopy(cache), max_new_tokens=4)
+    longer = torch.cat([ids, prompt_ids(1, 3, seed=4)], dim=1)
+    model.generate(longer, past_key_values=copy.deepcopy(cache), max_new_tokens=4)
 
 
 def test_rows_of_a_padded_batch_have_the_same_numbers():

@@ -39,7 +39,10 @@ def test_a_table_json_and_plots(checkpoint, text, tmp_path, run):
             assert budget is None and row["nll_gap"] == 0 and row["word_f1"] == row["token_agreement"] == 1
             assert row["kv_bytes"] == 320 * 3 * 2 * 2 * 16 * 4  # layers, keys and values, KV heads, head_dim, float32
             continue
-        assert row["kv_bytes"] == budget * 3 * 2 * (2 * 16 * 4 + 4)  # and each entry's position, int32
+        assert row["kv_bytes"] == budget * 3 * 2 * (2 * 16 + 1) * 4  # and a position for each entry
+        assert [len(layer) for layer in row["entries_by_head"]] == [2, 2, 2]
+        assert sum(map(sum, row["entries_by_head"])) == pytest.approx(6 * budget)
+        assert row["entries_least"] == min(map(min, row["entries_by_head"])) <= budget <= row["entries_most"]
         assert 0 <= row["topk_recall"] <= 1 and 0 < row["retained_attention_mass"] < 1
         if scorer == "oracle":
             assert row["topk_recall"] == 1
@@ -47,7 +50,8 @@ def test_a_table_json_and_plots(checkpoint, text, tmp_path, run):
             assert row["retained_attention_mass"] > max(other["retained_attention_mass"] for other in others)
     assert output.strip() == (tmp_path / "results.md").read_text().strip()
     assert "| lookahead " in output and "summarise, 320 tokens, 3 prompts" in output
-    for name in ("quality_by_budget", "nll_by_budget", "pareto"):
+    assert "most of a head" in output
+    for name in ("quality_by_budget", "nll_by_budget", "pareto", "entries_by_head"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -220,3 +224,27 @@ def test_numbers_per_head_on_prompts_from_texts(checkpoint, text, tmp_path, run)
     assert "budget 16: heads keep from" in output and "budget 64: heads keep from" in output
     profile = json.loads((adapter / "adapter_config.json").read_text())["budget_profile"]
     assert [list(map(len, layers)) for layers in profile.values()] == [[2, 2, 2]] * 2
+
+
+def test_allocations(checkpoint, text, tmp_path, run):
+    adapter = shutil.copytree(checkpoint / "adapter", tmp_path / "adapter")
+    arguments = ["evaluate", "eviction", checkpoint / "base", "--adapter", adapter, "--text", text, *SETTING]
+    arguments += ["--tasks", "needle", "--device", "cpu", "--no-plots"]
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    code, _, error = run(*arguments, "--allocation", "profile", "--out", tmp_path / "refused")
+    assert code == 1 and "has no budget_profile" in error
+    rows = [[0.5, 1.5], [1.75, 0.25], [1.0, 1.0]]
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"budget_profile": {"8": rows}}))
+    for allocation in ("uniform", "profile"):
+        code, _, error = run(*arguments, "--allocation", allocation, "--out", tmp_path / allocation)
+        assert code == 0, error
+        found = results(tmp_path / allocation)
+        assert found["arguments"]["allocation"] == allocation
+        for row in found["rows"]:
+            if (budget := row["budget"]) is not None:  # oracle and baselines too
+                shares = rows if allocation == "profile" else [[1.0, 1.0]] * 3
+                assert row["entries_by_head"] == [[budget * share for share in layer] for layer in shares]
+    code, _, error = run(*arguments, "--allocation", "global", "--out", tmp_path / "uniform")
+    assert code == 1 and "allocation was 'uniform', now 'global'" in error
+    code, _, error = run(*arguments, "--allocation", "all", "--out", tmp_path / "all")
+    assert code == 1 and "--allocation must be one of" in error

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import lkq_hf
+from lkq_hf.cache.allocation import ALLOCATIONS
 from lkq_hf.cli import checks
 from lkq_hf.evaluation.tasks import TASKS, QuestionAnswering
 from lkq_hf.quantization import config as quantization_config
@@ -107,6 +108,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_the_names_that_are_checked_early_are_those_of_the_library():
+    assert checks.ALLOCATIONS == ALLOCATIONS
     assert {*checks.SCORERS} == {*SCORERS, "oracle"}
     assert {*checks.TASKS} == {*TASKS, QuestionAnswering.kind}
     assert checks.BITS == quantization_config.BITS and [*checks.PRESETS] == [*quantization_config.PRESETS]

@@ -39,6 +39,21 @@ def test_the_pareto_front():
     assert [(point["scorer"], point["budget"]) for point in front] == [("snapkv", 64), ("full cache", None)]
 
 
+def test_the_figure_of_heads_shows_the_mean_of_all_rows():
+    pytest.importorskip("matplotlib")
+    from lkq_hf.evaluation.plots import plot_entries
+
+    kept = {"needle": [[32.0, 96.0], [64.0, 64.0]], "open": [[96.0, 32.0], [32.0, 96.0]]}
+    rows = [
+        row(task, scorer, 64, 1.0, 5, entries=entries)
+        for task, entries in kept.items()
+        for scorer in ("lookahead", "snapkv")
+    ]
+    figure = plot_entries([*rows, row("needle", "full cache", None, 1.0, 40)])
+    maps = {axes.get_title(): axes.images[0].get_array().tolist() for axes in figure.axes if axes.images}
+    assert maps == {key: [[1.0, 1.0], [0.75, 1.25]] for key in ("lookahead, 64", "snapkv, 64")}
+
+
 def test_the_figures_show_the_rows():
     pytest.importorskip("matplotlib")
     from lkq_hf.evaluation.plots import plot_by_budget, plot_pareto
