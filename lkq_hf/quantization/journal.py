@@ -70,12 +70,13 @@ class Journal:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         note = self.directory / "walk.json"
-        if note.exists() and json.loads(note.read_text())["fingerprint"] != fingerprint:
+        begun = next(self.directory.glob("block-*"), None) is not None
+        if begun and note.exists() and json.loads(note.read_text())["fingerprint"] != fingerprint:
             raise ValueError(
                 f"{self.directory} holds blocks of a quantisation with other settings, calibration tokens or model; "
                 "delete it or name another directory"
             )
-        if not note.exists() and next(self.directory.glob("block-*"), None) is not None:
+        if begun and not note.exists():
             raise ValueError(
                 f"{self.directory} holds blocks of a quantisation but no {note.name} that says of which; delete it or "
                 "name another directory"

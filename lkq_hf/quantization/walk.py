@@ -111,8 +111,6 @@ def quantize_blocks(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     blocks = list(model.get_submodule(list_name).children())
-    fingerprint = walk_fingerprint(model, layers, tokens, settings, true_sequential, batch_size)
-    journal = Journal(resume_dir, fingerprint, settings, writes=processes.is_main)
     loaded: set[int] = set()
 
     def ensure_loaded(index: int) -> None:
@@ -124,6 +122,8 @@ def quantize_blocks(
     for first in first_of_each_kind(list_name, blocks, layers):
         ensure_loaded(first)
     check_that_blocks_run_packed(model, list_name, blocks, layers, tokens, settings, device)
+    fingerprint = walk_fingerprint(model, layers, tokens, settings, true_sequential, batch_size)
+    journal = Journal(resume_dir, fingerprint, settings, writes=processes.is_main)
     home = model.get_input_embeddings().weight.device
     batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
     hidden, calls = capture_block_calls(model, blocks, batches)
