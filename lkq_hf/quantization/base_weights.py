@@ -10,8 +10,12 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.utils.quantization_config import Mxfp4Config, QuantizationMethod
 
 from lkq_hf.quantization.blocks import find_blocks
+
+# Arguments of `from_pretrained` that also say which configuration it takes.
+CONFIG_ARGUMENTS = {"revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "subfolder"}
 
 
 class BaseWeights:
@@ -80,6 +84,47 @@ class BaseWeights:
         return self.read(names)
 
 
+def load_base(path: str | Path, dtype: str | torch.dtype = "auto", **loading: Any) -> PreTrainedModel:
+    """A base model in memory. One that comes in MXFP4, as gpt-oss does, is dequantized while it is loaded.
+
+    Args:
+        dtype: of the model; `"auto"` for the checkpoint's own.
+        loading: further arguments of `AutoModelForCausalLM.from_pretrained`.
+
+    Raises:
+        ValueError: the checkpoint is quantized in another way.
+    """
+    config = AutoConfig.from_pretrained(path, **{key: loading[key] for key in CONFIG_ARGUMENTS & set(loading)})
+    method = _quant_method(config)
+    if method == QuantizationMethod.MXFP4:
+        loading = {**loading, "quantization_config": Mxfp4Config(dequantize=True)}
+    elif method is not None:
+        raise ValueError(
+            "expected a model in full precision, found one that is quantised already; quantise its base model"
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **loading)
+    return model
+
+
+def _quant_method(config: Any) -> str | None:
+    settings = getattr(config, "quantization_config", None)
+    return settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+
+
+def forget_quantized_origin(model: PreTrainedModel) -> None:
+    """Lets a model that was dequantized while it was loaded save itself as one in full precision.
+
+    transformers keeps what it did with the files, to undo it when it saves, and cannot undo a dequantization.
+    """
+    conversions = getattr(model, "_weight_conversions", None)
+    if any(getattr(step, "hf_quantizer", None) for each in conversions or () for step in _steps(each)):
+        del model._weight_conversions
+
+
+def _steps(conversion: Any) -> list[Any]:
+    return getattr(conversion, "operations", [])
+
+
 def open_base(
     path: str | Path, dtype: torch.dtype | None = None, block_name: str | None = None, **config_kwargs: Any
 ) -> tuple[PreTrainedModel, BaseWeights]:
@@ -94,6 +139,11 @@ def open_base(
     """
     revision = config_kwargs.get("revision")
     config = AutoConfig.from_pretrained(path, **config_kwargs)
+    if (method := _quant_method(config)) is not None:
+        raise ValueError(
+            f"{path} is quantised already ({method}), and can only be read block by block in full precision; quantise "
+            "its base model, or, if it is in MXFP4, without block_by_block"
+        )
     dtype = dtype or config.dtype or torch.float32
     weights = BaseWeights(path, dtype, revision)
     # Buffers are made for real: those that no checkpoint holds (rotary frequencies) are only computed here.

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from lkq_hf import __version__
+from lkq_hf.quantization.base_weights import forget_quantized_origin
 from lkq_hf.quantization.blocks import check_names, find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens, find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
@@ -40,6 +41,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
             "which reads one block at a time from disk"
         )
     _refuse_adapters(model)
+    forget_quantized_origin(model)
     check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
     list_name, layers = find_layers(model, config)
     check_that_it_loads(model, config)

@@ -6,10 +6,10 @@ from typing import Any, Self
 
 import torch
 from optimum.quantization_base import OptimumQuantizer
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.files import check_free, new_directory, pieces_directory
-from lkq_hf.quantization.base_weights import open_base
+from lkq_hf.quantization.base_weights import load_base, open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.processes import Processes
@@ -110,7 +110,7 @@ class TwoStageQuantizer(OptimumQuantizer):
             model, weights = open_base(self.model, dtype, run.block_name_to_quantize, **self.loading)
             load_block = weights.load
         else:
-            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **self.loading)
+            model = load_base(self.model, self.dtype, **self.loading)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError(
                 "expected a model in full precision, found one that is quantised already; quantise its base model"
