@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils.quantization_config import Mxfp4Config, QuantizationMethod
 
 from lkq_hf.quantization.blocks import find_blocks
+from lkq_hf.quantization.conversions import Conversions
 
 # Arguments of `from_pretrained` that also say which configuration it takes.
 CONFIG_ARGUMENTS = {"revision", "token", "cache_dir", "trust_remote_code", "local_files_only", "subfolder"}
@@ -63,25 +64,33 @@ class BaseWeights:
                     tensors[name] = tensor.to(self.dtype) if tensor.is_floating_point() else tensor
         return tensors
 
+    def follow(self, model: PreTrainedModel) -> None:
+        """From now on, names are those of `model`: tensors are renamed and put together as transformers does."""
+        self._conversions = Conversions(model, self._file_of)
+
     def load(self, prefix: str, module: nn.Module) -> None:
-        """Fills `module`, which the checkpoint knows as `prefix`, from disk.
+        """Fills `module`, which the model knows as `prefix`, from disk.
 
         Raises:
-            ValueError: the checkpoint's names are not the model's.
+            ValueError: the checkpoint does not have all of its tensors.
         """
         names = [f"{prefix}.{name}" for name in module.state_dict()]
         module.load_state_dict(
-            {name.removeprefix(f"{prefix}."): t for name, t in self._named(names).items()}, assign=True
+            {name.removeprefix(f"{prefix}."): t for name, t in self.named(names).items()}, assign=True
         )
 
-    def _named(self, names: list[str]) -> dict[str, Tensor]:
-        missing = [name for name in names if name not in self._file_of]
-        if missing:
+    def named(self, names: list[str]) -> dict[str, Tensor]:
+        """The tensors of the model that is followed, by their names in it.
+
+        Raises:
+            ValueError: the checkpoint does not have all of them.
+        """
+        if missing := self._conversions.missing(names):
             raise ValueError(
-                f"the checkpoint has no tensor {missing[0]} ({len(missing)} such names): its layout is converted when "
-                "transformers loads it, so it cannot be read block by block; quantise it in memory instead"
+                f"the checkpoint has no tensor {missing[0]} ({len(missing)} such names): it is incomplete, or belongs "
+                "to another model"
             )
-        return self.read(names)
+        return self._conversions.tensors(names, self.read)
 
 
 def load_base(path: str | Path, dtype: str | torch.dtype = "auto", **loading: Any) -> PreTrainedModel:
@@ -152,8 +161,9 @@ def open_base(
     model.name_or_path = config.name_or_path = str(path)
     list_name, _ = find_blocks(model, block_name)
     tied = set(model.all_tied_weights_keys)
+    weights.follow(model)
     outside = [name for name in model.state_dict() if not name.startswith(f"{list_name}.") and name not in tied]
-    for name, tensor in weights._named(outside).items():
+    for name, tensor in weights.named(outside).items():
         module_name, _, leaf = name.rpartition(".")
         module = model.get_submodule(module_name)
         if leaf in module._buffers:

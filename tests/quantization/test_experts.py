@@ -430,6 +430,21 @@ def test_from_a_base_directory_through_both_front_ends(tokenizer, texts, tokens,
     assert torch.equal(logits(loaded, ids), logits(optimum, ids))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_block_by_block_from_files_that_hold_experts_one_by_one(name, tokenizer, texts, tmp_path):
+    """gpt-oss holds them fused in its files too."""
+    model = built(name, vocab_size=128)
+    model.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"dataset": texts, "bits": 4, "group_size": 32, "sym": False, "num_samples": 6, "model_seqlen": 32}
+    quantizer = TwoStageQuantizer.from_pretrained(tmp_path / "base")
+    whole = quantizer.quantize(tmp_path / "whole", **options)
+    quantizer.quantize(tmp_path / "blocks", **options, block_by_block=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
