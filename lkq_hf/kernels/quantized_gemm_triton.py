@@ -43,7 +43,7 @@ def _gemm_kernel(
     groups,
     tiles_per_group,
     tiles_per_split,
-    ends,
+    row_ends,
     EXPERTS: tl.constexpr,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
@@ -61,7 +61,7 @@ def _gemm_kernel(
     inside = column < columns
     first_row = tl.program_id(1) * BLOCK_M
     if EXPERTS > 0:
-        expert, first_row, m_rows = _rows_of_block(ends, tl.program_id(1), EXPERTS, BLOCK_M)
+        expert, first_row, m_rows = _rows_of_block(row_ends, tl.program_id(1), EXPERTS, BLOCK_M)
         if expert >= EXPERTS:
             return  # more thread blocks are launched than the experts' rows may need
         # Offsets of 64 bits: all experts' weights are one tensor, and a token has a row for each of its experts.

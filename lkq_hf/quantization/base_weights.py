@@ -150,8 +150,8 @@ def open_base(
     config = AutoConfig.from_pretrained(path, **config_kwargs)
     if (method := _quant_method(config)) is not None:
         raise ValueError(
-            f"{path} is quantised already ({method}), and can only be read block by block in full precision; quantise "
-            "its base model, or, if it is in MXFP4, without block_by_block"
+            f"expected a model in full precision, found one that is quantised already ({method}); quantise its base "
+            "model, or one in MXFP4 without block_by_block"
         )
     dtype = dtype or config.dtype or torch.float32
     weights = BaseWeights(path, dtype, revision)

@@ -22,7 +22,7 @@ from lkq_hf.kernels.quantized_matmul import _GEMM_TILES
 
 target, disassembler, capability, bits, group_size, experts = *sys.argv[1:3], *map(int, sys.argv[3:])
 pointers = {
-    "x": "*bf16", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*bf16", "ends": "*i32"
+    "x": "*bf16", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*bf16", "row_ends": "*i32"
 }
 tiles = _TILES if experts else _GEMM_TILES
 aligned = (*pointers, "columns", "in_features")
