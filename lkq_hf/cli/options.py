@@ -70,7 +70,9 @@ def check_model(model: str, quantised: bool = True) -> None:
                 f"{model} holds a {config.model_type} model; expected a decoder-only language model, one that "
                 "AutoModelForCausalLM loads"
             )
-        if not quantised and getattr(config, "quantization_config", None) is not None:
+        settings = getattr(config, "quantization_config", None)
+        # MXFP4 is the format in which gpt-oss comes.
+        if not quantised and settings is not None and settings["quant_method"] != "mxfp4":
             raise ValueError(f"{model} is quantised already; expected a model in full precision")
 
 

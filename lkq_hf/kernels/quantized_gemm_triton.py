@@ -6,6 +6,9 @@ place in a float32 mantissa from which they are numbers at once. So fields need 
 shared memory between packed words and tensor cores, which multiply one tile while the next is unpacked.
 
 Scales and zero points are loaded one tile ahead.
+
+The same kernel multiplies rows that are sorted by expert with each expert's weight: every thread block finds out from
+where the experts' rows end which expert's rows it has.
 """
 
 import triton
@@ -40,6 +43,8 @@ def _gemm_kernel(
     groups,
     tiles_per_group,
     tiles_per_split,
+    row_ends,
+    EXPERTS: tl.constexpr,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -54,7 +59,21 @@ def _gemm_kernel(
     DTYPE: tl.constexpr = x.dtype.element_ty
     column = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     inside = column < columns
-    m = (tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M))[None, :]
+    first_row = tl.program_id(1) * BLOCK_M
+    if EXPERTS > 0:
+        expert, first_row, m_rows = _rows_of_block(row_ends, tl.program_id(1), EXPERTS, BLOCK_M)
+        if expert >= EXPERTS:
+            return  # more thread blocks are launched than the experts' rows may need
+        # Offsets of 64 bits: all experts' weights are one tensor, and a token has a row for each of its experts.
+        expert = expert.to(tl.int64)
+        qweight += expert * (tiles * (ROWS * row_words(BITS)) * columns)
+        qzeros += expert * (groups * (columns * BITS // 32))
+        scales += expert * (groups * columns)
+        x += first_row.to(tl.int64) * in_features
+        partial += first_row.to(tl.int64) * columns
+        m_rows -= first_row
+        first_row = 0
+    m = (first_row + tl.arange(0, BLOCK_M))[None, :]
     row = tl.arange(0, ROWS)[None, :]
     feature = tl.arange(0, BLOCK_K)[:, None]
     first = tl.program_id(2) * tiles_per_split
@@ -90,6 +109,26 @@ def _gemm_kernel(
         gdc_launch_dependents()
     target = partial + (tl.program_id(2) * m_rows + m) * columns + column[:, None]
     tl.store(target, total.to(partial.dtype.element_ty), mask=(m < m_rows) & inside[:, None])
+
+
+@triton.jit
+def _rows_of_block(ends, block, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The expert, the first of the rows, and the end of the expert's rows, of the thread blocks along the rows."""
+    expert = tl.arange(0, _power_of_2(EXPERTS))
+    known = expert < EXPERTS
+    end = tl.load(ends + expert, mask=known, other=0)
+    start = tl.load(ends + expert - 1, mask=known & (expert > 0), other=0)
+    blocks = tl.where(known, (end - start + BLOCK_M - 1) // BLOCK_M, 0)
+    last = tl.cumsum(blocks, 0)
+    found = tl.sum((last <= block).to(tl.int32), 0)
+    mine = expert == found
+    first_row = tl.sum(tl.where(mine, start + (block - last + blocks) * BLOCK_M, 0), 0)
+    return found, first_row, tl.sum(tl.where(mine, end, 0), 0)
+
+
+@triton.constexpr_function
+def _power_of_2(n):
+    return 1 << (n - 1).bit_length()
 
 
 @triton.jit
@@ -238,6 +277,8 @@ def quantized_gemm(
         scales.shape[0],
         max(1, group_size // block_k),
         tiles_per_split,
+        qweight,  # not read
+        EXPERTS=0,
         BITS=bits,
         SYM=sym,
         BLOCK_M=block_m,
@@ -251,3 +292,64 @@ def quantized_gemm(
         **launch,
     )
     return split_sum(x, partial, split_k)
+
+
+def quantized_grouped_gemm(
+    x: Tensor,
+    ends: Tensor,
+    qweight: Tensor,
+    qzeros: Tensor,
+    scales: Tensor,
+    bits: int,
+    group_size: int,
+    sym: bool,
+    *,
+    block_m: int,
+    block_k: int,
+    num_warps: int,
+    num_stages: int,
+) -> Tensor:
+    """Rows of ``x`` `[rows, in_features]`, sorted by expert, times each expert's weight: `[rows, out_features]`.
+
+    How many rows each expert has stays on the GPU: so many thread blocks are launched as any division of the rows may
+    need, and those without rows end at once.
+
+    Args:
+        ends: int32 `[experts]`: where each expert's rows end. The result of rows from the last end on is undefined.
+        qweight, qzeros, scales: of all experts, stacked.
+        block_m, block_k, num_warps, num_stages: as of :func:`quantized_gemm`.
+    """
+    rows, in_features = x.shape
+    experts, _, columns = qweight.shape
+    block_n = 16 * num_warps
+    tiles = in_features // block_k
+    y = x.new_empty(rows, columns)
+    row_blocks = min(rows, rows // block_m + min(experts, rows))
+    _gemm_kernel[(ceil_div(columns, block_n), row_blocks, 1)](
+        x,
+        qweight,
+        qzeros,
+        scales,
+        y,
+        rows,
+        columns,
+        in_features,
+        tiles,
+        scales.shape[1],
+        max(1, group_size // block_k),
+        tiles,
+        ends,
+        EXPERTS=experts,
+        BITS=bits,
+        SYM=sym,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        BLOCK_K=block_k,
+        TILE_GROUPS=max(1, block_k // group_size),
+        STAGES=num_stages,
+        # It reads what the kernel ahead of it may have written before it knows which weight it needs.
+        DEPENDENT=False,
+        INTERPRETED=interpreting(),
+        num_warps=num_warps,
+    )
+    return y

@@ -1,12 +1,23 @@
 """Activations that are sorted by expert times each expert's group-wise quantized weight in the GPTQ layout."""
 
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lkq_hf.kernels.autotune import choices, run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
+from lkq_hf.kernels.dispatch import interpreting, next_power_of_2, use_triton
+from lkq_hf.kernels.quantized_matmul import KERNEL_DTYPES, Way
+
+# Most rows and input features of a tile, warps, stages; by the largest number of rows an expert has on average.
+_TILES = {
+    16: ((16, 128, 4, 5), (16, 128, 4, 3), (16, 128, 8, 3)),
+    64: ((16, 128, 4, 5), (32, 128, 4, 4), (64, 128, 4, 4), (64, 128, 8, 3)),
+    1 << 30: ((64, 128, 4, 4), (128, 128, 4, 3), (128, 128, 8, 4), (256, 128, 8, 3)),
+}
 
 
 def quantized_grouped_matmul_reference(
@@ -32,7 +43,7 @@ def quantized_grouped_matmul(
     Args:
         x: `[rows, in_features]`, floating point, the rows of the first expert first.
         ends: int32 `[experts]`: where each expert's rows end. Rows from the last end on belong to no expert; their
-            result is 0.
+            result is undefined.
         qweight: int32 `[experts, in_features * bits / 32, out_features]`.
         qzeros: int32 `[experts, groups, out_features * bits / 32]`; not read when ``sym``.
         scales: float16 `[experts, groups, out_features]`.
@@ -43,7 +54,43 @@ def quantized_grouped_matmul(
     Returns:
         `[rows, out_features]` in the dtype of ``x``.
     """
-    return _expert_by_expert(x, ends, qweight, qzeros, scales, bits, group_size, sym)
+    weights = (ends, qweight, qzeros, scales)
+    rows, in_features = x.shape
+    if rows == 0 or group_size % 32 or not use_triton(x, scales, dtypes=KERNEL_DTYPES):
+        return _expert_by_expert(x, *weights, bits, group_size, sym)
+    experts, _, out_features = qweight.shape
+    # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
+    key = (x.dtype, x.device, bits, group_size, sym, in_features, out_features, experts, next_power_of_2(rows))
+    candidates, plain = ways_to_multiply_grouped(bits, group_size, sym, in_features, experts, next_power_of_2(rows))
+    with torch.cuda.device_of(x):
+        capturing = not interpreting() and torch.cuda.is_current_stream_capturing()
+        if capturing and key not in choices():
+            # The plain way asks the GPU how many rows each expert has, which a graph cannot.
+            return candidates[0](x.contiguous(), *weights)
+        return run_fastest(key, candidates, plain, x.contiguous(), weights)
+
+
+@cache  # every product asks
+def ways_to_multiply_grouped(
+    bits: int, group_size: int, sym: bool, in_features: int, experts: int, bucket: int
+) -> tuple[list[Way], Way]:
+    """Every tile worth trying for up to ``bucket`` rows, and plain torch."""
+    from lkq_hf.kernels.quantized_gemm_triton import quantized_grouped_gemm, tile_features
+
+    weight_format: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
+    tiles = _TILES[min(most for most in _TILES if bucket <= most * experts)]
+    ways: list[Way] = [
+        partial(
+            quantized_grouped_gemm,
+            **weight_format,
+            block_m=block_m,
+            block_k=tile_features(most_features, in_features, group_size),
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        for block_m, most_features, num_warps, num_stages in tiles
+    ]
+    return ways, partial(_expert_by_expert, **weight_format)
 
 
 def _expert_by_expert(

@@ -115,6 +115,7 @@ def layers_to_quantize(
     exclude = list(exclude)
     list_name, blocks = find_blocks(model, block_name)
     first_name: dict[int, str] = {}
+    shared: dict[str, str] = {}
     layers: dict[str, nn.Module] = {}
     # remove_duplicate=False: a block that stands in the list twice must be seen twice to be refused.
     for name, module in model.named_modules(remove_duplicate=False):
@@ -127,21 +128,21 @@ def layers_to_quantize(
         for parameter in module.parameters(recurse=False):
             if parameter.dim() < 2:
                 continue
-            if id(parameter) in first_name:
-                raise ValueError(
-                    f"{first_name[id(parameter)]} and {name} share one weight, which cannot be quantised for two "
-                    "places; leave both out with modules_to_not_convert"
-                )
-            first_name[id(parameter)] = name
+            other = first_name.setdefault(id(parameter), name)
+            if other != name:
+                reason = f"{other} and {name} share one weight, which cannot be quantised for two places."
+                shared.setdefault(inside_block(list_name, name), reason)
+                shared.setdefault(inside_block(list_name, other), "")
         layers[name] = module
     problems = {
+        **shared,
         **_unknown_matrices(list_name, blocks, layers, exclude),
         **_sizes_that_do_not_pack(list_name, layers, bits, group_size),
     }
     if problems:
         raise ValueError(
             f"not every layer can be quantized with bits={bits} and group_size={group_size}. "
-            f"{' '.join(problems.values())} To leave them in full precision and quantize the rest, pass "
+            f"{' '.join(filter(None, problems.values()))} To leave them in full precision and quantize the rest, pass "
             f"modules_to_not_convert={sorted({*exclude, *problems})}"
         )
     if not layers:

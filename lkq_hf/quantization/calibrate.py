@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from lkq_hf import __version__
+from lkq_hf.quantization.base_weights import forget_quantized_origin
 from lkq_hf.quantization.blocks import check_names, find_layers, weights_of
 from lkq_hf.quantization.calibration_data import calibration_tokens, find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
@@ -35,7 +36,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
 
     Args:
         model: on the CPU or one device; blocks may be on the meta device if `load_block` fills them.
-        config: with `dataset`; `tokenizer` defaults to the one beside the base model.
+        config: with `dataset`. Where it has no `tokenizer`, that becomes the base model's, if it has one.
 
     Raises:
         ValueError: no data, or a model or layer that cannot be quantised; nothing has been changed if it is found
@@ -54,6 +55,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
             "which reads one block at a time from disk"
         )
     _refuse_adapters(model)
+    forget_quantized_origin(model)
     check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
     if config.group_size is None:
         config.group_size = default_group_size(model, config)
@@ -62,9 +64,9 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and config.model_seqlen > longest:
         raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")
-    tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
+    config.tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
     tokens, recipe = calibration_tokens(
-        config.dataset, tokenizer, config.num_samples, config.model_seqlen, config.seed, config.text_column
+        config.dataset, config.tokenizer, config.num_samples, config.model_seqlen, config.seed, config.text_column
     )
     if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
         raise ValueError(

@@ -31,16 +31,24 @@ def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> N
     """Goes through saving and loading without weights: on the meta device, with transformers' own functions.
 
     Args:
-        model: in full precision; only its class and configuration are used.
+        model: in full precision. It must be what its class makes of its configuration, since that is what is loaded.
         config: what it is to be quantized with.
 
     Raises:
         ValueError: what would be saved could not be loaded.
     """
+    own, made = (_shapes(each) for each in (model, _empty_twin(model)))
+    if own != made:
+        raise ValueError(
+            f"a quantized {type(model).__name__} could be saved, but not loaded again, so it is not quantized: of its "
+            f"tensors, {_some(sorted(dict(own - made)))} are not what its config makes, which would be "
+            f"{_some(sorted(dict(made - own)))}"
+        )
     try:
         headers, missing, unexpected = _reload(model, config)
-        twin = _empty_twin(model)
-        check_checkpoint(twin, replace_by_packed(twin, config), headers)
+        if not missing and not unexpected:
+            twin = _empty_twin(model)
+            check_checkpoint(twin, replace_by_packed(twin, config), headers)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
             f"a quantized {type(model).__name__} could be saved, but not loaded again, so it is not quantized "
@@ -51,6 +59,10 @@ def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> N
             f"a quantized {type(model).__name__} could be saved, but not loaded again, so it is not quantized: "
             f"transformers would miss {_some(missing)} in the file, and not know {_some(unexpected)}"
         )
+
+
+def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:
+    return {(name, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
 
 
 def _some(names: Sequence[str]) -> str:

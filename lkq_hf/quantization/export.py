@@ -1,7 +1,8 @@
 """Checkpoints of ours for other engines: plain GPTQ, and compressed-tensors `pack-quantized`.
 
 Ours already is in the GPTQ tensor layout, so the first export only writes the configuration that other readers of GPTQ
-know. The second is a transpose of every tensor. Neither rounds anything. Whole files are converted one at a time.
+know. The second is a transpose of every tensor. Experts, whose packed weights we keep in one tensor, become one matrix
+each, under the names of the model's original files. Nothing is rounded. Whole files are converted one at a time.
 """
 
 import json
@@ -24,6 +25,7 @@ from lkq_hf import __version__
 from lkq_hf.files import check_free, new_directory, read_json
 from lkq_hf.quantization.checkpoint import Headers, names_in_model, packed_model, tensor_headers
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.expert_names import split_experts
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import checkpoint_format
 
@@ -52,8 +54,9 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
         FileExistsError: `out` is not empty.
         FileNotFoundError: `source` has no config.json or no safetensors file.
         ImportError: compressed-tensors is needed and not installed.
-        ValueError: an unknown format, a checkpoint that is not ours, tensors that disagree with its configuration, or
-            layers that the format does not know.
+        ValueError: an unknown format, a checkpoint that is not ours, tensors that disagree with its configuration,
+            layers that the format does not know, or packed experts of a model whose original files do not hold one
+            matrix for each expert.
     """
     source, out = Path(source), Path(out)
     if format not in FORMATS:
@@ -76,6 +79,9 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     headers = tensor_headers(files)
     model = packed_model(source, ours, headers)
     packed = {key.removesuffix(".qweight") for key in headers if key.endswith(".qweight")}
+    in_memory = names_in_model(model, headers)
+    experts = split_experts(model, {key: in_memory[f"{key}.qweight"].removesuffix(".qweight") for key in packed})
+    packed |= {name for each in experts.values() for name in each.modules}
     single, several = _dense_names(model, headers)
 
     convert: Callable[[str, Tensor], dict[str, Tensor]]
@@ -94,8 +100,15 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
             module, _, kind = name.rpartition(".")
             return _transpose(module, kind, tensor, ours) if module in packed else {name: tensor}
 
+    def convert_all(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        module, _, kind = name.rpartition(".")
+        if module not in experts:
+            return convert(name, tensor)
+        each = experts[module].split(kind, tensor)
+        return {key: value for part, piece in each.items() for key, value in convert(part, piece).items()}
+
     with new_directory(out) as staging:
-        _write(source, files, staging, convert)
+        _write(source, files, staging, convert_all)
         (staging / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
         if format == "gptq":
             text = json.dumps(config["quantization_config"], indent=2, sort_keys=True)

@@ -6,12 +6,11 @@ from typing import Any, Self
 
 import torch
 from optimum.quantization_base import OptimumQuantizer
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.files import check_free, new_directory, pieces_directory
-from lkq_hf.quantization.base_weights import open_base
+from lkq_hf.quantization.base_weights import load_base, open_base
 from lkq_hf.quantization.calibrate import calibrate
-from lkq_hf.quantization.calibration_data import find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer, torch_dtype
@@ -101,9 +100,6 @@ class TwoStageQuantizer(OptimumQuantizer):
         check_free(target)
         partial = Path(config.resume_dir or pieces_directory(target))
         run = TwoStageGPTQConfig(**{**config.__dict__, "resume_dir": partial})
-        name = self.model.name_or_path if isinstance(self.model, PreTrainedModel) else self.model
-        tokenizer = find_tokenizer(run.tokenizer, name)
-        run.tokenizer = tokenizer
         load_block = None
         if isinstance(self.model, PreTrainedModel):
             if block_by_block:
@@ -114,7 +110,7 @@ class TwoStageQuantizer(OptimumQuantizer):
             model, weights = open_base(self.model, dtype, run.block_name_to_quantize, **self.loading)
             load_block = weights.load
         else:
-            model = AutoModelForCausalLM.from_pretrained(self.model, dtype=self.dtype, **self.loading)
+            model = load_base(self.model, self.dtype, **self.loading)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError(
                 "expected a model in full precision, found one that is quantised already; quantise its base model"
@@ -128,8 +124,8 @@ class TwoStageQuantizer(OptimumQuantizer):
         if processes.is_main:
             with new_directory(target) as temporary:
                 model.save_pretrained(temporary)
-                if tokenizer is not None:
-                    tokenizer.save_pretrained(temporary)
+                if isinstance(run.tokenizer, PreTrainedTokenizerBase):
+                    run.tokenizer.save_pretrained(temporary)
             shutil.rmtree(partial)
         processes.wait()
         return model

@@ -45,7 +45,7 @@ def test_the_figure_of_heads_shows_the_mean_of_all_rows():
 
     kept = {"needle": [[32.0, 96.0], [64.0, 64.0]], "open": [[96.0, 32.0], [32.0, 96.0]]}
     rows = [
-        row(task, scorer, 64, 1.0, 5, entries=entries)
+        row(task, scorer, 64, 1.0, 5, entries_by_head=entries)
         for task, entries in kept.items()
         for scorer in ("lookahead", "snapkv")
     ]

@@ -17,17 +17,21 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from lkq_hf.kernels.quantized_gemm_triton import _gemm_kernel
+from lkq_hf.kernels.quantized_grouped_matmul import _TILES
 from lkq_hf.kernels.quantized_matmul import _GEMM_TILES
 
-target, disassembler, capability, bits, group_size = *sys.argv[1:3], *map(int, sys.argv[3:])
-pointers = {"x": "*bf16", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*bf16"}
+target, disassembler, capability, bits, group_size, experts = *sys.argv[1:3], *map(int, sys.argv[3:])
+pointers = {
+    "x": "*bf16", "qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "partial": "*bf16", "row_ends": "*i32"
+}
+tiles = _TILES if experts else _GEMM_TILES
 aligned = (*pointers, "columns", "in_features")
 names = _gemm_kernel.arg_names
-for block_m, block_k, num_warps, num_stages, _ in {tile for tiles in _GEMM_TILES.values() for tile in tiles}:
+for block_m, block_k, num_warps, num_stages in {tile[:4] for same in tiles.values() for tile in same}:
     constants = {
         "BITS": bits, "SYM": False, "BLOCK_M": block_m, "BLOCK_N": 16 * num_warps, "BLOCK_K": block_k,
         "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "INTERPRETED": False,
-        "DEPENDENT": capability >= 90,
+        "DEPENDENT": capability >= 90 and not experts, "EXPERTS": experts,
     }
     kernel = triton.compile(
         ASTSource(
@@ -136,9 +140,11 @@ def compiled(script: str, *arguments: object) -> str:
     return run.stdout
 
 
-def compiled_loops(capability: int, bits: int, group_size: int, target: Path) -> dict[tuple[int, ...], list[str]]:
+def compiled_loops(
+    capability: int, bits: int, group_size: int, target: Path, experts: int = 0
+) -> dict[tuple[int, ...], list[str]]:
     """The main loop for each tile that the product tries: (rows, input features, warps, stages)."""
-    printed = compiled(COMPILE, target, DISASSEMBLER, capability, bits, group_size)
+    printed = compiled(COMPILE, target, DISASSEMBLER, capability, bits, group_size, experts)
     kernels = re.split(r"^KERNEL ", printed, flags=re.MULTILINE)[1:]
     assert len(kernels) > 4
     return {tuple(map(int, kernel.splitlines()[0].split())): main_loop(kernel) for kernel in kernels}
@@ -152,8 +158,9 @@ needs_disassembler = pytest.mark.skipif(not DISASSEMBLER.exists(), reason="this 
     ("bits", "group_size"),
     [(4, 128), *(pytest.param(bits, size, marks=pytest.mark.slow) for bits in (2, 3, 4, 8) for size in (32, 64, 128))],
 )
-def test_operands_are_safe_in_registers(bits: int, group_size: int, tmp_path: Path) -> None:
-    for tile, loop in compiled_loops(90, bits, group_size, tmp_path / "kernel").items():
+@pytest.mark.parametrize("experts", [0, 128])
+def test_operands_are_safe_in_registers(bits: int, group_size: int, experts: int, tmp_path: Path) -> None:
+    for tile, loop in compiled_loops(90, bits, group_size, tmp_path / "kernel", experts).items():
         block_k = tile[1]
         assert sum("HGMMA" in line for line in loop) == block_k // 16, tile
         assert overwritten_operands(loop) == [], tile

@@ -430,6 +430,67 @@ def test_from_a_base_directory_through_both_front_ends(tokenizer, texts, tokens,
     assert torch.equal(logits(loaded, ids), logits(optimum, ids))
 
 
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_block_by_block_from_files_that_hold_experts_one_by_one(name, tokenizer, texts, tmp_path):
+    """gpt-oss holds them fused in its files too."""
+    model = built(name, vocab_size=128)
+    model.save_pretrained(tmp_path / "base", max_shard_size="50KB")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"dataset": texts, "bits": 4, "group_size": 32, "sym": False, "num_samples": 6, "model_seqlen": 32}
+    quantizer = TwoStageQuantizer.from_pretrained(tmp_path / "base")
+    whole = quantizer.quantize(tmp_path / "whole", **options)
+    quantizer.quantize(tmp_path / "blocks", **options, block_by_block=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "blocks")
+    for key, value in whole.state_dict().items():
+        assert torch.equal(value, loaded.state_dict()[key]), key
+
+
+FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
+def write_mxfp4(path):
+    """A tiny gpt-oss with random experts in its format: two numbers of 4 bits a byte, a power of 2 for each 32.
+
+    Returns:
+        The experts' weights, `[experts, in, out]`, by their names.
+    """
+    built("gpt_oss", vocab_size=128).to(torch.bfloat16).save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    dense = {}
+    for name in [key for key in tensors if key.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, in_features, out_features = tensors.pop(name).shape
+        sizes = (experts, out_features, in_features // 32)
+        blocks = torch.randint(0, 256, (*sizes, 16), generator=generator, dtype=torch.uint8)
+        scales = torch.randint(121, 125, sizes, generator=generator, dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+        values = torch.stack([FP4[(blocks & 15).int()], FP4[(blocks >> 4).int()]], -1).flatten(-2)
+        dense[name] = (values * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(-2).transpose(1, 2)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((path / "config.json").read_text())
+    settings["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "router"]}
+    (path / "config.json").write_text(json.dumps(settings))
+    return dense
+
+
+def test_experts_that_come_in_mxfp4_are_dequantized_and_quantized(tokenizer, texts, tokens, tmp_path):
+    dense = write_mxfp4(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"dataset": texts, "bits": 8, "group_size": 32, "sym": False, "num_samples": 6, "model_seqlen": 32}
+    quantizer = TwoStageQuantizer.from_pretrained(tmp_path / "base")
+    model = quantizer.quantize(tmp_path / "out", **options)
+    for name, weights in dense.items():
+        path, _, projection = name.rpartition(".")
+        packed = packed_experts(model.get_submodule(path))[projection]
+        for expert, weight in enumerate(weights):
+            assert (packed.dequantize(expert).T - weight).norm() < 0.02 * weight.norm()
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(again.config.quantization_config) is TwoStageGPTQConfig
+    assert torch.equal(logits(again, tokens % 128), logits(model, tokens % 128))
+    with pytest.raises(ValueError, match=r"quantised already \(mxfp4\)"):
+        quantizer.quantize(tmp_path / "other", **options, block_by_block=True)
+
+
 def test_experts_whose_sizes_do_not_pack_are_refused_by_name():
     with pytest.raises(ValueError, match=r"experts: in_features=48 is not a multiple of group_size=32"):
         find_layers(built("qwen3_moe", moe_intermediate_size=48), config("qwen3_moe"))

@@ -22,6 +22,7 @@ from transformers import (
 from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.quantization.export import export_checkpoint
 from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.packing import unpack_weight
 
 KEPT_DENSE = "model.layers.1.mlp.up_proj"
 SETTINGS = [(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
@@ -248,6 +249,66 @@ def test_experts_and_routers_are_said_to_be_dense(quick, tmp_path: Path, format:
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp", "block_sparse_moe"):
         assert not is_dense(f"model.layers.0.{name}")
     assert not is_dense("model.embed_tokens")
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "matrix"), [("mixtral", "block_sparse_moe.experts.3.w2"), ("qwen3_moe", "mlp.experts.0.up_proj")]
+)
+@pytest.mark.parametrize(("bits", "sym"), [(4, True), (3, False)])
+def test_packed_experts_are_exported_as_one_matrix_each(
+    quick, tmp_path: Path, name: str, matrix: str, bits: int, sym: bool
+) -> None:
+    """Under the names of the original files, which are those of the dequantized model."""
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    from compressed_tensors.compressors import PackedQuantizationCompressor
+
+    tiny_model(name, num_hidden_layers=2, **EXPERTS).save_pretrained(tmp_path / "base")
+    quantizer = TwoStageQuantizer.from_pretrained(tmp_path / "base")
+    model = quantizer.quantize(tmp_path / "ours", **quick | {"bits": bits, "sym": sym})
+    model.save_pretrained(tmp_path / "ours-in-parts", max_shard_size="50KB")
+    model.dequantize().save_pretrained(tmp_path / "plain")
+    dense = load_file(tmp_path / "plain" / "model.safetensors")
+
+    out = export_checkpoint(tmp_path / "ours-in-parts", tmp_path / "gptq", "gptq")
+    tensors = {key: value for path in out.glob("*.safetensors") for key, value in load_file(path).items()}
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tensors)
+    packed = {key.removesuffix(".qweight") for key in tensors if key.endswith(".qweight")}
+    assert f"model.layers.1.{matrix}" in packed
+    assert {key for key in dense if key.removesuffix(".weight") not in packed} == {
+        key for key in tensors if key.rpartition(".")[0] not in packed
+    }
+    for module in packed:
+        qweight, qzeros, scales, g_idx = (
+            tensors[f"{module}.{kind}"] for kind in ("qweight", "qzeros", "scales", "g_idx")
+        )
+        assert torch.equal(g_idx, torch.arange(len(g_idx), dtype=torch.int32) // 32)
+        weight = unpack_weight(qweight, qzeros, scales, bits=bits, group_size=32, sym=sym).dequantize()
+        assert torch.equal(weight, dense[f"{module}.weight"])
+
+    out = export_checkpoint(tmp_path / "ours", tmp_path / "compressed-tensors", "compressed-tensors")
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    scheme = quantization.QuantizationConfig.model_validate(config).config_groups["group_0"]
+    tensors = load_file(out / "model.safetensors")
+    assert {key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")} == packed
+    kinds = ("weight_packed", "weight_scale", "weight_shape") + (() if sym else ("weight_zero_point",))
+    for module in packed:
+        state = {kind: tensors[f"{module}.{kind}"] for kind in kinds}
+        found = PackedQuantizationCompressor.decompress(state, scheme)["weight"]
+        torch.testing.assert_close(found.float(), dense[f"{module}.weight"], rtol=1e-3, atol=1e-5)
+    assert not any("experts" in name for name in config["ignore"])
+
+
+def test_experts_without_names_of_their_own_are_not_exported(quick, tmp_path: Path) -> None:
+    model = tiny_model("gpt_oss", num_hidden_layers=2, layer_types=["full_attention"] * 2, **EXPERTS)
+    TwoStageQuantizer.from_pretrained(model).quantize(tmp_path / "ours", **quick)
+    for format in ("gptq", "compressed-tensors"):
+        with pytest.raises(ValueError, match=r"original files of GptOssForCausalLM do not hold one matrix for each"):
+            export_checkpoint(tmp_path / "ours", tmp_path / format, format)
+        assert not (tmp_path / format).exists()
 
 
 def test_compressed_tensors_of_conv1d_are_refused(tiny_gpt2, quick, tmp_path: Path) -> None:
