@@ -62,7 +62,8 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     list_name, layers = find_layers(model, config)
     check_that_it_loads(model, config)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and config.model_seqlen > longest:
+    # Models without a limit have None or -1.
+    if longest is not None and 0 < longest < config.model_seqlen:
         raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")
     config.tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
     tokens, recipe = calibration_tokens(

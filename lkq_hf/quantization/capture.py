@@ -1,7 +1,7 @@
 """What reaches a block and the layers inside it, learnt by watching the real model run."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -35,6 +35,11 @@ Extras: TypeAlias = tuple[Any, ...]
 """What a block returns after its hidden states."""
 
 
+def sequence_of(kind: Any, hidden: Tensor, extras: Iterable[Any]) -> Any:
+    """A tuple, list or named tuple of a block's hidden states and what follows them."""
+    return getattr(kind, "_make", kind)((hidden, *extras))
+
+
 @dataclass
 class BlockCall:
     """How the model calls one block, apart from the hidden states: its other arguments, one set a batch.
@@ -64,7 +69,7 @@ class BlockCall:
         if self.returns is None:
             return hidden
         sequence, extras = self.returns
-        return sequence((hidden, *map(Placeholder, range(extras))))
+        return sequence_of(sequence, hidden, map(Placeholder, range(extras)))
 
     def run(self, block: Callable[..., Any], hidden: Tensor, batch: int) -> Tensor:
         """The block's hidden states for one batch, `[batch, length, hidden]`."""
@@ -203,7 +208,9 @@ def _pass_over(
             call.returns = (type(result), len(result) - 1) if several else None
             if index == len(blocks) - 1:
                 raise Stop
-            return type(result)((hidden, *result[1:])) if several and probing else call.returned(hidden)
+            if several and probing:
+                return sequence_of(type(result), hidden, result[1:])
+            return call.returned(hidden)
 
         return recorded
 

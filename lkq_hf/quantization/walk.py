@@ -119,6 +119,8 @@ def quantize_blocks(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     blocks = list(model.get_submodule(list_name).children())
+    fingerprint = walk_fingerprint(model, layers, tokens, settings, true_sequential, batch_size)
+    journal = Journal(resume_dir, fingerprint, settings, writes=processes.is_main)
     loaded: set[int] = set()
 
     def ensure_loaded(index: int) -> None:

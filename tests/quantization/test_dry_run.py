@@ -109,6 +109,14 @@ def test_what_could_not_be_loaded_is_refused_before_the_work(no_work, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_without_a_limit_of_positions_has_none(no_work):
+    """XLNet and others say -1."""
+    model = nameless()
+    model.config.max_position_embeddings = -1
+    with pytest.raises(AssertionError, match="the work has begun"):
+        calibrate(model, config())
+
+
 def test_a_name_that_transformers_takes_for_another_is_refused(monkeypatch):
     """A model whose files have names from which transformers would not get back to those in memory."""
     import lkq_hf.quantization.dry_run as module

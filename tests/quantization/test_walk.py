@@ -5,6 +5,7 @@ import copy
 
 import pytest
 import torch
+from causal_models import CAUSAL_MODELS, tiny_causal_model
 from models import tiny_model
 from torch import nn
 from transformers import (
@@ -137,6 +138,54 @@ def test_captured_calls_reproduce_the_models_own_hidden_states(make, tokens):
             state = call.run(block, state, 0)
             assert torch.equal(state, output[0] if isinstance(output, tuple) else output)
     assert [len(call.arguments) for call in calls] == [3] * len(blocks)
+
+
+@pytest.mark.parametrize("name", ["openai-gpt", "cpmant", "bamba", "zaya", "glm_moe_dsa"])
+def test_what_blocks_return_besides_hidden_states_reaches_the_next_one(name, tokens):
+    """Lists, attention weights that nobody takes, a router's states, and an indexer's indices, which the next does."""
+    if name not in CAUSAL_MODELS:
+        pytest.skip(f"this transformers has no {name}")
+    model = tiny_causal_model(name)
+    blocks = list(find_blocks(model)[1])
+    hidden, calls = capture_block_calls(model, blocks, tokens.split(3))
+    expected = []
+    hooks = [block.register_forward_hook(lambda _, __, output: expected.append(output[0])) for block in blocks]
+    with torch.no_grad():
+        model(input_ids=tokens[:3], use_cache=False)
+        for hook in hooks:
+            hook.remove()
+        state, extras = hidden[0], ()
+        for block, call, output in zip(blocks, calls, expected, strict=True):
+            state, extras = call.with_extras([extras] * 3).results(block, state, 0)
+            assert torch.equal(state, output)
+    assert any(call.takes_extras for call in calls) == (name in ("zaya", "glm_moe_dsa"))
+
+
+def test_models_that_compute_with_what_blocks_return_are_refused(tokens, tiny_llama):
+    class Pair(nn.Module):
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, hidden, **kwargs):
+            return self.block(hidden, **kwargs), hidden.mean()
+
+    model = tiny_llama
+    layers = [Pair(block) for block in model.model.layers]
+    original = model.model.forward
+
+    def forward(input_ids, **kwargs):
+        hidden, total = model.model.embed_tokens(input_ids), 0.0
+        positions = torch.arange(input_ids.shape[1])[None]
+        embeddings = model.model.rotary_emb(hidden, positions)
+        for layer in layers:
+            hidden, value = layer(hidden, position_embeddings=embeddings)
+            total = total + value
+        return original(inputs_embeds=hidden + total, **kwargs)
+
+    model.model.forward = forward
+    with pytest.raises(ValueError, match="computes with what its blocks return besides hidden states"):
+        capture_block_calls(model, layers, [tokens])
 
 
 def test_arguments_that_batches_share_are_kept_once(tokens):
@@ -413,6 +462,19 @@ def test_experts_of_an_unknown_kind_are_refused_by_name_unless_left_out(make, fi
     suggested = ast.literal_eval(str(error.value).split("modules_to_not_convert=")[1])
     report = walk(model, tokens, config(modules_to_not_convert=suggested))
     assert report.layers and not any("experts" in entry.name for entry in report.layers)
+
+
+def test_decays_of_state_space_models_are_not_taken_for_experts():
+    """Kimi Linear's `A_log` has four dimensions, three of them of size 1."""
+    model = tiny_causal_model("kimi_linear") if "kimi_linear" in CAUSAL_MODELS else tiny_model()
+    model.model.layers[1].decay = nn.Parameter(torch.zeros(1, 1, 4, 1))
+    model.model.layers[1].kernel = nn.Parameter(torch.zeros(64, 1, 4))
+    refused = ["b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj"]  # do not pack at these sizes
+    _, layers = find_layers(model, config(modules_to_not_convert=refused))
+    assert any("q_proj" in name for name in layers)
+    model.model.layers[1].experts = nn.Parameter(torch.zeros(4, 64, 32))
+    with pytest.raises(ValueError, match=r"layers\.1\.experts .* holds several matrices in one tensor"):
+        find_layers(model, config(modules_to_not_convert=refused))
 
 
 def test_blocks_with_linears_of_another_class_alone_are_refused_by_its_name():
