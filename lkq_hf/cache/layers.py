@@ -67,6 +67,8 @@ class EvictedLayer(DynamicLayer):
 
     keys: torch.Tensor
     values: torch.Tensor
+    # Whether `update` returns the prefix before the tail, and the model makes keys and values of both.
+    returns_prefix = False
 
     def __init__(self, parks: bool = False) -> None:
         super().__init__()
@@ -127,6 +129,11 @@ class EvictedLayer(DynamicLayer):
             return key_states, value_states
         self.tokens_seen += key_states.shape[-2]
         return self.append(key_states, value_states)
+
+    def read_tail(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache holds of the keys and values, ``[batch, kv_heads, tail, features]``, that a reading attends
+        to, without what was evicted to before them."""
+        return key, value
 
     def read_before(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Entries that a forward which reads attends to, before its own: the tail, and what is parked before it."""
