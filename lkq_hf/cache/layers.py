@@ -42,11 +42,12 @@ class Candidates(NamedTuple):
 
 
 class LastQueries(NamedTuple):
-    """Queries ``[batch, heads, count, head_dim]`` of the last tokens, and how their logits are made."""
+    """Queries ``[batch, heads, count, head_dim]`` of the last tokens, and how their attention is made of them."""
 
     query: torch.Tensor
     scaling: float
-    softcap: float | None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 class EvictedLayer(DynamicLayer):
@@ -149,11 +150,12 @@ class EvictedLayer(DynamicLayer):
         """Keys and values of the tail, without room for more."""
         return self.keys, self.values
 
-    def observe(self, query: torch.Tensor, scaling: float, softcap: float | None, count: int) -> None:
+    def observe(self, queries: LastQueries, count: int) -> None:
         """Keeps the last ``count`` queries since the last eviction, for one that no forward reads for."""
+        query = queries.query
         if self.last_queries is not None:
             query = torch.cat([self.last_queries.query, query], dim=2)
-        self.last_queries = LastQueries(query[:, :, -count:].clone(), scaling, softcap)
+        self.last_queries = queries._replace(query=query[:, :, -count:].clone())
 
     def park(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Parks what of a whole text, ``[batch, kv_heads, text, features]``, is not parked yet."""

@@ -38,6 +38,11 @@ def layer_of(cache: LookaheadCache, module: nn.Module, key: torch.Tensor, value:
     return next((each for each in evicted if each.returned(key, value)), None)
 
 
+def _queries(call: AttentionCall) -> LastQueries:
+    """The queries of a forward, and what of its arguments a scorer needs with them."""
+    return LastQueries(call.query, call.scaling, call.options.get("softcap"), call.options.get("s_aux"))
+
+
 @dataclass
 class Decoding:
     """A forward whose tokens are stored behind what there is."""
@@ -55,7 +60,7 @@ class Decoding:
         if layer is None:
             return attend_over(call, None, self.text_mask)
         if self.cache.observed_queries and not torch.compiler.is_compiling():
-            layer.observe(call.query, call.scaling, call.options.get("softcap"), self.cache.observed_queries)
+            layer.observe(_queries(call), self.cache.observed_queries)
         return attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
 
     def finish(self, output: Any) -> Any:
@@ -121,7 +126,7 @@ class Reading:
             return attend_over(call, None, self.text_mask)
         output = attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
         if layer is own:
-            queries = LastQueries(call.query, call.scaling, call.options.get("softcap"))
+            queries = _queries(call)
             tail = layer.read_tail(call.key, call.value)
             attended = (call.key, call.value) if layer.returns_prefix else None
             self._hand_in(index, layer, queries, tail, attended, self.new_length)
@@ -147,7 +152,7 @@ class Reading:
             if layer.returns_prefix:
                 entries = layer.candidates(key, value, key.shape[2], None)
                 attended = modules[index].expand_kv(entries.keys, entries.values)
-            queries = layer.last_queries or LastQueries(key[:, :, :0], 1.0, None)
+            queries = layer.last_queries or LastQueries(key[:, :, :0], 1.0)
             self._hand_in(index, layer, queries, (key, value), attended, queries.query.shape[2])
         self._settle()
 
@@ -184,6 +189,7 @@ class Reading:
                 budget=self.eviction.budget,
                 scaling=queries.scaling,
                 softcap=queries.softcap,
+                sinks=queries.sinks,
                 mask=candidates.one_mask_for_all_heads(),
                 layer_index=index,
                 new_length=new_length,

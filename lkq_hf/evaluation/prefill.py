@@ -205,6 +205,7 @@ def add_oracle(
             mask=mask,
             row_mask=answers.mask,
             softcap=options.get("softcap"),
+            sinks=options.get("s_aux"),
         )
         attention[index] = scores
         candidates = _prompt_entries(key, value, length, mask)

@@ -27,6 +27,8 @@ class PrefillAttention:
             entries; None if all are real.
         layer_index: index of the layer in the model.
         new_length: tokens that this forward reads, the last ones of ``length``; None if it reads all of them.
+        sinks: ``[heads]``, for each query head one logit more in its softmax, of no key (gpt-oss); None if there is
+            none.
     """
 
     query: torch.Tensor
@@ -40,6 +42,7 @@ class PrefillAttention:
     mask: torch.Tensor | None
     layer_index: int
     new_length: int | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def head_mask(self) -> torch.Tensor | None:

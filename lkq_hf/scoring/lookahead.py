@@ -68,6 +68,7 @@ class LookaheadScorer(Scorer):
             attention.scaling,
             mask=attention.mask,
             softcap=attention.softcap,
+            sinks=attention.sinks,
             row_power=self.row_power or 1.0,
         )
         return pool_scores(scores, self.kernel_size or 1, self.pooling, self.neighbor_weight)

@@ -60,5 +60,6 @@ class OracleScorer(Scorer):
             mask=attention.mask,
             row_mask=None if self.response_mask is None else self.response_mask.to(attention.key.device),
             softcap=attention.softcap,
+            sinks=attention.sinks,
         )
         return pool_scores(scores, self.kernel_size, self.pooling, self.neighbor_weight)

@@ -188,6 +188,7 @@ def _per_head_scores(
         mask=None if prompt.mask is None else prompt.mask.to(key.device),
         row_mask=row_mask,
         softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
         row_power=row_power,
         reduce_heads=False,
     )

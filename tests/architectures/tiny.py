@@ -1,5 +1,6 @@
 """A tiny random model of every kind of causal language model that transformers has."""
 
+import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -202,6 +203,9 @@ ALONE = {"mistral4": "Mistral4ForCausalLM"}
 
 
 def tiny_config(model_type, **changes):
+    """Skips the test where this version of transformers does not know the model."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
     return _small(CONFIG_MAPPING[model_type], TEXT, changes)
 
 
