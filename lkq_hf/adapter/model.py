@@ -14,6 +14,7 @@ from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
 from lkq_hf.cache.modules import attention_modules
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
+from lkq_hf.scoring.base import PerLayerEmbedding
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 QUERY_AND_KEY_MODULES = (
@@ -89,7 +90,7 @@ class LookaheadKVModel(BaseTuner):
             tokens = LookaheadTokens(decoder.get_input_embeddings())
             tokens._active_adapter = self.active_adapter
             setattr(decoder, ADAPTER_ATTRIBUTE, tokens)
-        tokens.update_layer(adapter_name, config, decoder.config.hidden_size)
+        tokens.update_layer(adapter_name, config, decoder.config.hidden_size, PerLayerEmbedding.of(decoder))
 
     def _check_target_module_exists(self, peft_config: LookaheadKVConfig, key: str) -> bool | re.Match[str] | None:  # type: ignore[override]
         name = key.removesuffix(".base_layer").rpartition(".")[2]

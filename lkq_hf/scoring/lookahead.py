@@ -50,6 +50,9 @@ class LookaheadScorer(Scorer):
     def suffix(self, decoder: nn.Module) -> torch.Tensor:
         return self._adapter_tokens(decoder).active_tokens()
 
+    def suffix_per_layer(self, decoder: nn.Module) -> torch.Tensor | None:
+        return self._adapter_tokens(decoder).active_rows()
+
     @staticmethod
     def _adapter_tokens(decoder: nn.Module) -> Any:
         tokens = getattr(decoder, ADAPTER_ATTRIBUTE, None)

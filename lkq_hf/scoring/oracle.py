@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
-from lkq_hf.scoring.base import PrefillAttention, Scorer
+from lkq_hf.scoring.base import PerLayerEmbedding, PrefillAttention, Scorer
 from lkq_hf.scoring.pooling import check_pooling, pool_scores
 
 
@@ -51,6 +51,10 @@ class OracleScorer(Scorer):
     def suffix(self, decoder: nn.Module) -> torch.Tensor:
         embedding: nn.Module = decoder.get_input_embeddings()  # type: ignore[operator]
         return embedding(self.response_ids)
+
+    def suffix_per_layer(self, decoder: nn.Module) -> torch.Tensor | None:
+        per_layer = PerLayerEmbedding.of(decoder)
+        return None if per_layer is None else per_layer.embed(self.response_ids)
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         scores = lookahead_scores(

@@ -230,6 +230,10 @@ def tiny_model(model_type, attention="eager", seed=0, **changes):
         model = getattr(transformers, ALONE[model_type])._from_config(config, attn_implementation=attention)
     else:
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # what is zero in the beginning is not after training
+                parameter.normal_(std=0.1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
