@@ -67,7 +67,7 @@ Observer = Callable[[nn.Module, torch.Tensor, torch.Tensor, torch.Tensor, dict[s
 """Called after each attention with (module, query, key, value, keyword arguments of the attention function).
 
 query is ``[batch, heads, queries, head_dim]``, key and value ``[batch, kv_heads, length, head_dim]``; the keyword
-arguments hold ``scaling`` and, for models that cap their logits, ``softcap``.
+arguments hold ``scaling`` and, for models that cap their logits, ``softcap``, for those with sinks ``s_aux``.
 """
 
 Bias = Callable[[nn.Module, torch.Tensor], torch.Tensor | None]

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.attention import thread_state
 from lkq_hf.cache.profile import BudgetProfile
+from lkq_hf.scoring.base import PerLayerEmbedding
 
 
 class LookaheadKVLayer(BaseTunerLayer):
@@ -68,14 +70,19 @@ def adapter_parameters(model: nn.Module, adapter_name: str) -> dict[str, nn.Para
 
 
 class LookaheadTokens(nn.Module, LookaheadKVLayer):
-    """The learned tokens, ``[num_lookahead_tokens, hidden]`` for each adapter; attached to the decoder."""
+    """The learned tokens, ``[num_lookahead_tokens, hidden]`` for each adapter; attached to the decoder.
 
-    adapter_layer_names = ("lookahead_kv_tokens",)
+    For models that embed every token once per layer as well (Gemma 3n), also these embeddings,
+    ``[num_lookahead_tokens, layers, hidden_per_layer]``.
+    """
+
+    adapter_layer_names = ("lookahead_kv_tokens", "lookahead_kv_rows")
     other_param_names = ("poolings", "row_powers", "budget_profiles")
 
     def __init__(self, embedding: nn.Module) -> None:
         super().__init__()
         self.lookahead_kv_tokens = nn.ParameterDict()
+        self.lookahead_kv_rows = nn.ParameterDict()
         self.poolings: dict[str, dict[str, Any]] = {}
         self.row_powers: dict[str, float] = {}
         self.budget_profiles: dict[str, BudgetProfile | None] = {}
@@ -83,10 +90,27 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         # In a tuple, so that it is not registered as a submodule and saved twice.
         self._embedding = (embedding,)
 
-    def update_layer(self, adapter_name: str, config: LookaheadKVConfig, hidden_size: int) -> None:
-        """Adds an adapter's tokens, drawn to look like the model's own embeddings."""
-        tokens = _initial_tokens(self._embedding[0], config.num_lookahead_tokens, hidden_size)
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: LookaheadKVConfig,
+        hidden_size: int,
+        per_layer: PerLayerEmbedding | None = None,
+    ) -> None:
+        """Adds an adapter's tokens, drawn to look like the model's own embeddings.
+
+        Args:
+            adapter_name: of the adapter.
+            config: its.
+            hidden_size: of the model.
+            per_layer: what the model embeds tokens to once per layer; None if it does not.
+        """
+        weight = getattr(self._embedding[0], "weight", None)
+        tokens = _initial_tokens(self._embedding[0], weight, config.num_lookahead_tokens, (hidden_size,))
         self.lookahead_kv_tokens[adapter_name] = _parameter(tokens, config)
+        if per_layer is not None:
+            rows = _initial_tokens(per_layer.embed, weight, config.num_lookahead_tokens, per_layer.shape)
+            self.lookahead_kv_rows[adapter_name] = _parameter(rows, config)
         self.poolings[adapter_name] = {
             "kernel_size": config.pooling_kernel_size,
             "pooling": config.pooling,
@@ -151,6 +175,17 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
             ValueError: no adapter, or more than one, is active.
         """
         return _available(self.lookahead_kv_tokens, self.active_name())[None]
+
+    def active_rows(self) -> torch.Tensor | None:
+        """The active adapter's embeddings for each layer, ``[1, num_lookahead_tokens, layers, hidden_per_layer]``.
+
+        None for models without them.
+
+        Raises:
+            ValueError: no adapter, or more than one, is active.
+        """
+        name = self.active_name()
+        return _available(self.lookahead_kv_rows, name)[None] if name in self.lookahead_kv_rows else None
 
     def pooling(self) -> dict[str, Any]:
         """Arguments of :func:`~lkq_hf.scoring.pooling.pool_scores` that the active adapter's config recommends.
@@ -353,15 +388,22 @@ def _parameter(initial: torch.Tensor, config: LookaheadKVConfig) -> nn.Parameter
     return nn.Parameter(torch.full_like(initial, torch.nan) if config.inference_mode else initial)
 
 
-def _initial_tokens(embedding: nn.Module, count: int, hidden_size: int) -> torch.Tensor:
-    """``[count, hidden_size]`` normal values with the spread of the embeddings that the first layer sees."""
-    weight = getattr(embedding, "weight", None)
+def _initial_tokens(
+    embed: Callable[[torch.Tensor], torch.Tensor], weight: torch.Tensor | None, count: int, shape: tuple[int, ...]
+) -> torch.Tensor:
+    """``[count, *shape]`` normal values with the spread of what a model embeds tokens to.
+
+    Args:
+        embed: the embedding; some models scale what they look up.
+        weight: of the tokens' embedding; None if it cannot be looked at.
+        count: values for so many tokens.
+        shape: of one.
+    """
     if weight is None or weight.device.type == "meta":
-        return torch.randn(count, hidden_size) * 0.02
+        return torch.randn(count, *shape) * 0.02
     with torch.no_grad():
-        # A few hundred tokens through the module itself: some models scale what they look up.
+        # A few hundred tokens are enough.
         ids = torch.linspace(0, weight.shape[0] - 1, min(512, weight.shape[0]), device=weight.device).long()
-        sample = embedding(ids[None])[0].float()
-        return (torch.randn(count, hidden_size, device=weight.device) * sample.std(0) + sample.mean(0)).to(
-            torch.float32
-        )
+        sample = embed(ids[None])[0].float()
+        drawn = torch.randn(count, *shape, device=weight.device)
+        return (drawn * sample.std(0) + sample.mean(0)).to(torch.float32)

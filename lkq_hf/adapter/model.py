@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
 from lkq_hf.cache.fingerprint import model_sizes
+from lkq_hf.cache.modules import attention_modules
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
+from lkq_hf.scoring.base import PerLayerEmbedding
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 QUERY_AND_KEY_MODULES = (
@@ -57,7 +59,9 @@ class LookaheadKVModel(BaseTuner):
         _check_shape(cast(LookaheadKVConfig, peft_config), decoder)
         prepare_model_for_eviction(model)
         self._decoder_name = next(name for name, module in model.named_modules() if module is decoder)
-        self._last_layer = f"{_layers_name(self._decoder_name, decoder)}.{decoder.config.num_hidden_layers - 1}."
+        name, layers = _layers(decoder)
+        self._layers_name = f"{self._decoder_name}.{name}." if self._decoder_name else f"{name}."
+        self._last_layer = f"{self._layers_name}{len(layers) - 1}."
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(LookaheadKVConfig, self.peft_config[adapter_name])
@@ -82,7 +86,7 @@ class LookaheadKVModel(BaseTuner):
             tokens = LookaheadTokens(decoder.get_input_embeddings())
             tokens._active_adapter = self.active_adapter
             setattr(decoder, ADAPTER_ATTRIBUTE, tokens)
-        tokens.update_layer(adapter_name, config, decoder.config.hidden_size)
+        tokens.update_layer(adapter_name, config, decoder.config.hidden_size, PerLayerEmbedding.of(decoder))
 
     def _check_target_module_exists(self, peft_config: LookaheadKVConfig, key: str) -> bool | re.Match[str] | None:  # type: ignore[override]
         name = key.removesuffix(".base_layer").rpartition(".")[2]
@@ -94,7 +98,7 @@ class LookaheadKVModel(BaseTuner):
                 return False
         if peft_config.target_modules is not None:
             return check_target_module_exists(peft_config, key)
-        in_layers = key.startswith(self._last_layer.rstrip("0123456789.") + ".")
+        in_layers = key.startswith(self._layers_name)
         module = self.model.get_submodule(key)
         return in_layers and _is_linear(module) and "Router" not in type(module).__name__
 
@@ -189,14 +193,17 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features"))
 
 
-def _layers_name(decoder_name: str, decoder: PreTrainedModel) -> str:
-    """Name, from the model's root, of the list of the decoder's layers."""
+def _layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of the decoder's layers, and its name in the decoder.
+
+    Raises:
+        TypeError: there is none.
+    """
+    attention = {id(module) for module in attention_modules(decoder)}
     for name, module in decoder.named_children():
-        if isinstance(module, nn.ModuleList) and len(module) == decoder.config.num_hidden_layers:
-            return f"{decoder_name}.{name}" if decoder_name else name
-    raise TypeError(
-        f"{type(decoder).__name__} has no list of {decoder.config.num_hidden_layers} layers for a LOOKAHEAD_KV adapter"
-    )
+        if isinstance(module, nn.ModuleList) and attention <= {id(each) for each in module.modules()}:
+            return name, module
+    raise TypeError(f"{type(decoder).__name__} has no list of layers for a LOOKAHEAD_KV adapter")
 
 
 def _refuse_offloaded(decoder: PreTrainedModel) -> None:

@@ -13,6 +13,7 @@ from transformers.cache_utils import (
     LinearAttentionLayer,
 )
 
+from lkq_hf.cache.latent import LatentLayer, StaticLatentLayer
 from lkq_hf.cache.layers import EvictedLayer, UncompressedSlidingLayer
 from lkq_hf.cache.recurrent import (
     MixedLayer,
@@ -64,6 +65,8 @@ def build_layers(config: PreTrainedConfig, parks: bool, room: int | None) -> lis
 def _layer(layer: Any, index: int, config: PreTrainedConfig, parks: bool, room: int | None) -> Any:
     # Exact types: subclasses carry more state, which eviction would leave inconsistent.
     kind = type(layer)
+    if kind is DynamicLayer and getattr(config, "kv_lora_rank", None) is not None:
+        return LatentLayer(parks) if room is None else StaticLatentLayer(room, parks)
     if kind is DynamicLayer:
         return EvictedLayer(parks) if room is None else StaticEvictedLayer(room, parks)
     if kind is DynamicSlidingWindowLayer:

@@ -42,11 +42,12 @@ class Candidates(NamedTuple):
 
 
 class LastQueries(NamedTuple):
-    """Queries ``[batch, heads, count, head_dim]`` of the last tokens, and how their logits are made."""
+    """Queries ``[batch, heads, count, head_dim]`` of the last tokens, and how their attention is made of them."""
 
     query: torch.Tensor
     scaling: float
-    softcap: float | None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
 
 class EvictedLayer(DynamicLayer):
@@ -67,6 +68,8 @@ class EvictedLayer(DynamicLayer):
 
     keys: torch.Tensor
     values: torch.Tensor
+    # Whether `update` returns the prefix before the tail, and the model makes keys and values of both.
+    returns_prefix = False
 
     def __init__(self, parks: bool = False) -> None:
         super().__init__()
@@ -128,6 +131,11 @@ class EvictedLayer(DynamicLayer):
         self.tokens_seen += key_states.shape[-2]
         return self.append(key_states, value_states)
 
+    def read_tail(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the cache holds of the keys and values, ``[batch, kv_heads, tail, features]``, that a reading attends
+        to, without what was evicted to before them."""
+        return key, value
+
     def read_before(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Entries that a forward which reads attends to, before its own: the tail, and what is parked before it."""
         keys, values = self.stored_tail()
@@ -142,11 +150,12 @@ class EvictedLayer(DynamicLayer):
         """Keys and values of the tail, without room for more."""
         return self.keys, self.values
 
-    def observe(self, query: torch.Tensor, scaling: float, softcap: float | None, count: int) -> None:
+    def observe(self, queries: LastQueries, count: int) -> None:
         """Keeps the last ``count`` queries since the last eviction, for one that no forward reads for."""
+        query = queries.query
         if self.last_queries is not None:
             query = torch.cat([self.last_queries.query, query], dim=2)
-        self.last_queries = LastQueries(query[:, :, -count:].clone(), scaling, softcap)
+        self.last_queries = queries._replace(query=query[:, :, -count:].clone())
 
     def park(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """Parks what of a whole text, ``[batch, kv_heads, text, features]``, is not parked yet."""

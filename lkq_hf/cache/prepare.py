@@ -345,7 +345,7 @@ def _begin_reading(
         if given_mask is not kwargs.get("attention_mask"):
             refuse_masks_of_pictures(decoder, kwargs, given_mask)
             kwargs = kwargs | {"attention_mask": given_mask}  # the decoder makes the same of it, but longer
-        kwargs = append_suffix(decoder, kwargs, suffix, length, seen)
+        kwargs = append_suffix(decoder, kwargs, scorer, suffix, length, seen)
         suffix_length = suffix.shape[1]
     inputs = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     batch = inputs.shape[0]

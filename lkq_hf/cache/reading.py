@@ -18,6 +18,7 @@ from lkq_hf.cache.attend import attend_over
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, LastQueries
+from lkq_hf.cache.modules import attention_modules
 from lkq_hf.cache.recurrent import read_apart
 from lkq_hf.scoring import PrefillAttention, Scorer
 
@@ -33,7 +34,13 @@ def layer_of(cache: LookaheadCache, module: nn.Module, key: torch.Tensor, value:
                 return own
         elif own.keys is not None and own.keys is key:  # a sliding window
             return None
-    return next((each for each in layers if isinstance(each, EvictedLayer) and each.returned(key, value)), None)
+    evicted = (each for each in layers if isinstance(each, EvictedLayer) and not each.returns_prefix)
+    return next((each for each in evicted if each.returned(key, value)), None)
+
+
+def _queries(call: AttentionCall) -> LastQueries:
+    """The queries of a forward, and what of its arguments a scorer needs with them."""
+    return LastQueries(call.query, call.scaling, call.options.get("softcap"), call.options.get("s_aux"))
 
 
 @dataclass
@@ -53,8 +60,8 @@ class Decoding:
         if layer is None:
             return attend_over(call, None, self.text_mask)
         if self.cache.observed_queries and not torch.compiler.is_compiling():
-            layer.observe(call.query, call.scaling, call.options.get("softcap"), self.cache.observed_queries)
-        return attend_over(call, layer.attended_prefix, self.text_mask)
+            layer.observe(_queries(call), self.cache.observed_queries)
+        return attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
 
     def finish(self, output: Any) -> Any:
         self.stop_attending()
@@ -108,13 +115,21 @@ class Reading:
 
     def attend(self, call: AttentionCall) -> Any:
         layer = layer_of(self.cache, call.module, call.key, call.value)
-        output = attend_over(call, None if layer is None else layer.attended_prefix, self.text_mask)
-        if layer is None:
-            return output
         index: int = call.module.layer_idx  # type: ignore[assignment]
-        if index < len(self.cache.layers) and self.cache.layers[index] is layer:
-            queries = LastQueries(call.query, call.scaling, call.options.get("softcap"))
-            self._hand_in(index, layer, queries, call.key, call.value, self.new_length)
+        own: Any = self.cache.layers[index] if index < len(self.cache.layers) else None
+        if layer is None and isinstance(own, EvictedLayer):
+            raise NotImplementedError(
+                f"the attention of layer {index} of {type(self.decoder).__name__} could not be observed: it changes "
+                "keys or values after the cache has returned them. Generate with DynamicCache for this model."
+            )
+        if layer is None:
+            return attend_over(call, None, self.text_mask)
+        output = attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
+        if layer is own:
+            queries = _queries(call)
+            tail = layer.read_tail(call.key, call.value)
+            attended = (call.key, call.value) if layer.returns_prefix else None
+            self._hand_in(index, layer, queries, tail, attended, self.new_length)
         return output
 
     def recur(
@@ -127,13 +142,18 @@ class Reading:
     def without_forward(self) -> None:
         """Evicts by what the last tokens' queries attend to, for scorers that append no tokens."""
         self._seen = int(self.cache.get_seq_length())
+        modules: dict[Any, Any] = {module.layer_idx: module for module in attention_modules(self.decoder)}
         for index in self.cache.evicted_layers():
             layer = self.cache.layers[index]
             layer.begin_reading(0)
             parts = layer.read_before(layer.keys.device)
             key, value = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
-            queries = layer.last_queries or LastQueries(key[:, :, :0], 1.0, None)
-            self._hand_in(index, layer, queries, key, value, queries.query.shape[2])
+            attended = None
+            if layer.returns_prefix:
+                entries = layer.candidates(key, value, key.shape[2], None)
+                attended = modules[index].expand_kv(entries.keys, entries.values)
+            queries = layer.last_queries or LastQueries(key[:, :, :0], 1.0)
+            self._hand_in(index, layer, queries, (key, value), attended, queries.query.shape[2])
         self._settle()
 
     def _hand_in(
@@ -141,35 +161,48 @@ class Reading:
         index: int,
         layer: EvictedLayer,
         queries: LastQueries,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        tail: tuple[torch.Tensor, torch.Tensor],
+        attended: tuple[torch.Tensor, torch.Tensor] | None,
         new_length: int,
     ) -> None:
-        """Scores one layer, right after its attention; the first ``new_length`` queries are of tokens of the text."""
-        tail = key.shape[2] - self.suffix_length
-        candidates = layer.candidates(key, value, tail, self.text_mask)
+        """Scores one layer, right after its attention.
+
+        Args:
+            index: of the layer.
+            layer: of the cache.
+            queries: the first ``new_length`` are of tokens of the text.
+            tail: keys and values as the cache holds them, of what is behind the prefix and of appended tokens.
+            attended: those that the model makes of them and of the prefix; None where it takes them as they are.
+            new_length: tokens of the text that are read.
+        """
+        length = tail[0].shape[2] - self.suffix_length
+        candidates = layer.candidates(*tail, length, self.text_mask)
         count = candidates.positions.shape[-1]
+        scored_keys, scored_values = attended or (candidates.keys, candidates.values)
         scores = self.scorer.score(
             PrefillAttention(
                 query=queries.query,
-                key=candidates.keys,
-                value=candidates.values,
+                key=scored_keys,
+                value=scored_values,
                 length=count,
                 suffix_length=self.suffix_length,
                 budget=self.eviction.budget,
                 scaling=queries.scaling,
                 softcap=queries.softcap,
+                sinks=queries.sinks,
                 mask=candidates.one_mask_for_all_heads(),
                 layer_index=index,
                 new_length=new_length,
             )
         )
+        if attended is not None:  # one score for the whole token
+            scores = scores.mean(1, keepdim=True)
         if self.cache.records_past:
             # Which of these tokens are only drafts will be said by the next crop.
-            self._tails[index] = key[:, :, :tail].clone(), value[:, :, :tail].clone()
+            self._tails[index] = tail[0][:, :, :length].clone(), tail[1][:, :, :length].clone()
             self._scores[index] = scores
             return
-        layer.park(key[:, :, :tail], value[:, :, :tail])
+        layer.park(tail[0][:, :, :length], tail[1][:, :, :length])
         if self.recent:
             candidates, scores = candidates.without_last(self.recent), scores[..., : count - self.recent]
         self.eviction.add(index, candidates, scores)

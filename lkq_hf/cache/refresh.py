@@ -42,11 +42,13 @@ def begin_refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mas
     else:
         positions = mask.sum(-1, keepdim=True).to(device) + following
         whole = torch.cat([mask.to(device), mask.new_ones(batch, length).to(device)], dim=1).long()
-    inputs = {
+    inputs: dict[str, Any] = {
         "inputs_embeds": suffix.to(decoder.dtype).expand(batch, -1, -1),
         "attention_mask": whole,
         "position_ids": positions.expand(batch, -1),
         "use_cache": True,
         **pass_cache(cache),
     }
+    if (rows := scorer.suffix_per_layer(decoder)) is not None:
+        inputs["per_layer_inputs"] = rows.to(decoder.dtype).expand(batch, -1, -1, -1)
     return reading, inputs

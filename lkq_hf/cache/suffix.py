@@ -10,32 +10,32 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from lkq_hf.compat import find_cache, pass_cache
+from lkq_hf.scoring import Scorer
+from lkq_hf.scoring.base import PerLayerEmbedding
 
 _EXTENDED = ("attention_mask", "position_ids")
 
 
 def append_suffix(
-    decoder: PreTrainedModel, kwargs: dict[str, Any], suffix: torch.Tensor, length: int, seen: int
+    decoder: PreTrainedModel, kwargs: dict[str, Any], scorer: Scorer, suffix: torch.Tensor, length: int, seen: int
 ) -> dict[str, Any]:
     """The decoder's inputs with the suffix behind them, at the positions that follow.
 
     Args:
         decoder: the stack of layers.
         kwargs: what it is called with.
+        scorer: whose suffix it is.
         suffix: embeddings, ``[1 or batch, suffix_length, hidden]``.
         length: tokens of this forward.
         seen: tokens that were read before.
 
     Raises:
-        NotImplementedError: tokens of this model need more than an embedding.
+        NotImplementedError, ValueError: the model embeds tokens once per layer, and these embeddings are missing.
         ValueError: the model has no positions for the suffix.
     """
-    if getattr(decoder.config, "hidden_size_per_layer_input", None):
-        raise NotImplementedError(
-            f"{type(decoder).__name__} embeds every token once per layer, which appended tokens do not have. "
-            'Choose a scorer without them, such as "snapkv".'
-        )
     kwargs = dict(kwargs)
+    if (per_layer := PerLayerEmbedding.of(decoder)) is not None:
+        kwargs["per_layer_inputs"] = torch.cat(_rows(decoder, kwargs, scorer, per_layer), dim=1)
     embeds = kwargs.get("inputs_embeds")
     if embeds is None:
         embeds = decoder.get_input_embeddings()(kwargs.pop("input_ids"))
@@ -64,6 +64,33 @@ def append_suffix(
         # Some decoders let only these positions into their last layers.
         kwargs["logits_to_keep"] = kept + suffix_length
     return kwargs
+
+
+def _rows(
+    decoder: PreTrainedModel, kwargs: dict[str, Any], scorer: Scorer, per_layer: PerLayerEmbedding
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings for each layer of the text and of the suffix.
+
+    Raises:
+        ValueError: the text is given by its embeddings alone.
+        NotImplementedError: the scorer has none for its suffix.
+    """
+    name = type(decoder).__name__
+    rows = kwargs.get("per_layer_inputs")
+    if rows is None and kwargs.get("input_ids") is None:
+        raise ValueError(
+            f"{name} embeds every token once per layer as well, and only inputs_embeds were passed. Pass input_ids, "
+            "or per_layer_inputs=decoder.get_per_layer_inputs(input_ids) beside inputs_embeds."
+        )
+    rows = per_layer.embed(kwargs["input_ids"]) if rows is None else rows
+    suffix = scorer.suffix_per_layer(decoder)
+    if suffix is None:
+        raise NotImplementedError(
+            f"{name} embeds every token once per layer as well, and {type(scorer).__name__} has no such embeddings "
+            "for the tokens that it appends: implement suffix_per_layer, or choose a scorer without appended tokens, "
+            'such as "snapkv".'
+        )
+    return rows, suffix.to(rows).expand(rows.shape[0], -1, -1, -1)
 
 
 def _refuse_beyond_learned_positions(decoder: PreTrainedModel, length: int, suffix_length: int) -> None:

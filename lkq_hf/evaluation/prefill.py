@@ -82,6 +82,10 @@ class _Recorder(Scorer):
             raise ValueError(f"the scorers {', '.join(found)} append different tokens to the prompt: use one of them")
         return first
 
+    def suffix_per_layer(self, decoder: nn.Module) -> torch.Tensor | None:
+        every = (scorer.suffix_per_layer(decoder) for scorer in self.scorers.values())
+        return next((rows for rows in every if rows is not None), None)
+
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         key, value, length = attention.key, attention.value, attention.length
         self.full.update(key[:, :, :length], value[:, :, :length], attention.layer_index)
@@ -212,6 +216,7 @@ def add_oracle(
             mask=mask,
             row_mask=answers.mask,
             softcap=options.get("softcap"),
+            sinks=options.get("s_aux"),
         )
         attention[index] = scores
         candidates = _prompt_entries(key, value, length, mask)

@@ -21,6 +21,7 @@ def lookahead_scores(
     softcap: float | None = None,
     row_power: float = 1.0,
     reduce_heads: bool = True,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Mean attention of the last ``n`` positions to each of the ``length`` positions before them.
 
@@ -44,6 +45,8 @@ def lookahead_scores(
             mean of the papers; 2, the root mean square, counts an entry that few rows need much for more than one
             that all rows need a little.
         reduce_heads: take the mean over the query heads of each KV head as well.
+        sinks: ``[heads]`` or ``[batch, heads]``, for each query head one logit more in its softmax, of no key
+            (gpt-oss). No gradient goes to it.
 
     Returns:
         float32 scores, ``[batch, kv_heads, length]``, or ``[batch, heads, length]`` without ``reduce_heads``. (float64
@@ -54,18 +57,33 @@ def lookahead_scores(
         TypeError: a mask is not boolean.
     """
     if mask is not None and mask.dim() == 3:
-        return _head_by_head(query, key, scaling, mask, row_mask, softcap, row_power, reduce_heads)
-    _check(query, key, mask, row_mask)
+        return _head_by_head(query, key, scaling, mask, row_mask, sinks, softcap, row_power, reduce_heads)
+    _check(query, key, mask, row_mask, sinks)
     if not row_power > 0:
         raise ValueError(f"row_power must be positive, found {row_power}.")
-    inputs = query, key, mask, row_mask, scaling, softcap, row_power, reduce_heads
+    inputs = query, key, mask, row_mask, _rows_of_sinks(sinks, query, key), scaling, softcap, row_power, reduce_heads
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
         return _LookaheadScores.apply(*inputs)
     return _scores_and_lse(*inputs)[0]
 
 
+def _rows_of_sinks(sinks: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """``[batch, kv_heads, ratio, n]``: of every row its head's."""
+    if sinks is None:
+        return None
+    batch, heads, n, _ = query.shape
+    rows = sinks.detach().to(_accumulator(query)).expand(batch, heads)
+    return rows.unflatten(1, (key.shape[1], -1))[..., None].expand(-1, -1, -1, n)
+
+
 def _head_by_head(
-    query: Tensor, key: Tensor, scaling: float, mask: Tensor, row_mask: Tensor | None, *settings: Any
+    query: Tensor,
+    key: Tensor,
+    scaling: float,
+    mask: Tensor,
+    row_mask: Tensor | None,
+    sinks: Tensor | None,
+    *settings: Any,
 ) -> Tensor:
     """A mask for each KV head: as if the KV heads were rows of the batch."""
     if query.shape[1] % key.shape[1] or mask.shape[:2] != key.shape[:2]:
@@ -84,6 +102,7 @@ def _head_by_head(
         softcap=softcap,
         row_power=row_power,
         reduce_heads=reduce_heads,
+        sinks=None if sinks is None else sinks.expand(query.shape[:2]).unflatten(1, (kv_heads, -1)).flatten(0, 1),
     )
     return scores.unflatten(0, (-1, kv_heads)).flatten(1, 2)
 
@@ -106,13 +125,14 @@ class _LookaheadScores(torch.autograd.Function):
         key: Tensor,
         mask: Tensor | None,
         row_mask: Tensor | None,
+        sinks: Tensor | None,
         scaling: float,
         softcap: float | None,
         row_power: float,
         reduce_heads: bool,
     ) -> Tensor:
         settings = (scaling, softcap, row_power, reduce_heads)
-        scores, partial_lse = _scores_and_lse(query, key, mask, row_mask, *settings)
+        scores, partial_lse = _scores_and_lse(query, key, mask, row_mask, sinks, *settings)
         ctx.save_for_backward(query, key, mask, row_mask, partial_lse, scores)
         ctx.settings = settings
         return scores
@@ -120,7 +140,7 @@ class _LookaheadScores(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_query, grad_key = _reference_backward(grad, *ctx.saved_tensors, *ctx.settings)
-        return grad_query, grad_key, None, None, None, None, None, None
+        return grad_query, grad_key, None, None, None, None, None, None, None
 
 
 def _reference(
@@ -128,6 +148,7 @@ def _reference(
     key: Tensor,
     mask: Tensor | None,
     row_mask: Tensor | None,
+    sinks: Tensor | None,
     scaling: float,
     softcap: float | None,
     row_power: float,
@@ -137,6 +158,8 @@ def _reference(
     batch, kv_heads, total, _ = key.shape
     heads, n = query.shape[1:3]
     lse = query.new_full((batch, kv_heads, heads // kv_heads, n), -torch.inf, dtype=_accumulator(query))
+    if sinks is not None:
+        lse = sinks.contiguous()
     for _, logits in _logit_chunks(query, key, total, mask, scaling, softcap):
         lse = torch.logaddexp(lse, logits.logsumexp(-1))
 
@@ -256,7 +279,7 @@ def _accumulator(query: Tensor) -> torch.dtype:
     return torch.promote_types(query.dtype, torch.float32)
 
 
-def _check(query: Tensor, key: Tensor, mask: Tensor | None, row_mask: Tensor | None) -> None:
+def _check(query: Tensor, key: Tensor, mask: Tensor | None, row_mask: Tensor | None, sinks: Tensor | None) -> None:
     if query.dim() != 4 or key.dim() != 4 or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         raise ValueError(
             "Expected query [batch, heads, n, head_dim] and key [batch, kv_heads, length + n, head_dim], "
@@ -268,6 +291,8 @@ def _check(query: Tensor, key: Tensor, mask: Tensor | None, row_mask: Tensor | N
         raise ValueError(f"The {heads} query heads cannot be shared out among {kv_heads} KV heads.")
     if total < n:
         raise ValueError(f"key must end with the keys of the {n} queries themselves, found only {total} keys.")
+    if sinks is not None and tuple(sinks.shape) not in ((heads,), (batch, heads)):
+        raise ValueError(f"sinks must be [{heads}] or {[batch, heads]}, found {list(sinks.shape)}.")
     for name, value, expected in (("mask", mask, (batch, total - n)), ("row_mask", row_mask, (batch, n))):
         if value is None:
             continue

@@ -25,6 +25,7 @@ def lookahead_scores_triton(
     key: Tensor,
     mask: Tensor | None,
     row_mask: Tensor | None,
+    sinks: Tensor | None,
     scaling: float,
     softcap: float | None,
     row_power: float,
@@ -83,6 +84,8 @@ def lookahead_scores_triton(
     log2_divisor = math.log2(group_rows // n) + (math.log2(n) if row_mask is None else 0.0)
     with torch.cuda.device_of(key):
         _partial_lse_kernel[grid](*inputs, partial_lse, **constants)
+        if sinks is not None:  # one more split of every row
+            partial_lse = torch.cat([partial_lse, sinks.flatten(2)[:, :, None].float()], dim=2)
         _column_mean_kernel[grid](
             *inputs,
             partial_lse,
@@ -90,7 +93,8 @@ def lookahead_scores_triton(
             log2_divisor,
             row_power,
             scores,
-            SPLITS=next_power_of_2(splits),
+            SPLITS=next_power_of_2(partial_lse.shape[2]),
+            HAS_SINKS=sinks is not None,
             HAS_POWER=row_power != 1,
             **constants,
         )
@@ -287,6 +291,7 @@ def _column_mean_kernel(
     row_power,
     scores,
     SPLITS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HAS_POWER: tl.constexpr,
     KV_HEADS: tl.constexpr,
     RATIO: tl.constexpr,
@@ -320,6 +325,8 @@ def _column_mean_kernel(
 
     # The mean costs nothing: its divisor is part of the exponent, and a row that does not count has the exponent -inf.
     splits = tl.num_programs(1)
+    if HAS_SINKS:
+        splits += 1
     split = tl.arange(0, SPLITS)
     partial = _LOG2_E * tl.load(
         partial_lse + (tl.program_id(2) * splits + split)[:, None] * (RATIO * n) + row[None, :],

@@ -13,8 +13,8 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
-from lkq_hf.quantization.blocks import weights_of
-from lkq_hf.quantization.capture import BlockCall, probe_block_calls
+from lkq_hf.quantization.blocks import find_blocks, weights_of
+from lkq_hf.quantization.capture import PROBE_TOKENS, BlockCall, probe_block_calls
 from lkq_hf.quantization.checkpoint import SAFETENSORS_DTYPES, Headers, check_checkpoint
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.experts import use_packed_experts
@@ -44,10 +44,12 @@ def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> N
             f"tensors, {_some(sorted(dict(own - made)))} are not what its config makes, which would be "
             f"{_some(sorted(dict(made - own)))}"
         )
+    # Of a model of its own, since a first forward may change weights.
+    runs_dense = _forward_error(_empty_twin(model), config) is None
+    twin = _empty_twin(model)
     try:
         headers, missing, unexpected = _reload(model, config)
         if not missing and not unexpected:
-            twin = _empty_twin(model)
             check_checkpoint(twin, replace_by_packed(twin, config), headers)
     except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
         raise ValueError(
@@ -59,6 +61,23 @@ def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> N
             f"a quantized {type(model).__name__} could be saved, but not loaded again, so it is not quantized: "
             f"transformers would miss {_some(missing)} in the file, and not know {_some(unexpected)}"
         )
+    # Not every model runs without numbers.
+    if runs_dense and (problem := _forward_error(twin, config)) is not None:
+        raise ValueError(
+            f"{type(model).__name__} does not run with packed layers ({type(problem).__name__}: {problem}): its code "
+            "uses the weights of some other than by calling the layer. Leave these out with modules_to_not_convert"
+        )
+
+
+def _forward_error(twin: PreTrainedModel, config: TwoStageGPTQConfig) -> Exception | None:
+    """What goes wrong where a model without weights is run up to its last block."""
+    _, blocks = find_blocks(twin, config.block_name_to_quantize)
+    tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
+    try:
+        probe_block_calls(twin.eval(), list(blocks), tokens)
+    except Exception as error:
+        return error
+    return None
 
 
 def _shapes(model: PreTrainedModel) -> set[tuple[str, tuple[int, ...]]]:

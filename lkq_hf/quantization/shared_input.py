@@ -140,6 +140,8 @@ def shared_product(layer: "QuantizedLinear", x: Tensor) -> Tensor | None:
 
 def autocast(x: Tensor) -> Tensor:
     """``x`` in the dtype of the autocast region around, if there is one."""
+    if x.is_meta:  # of which torch knows no autocast
+        return x
     return x.to(torch.get_autocast_dtype(x.device.type)) if torch.is_autocast_enabled(x.device.type) else x
 
 

@@ -1,7 +1,11 @@
 """What a scorer sees and what it returns."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -27,6 +31,8 @@ class PrefillAttention:
             entries; None if all are real.
         layer_index: index of the layer in the model.
         new_length: tokens that this forward reads, the last ones of ``length``; None if it reads all of them.
+        sinks: ``[heads]``, for each query head one logit more in its softmax, of no key (gpt-oss); None if there is
+            none.
     """
 
     query: torch.Tensor
@@ -40,11 +46,35 @@ class PrefillAttention:
     mask: torch.Tensor | None
     layer_index: int
     new_length: int | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def head_mask(self) -> torch.Tensor | None:
         """:attr:`mask` as ``[batch, 1 or kv_heads, length]``."""
         return self.mask[:, None] if self.mask is not None and self.mask.ndim == 2 else self.mask
+
+
+class PerLayerEmbedding(NamedTuple):
+    """What a decoder embeds tokens to once per layer, beside their embedding (Gemma 3n).
+
+    Attributes:
+        embed: token ids ``[batch, length]`` to ``[batch, length, layers, hidden_per_layer]``.
+        shape: layers and hidden_per_layer.
+    """
+
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, decoder: Any) -> "PerLayerEmbedding | None":
+        """The decoder's; None if it has none."""
+        size = getattr(decoder.config, "hidden_size_per_layer_input", None)
+        if not size:
+            return None
+        embed = decoder.get_per_layer_inputs
+        if "inputs_embeds" in signature(embed).parameters:
+            embed = partial(embed, inputs_embeds=None)
+        return cls(embed, (decoder.config.num_hidden_layers, size))
 
 
 class Scorer(ABC):
@@ -69,6 +99,11 @@ class Scorer(ABC):
 
     def suffix(self, decoder: nn.Module) -> torch.Tensor | None:
         """Embeddings to append after the prompt, ``[1 or batch, suffix_length, hidden]``, or None."""
+        return None
+
+    def suffix_per_layer(self, decoder: nn.Module) -> torch.Tensor | None:
+        """For models that embed every token once per layer: the suffix's, ``[1 or batch, suffix_length, layers,
+        hidden_per_layer]``. None where there is no suffix."""
         return None
 
     @abstractmethod

@@ -50,6 +50,9 @@ class LookaheadScorer(Scorer):
     def suffix(self, decoder: nn.Module) -> torch.Tensor:
         return self._adapter_tokens(decoder).active_tokens()
 
+    def suffix_per_layer(self, decoder: nn.Module) -> torch.Tensor | None:
+        return self._adapter_tokens(decoder).active_rows()
+
     @staticmethod
     def _adapter_tokens(decoder: nn.Module) -> Any:
         tokens = getattr(decoder, ADAPTER_ATTRIBUTE, None)
@@ -68,6 +71,7 @@ class LookaheadScorer(Scorer):
             attention.scaling,
             mask=attention.mask,
             softcap=attention.softcap,
+            sinks=attention.sinks,
             row_power=self.row_power or 1.0,
         )
         return pool_scores(scores, self.kernel_size or 1, self.pooling, self.neighbor_weight)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
-from lkq_hf.scoring.base import PrefillAttention, Scorer
+from lkq_hf.scoring.base import PerLayerEmbedding, PrefillAttention, Scorer
 from lkq_hf.scoring.pooling import check_pooling, pool_scores
 
 
@@ -52,6 +52,10 @@ class OracleScorer(Scorer):
         embedding: nn.Module = decoder.get_input_embeddings()  # type: ignore[operator]
         return embedding(self.response_ids)
 
+    def suffix_per_layer(self, decoder: nn.Module) -> torch.Tensor | None:
+        per_layer = PerLayerEmbedding.of(decoder)
+        return None if per_layer is None else per_layer.embed(self.response_ids)
+
     def score(self, attention: PrefillAttention) -> torch.Tensor:
         scores = lookahead_scores(
             attention.query[:, :, -attention.suffix_length :],
@@ -60,5 +64,6 @@ class OracleScorer(Scorer):
             mask=attention.mask,
             row_mask=None if self.response_mask is None else self.response_mask.to(attention.key.device),
             softcap=attention.softcap,
+            sinks=attention.sinks,
         )
         return pool_scores(scores, self.kernel_size, self.pooling, self.neighbor_weight)

@@ -45,6 +45,7 @@ class SnapKVScorer(Scorer):
             attention.scaling,
             mask=None if attention.mask is None else attention.mask[..., :before],
             softcap=attention.softcap,
+            sinks=attention.sinks,
         )
         pooled = pool_scores(scores, self.kernel_size, self.pooling, self.neighbor_weight)
         return F.pad(pooled, (0, window), value=torch.inf)

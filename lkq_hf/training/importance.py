@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicCache
 from lkq_hf.attention import Observer, lookahead_positions, observe_attention
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.cache.modules import forgets, recurrent_modules
 from lkq_hf.compat import pass_cache
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 
@@ -28,6 +29,9 @@ class PromptCache(DynamicCache):
         input_ids: ``[batch, length]``, padded on the left.
         attention_mask: ``[batch, length]``, 1 for real tokens; None if there is no padding.
         model: what to call instead of the decoder: the whole model, where its weights are gathered by a wrapper.
+
+    Raises:
+        NotImplementedError: the decoder has recurrent modules that do not go on from their state.
     """
 
     def __init__(
@@ -37,6 +41,12 @@ class PromptCache(DynamicCache):
         attention_mask: torch.Tensor | None = None,
         model: nn.Module | None = None,
     ) -> None:
+        if any(forgets(module) for module in recurrent_modules(decoder)):
+            raise NotImplementedError(
+                f"the Mamba 1 layers of {type(decoder).__name__} forget their state when they read several tokens, so "
+                "no adapter can be trained for them. Choose a scorer that needs none, such as "
+                'LookaheadCache(budget=..., scorer="snapkv").'
+            )
         super().__init__(config=decoder.config)
         self._frozen = False
         self.mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
@@ -68,12 +78,39 @@ class PromptCache(DynamicCache):
         layer: Any = self.layers[layer_idx]
         return torch.cat([layer.keys, key_states], dim=-2), torch.cat([layer.values, value_states], dim=-2)
 
+    # A recurrent or convolutional module goes on from the state that the prompt left, and leaves it.
 
-def _read(decoder: nn.Module, model: nn.Module | None, **inputs: Any) -> torch.Tensor:
-    """The output of one forward into a cache: of the decoder, or of the model around it (one position's logits)."""
+    def is_recording_past(self, layer_idx: int) -> bool:
+        return self._frozen or super().is_recording_past(layer_idx)  # modules then do not change the state in place
+
+    def update_conv_state(
+        self, conv_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        if not self._frozen:
+            return super().update_conv_state(conv_states, layer_idx, state_idx, **kwargs)
+        layer: Any = self.layers[layer_idx]
+        return torch.cat([layer.conv_states[state_idx], conv_states], dim=-1)
+
+    def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> torch.Tensor | None:
+        state = super().get_recurrent_state(layer_idx, state_idx)
+        return state.clone() if self._frozen and state is not None else state
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, state_idx: int = 0, **kwargs: Any
+    ) -> torch.Tensor:
+        if not self._frozen:
+            return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
+        return recurrent_states
+
+
+def _read(decoder: nn.Module, model: nn.Module | None, positions: int = 1, **inputs: Any) -> torch.Tensor:
+    """The output of one forward into a cache: of the decoder, or of the model around it (the last positions' logits).
+
+    Some decoders let only these positions into their last layers.
+    """
     if model is None:
         return decoder(**inputs, use_cache=True)[0]
-    return model(**inputs, use_cache=True, logits_to_keep=1)[0]
+    return model(**inputs, use_cache=True, logits_to_keep=positions)[0]
 
 
 def compressed_layers(decoder: PreTrainedModel) -> list[int]:
@@ -131,7 +168,12 @@ def read_response(
 
 
 def lookahead_importance(
-    model: nn.Module, decoder: PreTrainedModel, prompt: PromptCache, tokens: torch.Tensor, row_power: float = 1.0
+    model: nn.Module,
+    decoder: PreTrainedModel,
+    prompt: PromptCache,
+    tokens: torch.Tensor,
+    row_power: float = 1.0,
+    rows: torch.Tensor | None = None,
 ) -> dict[int, torch.Tensor]:
     """What the active adapter predicts for each prompt entry, with gradients.
 
@@ -141,15 +183,20 @@ def lookahead_importance(
         prompt: the prompt's cache.
         tokens: the adapter's lookahead tokens, ``[1, count, hidden]``.
         row_power: exponent of the power mean over them.
+        rows: their embeddings for each layer, ``[1, count, layers, hidden_per_layer]``, where the model has such.
 
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
     """
     scores, observe = _recorder(decoder, prompt, None, row_power)
-    batch = next(layer.keys.shape[0] for layer in prompt.layers if layer.keys is not None)  # type: ignore[union-attr]
+    keys = (getattr(layer, "keys", None) for layer in prompt.layers)
+    batch = next(tensor.shape[0] for tensor in keys if tensor is not None)
     embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
+    inputs: dict[str, Any] = {"inputs_embeds": embeds}
+    if rows is not None:
+        inputs["per_layer_inputs"] = rows.to(decoder.dtype).expand(batch, -1, -1, -1)
     with lookahead_positions(tokens.shape[1], (batch, tokens.shape[1])), observe_attention(decoder, observe):
-        logits = _read(decoder, model, **prompt.inputs(embeds), inputs_embeds=embeds)
+        logits = _read(decoder, model, tokens.shape[1], **prompt.inputs(embeds), **inputs)
     if torch.is_grad_enabled():
         # Wrappers learn from the gradient of the model's output that a backward pass begins, and wait for one of every
         # parameter, also of those behind the last scored attention.
@@ -188,6 +235,7 @@ def _per_head_scores(
         mask=None if prompt.mask is None else prompt.mask.to(key.device),
         row_mask=row_mask,
         softcap=options.get("softcap"),
+        sinks=options.get("s_aux"),
         row_power=row_power,
         reduce_heads=False,
     )

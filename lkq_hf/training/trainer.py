@@ -223,7 +223,9 @@ class LookaheadTrainer(Trainer):
             targets, full_logits = read_response(model, decoder, prompt, *response, row_power)
         else:
             targets = response_importance(decoder, prompt, *response, row_power, model)
-        predicted = lookahead_importance(model, decoder, prompt, tokens.active_tokens(), row_power)
+        predicted = lookahead_importance(
+            model, decoder, prompt, tokens.active_tokens(), row_power, tokens.active_rows()
+        )
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
             targets, predicted = (

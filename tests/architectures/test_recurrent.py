@@ -34,6 +34,10 @@ def models(family, scorer, attention="sdpa"):
     return base, model
 
 
+def _has_experts(model):
+    return any("experts" in name for name, _ in model.named_parameters())
+
+
 def padded_prompts():
     return left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
 
@@ -62,7 +66,8 @@ def test_turns_of_a_padded_batch(family, scorer, attention, static):
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lookahead_tokens_leave_no_trace_in_logits_and_states(family, attention):
-    """To the last bit for a prompt under sdpa. Longer sums and larger products may round otherwise."""
+    """To the last bit for a prompt under sdpa, unless experts share out the tokens. Longer sums and larger products
+    may round otherwise."""
     _, model = models(family, "lookahead", attention)
     ids, mask = padded_prompts()
     question = prompt_ids(2, 6, seed=4)
@@ -77,7 +82,7 @@ def test_lookahead_tokens_leave_no_trace_in_logits_and_states(family, attention)
         results.append(({"logits": first} | states, {"logits": second} | states_of(cache)))
     (first, second), (first_found, second_found) = results
     assert len(first) > 1 and not torch.equal(list(first.values())[1], list(second.values())[1])
-    bits = {"atol": 0, "rtol": 0} if attention == "sdpa" else {"atol": 1e-4, "rtol": 1e-4}
+    bits = {"atol": 0, "rtol": 0} if attention == "sdpa" and not _has_experts(model) else {"atol": 1e-4, "rtol": 1e-4}
     for name, value in first.items():
         torch.testing.assert_close(first_found[name], value, **bits)
     for name, value in second.items():

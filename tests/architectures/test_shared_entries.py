@@ -6,22 +6,16 @@ import copy
 import pytest
 import torch
 from masked_reference import assert_turns_equal_masked_attention
-from models import Graphs, add_lookahead, compiled_by, left_padded, prompt_ids, tiny_model
+from models import Graphs, add_lookahead, compiled_by, left_padded, prompt_ids
+from tiny import tiny_model
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 
-LAYERS = ["sliding_attention", "full_attention", "full_attention"] * 2
-GEMMA4 = {
-    "num_hidden_layers": 6,
-    "layer_types": LAYERS,
-    "num_kv_shared_layers": 3,
-    "sliding_window": 8,
-    "global_head_dim": 16,
-}
+FAMILIES = ["gemma4_unified_text", "gemma4_text", "gemma3n_text"]
 
 
-def models(architecture, attention):
-    base = tiny_model(architecture, "eager", **GEMMA4)
+def models(family, attention):
+    base = tiny_model(family, "eager")
     adapted = add_lookahead(copy.deepcopy(base))
     adapted.set_attn_implementation(attention)
     return base, adapted
@@ -30,9 +24,9 @@ def models(architecture, attention):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("scorer", ["snapkv", "lookahead"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", ["gemma4_unified_text"])
-def test_turns_of_a_padded_batch(architecture, attention, scorer, static):
-    base, adapted = models(architecture, attention)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_turns_of_a_padded_batch(family, attention, scorer, static):
+    base, adapted = models(family, attention)
     ids, mask = left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
     cache = LookaheadCache(7, scorer, max_new_tokens=20 if static else None)
     assert_turns_equal_masked_attention(base, adapted, cache, ids, mask)
@@ -41,7 +35,7 @@ def test_turns_of_a_padded_batch(architecture, attention, scorer, static):
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("target_modules", [None, []])
 def test_logits_of_the_last_positions(attention, target_modules):
-    model = tiny_model("gemma4_unified_text", attention, **GEMMA4)
+    model = tiny_model("gemma4_unified_text", attention)
     ids = prompt_ids(2, 40)
     with torch.no_grad():
         expected = model(ids).logits
@@ -54,8 +48,9 @@ def test_logits_of_the_last_positions(attention, target_modules):
                 torch.testing.assert_close(found, expected[:, -kept:], atol=1e-4, rtol=1e-4)
 
 
-def test_a_compiled_decode(reset_compiler):
-    base, adapted = models("gemma4_unified_text", "sdpa")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_compiled_decode(family, reset_compiler):
+    base, adapted = models(family, "sdpa")
     graphs = Graphs()
     ids, mask = left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
     cache = LookaheadCache(7, max_new_tokens=20)

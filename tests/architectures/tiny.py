@@ -1,9 +1,13 @@
 """A tiny random model of every kind of causal language model that transformers has."""
 
+import pytest
 import torch
+import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-SIZES = {
+FULL, LINEAR, CONV, SLIDING = "full_attention", "linear_attention", "conv", "sliding_attention"
+
+TEXT = {
     "vocab_size": 160,
     "hidden_size": 64,
     "intermediate_size": 96,
@@ -14,9 +18,19 @@ SIZES = {
     "max_position_embeddings": 1024,
     # Ten times the usual spread, so that attention is far from uniform.
     "initializer_range": 0.2,
+    "init_std": 0.2,
     "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
+    "ffn_dim": 96,
+    "d_inner": 96,
+    # decoders of encoder-decoder models
+    "decoder_layers": 4,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "is_decoder": True,
     # experts
     "moe_intermediate_size": 32,
     "shared_expert_intermediate_size": 32,
@@ -42,19 +56,107 @@ SIZES = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
+    # embeddings for each layer
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 160,
 }
 """For the fields that a config has."""
 
-FULL, LINEAR, CONV = "full_attention", "linear_attention", "conv"
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "image_size": 28,
+    "patch_size": 14,
+    "out_hidden_size": 64,
+    "output_dim": 32,
+    "head_dim": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "d_model": 32,
+    "max_source_positions": 16,
+}
+
+HEADS = {"num_key_value_heads": 4}
+HYBRID = {"layer_types": [LINEAR, FULL, LINEAR, FULL]}
+SHORT_CONV = {"layer_types": [CONV, FULL, CONV, FULL]}
+MAMBA2 = {"num_heads": 4, "head_dim": 32, "n_groups": 2, "state_size": 16, "chunk_size": 16}
+SHARED = {
+    "num_hidden_layers": 6,
+    "layer_types": [SLIDING, FULL, FULL] * 2,
+    "num_kv_shared_layers": 3,
+    "sliding_window": 8,
+    "global_head_dim": 16,
+}
+NGRAM = {
+    "ngram_vocab_size_base": 160,
+    "ple_layer_ids": [1],
+    "ple_embed_dim": 32,
+    "heads_per_ngram": 2,
+    "split_ngram_parts": 4,
+}
 
 PARTICULAR = {
-    "qwen3_5_text": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
-    "qwen3_5_moe_text": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
-    "qwen3_next": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
-    "olmo_hybrid": {"layer_types": [LINEAR, FULL, LINEAR, FULL]},
-    "granitemoehybrid": {"layer_types": [LINEAR, FULL, LINEAR, FULL], "shared_intermediate_size": 64},
-    "lfm2": {"layer_types": [CONV, FULL, CONV, FULL]},
-    "lfm2_moe": {"layer_types": [CONV, FULL, CONV, FULL], "num_dense_layers": 2},
+    "axk1": HEADS,
+    "axk2": HEADS,
+    "bailing_hybrid": {"layer_group_size": 2, "layer_types": [LINEAR, FULL, LINEAR, FULL]} | HEADS,
+    "bamba": {"attn_layer_indices": [1, 3], "num_logits_to_keep": None},
+    "codegen": {"rotary_dim": 8},
+    "cohere_compass_text": {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8},
+    "cpmant": {"dim_head": 16, "dim_ff": 96},
+    "ctrl": {"dff": 96},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
+        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
+    },
+    "deepseek_v2": HEADS,
+    "deepseek_v3": HEADS,
+    "deepseek_v32": HEADS,
+    "deepseek_v4": {
+        "num_key_value_heads": 1,
+        "o_lora_rank": 16,
+        "o_groups": 2,
+        "index_n_heads": 2,
+        "index_head_dim": 16,
+    },
+    "dots1": {"n_shared_experts": 1},
+    "dots3_note_text": HEADS | {"index_n_heads": 2, "index_head_dim": 16},
+    "falcon_h1": {"num_logits_to_keep": None},
+    "gemma3n_text": SHARED | {"laurel_rank": 8},
+    "gemma4_assistant": {},
+    "gemma4_text": SHARED,
+    "gemma4_unified_text": SHARED | {"hidden_size_per_layer_input": None},
+    "glm4_moe_lite": HEADS,
+    "glm_moe_dsa": HEADS,
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
+    "gptj": {"rotary_dim": 8},
+    "granitemoehybrid": HYBRID | {"shared_intermediate_size": 64},
+    "inkling_text": {
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+        "swa_head_dim": 16,
+        "sliding_window_size": 8,
+    },
+    "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": HYBRID | HEADS | {"linear_head_dim": 16, "linear_num_heads": 4},
+    "lfm2": SHORT_CONV,
+    "lfm2_moe": SHORT_CONV | {"num_dense_layers": 2},
+    "longcat_flash": {
+        "num_hidden_layers": None,
+        "num_layers": 2,
+        "head_dim": 8,
+        "num_key_value_heads": None,
+        "zero_expert_num": 2,
+    },
+    "mamba2": MAMBA2,
+    "minicpm3": HEADS,
+    "mistral4": HEADS,
+    "moshi": {"ffn_dim": 96, "audio_vocab_size": 160},
     "nemotron_h": {
         "num_hidden_layers": None,
         "layers_block_type": [LINEAR, "moe", FULL, LINEAR, "mlp", FULL],
@@ -66,30 +168,72 @@ PARTICULAR = {
         "moe_shared_expert_intermediate_size": 32,
         "initializer_range": 0.05,
     },
-    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "bamba": {"attn_layer_indices": [1, 3], "num_logits_to_keep": None},
-    "falcon_h1": {"num_logits_to_keep": None},
-    "kimi_linear": {
-        "layer_types": [LINEAR, FULL, LINEAR, FULL],
-        "linear_head_dim": 16,
-        "linear_num_heads": 4,
+    "olmo_hybrid": HYBRID,
+    "prophetnet": {"num_decoder_layers": 4, "num_decoder_attention_heads": 4, "num_encoder_attention_heads": 4},
+    "qwen3_5_moe_text": HYBRID,
+    "qwen3_5_text": HYBRID,
+    "qwen3_next": HYBRID,
+    "qwen4_exp_text": HYBRID
+    | {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    }
+    | NGRAM,
+    "reformer": {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96},
+    "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "xlnet": {"d_head": 16},
+    "xlstm": {"num_heads": 4},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": HEADS,
+    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": 4},
+    "zamba2": {
+        "layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid"],
+        "n_mamba_heads": 4,
         "num_key_value_heads": 4,
     },
+    "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
+"""What a family needs beside or instead; None leaves a field out."""
+
+ALONE = {"mistral4": "Mistral4ForCausalLM"}
+"""Classes that the automatic ones do not name."""
 
 
 def tiny_config(model_type, **changes):
-    kind = CONFIG_MAPPING[model_type]
-    known = set(kind.__dataclass_fields__) | set(kind.attribute_map)
-    values = {name: value for name, value in SIZES.items() if name in known}
-    values |= PARTICULAR.get(model_type, {}) | changes
+    """Skips the test where this version of transformers does not know the model."""
+    if model_type not in CONFIG_MAPPING:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}")
+    return _small(CONFIG_MAPPING[model_type], TEXT, changes)
+
+
+def _small(kind, sizes, changes=()):
+    """A config of this class, and those within it, with the fields that it has."""
+    known = set(getattr(kind, "__dataclass_fields__", {})) | set(kind.attribute_map)
+    values = {name: value for name, value in sizes.items() if name in known}
+    if sizes is TEXT:
+        values |= PARTICULAR.get(kind.model_type, {})
+    for name, part in kind.sub_configs.items():
+        if hasattr(part, "model_type") and part.model_type in CONFIG_MAPPING:
+            values[name] = _small(part, TEXT if "text" in name or "decoder" in name else VISION)
+    values |= dict(changes)
     return kind(**{name: value for name, value in values.items() if value is not None})
 
 
 def tiny_model(model_type, attention="eager", seed=0, **changes):
     """A random model in eval mode whose generation never ends early."""
+    config = tiny_config(model_type, **changes)
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(tiny_config(model_type, **changes), attn_implementation=attention)
+    if model_type in ALONE:
+        model = getattr(transformers, ALONE[model_type])._from_config(config, attn_implementation=attention)
+    else:
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # what is zero in the beginning is not after training
+                parameter.normal_(std=0.1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()

@@ -19,6 +19,7 @@ REFUSALS = (
     "the model's forward did not reach its last block",
     "the model computes with what its blocks return besides hidden states",
     "could be saved, but not loaded again",
+    "does not run with packed layers",
     "found no list of blocks with linear layers",
     "is left to quantise",
 )

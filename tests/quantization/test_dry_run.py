@@ -109,6 +109,13 @@ def test_what_could_not_be_loaded_is_refused_before_the_work(no_work, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_model_that_changes_weights_outside_of_its_blocks_is_refused(no_work):
+    """RWKV divides some by powers of 2 before its first forward in eval mode."""
+    model = tiny_causal_model("rwkv")
+    with pytest.raises(ValueError, match=r"RwkvForCausalLM does not run with packed layers \(AttributeError"):
+        calibrate(model, config())
+
+
 def test_a_model_without_a_limit_of_positions_has_none(no_work):
     """XLNet and others say -1."""
     model = nameless()
