@@ -1,0 +1,38 @@
+"""The numbers on the pages are the recorded ones."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+MEASURED = re.compile(r"\d[\d,.]* ?(?:%|ms\b|MiB\b|GiB\b|tokens/s|times\b|nats\b)")
+
+
+def run(*options):
+    script = ROOT / "benchmarks" / "pages.py"
+    return subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True)
+
+
+def test_the_pages_show_the_results():
+    done = run("--check")
+    assert not done.returncode, f"run: python benchmarks/pages.py, which changes {done.stdout}{done.stderr}"
+
+
+def test_a_stale_page_is_found(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import pages
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    text = "Before.\n<!-- results: decode -->\n1,000,000 tokens/s\n<!-- end -->\nAfter."
+    filled = pages.rendered(text)
+    assert filled != text and filled.startswith("Before.\n<!-- results: decode -->") and filled.endswith("-->\nAfter.")
+    assert pages.rendered(filled) == filled
+
+
+def test_the_readme_has_no_measured_numbers_of_its_own():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    own = re.sub(r"<!-- results: .*?<!-- end -->|```.*?```", "", text, flags=re.DOTALL)
+    assert MEASURED.findall(own) == []
+    assert text.count("\n") < 130
