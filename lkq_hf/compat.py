@@ -29,6 +29,9 @@ TESTED_VERSIONS = {
 }
 """For each library whose inside this package depends on: the oldest version in setup.cfg, the newest one tested."""
 
+CHUNKED_TURNS_SINCE = Version("5.21")
+"""Older versions of transformers begin at the start of the text when they read a later turn in chunks."""
+
 CACHE_NAMES = ("cache", "past_key_values")
 """Names under which transformers passes a cache: from 5.24 on, and before."""
 

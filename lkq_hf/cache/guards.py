@@ -8,8 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers import __version__ as transformers_version
+
+from lkq_hf.compat import CHUNKED_TURNS_SINCE
 
 
 def guard_method(owner: nn.Module, name: str, guard: Callable[..., Any]) -> Callable[[], None]:
@@ -42,12 +46,18 @@ def length_read_in_chunks(
 
     Raises:
         ValueError: the chunks are smaller than one token.
+        NotImplementedError: this version of transformers cannot read a later turn in chunks.
     """
     chunk_size = _prefill_chunk_size(defaults, args, kwargs)
     if chunk_size is None:
         return None
     if chunk_size < 1:
         raise ValueError(f"prefill_chunk_size must be at least 1 token, got {chunk_size}; None reads a prompt at once")
+    if seen and (found := Version(transformers_version)) < CHUNKED_TURNS_SINCE:
+        raise NotImplementedError(
+            f"transformers {found} begins at the start of the text when it reads a later turn in chunks. Pass "
+            f"prefill_chunk_size=None for later turns, or install transformers {CHUNKED_TURNS_SINCE} or newer."
+        )
     mask = kwargs.get("attention_mask")
     given = _prompt_length(args, kwargs)
     length = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else max(given, seen + 1)

@@ -2,9 +2,13 @@
 
 import pytest
 import torch
+import transformers
 from models import kept_entries, left_padded, lookahead_model, prompt_ids
+from packaging.version import Version
 
 from lkq_hf import LookaheadCache
+from lkq_hf.cache import guards
+from lkq_hf.compat import CHUNKED_TURNS_SINCE
 
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -58,6 +62,7 @@ def test_forwards_of_ones_own():
         assert torch.equal(kept_entries(cache)[layer], kept)
 
 
+@pytest.mark.skipif(Version(transformers.__version__) < CHUNKED_TURNS_SINCE, reason="this transformers cannot")
 def test_a_later_turn_in_chunks():
     model = lookahead_model("llama", "sdpa")
     first, question = prompt_ids(1, 40), prompt_ids(1, 50, seed=4)
@@ -69,6 +74,14 @@ def test_a_later_turn_in_chunks():
         assert cache.summary()["entries_stored"] == 7 + 5
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_later_turn_in_chunks_is_refused_where_transformers_cannot(monkeypatch):
+    monkeypatch.setattr(guards, "transformers_version", "5.20.0")
+    model, cache = lookahead_model(), LookaheadCache(7)
+    text, _ = generate(model, prompt_ids(1, 40), cache)
+    with pytest.raises(NotImplementedError, match=r"transformers 5\.20\.0 begins at the start"):
+        generate(model, torch.cat([text, prompt_ids(1, 50, seed=4)], 1), cache, prefill_chunk_size=20)
 
 
 def test_chunks_of_nothing_are_refused():
