@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from models import SIZES, lookahead_model, prompt_ids, tiny_model
+from models import SIZES, add_adapter, delete_adapter, lookahead_model, prompt_ids, save_adapter, tiny_model
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 
@@ -29,8 +29,8 @@ def adapter(tmp_path):
     """Directory of an adapter that does not score as the defaults do."""
     model = tiny_model()
     config = LookaheadKVConfig(num_lookahead_tokens=5, r=4, row_power=2.0, pooling="sum", pooling_kernel_size=3)
-    model.add_adapter(config)
-    model.save_pretrained(tmp_path / "adapter")
+    add_adapter(model, config)
+    save_adapter(model, tmp_path / "adapter")
     return tmp_path / "adapter"
 
 
@@ -139,7 +139,7 @@ def test_an_adapter_of_an_earlier_version_scores_as_it_did(adapter, tmp_path):
     kept = []
     for directory in (adapter, earlier):
         model = lookahead_model()
-        model.delete_adapter("default")
+        delete_adapter(model, "default")
         load_adapter(model, directory)
         cache = LookaheadCache(budget=7)
         with torch.no_grad():

@@ -4,7 +4,17 @@ import copy
 
 import pytest
 import torch
-from models import add_lookahead, base_and_adapted, left_padded, lookahead_model, prompt_ids, tiny_model
+from models import (
+    add_lookahead,
+    base_and_adapted,
+    delete_adapter,
+    left_padded,
+    lookahead_model,
+    prompt_ids,
+    save_adapter,
+    set_adapter,
+    tiny_model,
+)
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
 from lkq_hf.cache.allocation import share_out
@@ -12,6 +22,7 @@ from lkq_hf.cache.profile import BudgetProfile
 from lkq_hf.evaluation.decoding import Answers
 from lkq_hf.evaluation.prefill import add_oracle, read_prompts
 from lkq_hf.evaluation.profile import measure_profile, set_profile
+from lkq_hf.hub import load_adapter
 from lkq_hf.scoring import LookaheadScorer, SnapKVScorer
 
 PROFILE = {"8": [[0.5, 1.5], [2.0, 0.25], [1.25, 0.5]], "16": [[1.0, 1.0], [1.5, 0.5], [0.75, 1.25]]}
@@ -110,14 +121,14 @@ def test_later_turns_drafts_and_refreshes_keep_to_the_profile():
 def test_the_profile_belongs_to_the_active_adapter():
     model = add_lookahead(tiny_model(), budget_profile=PROFILE)
     add_lookahead(model, "other", seed=3)
-    model.set_adapter("other")
+    set_adapter(model, "other")
     ids = prompt_ids(1, 40)
     with pytest.raises(ValueError, match=r"'other' has no budget_profile.*lkq-hf profile"):
         read(model, ids, LookaheadCache(budget=8, allocation="profile"))
-    model.set_adapter("default")
+    set_adapter(model, "default")
     cache = read(model, ids, LookaheadCache(budget=8, allocation="profile", scorer="snapkv"))
     assert torch.cat(list(numbers(cache).values()), dim=1).tolist() == [[4, 12, 16, 2, 10, 4]]
-    model.delete_adapter("default")
+    delete_adapter(model, "default")
     assert "default" not in model.model.lookahead.budget_profiles
 
 
@@ -181,8 +192,8 @@ def test_a_profile_is_the_mean_of_what_competing_heads_keep(architecture):
 def test_a_profile_is_saved_and_loaded_with_its_adapter(tmp_path):
     base, model = base_and_adapted()
     set_profile(model, PROFILE)
-    model.save_pretrained(tmp_path)
-    base.load_adapter(str(tmp_path))
+    save_adapter(model, tmp_path)
+    load_adapter(base, tmp_path)
     assert base.peft_config["default"].budget_profile == PROFILE
     caches = [read(each, prompt_ids(1, 40), LookaheadCache(8, allocation="profile")) for each in (model, base)]
     assert all(torch.equal(caches[0].layers[index].kept(), caches[1].layers[index].kept()) for index in range(3))

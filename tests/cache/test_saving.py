@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from models import add_lookahead, kept_entries, left_padded, lookahead_model, prompt_ids, tiny_model
+from models import add_adapter, add_lookahead, kept_entries, left_padded, lookahead_model, prompt_ids, tiny_model
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from small_checkpoint import small_tokenizer
@@ -293,7 +293,7 @@ def test_another_model_is_refused(other, said, tmp_path):
 
 
 def with_a_lora(model):
-    model.add_adapter(LoraConfig(target_modules=["k_proj"]), adapter_name="style")
+    add_adapter(model, LoraConfig(target_modules=["k_proj"]), "style")
     return model
 
 
