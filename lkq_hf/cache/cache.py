@@ -31,19 +31,19 @@ from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 
 class LookaheadCache(Cache):
-    """A KV cache cut to a budget right after the prefill of the first prompt.
+    """A KV cache that holds a budget of entries, however long the text is.
 
-    During the one forward that reads the prompt, each full-attention layer scores its entries, keeps the best
-    ``budget`` of every KV head and frees the rest before the next layer runs, so that at most one layer is ever held
-    in full. Generated tokens and later turns are appended and never evicted. Positions stay true: the cache reports
-    the length of the text it has read (:meth:`get_seq_length`), not the number of entries it stores.
+    Every forward that reads (the first prompt, a later turn, a chunk of a prompt) scores all entries and keeps the best
+    ones. The budget is the mean over KV heads; see ``allocation``. Tokens generated since the last reading are kept.
+    They compete with the other entries when the next turn is read, or earlier with ``refresh_every``. Nothing is
+    evicted while the whole text fits into the budget.
 
-    A prompt no longer than the budget is cached whole, exactly as by ``DynamicCache``. Sliding-window layers, which
-    are bounded already, are left as they are.
+    Positions stay true: the cache reports the length of the text it has read (:meth:`get_seq_length`), not the number
+    of entries it stores. Sliding windows and recurrent states, which are bounded already, are left as they are.
 
     Args:
-        budget: entries to keep per layer and KV head: a number of tokens (int), or a fraction of the prompt's length
-            (float between 0 and 1), padding included.
+        budget: entries to keep per layer and KV head on average: a number of tokens (int), or a fraction of the text's
+            length (float above 0, at most 1), padding included.
         scorer: what decides: "lookahead" (needs a ``LOOKAHEAD_KV`` adapter on the model), "snapkv", "streaming",
             "random", or a :class:`~lkq_hf.scoring.Scorer`. For the scorers that need no adapter, a model without one
             is prepared once with :func:`~lkq_hf.cache.prepare_model_for_eviction`.
@@ -51,9 +51,18 @@ class LookaheadCache(Cache):
             tokens, and on a GPU ``generate`` then compiles the decode and replays it as a CUDA graph. The tokens are
             the same; the first call compiles. Pass what you pass to ``generate``; if more tokens come, the storage
             grows, which compiles again. None, the default, is storage that grows with every token, without compiling.
+        allocation: how heads share the budget. "global": all heads of all layers compete. "layer": the heads of a
+            layer compete. "uniform": every head keeps the same number. "profile": the adapter's config says how many.
+        evict_later_turns: whether later turns return to the budget. False keeps them whole.
+        refresh_every: number of generated tokens after which entries are evicted again while an answer is generated.
+            The last ``refresh_every`` tokens are never dropped, so at most the budget and twice as many tokens are
+            stored. None, the default, keeps an answer whole until the next turn.
+        park: "cpu" keeps a copy of everything in main memory: each turn attends to the whole text while it is read,
+            and then keeps the best entries for its question. None, the default, drops what is evicted for good.
 
     Raises:
-        ValueError, TypeError: the budget, the scorer or max_new_tokens is not one of the above.
+        TypeError: an argument is of another type.
+        ValueError: an argument is out of its range, or names an unknown scorer, allocation or place.
 
     Example:
 
