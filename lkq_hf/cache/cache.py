@@ -16,6 +16,7 @@ from lkq_hf.cache.allocation import ALLOCATIONS, MOST
 from lkq_hf.cache.build import build_layers
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.fingerprint import ModelReference
+from lkq_hf.cache.history import Generation, ReadText
 from lkq_hf.cache.layers import EvictedLayer
 from lkq_hf.cache.parking import PLACES
 from lkq_hf.cache.prefix import Pool, Prefix
@@ -33,10 +34,12 @@ from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 class LookaheadCache(Cache):
     """A KV cache that holds a budget of entries, however long the text is.
 
-    Every forward that reads (the first prompt, a later turn, a chunk of a prompt) scores all entries and keeps the best
-    ones. The budget is the mean over KV heads; see ``allocation``. Tokens generated since the last reading are kept.
-    They compete with the other entries when the next turn is read, or earlier with ``refresh_every``. Nothing is
-    evicted while the whole text fits into the budget.
+    Every forward that reads (the first prompt, a later turn, a chunk of a prompt) scores all entries and keeps the
+    best ones. Tokens generated since then are kept. They compete with the other entries when the next turn is read,
+    or earlier with ``refresh_every``. Nothing is evicted while the whole text fits into the budget.
+
+    A cache serves one conversation, in one generation at a time. ``generate`` compares the text that it is called with
+    to what the cache has read, and refuses another one.
 
     Positions stay true: the cache reports the length of the text it has read (:meth:`get_seq_length`), not the number
     of entries it stores. Sliding windows and recurrent states, which are bounded already, are left as they are.
@@ -106,6 +109,8 @@ class LookaheadCache(Cache):
         self._turn_end = 0
         # At least as many tokens as there are since the last reading.
         self._since_reading = 0
+        self.text = ReadText()
+        self.generation = Generation()
 
     def entries_to_keep(self, length: int) -> int:
         """Entries that a text of ``length`` tokens keeps per KV head on average, at most ``length``."""
@@ -150,6 +155,19 @@ class LookaheadCache(Cache):
     def end_turn_begin(self) -> None:
         """Says that it is under way."""
         self._turn_begins = False
+
+    def record_text(self, ids: torch.Tensor | None, length: int) -> None:
+        """Notes that a forward is going to read ``length`` tokens.
+
+        Args:
+            ids: ``[batch, length]``; None if they are not known.
+            length: tokens. A single one of a decode is not noted.
+        """
+        if length > 1 or self._turn_begins or not self.has_prompt:
+            seen = int(self.get_seq_length())
+            self.text.record(seen, ids, seen + length)
+        elif not self._has_static_storage:  # without waiting for the device
+            self.text.cut(int(self.get_seq_length()))
 
     def keeps_after(self, length: int) -> int:
         """Entries per KV head that are kept on average when ``length`` tokens of the text have been read."""
@@ -352,6 +370,7 @@ class LookaheadCache(Cache):
             if hasattr(layer, "croppable"):
                 layer.croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
+        self.text.cut(int(self.get_seq_length()))
         deferred, self._deferred = self._deferred, None
         if deferred is not None:
             self._evict_deferred(deferred)
@@ -384,6 +403,7 @@ class LookaheadCache(Cache):
         self._take_rows(lambda rows: rows[indices.to(rows.device)])
 
     def _take_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.text.take_rows(choose)
         if self._deferred is not None:
             self._deferred = self._deferred.rows(choose)
 
@@ -391,6 +411,12 @@ class LookaheadCache(Cache):
         """Forgets everything that was read; the next prompt is compressed again."""
         self.layers = []
         self._deferred = None
+        self.text = ReadText()
+
+    @property
+    def batch(self) -> int:
+        """Rows that are stored."""
+        return self.layers[self.evicted_layers()[0]].keys.shape[0]
 
     @property
     def is_unsettled(self) -> bool:
@@ -418,7 +444,8 @@ class LookaheadCache(Cache):
             directory: made if there is none.
             model: the model that filled the cache; needed only where the cache does not know it any more, as after
                 unpickling.
-            input_ids: ``[batch, tokens]`` that were read; their hash is saved, to be compared when it is loaded.
+            input_ids: ``[batch, tokens]`` that were read. Their hash is saved, to be compared with the text that the
+                loaded cache is to go on with. Needed only where the cache does not know them, as after embeddings.
             parked: whether entries in main memory (``park="cpu"``) are saved too. They are as many as the whole text
                 has; without them, the cache is loaded as one without parking.
 
