@@ -111,6 +111,8 @@ class LookaheadCache(Cache):
         self._since_reading = 0
         self.text = ReadText()
         self.generation = Generation()
+        # A text: a bound scorer of a user's own may hold the model.
+        self._scorer_in_use = repr(self.scorer)
 
     def entries_to_keep(self, length: int) -> int:
         """Entries that a text of ``length`` tokens keeps per KV head on average, at most ``length``."""
@@ -187,6 +189,16 @@ class LookaheadCache(Cache):
             return False
         total = int(self.get_seq_length()) + length if self.has_prompt else length
         return self.keeps_after(total) < total
+
+    def bind_scorer(self, decoder: nn.Module) -> Scorer:
+        """The scorer with what the model's adapter says.
+
+        Raises:
+            ValueError: the scorer needs an active adapter, and there is none.
+        """
+        scorer = self.scorer.bind(decoder)
+        self._scorer_in_use = repr(scorer)
+        return scorer
 
     @property
     def observed_queries(self) -> int:
@@ -517,6 +529,12 @@ class LookaheadCache(Cache):
         return sum(tensor.nbytes for tensor in tails) + sum(pool.nbytes for pool in self._used_pools()) + states
 
     @property
+    def entries_parked(self) -> int:
+        """Entries of each KV head in main memory."""
+        parked = self.layers[self.evicted_layers()[0]].parked if self.layers else None
+        return 0 if parked is None else parked.length
+
+    @property
     def parked_nbytes(self) -> int:
         """Bytes of the entries in main memory."""
         parked = (self.layers[index].parked for index in self.evicted_layers())
@@ -526,16 +544,17 @@ class LookaheadCache(Cache):
         """What the cache holds.
 
         Returns:
-            ``tokens_seen``; ``entries_stored``, the mean over KV heads of the evicted layers; ``bytes``;
-            ``bytes_parked``, in main memory; ``bytes_without_eviction``, of the same text; and ``layers``, for each
-            layer its ``entries`` (of each KV head, mean over the batch), the ``least``, ``mean`` and ``most`` of
-            these, and its bytes.
+            ``tokens_seen``; ``entries_stored``, the mean over KV heads of the evicted layers; ``entries_parked``, of
+            each KV head in main memory; ``bytes``; ``bytes_parked``; ``bytes_without_eviction``, of the same text; and
+            ``layers``, for each layer its ``entries`` (of each KV head, mean over the batch), the ``least``, ``mean``
+            and ``most`` of these, and its bytes.
         """
         layers = [_layer_summary(layer) for layer in self.layers]
         heads = [entries for index in self.evicted_layers() for entries in layers[index]["entries"]]
         return {
             "tokens_seen": int(self.get_seq_length()),
             "entries_stored": sum(heads) / len(heads) if heads else 0,
+            "entries_parked": self.entries_parked,
             "bytes": self.nbytes,
             "bytes_parked": self.parked_nbytes,
             "bytes_without_eviction": sum(row["bytes_without_eviction"] for row in layers),
@@ -545,8 +564,8 @@ class LookaheadCache(Cache):
     def __repr__(self) -> str:
         summary = self.summary()
         return (
-            f"{type(self).__name__}(budget={self.budget}, scorer={self.scorer!r}, allocation={self.allocation!r}, "
-            f"tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']:g}, "
+            f"{type(self).__name__}(budget={self.budget}, scorer={self._scorer_in_use}, "
+            f"allocation={self.allocation!r}, tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']:g}, "
             f"bytes={summary['bytes']:,} of {summary['bytes_without_eviction']:,})"
         )
 

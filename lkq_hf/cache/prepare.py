@@ -327,7 +327,7 @@ def _bind(decoder: PreTrainedModel, cache: LookaheadCache) -> Scorer | None:
         ValueError: a first prompt cannot be scored.
     """
     try:
-        return cache.scorer.bind(decoder)
+        return cache.bind_scorer(decoder)
     except ValueError as error:
         if not cache.has_prompt:
             raise

@@ -6,6 +6,7 @@ json names that file with its hash and is written last, so that a reader finds t
 
 import hashlib
 import shutil
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -121,6 +122,8 @@ def load_cache(
             raise DamagedCacheError(f"the model's layers are of the kinds {kinds}, those of the file {saved}")
         same_dtype = expected["dtype"] == found["dtype"]
         _fill(cache, content, _Tensors(tensors, decoder, None if same_dtype else decoder.dtype))
+        with suppress(ValueError):  # no adapter is active yet
+            cache.bind_scorer(decoder)
         tensors_left = sorted(tensors)
         if tensors_left:
             raise DamagedCacheError(f"it holds {len(tensors_left)} unexpected tensors ({tensors_left[0]}, ...)")

@@ -95,10 +95,10 @@ def _continue(cache: LookaheadCache, ids: torch.Tensor, mask: torch.Tensor | Non
     else:
         found = f"the first {agreeing} of its {length} tokens agree with the {seen} that were read"
     raise ValueError(
-        f"this text does not go on from what the LookaheadCache has read: {found}. Pass the same ids, such as those that "
-        f"generate returned, with new ones behind them, or the new ones alone with an attention_mask that covers the "
-        f"{seen} before them too. Another text needs a new LookaheadCache, and so does each prompt of a list. For several "
-        "questions about one text, pass each a copy.deepcopy(cache)."
+        f"this text does not go on from what the LookaheadCache has read: {found}. Pass the same ids, such as those "
+        "that generate returned, with new ones behind them, or the new ones alone with an attention_mask that covers "
+        f"the {seen} before them too. Another text needs a new LookaheadCache, and so does each prompt of a list. For "
+        "several questions about one text, pass each a copy.deepcopy(cache)."
         + (f" The cache could not go back: {cause}" if cause else "")
     ) from cause
 
