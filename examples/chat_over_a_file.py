@@ -3,11 +3,11 @@
     python examples/chat_over_a_file.py
     python examples/chat_over_a_file.py notes.txt --question "Who wrote this?" --question "What is it about?"
 
-The file is read into a LookaheadCache of `--budget` entries, with everything parked in main memory. Each question gets a
-copy of that cache, so it costs the time of its own few tokens, not of the file. While a question is read it attends to
-the whole file, and the best entries for it answer. You see the time and the memory of the one prefill, and then each
-question with its answer and its time. The default model is very small, and answers some questions badly with the whole
-file in its cache too: `--budget 4096` keeps all of it.
+The file is read into a LookaheadCache of `--budget` entries, with everything parked in main memory. Each question
+gets a copy of that cache, so it costs the time of its own few tokens, not of the file. While a question is read it
+attends to the whole file, and the best entries for it answer. You see the time and the memory of the one prefill, and
+then each question with its answer and its time. The default model is very small, and answers some questions badly
+with the whole file in its cache too: `--budget 4096` keeps all of it.
 
 Without `park="cpu"` only the entries that were chosen before any question was known would be left.
 """

@@ -565,7 +565,8 @@ class LookaheadCache(Cache):
         summary = self.summary()
         return (
             f"{type(self).__name__}(budget={self.budget}, scorer={self._scorer_in_use}, "
-            f"allocation={self.allocation!r}, tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']:g}, "
+            f"allocation={self.allocation!r}, tokens_seen={summary['tokens_seen']}, "
+            f"entries_stored={summary['entries_stored']:g}, "
             f"bytes={summary['bytes']:,} of {summary['bytes_without_eviction']:,})"
         )
 
