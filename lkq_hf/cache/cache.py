@@ -154,6 +154,10 @@ class LookaheadCache(Cache):
         self._turn_begins = True
         self._turn_end = length or 0
 
+    @property
+    def _turn_is_under_way(self) -> bool:
+        return self._turn_end > 0 and int(self.get_seq_length()) < self._turn_end
+
     def end_turn_begin(self) -> None:
         """Says that it is under way."""
         self._turn_begins = False
@@ -168,6 +172,10 @@ class LookaheadCache(Cache):
         if length > 1 or self._turn_begins or not self.has_prompt:
             seen = int(self.get_seq_length())
             self.text.record(seen, ids, seen + length)
+            if seen + length >= self._turn_end:
+                self._turn_end = 0
+            if not self._has_static_storage:
+                self._since_reading += length
         elif not self._has_static_storage:  # without waiting for the device
             self.text.cut(int(self.get_seq_length()))
 
@@ -184,7 +192,9 @@ class LookaheadCache(Cache):
         :meth:`begin_turn`. Nothing is evicted while the whole text fits into the budget.
         """
         if self.has_prompt and (
-            self._records_past or not self.evict_later_turns or not (length > 1 or self._turn_begins)
+            self._records_past
+            or not self.evict_later_turns
+            or not (length > 1 or self._turn_begins or self._turn_is_under_way)
         ):
             return False
         total = int(self.get_seq_length()) + length if self.has_prompt else length
@@ -433,7 +443,7 @@ class LookaheadCache(Cache):
     @property
     def is_unsettled(self) -> bool:
         """Whether an eviction waits for the last piece of a text, or for drafted tokens to be accepted."""
-        return self._deferred is not None or int(self.get_seq_length()) < self._turn_end
+        return self._deferred is not None or self._turn_is_under_way
 
     def end_restoring(self) -> None:
         """Says that all layers hold what a saved cache held."""
