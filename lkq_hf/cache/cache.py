@@ -155,6 +155,11 @@ class LookaheadCache(Cache):
         self._turn_end = length or 0
 
     @property
+    def expects_turn(self) -> bool:
+        """Whether the next forward reads a prompt, a turn or a piece of one, even if it has one token only."""
+        return self._turn_begins or self._turn_end > 0
+
+    @property
     def _turn_is_under_way(self) -> bool:
         return self._turn_end > 0 and int(self.get_seq_length()) < self._turn_end
 
@@ -224,9 +229,9 @@ class LookaheadCache(Cache):
             return False
         if self._has_static_storage and self._since_reading < 2 * self.refresh_every:
             return False  # without waiting for the device
-        self._since_reading = self.layers[self.evicted_layers()[0]].tail_length
         seen = int(self.get_seq_length()) - self.refresh_every
-        return self._since_reading >= 2 * self.refresh_every and self.entries_to_keep(seen) < seen
+        since = self.layers[self.evicted_layers()[0]].tail_length
+        return since >= 2 * self.refresh_every and self.entries_to_keep(seen) < seen
 
     @property
     def is_compileable(self) -> bool:

@@ -236,7 +236,7 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     if cache is None and _thread.forward is None:
         return None
     in_decode = thread_state.attend_compiles and _thread.refresh is None
-    if in_decode and cache is not None and cache.has_prompt and _length(named) == 1:
+    if in_decode and cache is not None and cache.has_prompt and not cache.expects_turn and _length(named) == 1:
         return None  # a step of a compiled decode, around the whole of which `decoding` is already
     return _begin_forward(decoder, cache, named)
 
