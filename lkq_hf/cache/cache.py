@@ -229,14 +229,17 @@ class LookaheadCache(Cache):
             return False
         if self._has_static_storage and self._since_reading < 2 * self.refresh_every:
             return False  # without waiting for the device
-        seen = int(self.get_seq_length()) - self.refresh_every
-        since = self.layers[self.evicted_layers()[0]].tail_length
+        seen, layer = int(self.get_seq_length()) - self.refresh_every, self.layers[self.evicted_layers()[0]]
+        if self.observed_queries and layer.last_queries is None:
+            return False
+        since = layer.tail_length
         return since >= 2 * self.refresh_every and self.entries_to_keep(seen) < seen
 
     @property
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode; it asks before the prompt is read."""
-        return self.max_new_tokens is not None and not self._records_past
+        # A compiled graph would hide the queries that a refresh needs.
+        return self.max_new_tokens is not None and not self._records_past and not self.observed_queries
 
     @property
     def _has_static_storage(self) -> bool:

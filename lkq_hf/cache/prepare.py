@@ -275,7 +275,7 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         return _begin_reading(decoder, cache, scorer, kwargs, length)
     if cache.refresh_is_due():
         refresh(decoder, cache, kwargs.get("attention_mask"))
-    if cache.has_prefix:
+    if cache.has_prefix or cache.observed_queries:
         mask = kwargs.get("attention_mask")
         text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         _thread.forward = Decoding(decoder, cache, text_mask)
