@@ -107,6 +107,7 @@ class LookaheadCache(Cache):
         self._deferred: _Deferred | None = None
         # Length of a text that is being read in pieces, up to the end of the last one.
         self._turn_end = 0
+        self._turn_is_first = True
         # At least as many tokens as there are since the last reading.
         self._since_reading = 0
         self.text = ReadText()
@@ -153,6 +154,7 @@ class LookaheadCache(Cache):
         """
         self._turn_begins = True
         self._turn_end = length or 0
+        self._turn_is_first = not self.has_prompt
 
     @property
     def expects_turn(self) -> bool:
@@ -196,12 +198,11 @@ class LookaheadCache(Cache):
         The first prompt is read, and what follows if it is a turn: more than one token, or announced by
         :meth:`begin_turn`. Nothing is evicted while the whole text fits into the budget.
         """
-        if self.has_prompt and (
-            self._records_past
-            or not self.evict_later_turns
-            or not (length > 1 or self._turn_begins or self._turn_is_under_way)
-        ):
-            return False
+        if self.has_prompt:
+            under_way = self._turn_is_under_way
+            evicts = self.evict_later_turns or (under_way and self._turn_is_first)
+            if self._records_past or not evicts or not (length > 1 or self._turn_begins or under_way):
+                return False
         total = int(self.get_seq_length()) + length if self.has_prompt else length
         return self.keeps_after(total) < total
 

@@ -1,5 +1,7 @@
 """Prompts that are read piece by piece."""
 
+import copy
+
 import pytest
 import torch
 from models import kept_entries, left_padded, lookahead_model, prompt_ids
@@ -69,6 +71,45 @@ def test_a_later_turn_in_chunks():
         assert cache.summary()["entries_stored"] == 7 + 5
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+@pytest.mark.parametrize("turn", [1, 2])
+def test_a_last_chunk_of_one_token_ends_the_reading(turn, options):
+    model = lookahead_model("llama", "sdpa")
+    ids, cache = prompt_ids(1, 41), LookaheadCache(7, park="cpu", **options)
+    if turn == 2:
+        text, _ = generate(model, ids, cache)
+        ids = torch.cat([text[:, :-1], prompt_ids(1, 41, seed=4)], dim=1)
+    whole = copy.deepcopy(cache)
+    expected, _ = generate(model, ids, whole)
+    found, _ = generate(model, ids, cache, prefill_chunk_size=20)
+    assert cache.summary()["entries_stored"] == whole.summary()["entries_stored"] == 7 + 5
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+def test_all_chunks_of_a_first_prompt_are_evicted_where_later_turns_are_not(options):
+    model = lookahead_model("llama", "sdpa")
+    cache = LookaheadCache(7, evict_later_turns=False, **options)
+    text, _ = generate(model, prompt_ids(1, 57), cache, prefill_chunk_size=20)
+    assert cache.summary()["entries_stored"] == 7 + 5
+    generate(model, torch.cat([text, prompt_ids(1, 30, seed=4)], dim=1), cache, prefill_chunk_size=20)
+    assert cache.summary()["entries_stored"] == 7 + 6 + 30 + 5
+
+
+def test_a_refresh_between_chunks_of_a_turn_that_is_kept_whole():
+    """With static shapes, whose masks are made before a forward begins."""
+    model = lookahead_model("llama", "sdpa")
+    results = []
+    for options in ({}, {"max_new_tokens": 40}):
+        cache = LookaheadCache(30, refresh_every=3, evict_later_turns=False, **options)
+        text, logits = generate(model, prompt_ids(1, 60), cache, prefill_chunk_size=8)
+        text = torch.cat([text, prompt_ids(1, 20, seed=4)], dim=1)
+        results += [(text, logits), generate(model, text, cache, prefill_chunk_size=5)]
+    for (text, logits), (expected, expected_logits) in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(text, expected)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_chunks_of_nothing_are_refused():

@@ -1,4 +1,4 @@
-"""Thousands of conversations drawn at random: turns, chunks, refreshes, parking, and changes of the cache between turns.
+"""Thousands of conversations drawn at random: turns, chunks, refreshes, parking, changes of the cache between turns.
 
 Every token equals that of a full cache in which what was evicted is masked. ``converse(models, seed)`` repeats one.
 """
@@ -110,7 +110,7 @@ class Conversation:
         if budget < length and (seen == 0 or cache.evict_later_turns):
             assert self.reference.evictions > before, "what does not fit into the budget is evicted"
             most = cache.entries_to_keep(length + new_tokens) + new_tokens - 1
-            assert cache.summary()["entries_stored"] <= most, "and the budget is kept"
+            assert cache.summary()["entries_stored"] <= most + 1e-6, "and the budget is kept"
             assert cache.park is None or cache.summary()["entries_parked"] >= length
 
     def draw_chunk(self, seen):
