@@ -299,6 +299,14 @@ class LookaheadCache(Cache):
                 "model.load_adapter(...), or, for a scorer that needs no adapter, call "
                 "lkq_hf.prepare_model_for_eviction(model) once."
             )
+        stored = self.layers[layer_idx].keys
+        if stored is not None and stored.device != key_states.device:
+            raise ValueError(
+                f"this LookaheadCache holds layer {layer_idx} on {stored.device}, and the model computes it on "
+                f"{key_states.device}: the model was moved after the cache had read. Move it back, or read the text "
+                "again into a new LookaheadCache. A cache that was saved by save_pretrained is loaded to where the "
+                "model is."
+            )
         if self.park is not None and layer_idx + 1 < len(self.layers):
             following = self.layers[layer_idx + 1]
             if isinstance(following, EvictedLayer):

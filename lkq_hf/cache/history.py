@@ -83,7 +83,8 @@ class ReadText:
         return ids
 
     def digest(self, batch: int, length: int) -> str | None:
-        """Digest of the first ``length`` ids; None if one of them is not known."""
+        """Digest of a text of ``length`` ids; None if one of them is not known."""
+        self.cut(length)
         if self.saved is not None and self.saved[0] == length:
             return self.saved[1]
         ids = self.known(batch, length)
@@ -99,6 +100,7 @@ class ReadText:
             mask: of the same shape, 0 where an id does not count; None if all count.
             seen: tokens that were read.
         """
+        self.cut(seen)  # of a forward that failed
         common = min(ids.shape[1], seen)
         known = self.known(ids.shape[0], common)
         differs = (known != ids[:, :common].cpu()) & (known != UNKNOWN)

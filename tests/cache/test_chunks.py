@@ -47,6 +47,16 @@ def test_without_parking_several_budgets_are_held_until_the_last_chunk(scorer):
     assert stored[:5] == [20, 28, 28, 28, 7]
 
 
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_chunks_may_be_shorter_than_the_lookahead_tokens(chunk, options):
+    model = lookahead_model("llama", "sdpa")
+    assert model.model.lookahead.active_tokens().shape[1] > chunk
+    expected, _ = generate(model, prompt_ids(2, 40), LookaheadCache(7))
+    found, _ = generate(model, prompt_ids(2, 40), LookaheadCache(7, park="cpu", **options), prefill_chunk_size=chunk)
+    assert torch.equal(found, expected)
+
+
 def test_forwards_of_ones_own():
     model = lookahead_model("llama", "sdpa")
     ids = prompt_ids(2, 90)

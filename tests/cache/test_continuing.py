@@ -233,6 +233,20 @@ def test_another_batch_is_refused():
     assert_goes_on(model, cache, text)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+@pytest.mark.parametrize("parts", ["reading", "decoding"])
+def test_a_model_that_was_moved_is_refused(parts, options):
+    model = lookahead_model()
+    cache, text = used(model, **options)
+    before = copy.deepcopy(cache)
+    model.to("meta")
+    ids = followed(text)[:, 44:] if parts == "reading" else text[:, 44:]
+    with pytest.raises(ValueError, match=r"holds layer 0 on cpu, and the model computes it on meta.*Move it back"):
+        model(ids.to("meta"), past_key_values=cache)
+    assert_goes_on(lookahead_model(), cache, text)
+    assert before.get_seq_length() == 44
+
+
 @pytest.mark.parametrize("batch_size", [1, 2])
 def test_a_pipeline_with_several_prompts_and_one_cache_is_refused(batch_size):
     tokenizer = small_tokenizer()
