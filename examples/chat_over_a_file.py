@@ -3,13 +3,13 @@
     python examples/chat_over_a_file.py
     python examples/chat_over_a_file.py notes.txt --question "Who wrote this?" --question "What is it about?"
 
-The file is read into a LookaheadCache of `--budget` entries. Each question gets a copy of that small cache, so it
-costs the time of its own few tokens, not of the file. You see the time and the memory of the one prefill, and then
-each question with its answer and its time. The default model is very small, and answers some questions badly with the
-whole file in its cache too: `--budget 4096` keeps all of it.
+The file is read into a LookaheadCache of `--budget` entries, with everything parked in main memory. Each question
+gets a copy of that cache, so it costs the time of its own few tokens, not of the file. While a question is read it
+attends to the whole file, and the best entries for it answer. You see the time and the memory of the one prefill, and
+then each question with its answer and its time. The default model is very small, and answers some questions badly
+with the whole file in its cache too: `--budget 4096` keeps all of it.
 
-The entries are chosen before any question is known. If you have one question only, put it into the prompt together
-with the file, as examples/quickstart.py does: the scorer then sees what is asked.
+Without `park="cpu"` only the entries that were chosen before any question was known would be left.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def main() -> None:
     file_ids = tokenizer(
         before, add_special_tokens=not tokenizer.chat_template, return_tensors="pt", verbose=False
     ).input_ids
-    cache = LookaheadCache(budget=arguments.budget, scorer="lookahead" if adapter else "snapkv")
+    cache = LookaheadCache(budget=arguments.budget, scorer="lookahead" if adapter else "snapkv", park="cpu")
     started = time.perf_counter()
     with torch.inference_mode():
         model(file_ids, **pass_cache(cache), logits_to_keep=1)
@@ -76,8 +76,8 @@ def main() -> None:
     seconds = time.perf_counter() - started
     print(
         f"Read {arguments.file.name}, {held['tokens_seen']:,} tokens, in {seconds:.1f} s. The cache keeps "
-        f"{held['entries_stored']} entries per head: {held['bytes'] / 2**20:.1f} MiB of "
-        f"{held['bytes_without_eviction'] / 2**20:.1f} MiB."
+        f"{held['entries_stored']:,.0f} entries per head, {held['bytes'] / 2**20:.1f} MiB, and parks "
+        f"{held['entries_parked']:,} in main memory, {held['bytes_parked'] / 2**20:.1f} MiB."
     )
 
     for question in arguments.question or QUESTIONS:

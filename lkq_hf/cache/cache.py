@@ -16,6 +16,7 @@ from lkq_hf.cache.allocation import ALLOCATIONS, MOST
 from lkq_hf.cache.build import build_layers
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.fingerprint import ModelReference
+from lkq_hf.cache.history import Generation, ReadText
 from lkq_hf.cache.layers import EvictedLayer
 from lkq_hf.cache.parking import PLACES
 from lkq_hf.cache.prefix import Pool, Prefix
@@ -31,19 +32,21 @@ from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 
 class LookaheadCache(Cache):
-    """A KV cache cut to a budget right after the prefill of the first prompt.
+    """A KV cache that holds a budget of entries, however long the text is.
 
-    During the one forward that reads the prompt, each full-attention layer scores its entries, keeps the best
-    ``budget`` of every KV head and frees the rest before the next layer runs, so that at most one layer is ever held
-    in full. Generated tokens and later turns are appended and never evicted. Positions stay true: the cache reports
-    the length of the text it has read (:meth:`get_seq_length`), not the number of entries it stores.
+    Every forward that reads (the first prompt, a later turn, a chunk of a prompt) scores all entries and keeps the
+    best ones. Tokens generated since then are kept. They compete with the other entries when the next turn is read,
+    or earlier with ``refresh_every``. Nothing is evicted while the whole text fits into the budget.
 
-    A prompt no longer than the budget is cached whole, exactly as by ``DynamicCache``. Sliding-window layers, which
-    are bounded already, are left as they are.
+    A cache serves one conversation, in one generation at a time. ``generate`` compares the text that it is called with
+    to what the cache has read, and refuses another one.
+
+    Positions stay true: the cache reports the length of the text it has read (:meth:`get_seq_length`), not the number
+    of entries it stores. Sliding windows and recurrent states, which are bounded already, are left as they are.
 
     Args:
-        budget: entries to keep per layer and KV head: a number of tokens (int), or a fraction of the prompt's length
-            (float between 0 and 1), padding included.
+        budget: entries to keep per layer and KV head on average: a number of tokens (int), or a fraction of the text's
+            length (float above 0, at most 1), padding included.
         scorer: what decides: "lookahead" (needs a ``LOOKAHEAD_KV`` adapter on the model), "snapkv", "streaming",
             "random", or a :class:`~lkq_hf.scoring.Scorer`. For the scorers that need no adapter, a model without one
             is prepared once with :func:`~lkq_hf.cache.prepare_model_for_eviction`.
@@ -51,9 +54,18 @@ class LookaheadCache(Cache):
             tokens, and on a GPU ``generate`` then compiles the decode and replays it as a CUDA graph. The tokens are
             the same; the first call compiles. Pass what you pass to ``generate``; if more tokens come, the storage
             grows, which compiles again. None, the default, is storage that grows with every token, without compiling.
+        allocation: how heads share the budget. "global": all heads of all layers compete. "layer": the heads of a
+            layer compete. "uniform": every head keeps the same number. "profile": the adapter's config says how many.
+        evict_later_turns: whether later turns return to the budget. False keeps them whole.
+        refresh_every: number of generated tokens after which entries are evicted again while an answer is generated.
+            The last ``refresh_every`` tokens are never dropped, so at most the budget and twice as many tokens are
+            stored. None, the default, keeps an answer whole until the next turn.
+        park: "cpu" keeps a copy of everything in main memory: each turn attends to the whole text while it is read,
+            and then keeps the best entries for its question. None, the default, drops what is evicted for good.
 
     Raises:
-        ValueError, TypeError: the budget, the scorer or max_new_tokens is not one of the above.
+        TypeError: an argument is of another type.
+        ValueError: an argument is out of its range, or names an unknown scorer, allocation or place.
 
     Example:
 
@@ -95,8 +107,13 @@ class LookaheadCache(Cache):
         self._deferred: _Deferred | None = None
         # Length of a text that is being read in pieces, up to the end of the last one.
         self._turn_end = 0
+        self._turn_is_first = True
         # At least as many tokens as there are since the last reading.
         self._since_reading = 0
+        self.text = ReadText()
+        self.generation = Generation()
+        # A text: a bound scorer of a user's own may hold the model.
+        self._scorer_in_use = repr(self.scorer)
 
     def entries_to_keep(self, length: int) -> int:
         """Entries that a text of ``length`` tokens keeps per KV head on average, at most ``length``."""
@@ -137,10 +154,37 @@ class LookaheadCache(Cache):
         """
         self._turn_begins = True
         self._turn_end = length or 0
+        self._turn_is_first = not self.has_prompt
+
+    @property
+    def expects_turn(self) -> bool:
+        """Whether the next forward reads a prompt, a turn or a piece of one, even if it has one token only."""
+        return self._turn_begins or self._turn_end > 0
+
+    @property
+    def _turn_is_under_way(self) -> bool:
+        return self._turn_end > 0 and int(self.get_seq_length()) < self._turn_end
 
     def end_turn_begin(self) -> None:
         """Says that it is under way."""
         self._turn_begins = False
+
+    def record_text(self, ids: torch.Tensor | None, length: int) -> None:
+        """Notes that a forward is going to read ``length`` tokens.
+
+        Args:
+            ids: ``[batch, length]``; None if they are not known.
+            length: tokens. A single one of a decode is not noted.
+        """
+        if length > 1 or self._turn_begins or not self.has_prompt:
+            seen = int(self.get_seq_length())
+            self.text.record(seen, ids, seen + length)
+            if seen + length >= self._turn_end:
+                self._turn_end = 0
+            if not self._has_static_storage:
+                self._since_reading += length
+        elif not self._has_static_storage:  # without waiting for the device
+            self.text.cut(int(self.get_seq_length()))
 
     def keeps_after(self, length: int) -> int:
         """Entries per KV head that are kept on average when ``length`` tokens of the text have been read."""
@@ -154,12 +198,23 @@ class LookaheadCache(Cache):
         The first prompt is read, and what follows if it is a turn: more than one token, or announced by
         :meth:`begin_turn`. Nothing is evicted while the whole text fits into the budget.
         """
-        if self.has_prompt and (
-            self._records_past or not self.evict_later_turns or not (length > 1 or self._turn_begins)
-        ):
-            return False
+        if self.has_prompt:
+            under_way = self._turn_is_under_way
+            evicts = self.evict_later_turns or (under_way and self._turn_is_first)
+            if self._records_past or not evicts or not (length > 1 or self._turn_begins or under_way):
+                return False
         total = int(self.get_seq_length()) + length if self.has_prompt else length
         return self.keeps_after(total) < total
+
+    def bind_scorer(self, decoder: nn.Module) -> Scorer:
+        """The scorer with what the model's adapter says.
+
+        Raises:
+            ValueError: the scorer needs an active adapter, and there is none.
+        """
+        scorer = self.scorer.bind(decoder)
+        self._scorer_in_use = repr(scorer)
+        return scorer
 
     @property
     def observed_queries(self) -> int:
@@ -175,14 +230,17 @@ class LookaheadCache(Cache):
             return False
         if self._has_static_storage and self._since_reading < 2 * self.refresh_every:
             return False  # without waiting for the device
-        self._since_reading = self.layers[self.evicted_layers()[0]].tail_length
-        seen = int(self.get_seq_length()) - self.refresh_every
-        return self._since_reading >= 2 * self.refresh_every and self.entries_to_keep(seen) < seen
+        seen, layer = int(self.get_seq_length()) - self.refresh_every, self.layers[self.evicted_layers()[0]]
+        if self.observed_queries and layer.last_queries is None:
+            return False
+        since = layer.tail_length
+        return since >= 2 * self.refresh_every and self.entries_to_keep(seen) < seen
 
     @property
     def is_compileable(self) -> bool:
         """Whether ``generate`` may compile the decode; it asks before the prompt is read."""
-        return self.max_new_tokens is not None and not self._records_past
+        # A compiled graph would hide the queries that a refresh needs.
+        return self.max_new_tokens is not None and not self._records_past and not self.observed_queries
 
     @property
     def _has_static_storage(self) -> bool:
@@ -240,6 +298,14 @@ class LookaheadCache(Cache):
                 "this model does not know LookaheadCache. Load a LOOKAHEAD_KV adapter into it with "
                 "model.load_adapter(...), or, for a scorer that needs no adapter, call "
                 "lkq_hf.prepare_model_for_eviction(model) once."
+            )
+        stored = self.layers[layer_idx].keys
+        if stored is not None and stored.device != key_states.device:
+            raise ValueError(
+                f"this LookaheadCache holds layer {layer_idx} on {stored.device}, and the model computes it on "
+                f"{key_states.device}: the model was moved after the cache had read. Move it back, or read the text "
+                "again into a new LookaheadCache. A cache that was saved by save_pretrained is loaded to where the "
+                "model is."
             )
         if self.park is not None and layer_idx + 1 < len(self.layers):
             following = self.layers[layer_idx + 1]
@@ -343,6 +409,7 @@ class LookaheadCache(Cache):
             if hasattr(layer, "croppable"):
                 layer.croppable(tokens_to_remove)
         super().crop(tokens_to_remove)
+        self.text.cut(int(self.get_seq_length()))
         deferred, self._deferred = self._deferred, None
         if deferred is not None:
             self._evict_deferred(deferred)
@@ -375,6 +442,7 @@ class LookaheadCache(Cache):
         self._take_rows(lambda rows: rows[indices.to(rows.device)])
 
     def _take_rows(self, choose: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        self.text.take_rows(choose)
         if self._deferred is not None:
             self._deferred = self._deferred.rows(choose)
 
@@ -382,11 +450,17 @@ class LookaheadCache(Cache):
         """Forgets everything that was read; the next prompt is compressed again."""
         self.layers = []
         self._deferred = None
+        self.text = ReadText()
+
+    @property
+    def batch(self) -> int:
+        """Rows that are stored."""
+        return self.layers[self.evicted_layers()[0]].keys.shape[0]
 
     @property
     def is_unsettled(self) -> bool:
         """Whether an eviction waits for the last piece of a text, or for drafted tokens to be accepted."""
-        return self._deferred is not None or int(self.get_seq_length()) < self._turn_end
+        return self._deferred is not None or self._turn_is_under_way
 
     def end_restoring(self) -> None:
         """Says that all layers hold what a saved cache held."""
@@ -409,7 +483,8 @@ class LookaheadCache(Cache):
             directory: made if there is none.
             model: the model that filled the cache; needed only where the cache does not know it any more, as after
                 unpickling.
-            input_ids: ``[batch, tokens]`` that were read; their hash is saved, to be compared when it is loaded.
+            input_ids: ``[batch, tokens]`` that were read. Their hash is saved, to be compared with the text that the
+                loaded cache is to go on with. Needed only where the cache does not know them, as after embeddings.
             parked: whether entries in main memory (``park="cpu"``) are saved too. They are as many as the whole text
                 has; without them, the cache is loaded as one without parking.
 
@@ -481,6 +556,12 @@ class LookaheadCache(Cache):
         return sum(tensor.nbytes for tensor in tails) + sum(pool.nbytes for pool in self._used_pools()) + states
 
     @property
+    def entries_parked(self) -> int:
+        """Entries of each KV head in main memory."""
+        parked = self.layers[self.evicted_layers()[0]].parked if self.layers else None
+        return 0 if parked is None else parked.length
+
+    @property
     def parked_nbytes(self) -> int:
         """Bytes of the entries in main memory."""
         parked = (self.layers[index].parked for index in self.evicted_layers())
@@ -490,16 +571,17 @@ class LookaheadCache(Cache):
         """What the cache holds.
 
         Returns:
-            ``tokens_seen``; ``entries_stored``, the mean over KV heads of the evicted layers; ``bytes``;
-            ``bytes_parked``, in main memory; ``bytes_without_eviction``, of the same text; and ``layers``, for each
-            layer its ``entries`` (of each KV head, mean over the batch), the ``least``, ``mean`` and ``most`` of
-            these, and its bytes.
+            ``tokens_seen``; ``entries_stored``, the mean over KV heads of the evicted layers; ``entries_parked``, of
+            each KV head in main memory; ``bytes``; ``bytes_parked``; ``bytes_without_eviction``, of the same text; and
+            ``layers``, for each layer its ``entries`` (of each KV head, mean over the batch), the ``least``, ``mean``
+            and ``most`` of these, and its bytes.
         """
         layers = [_layer_summary(layer) for layer in self.layers]
         heads = [entries for index in self.evicted_layers() for entries in layers[index]["entries"]]
         return {
             "tokens_seen": int(self.get_seq_length()),
             "entries_stored": sum(heads) / len(heads) if heads else 0,
+            "entries_parked": self.entries_parked,
             "bytes": self.nbytes,
             "bytes_parked": self.parked_nbytes,
             "bytes_without_eviction": sum(row["bytes_without_eviction"] for row in layers),
@@ -509,8 +591,9 @@ class LookaheadCache(Cache):
     def __repr__(self) -> str:
         summary = self.summary()
         return (
-            f"{type(self).__name__}(budget={self.budget}, scorer={self.scorer!r}, allocation={self.allocation!r}, "
-            f"tokens_seen={summary['tokens_seen']}, entries_stored={summary['entries_stored']:g}, "
+            f"{type(self).__name__}(budget={self.budget}, scorer={self._scorer_in_use}, "
+            f"allocation={self.allocation!r}, tokens_seen={summary['tokens_seen']}, "
+            f"entries_stored={summary['entries_stored']:g}, "
             f"bytes={summary['bytes']:,} of {summary['bytes_without_eviction']:,})"
         )
 

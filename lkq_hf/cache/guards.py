@@ -48,7 +48,7 @@ def length_read_in_chunks(
         ValueError: the chunks are smaller than one token.
         NotImplementedError: this version of transformers cannot read a later turn in chunks.
     """
-    chunk_size = _prefill_chunk_size(defaults, args, kwargs)
+    chunk_size = generation_option("prefill_chunk_size", defaults, args, kwargs)
     if chunk_size is None:
         return None
     if chunk_size < 1:
@@ -64,13 +64,13 @@ def length_read_in_chunks(
     return length if length - seen > chunk_size else None
 
 
-def _prefill_chunk_size(defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+def generation_option(name: str, defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What ``generate`` will use: its own argument, else that of the config passed to it, else the model's."""
-    if "prefill_chunk_size" in kwargs:
-        return kwargs["prefill_chunk_size"]
+    if name in kwargs:
+        return kwargs[name]
     passed = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    found = None if passed is None else passed.prefill_chunk_size
-    return defaults.prefill_chunk_size if found is None else found
+    found = None if passed is None else getattr(passed, name)
+    return getattr(defaults, name) if found is None else found
 
 
 def _prompt_length(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -293,8 +293,15 @@ class EvictedLayer(DynamicLayer):
         if remove:
             self.keys, self.values = self.keys[..., :-remove, :], self.values[..., :-remove, :]
             self.tokens_seen -= remove
-            if self.parked is not None:
-                self.parked.cut(self.tokens_seen)
+            self.forget_last(remove)
+
+    def forget_last(self, count: int) -> None:
+        """Drops what is kept of the last ``count`` tokens beside their entries, which a crop has removed."""
+        if self.parked is not None:
+            self.parked.cut(int(self.get_seq_length()))
+        if self.last_queries is not None and count:
+            query = self.last_queries.query[:, :, :-count]
+            self.last_queries = self.last_queries._replace(query=query) if query.shape[2] else None
 
     def reset(self) -> None:
         super().reset()

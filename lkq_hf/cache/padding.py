@@ -39,7 +39,7 @@ def padding_mask(attention_mask: Any, seen: int, length: int) -> torch.Tensor | 
     if not mask.any(-1).all():
         raise ValueError(
             f"row {int(mask.any(-1).int().argmin())} of the batch is padding only: every prompt needs at least one "
-            "token"
+            "token. In chunks (prefill_chunk_size) the first one has to reach a token of every row: use larger chunks."
         )
     if not mask[:, -1].all():
         raise ValueError(

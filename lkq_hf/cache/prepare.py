@@ -27,6 +27,7 @@ from lkq_hf.cache.reading import Decoding, Reading
 from lkq_hf.cache.recurrent import read_one_by_one
 from lkq_hf.cache.refresh import begin_refresh
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
+from lkq_hf.cache.turns import begin_turn
 from lkq_hf.compat import find_cache, rename_cache, require_cache_support
 from lkq_hf.quantization.shared_input import weights_fixed
 from lkq_hf.scoring import Scorer
@@ -101,11 +102,16 @@ def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return generate(*args, **kwargs)
     kwargs = rename_cache(kwargs, cache)
     model: Any = generate.__self__  # type: ignore[attr-defined]
-    cache.begin_turn(length_read_in_chunks(model.generation_config, int(cache.get_seq_length()), args, kwargs))
-    if not cache.is_compileable:
-        return generate(*args, **kwargs)
-    with decoding(get_decoder(model), cache), weights_fixed(model):
-        return generate(*args, **kwargs)
+    with cache.generation.under_way():
+        turn = begin_turn(cache, model.generation_config, args, kwargs)
+        cache.begin_turn(length_read_in_chunks(model.generation_config, int(cache.get_seq_length()), args, kwargs))
+        if cache.is_compileable:
+            with decoding(get_decoder(model), cache), weights_fixed(model):
+                output = generate(*args, **kwargs)
+        else:
+            output = generate(*args, **kwargs)
+        turn.end(output)
+    return output
 
 
 def _create_masks_for_generate(decoder: PreTrainedModel, create_masks: Callable[..., Any], **kwargs: Any) -> Any:
@@ -230,7 +236,7 @@ def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dic
     if cache is None and _thread.forward is None:
         return None
     in_decode = thread_state.attend_compiles and _thread.refresh is None
-    if in_decode and cache is not None and cache.has_prompt and _length(named) == 1:
+    if in_decode and cache is not None and cache.has_prompt and not cache.expects_turn and _length(named) == 1:
         return None  # a step of a compiled decode, around the whole of which `decoding` is already
     return _begin_forward(decoder, cache, named)
 
@@ -254,6 +260,7 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         prepared.start()
         return None
     refuse_replica(decoder)
+    cache.generation.refuse_other_thread()
     kwargs, changed = _without_slicing_block_masks(decoder, kwargs)
     length = _length(kwargs)
     if not cache.has_prompt:
@@ -261,13 +268,14 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         cache.build_layers(decoder.config)
         cache.remember_model(decoder)
     reads = cache.will_read(length)
+    cache.record_text(kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else None, length)
     cache.end_turn_begin()
     scorer = _bind(decoder, cache) if reads else None
     if scorer is not None:
         return _begin_reading(decoder, cache, scorer, kwargs, length)
     if cache.refresh_is_due():
         refresh(decoder, cache, kwargs.get("attention_mask"))
-    if cache.has_prefix:
+    if cache.has_prefix or cache.observed_queries:
         mask = kwargs.get("attention_mask")
         text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         _thread.forward = Decoding(decoder, cache, text_mask)
@@ -319,7 +327,7 @@ def _bind(decoder: PreTrainedModel, cache: LookaheadCache) -> Scorer | None:
         ValueError: a first prompt cannot be scored.
     """
     try:
-        return cache.scorer.bind(decoder)
+        return cache.bind_scorer(decoder)
     except ValueError as error:
         if not cache.has_prompt:
             raise

@@ -247,5 +247,6 @@ class Reading:
         for layer in self.cache.layers:
             if hasattr(layer, "abandon_reading"):
                 layer.abandon_reading()
+        self.cache.text.cut(self._seen)
         if self._seen == 0:
             self.cache.reset()

@@ -22,7 +22,7 @@ def begin_refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mas
         cache: what has grown.
         attention_mask: ``[batch, >= text]``, or None if there is no padding.
     """
-    scorer = cache.scorer.bind(decoder)
+    scorer = cache.bind_scorer(decoder)
     seen = int(cache.get_seq_length())
     layer = cache.layers[cache.evicted_layers()[0]]
     recent = min(cache.refresh_every or 0, layer.tail_length)

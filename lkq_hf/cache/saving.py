@@ -6,6 +6,7 @@ json names that file with its hash and is written last, so that a reader finds t
 
 import hashlib
 import shutil
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.eviction import static_capacity, static_longest
 from lkq_hf.cache.fingerprint import differences, fingerprint, is_fingerprint
+from lkq_hf.cache.history import digest_of
 from lkq_hf.cache.layers import EvictedLayer, LastQueries, UncompressedSlidingLayer
 from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
@@ -59,9 +61,9 @@ def save_cache(
         "model": fingerprint(decoder),
         "options": options | ({} if parked else {"park": None}),
         "scorer": _describe_scorer(cache.scorer),
-        "batch": _batch(cache),
+        "batch": cache.batch,
         "tokens_seen": seen,
-        "input_ids_sha256": None if input_ids is None else _digest_of_ids(input_ids, _batch(cache), seen),
+        "input_ids_sha256": _digest_of_text(cache, seen, input_ids),
         "layers": layers,
     }
     digest = _write_tensors(directory, tensors)
@@ -120,6 +122,8 @@ def load_cache(
             raise DamagedCacheError(f"the model's layers are of the kinds {kinds}, those of the file {saved}")
         same_dtype = expected["dtype"] == found["dtype"]
         _fill(cache, content, _Tensors(tensors, decoder, None if same_dtype else decoder.dtype))
+        with suppress(ValueError):  # no adapter is active yet
+            cache.bind_scorer(decoder)
         tensors_left = sorted(tensors)
         if tensors_left:
             raise DamagedCacheError(f"it holds {len(tensors_left)} unexpected tensors ({tensors_left[0]}, ...)")
@@ -150,6 +154,7 @@ def read_note(directory: Path) -> dict[str, Any]:
         "options": isinstance(content.get("options"), dict) and content["options"].keys() == set(OPTIONS),
         "scorer": isinstance(content.get("scorer"), dict),
         "batch": _is_count(content.get("batch")),
+        "input_ids_sha256": "input_ids_sha256" in content and isinstance(content["input_ids_sha256"], str | None),
         "tokens_seen": _is_count(content.get("tokens_seen")),
         "layers": isinstance(content.get("layers"), list)
         and all(isinstance(layer, dict) for layer in content["layers"]),
@@ -226,11 +231,6 @@ def _kind(layer: Any) -> str:
     return "window" if isinstance(layer, UncompressedSlidingLayer) else "shared"
 
 
-def _batch(cache: LookaheadCache) -> int:
-    layer = cache.layers[cache.evicted_layers()[0]]
-    return layer.keys.shape[0]
-
-
 def _describe_scorer(scorer: Scorer) -> dict[str, Any]:
     """Name and parameters of a scorer of ours; of any other, its class, so that a message can name it."""
     name = next((name for name, kind in SCORERS.items() if type(scorer) is kind), None)
@@ -244,12 +244,18 @@ def _digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def _digest_of_text(cache: LookaheadCache, seen: int, input_ids: torch.Tensor | None) -> str | None:
+    if input_ids is None:
+        return cache.text.digest(cache.batch, seen)
+    return _digest_of_ids(input_ids, cache.batch, seen)
+
+
 def _digest_of_ids(input_ids: torch.Tensor, batch: int, seen: int) -> str:
     if input_ids.shape != (batch, seen):
         raise ValueError(
             f"input_ids should be the tokens that the cache has read, [{batch}, {seen}], got {list(input_ids.shape)}"
         )
-    return hashlib.sha256(input_ids.detach().long().cpu().contiguous().numpy().tobytes()).hexdigest()
+    return digest_of(input_ids)
 
 
 # Loading
@@ -403,6 +409,9 @@ def _fill(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors) -> 
             if cache.park is None:
                 chunks = []
             layer.restore(prefix, (keys, values), chunks, _queries(index, note, tensors, batch, keys))
+    cache.text.given = seen
+    if content["input_ids_sha256"] is not None:
+        cache.text.saved = seen, content["input_ids_sha256"]
     cache.end_restoring()
 
 

@@ -128,8 +128,13 @@ class StaticStorage(_Layer):
         """
         if not self.has_static_storage:
             return super().crop(tokens_to_remove)
-        self._filled.sub_(self.croppable(tokens_to_remove))
+        remove = self.croppable(tokens_to_remove)
+        self._filled.sub_(remove)
+        self.forget_last(remove)
         return None
+
+    def forget_last(self, count: int) -> None:
+        """Drops what a layer keeps of the last ``count`` tokens beside their entries."""
 
     def croppable(self, tokens_to_remove: int) -> int:
         """How many tokens a :meth:`crop` removes.
@@ -234,6 +239,9 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
         self._first = prefix.source_length
         self._offset.fill_(self._first)
         self._filled.fill_(recent)
+
+    def forget_last(self, count: int) -> None:
+        EvictedLayer.forget_last(self, count)
 
     def _fits(self, prefix: Prefix) -> bool:
         return self.prefix is not None and self.prefix.starts.shape == prefix.starts.shape

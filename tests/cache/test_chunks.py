@@ -1,5 +1,7 @@
 """Prompts that are read piece by piece."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,10 @@ from lkq_hf import LookaheadCache
 from lkq_hf.cache import guards
 from lkq_hf.compat import CHUNKED_TURNS_SINCE
 
+needs_chunked_turns = pytest.mark.skipif(
+    Version(transformers.__version__) < CHUNKED_TURNS_SINCE,
+    reason="this transformers begins at the start when it reads a later turn in chunks",
+)
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 
@@ -49,6 +55,16 @@ def test_without_parking_several_budgets_are_held_until_the_last_chunk(scorer):
     assert stored[:5] == [20, 28, 28, 28, 7]
 
 
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_chunks_may_be_shorter_than_the_lookahead_tokens(chunk, options):
+    model = lookahead_model("llama", "sdpa")
+    assert model.model.lookahead.active_tokens().shape[1] > chunk
+    expected, _ = generate(model, prompt_ids(2, 40), LookaheadCache(7))
+    found, _ = generate(model, prompt_ids(2, 40), LookaheadCache(7, park="cpu", **options), prefill_chunk_size=chunk)
+    assert torch.equal(found, expected)
+
+
 def test_forwards_of_ones_own():
     model = lookahead_model("llama", "sdpa")
     ids = prompt_ids(2, 90)
@@ -62,7 +78,7 @@ def test_forwards_of_ones_own():
         assert torch.equal(kept_entries(cache)[layer], kept)
 
 
-@pytest.mark.skipif(Version(transformers.__version__) < CHUNKED_TURNS_SINCE, reason="this transformers cannot")
+@needs_chunked_turns
 def test_a_later_turn_in_chunks():
     model = lookahead_model("llama", "sdpa")
     first, question = prompt_ids(1, 40), prompt_ids(1, 50, seed=4)
@@ -82,6 +98,47 @@ def test_a_later_turn_in_chunks_is_refused_where_transformers_cannot(monkeypatch
     text, _ = generate(model, prompt_ids(1, 40), cache)
     with pytest.raises(NotImplementedError, match=r"transformers 5\.20\.0 begins at the start"):
         generate(model, torch.cat([text, prompt_ids(1, 50, seed=4)], 1), cache, prefill_chunk_size=20)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+@pytest.mark.parametrize("turn", [1, pytest.param(2, marks=needs_chunked_turns)])
+def test_a_last_chunk_of_one_token_ends_the_reading(turn, options):
+    model = lookahead_model("llama", "sdpa")
+    ids, cache = prompt_ids(1, 41), LookaheadCache(7, park="cpu", **options)
+    if turn == 2:
+        text, _ = generate(model, ids, cache)
+        ids = torch.cat([text[:, :-1], prompt_ids(1, 41, seed=4)], dim=1)
+    whole = copy.deepcopy(cache)
+    expected, _ = generate(model, ids, whole)
+    found, _ = generate(model, ids, cache, prefill_chunk_size=20)
+    assert cache.summary()["entries_stored"] == whole.summary()["entries_stored"] == 7 + 5
+    assert torch.equal(found, expected)
+
+
+@needs_chunked_turns
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+def test_all_chunks_of_a_first_prompt_are_evicted_where_later_turns_are_not(options):
+    model = lookahead_model("llama", "sdpa")
+    cache = LookaheadCache(7, evict_later_turns=False, **options)
+    text, _ = generate(model, prompt_ids(1, 57), cache, prefill_chunk_size=20)
+    assert cache.summary()["entries_stored"] == 7 + 5
+    generate(model, torch.cat([text, prompt_ids(1, 30, seed=4)], dim=1), cache, prefill_chunk_size=20)
+    assert cache.summary()["entries_stored"] == 7 + 6 + 30 + 5
+
+
+@needs_chunked_turns
+def test_a_refresh_between_chunks_of_a_turn_that_is_kept_whole():
+    """With static shapes, whose masks are made before a forward begins."""
+    model = lookahead_model("llama", "sdpa")
+    results = []
+    for options in ({}, {"max_new_tokens": 40}):
+        cache = LookaheadCache(30, refresh_every=3, evict_later_turns=False, **options)
+        text, logits = generate(model, prompt_ids(1, 60), cache, prefill_chunk_size=8)
+        text = torch.cat([text, prompt_ids(1, 20, seed=4)], dim=1)
+        results += [(text, logits), generate(model, text, cache, prefill_chunk_size=5)]
+    for (text, logits), (expected, expected_logits) in zip(results[:2], results[2:], strict=True):
+        assert torch.equal(text, expected)
+        torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
 
 
 def test_chunks_of_nothing_are_refused():

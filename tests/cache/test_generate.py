@@ -5,12 +5,14 @@ import pytest
 import torch
 from models import (
     ARCHITECTURES,
+    add_lookahead,
     base_and_adapted,
     evicted_logits,
     kept_entries,
     left_padded,
     lookahead_model,
     prompt_ids,
+    set_adapter,
     tiny_model,
 )
 from torch.nn import functional as F
@@ -413,6 +415,21 @@ def test_the_summary_counts_bytes():
     text = repr(cache)
     for part in ("budget=7", "tokens_seen=43", "entries_stored=10", f"{cache.nbytes:,} of {43 * entry:,}"):
         assert part in text
+
+
+def test_the_scorer_is_shown_with_what_the_adapter_says(tmp_path):
+    model = lookahead_model(attention="sdpa")
+    add_lookahead(model, "pooled", pooling_kernel_size=3, pooling="avg", row_power=2.0)
+    for name, parts in (("default", "kernel_size=1, pooling='max'"), ("pooled", "kernel_size=3, pooling='avg'")):
+        set_adapter(model, name)
+        cache = LookaheadCache(budget=7)
+        assert "kernel_size=None" in repr(cache), "nothing was read yet"
+        generate(model, prompt_ids(1, 40), cache)
+        assert parts in repr(cache)
+    assert "row_power=2.0" in repr(cache)
+    assert "row_power=2.0" in repr(copy.deepcopy(cache))
+    cache.save_pretrained(tmp_path)
+    assert "row_power=2.0" in repr(LookaheadCache.from_pretrained(tmp_path, model))
 
 
 def test_the_summary_lists_layers_with_a_sliding_window_as_they_are():

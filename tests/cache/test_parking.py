@@ -116,6 +116,40 @@ def test_changes_of_the_batch_reach_main_memory(change):
         assert torch.equal(kept_entries(cache)[layer], kept)
 
 
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+def test_a_crop_after_a_refresh_reaches_main_memory(options):
+    """A refresh parks the tokens that it keeps as well, so that they are up for a crop."""
+    model = lookahead_model("llama", "sdpa")
+    cache = LookaheadCache(budget=7, park="cpu", refresh_every=3, **options)
+    tokens, _ = generate(model, prompt_ids(1, 40), cache, new_tokens=8)
+    assert cache.layers[0].parked.length == 46 and cache.layers[0].evicted_length == 43
+    cache.crop(-3)
+    assert cache.layers[0].parked.length == int(cache.get_seq_length()) == 44
+    ids = torch.cat([prompt_ids(1, 40), tokens[:, :4], prompt_ids(1, 6, seed=4)], dim=1)
+    again, kept = generate(model, ids, copy.deepcopy(cache)), kept_entries(cache)
+    fresh = LookaheadCache(budget=7, park="cpu", refresh_every=3, **options)
+    with torch.no_grad():
+        model(prompt_ids(1, 40), past_key_values=fresh)
+        for token in tokens[:, :4].unbind(1):
+            model(token[:, None], past_key_values=fresh)
+    torch.testing.assert_close(generate(model, ids, fresh)[1], again[1], atol=1e-4, rtol=1e-4)
+    assert all(entries.shape[-1] == 43 for entries in kept.values())
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+def test_a_turn_of_one_token_reads_everything(options):
+    model = lookahead_model("llama", "sdpa")
+    cache = LookaheadCache(budget=7, park="cpu", **options)
+    tokens, _ = generate(model, prompt_ids(1, 40), cache, new_tokens=1)
+    fresh = LookaheadCache(budget=7)
+    ids = torch.cat([prompt_ids(1, 40), tokens], dim=1)
+    found, logits = generate(model, ids, cache)
+    expected, expected_logits = generate(model, ids, fresh)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    assert cache.summary()["entries_stored"] == 7 + 5
+
+
 def test_a_parked_conversation_is_compiled_once(reset_compiler):
     model, graphs = lookahead_model("llama", "sdpa"), Graphs()
     ids = prompt_ids(1, 40)

@@ -90,3 +90,30 @@ def test_a_full_budget_equals_a_dynamic_cache(adapted, texts):
     found = model.generate(**inputs, past_key_values=LookaheadCache(budget=1.0), **OPTIONS)
     expected = model.generate(**inputs, past_key_values=DynamicCache(config=model.config), **OPTIONS)
     assert torch.equal(torch.stack(found.logits), torch.stack(expected.logits))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(7200)
+def test_ten_thousand_tokens_are_generated_in_bounded_memory(adapted):
+    model, tokenizer = adapted
+    budget, every, count = 128, 128, 10_000
+    cache = LookaheadCache(budget, refresh_every=every)
+    ids = tokenizer("A history of the harbour, from its first lighthouse on:", return_tensors="pt").input_ids
+    stored, sizes = [], []
+
+    def measure(*_):
+        if int(cache.get_seq_length()) % 50 == 0:
+            stored.append(cache.summary()["entries_stored"])
+            sizes.append(cache.nbytes)
+
+    handle = model.lm_head.register_forward_hook(measure)
+    torch.manual_seed(0)
+    output = model.generate(
+        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, min_new_tokens=count, max_new_tokens=count,
+        do_sample=True,
+    )  # fmt: skip
+    handle.remove()
+    assert output.shape[1] == ids.shape[1] + count
+    assert cache.get_seq_length() == ids.shape[1] + count - 1
+    assert max(stored) <= budget + 2 * every
+    assert len(stored) > 150 and max(sizes[20:]) <= max(sizes[:20]), "memory does not grow"

@@ -60,9 +60,12 @@ def test_every_token_sees_what_the_last_eviction_kept_and_all_since(architecture
     assert torch.equal(expected.argmax(-1), tokens)
 
 
-def test_an_answer_after_a_prompt_within_the_budget_is_evicted_too(stages):
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 30}], ids=["growing", "static"])
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_an_answer_after_a_prompt_within_the_budget_is_evicted_too(scorer, options, stages):
     base, model = base_and_adapted()
-    ids, cache = prompt_ids(1, 6), LookaheadCache(budget=10, refresh_every=4)
+    model.set_attn_implementation("sdpa")
+    ids, cache = prompt_ids(1, 6), LookaheadCache(budget=10, scorer=scorer, refresh_every=4, **options)
     tokens, logits = generate(model, ids, cache)
     assert len(stages) > 2
     expected = evicted_logits(base, torch.cat([ids, tokens], 1), None, stages)[:, 5:-1]

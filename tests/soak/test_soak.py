@@ -12,20 +12,18 @@ import pytest
 import torch
 from models import (
     ARCHITECTURES,
-    add_lookahead,
     evicted_logits,
     kept_entries,
     left_padded,
     positions,
     prompt_ids,
-    tiny_model,
 )
 from torch.nn import functional as F
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import lkq_hf.attention
-from lkq_hf import LookaheadCache, prepare_model_for_eviction
+from lkq_hf import LookaheadCache
 from lkq_hf.attention import thread_state
 from lkq_hf.cache import prepare
 
@@ -41,17 +39,6 @@ SAMPLING = (
     {"repetition_penalty": 1.2},
     {"no_repeat_ngram_size": 2},
 )
-
-
-@pytest.fixture(scope="module")
-def models():
-    """For each architecture the untouched model with eager attention, and the same with an adapter."""
-    pairs = {}
-    for architecture in ARCHITECTURES:
-        base = tiny_model(architecture)
-        pairs[architecture] = base, add_lookahead(copy.deepcopy(base))
-        prepare_model_for_eviction(pairs[architecture][1])
-    return pairs
 
 
 def draw_prompt(draw):
