@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from lkq_hf.training.soft_allocation import SOFT_ALLOCATIONS
+
 
 @dataclass
 class LookaheadTrainingArguments(TrainingArguments):
@@ -19,7 +21,11 @@ class LookaheadTrainingArguments(TrainingArguments):
             those over the full one (:mod:`lkq_hf.training.eviction`). 0, as in the paper, leaves it out.
         eviction_budgets: smallest and largest budget of that objective; each step draws one, log-uniformly.
         eviction_temperature: softness of that objective's choice of entries, see
-            :func:`~lkq_hf.training.eviction.soft_top_k`.
+            :func:`~lkq_hf.training.soft_allocation.soft_top_k`.
+        eviction_allocation: how that objective shares a budget out among heads, as the adapter will be used:
+            "global", "layer" or "uniform", see :class:`~lkq_hf.LookaheadCache`. "profile" follows from "global".
+        recompute: read each layer again in the backward pass, instead of holding what it computed. Needs a fraction
+            of the memory and takes one more pass of the response and of the lookahead tokens.
         recall_budgets: budgets for which the evaluation reports the recall of the most important entries.
 
     Source of the defaults: LookaheadKV (arXiv 2603.10899): Adam, learning rate 1e-3, responses up to 512 tokens.
@@ -48,6 +54,11 @@ class LookaheadTrainingArguments(TrainingArguments):
         default_factory=lambda: [48, 320], metadata={"help": "Smallest and largest budget of that objective."}
     )
     eviction_temperature: float = field(default=0.1, metadata={"help": "Softness of the entries' choice."})
+    eviction_allocation: str = field(
+        default="global",
+        metadata={"help": "How that objective shares a budget out.", "choices": list(SOFT_ALLOCATIONS)},
+    )
+    recompute: bool = field(default=True, metadata={"help": "Recompute each layer in the backward pass."})
     recall_budgets: list[int] = field(
         default_factory=lambda: [64, 128, 256], metadata={"help": "Budgets for recall in the evaluation."}
     )
@@ -69,6 +80,10 @@ class LookaheadTrainingArguments(TrainingArguments):
             raise ValueError(
                 "eviction_weight must not be negative and eviction_temperature must be positive, got "
                 f"{self.eviction_weight} and {self.eviction_temperature}"
+            )
+        if self.eviction_allocation not in SOFT_ALLOCATIONS:
+            raise ValueError(
+                f"eviction_allocation must be one of {', '.join(SOFT_ALLOCATIONS)}, got {self.eviction_allocation!r}"
             )
         if len(self.eviction_budgets) != 2 or not 1 <= self.eviction_budgets[0] <= self.eviction_budgets[1]:
             raise ValueError(

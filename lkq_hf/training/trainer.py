@@ -224,7 +224,7 @@ class LookaheadTrainer(Trainer):
         else:
             targets = response_importance(decoder, prompt, *response, row_power, model)
         predicted = lookahead_importance(
-            model, decoder, prompt, tokens.active_tokens(), row_power, tokens.active_rows()
+            model, decoder, prompt, tokens.active_tokens(), row_power, tokens.active_rows(), self.args.recompute
         )
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
@@ -253,15 +253,18 @@ class LookaheadTrainer(Trainer):
         response: tuple[torch.Tensor, torch.Tensor],
         full_logits: torch.Tensor,
     ) -> torch.Tensor:
+        tokens = self._tokens(decoder)
         # Prompts that are shorter than the budget keep their gates open.
         gates = eviction_gates(
             predicted,
-            decoder.config.num_key_value_heads,
+            {layer: prompt.kv_heads(layer) for layer in predicted},
             self._draw_budget(),
             self.args.eviction_temperature,
-            self._tokens(decoder).row_power(),
+            tokens.row_power(),
+            self.args.eviction_allocation,
+            tokens.pooling(),
         )
-        evicted = response_logits(model, decoder, prompt, *response, gates=gates)
+        evicted = response_logits(model, decoder, prompt, *response, gates=gates, recompute=self.args.recompute)
         return response_divergence(full_logits, evicted, response[1]).to(self.args.device)
 
     def _draw_budget(self) -> int:
