@@ -2,8 +2,8 @@
 
 The adapter learns which parts of a prompt the model's own answer will look at. So the mix holds the kinds of use that
 differ in where the answer looks: planted facts, questions over several paragraphs, explaining, summarising, comparing,
-quoting, copying and continuing; with the task before or after the text, in a later turn of a conversation about the text, and
-with prompts that end inside an answer.
+quoting, copying and continuing; with the task before or after the text, in a later turn of a conversation about it,
+and with prompts that end inside an answer.
 
     documents = [{"document": "manual", "text": "..."}, ...]
     train, validation = split_documents(documents, validation_fraction=0.05)

@@ -31,7 +31,7 @@ def soft_top_k(scores: torch.Tensor, budget: int, temperature: float) -> torch.T
 def soft_share_out(
     scores: Sequence[torch.Tensor], budget: int, allocation: str, temperature: float
 ) -> list[torch.Tensor]:
-    """:func:`soft_top_k` under an allocation: as the temperature falls, the open gates become what ``share_out`` keeps.
+    """:func:`soft_top_k` under an allocation: the open gates are those of the entries that ``share_out`` keeps.
 
     Where heads compete, an entry's rank among all of their entries decides, within two limits of its own head: the
     entries that each head keeps for itself are open, and those beyond the most that a head may keep are closed. The

@@ -10,7 +10,7 @@ from lkq_hf import LookaheadKVConfig
 from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.training.eviction import eviction_gates, response_divergence, response_logits
 from lkq_hf.training.importance import PromptCache, lookahead_importance, mean_over_query_heads
-from lkq_hf.training.soft_allocation import soft_share_out, soft_top_k
+from lkq_hf.training.soft_allocation import soft_top_k
 
 
 def test_the_largest_scores_are_open_and_padding_is_closed():
