@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from lkq_hf.evaluation.decoding import Answers, score_answers
 from lkq_hf.evaluation.prefill import read_prompts
@@ -58,7 +57,7 @@ class AnswerJudge:
         return bool(self._batches)
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module) -> dict[str, float]:
+    def __call__(self, model: Any) -> dict[str, float]:
         """Judges a model with an active adapter, prepared for eviction.
 
         Returns:
@@ -72,18 +71,18 @@ class AnswerJudge:
             budgets = [budget for budget in self.budgets if LEAST_EVICTED * budget <= ids.shape[1]]
             answers = Answers(batch["response_ids"].to(device), batch["response_mask"].to(device))
             mask = torch.ones_like(ids)
-            prefill: Any = read_prompts(
+            prefill = read_prompts(
                 model,
                 ids,
                 mask,
                 {"judged": self.scorer},
                 budgets,
-                self.allocation,  # type: ignore[arg-type]
+                self.allocation,
             )
-            full, _ = score_answers(model, prefill.logits, mask, prefill.full, answers)  # type: ignore[arg-type]
+            full, _ = score_answers(model, prefill.logits, mask, prefill.full, answers)
             count = answers.mask.sum(-1)
             for (_, budget), cache in prefill.caches.items():
-                nll, chosen = score_answers(model, prefill.logits, mask, cache, answers)  # type: ignore[arg-type]
+                nll, chosen = score_answers(model, prefill.logits, mask, cache, answers)
                 lost[budget].append((((nll - full) * answers.mask).sum(-1) / count).cpu())
                 same[budget].append(((chosen == answers.ids) | ~answers.mask).all(-1).float().cpu())
         found = {f"lost@{budget}": float(torch.cat(parts).mean()) for budget, parts in sorted(lost.items())}

@@ -225,7 +225,7 @@ class LookaheadTrainer(Trainer):
             return self.state.global_step
         with self.checkpoints_of_the_adapter():
             self._load_best_model()
-        return self.state.best_global_step
+        return self.state.best_global_step or 0
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset

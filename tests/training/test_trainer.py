@@ -1,4 +1,6 @@
 import json
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -391,7 +393,7 @@ def test_arguments_of_the_eviction_objective_are_checked(tmp_path, values):
 
 
 @pytest.mark.real_model
-def test_one_command_does_all_from_documents(tmp_path):
+def test_one_command_does_all_from_documents(tmp_path, monkeypatch):
     from transformers import AutoTokenizer
 
     from lkq_hf.cli import app
@@ -408,6 +410,8 @@ def test_one_command_does_all_from_documents(tmp_path):
             words = [(f"keeper{index}{i}", f"green{i}", f"north{index}") for i in range(120)]
             text = "\n\n".join("".join(sentence.format(*word) for word in words[i : i + 6]) for i in range(0, 120, 6))
             file.write(json.dumps({"text": text}) + "\n")
+    train = sys.modules["lkq_hf.cli.train"]
+    monkeypatch.setattr(train, "make_targets", partial(train.make_targets, validation_count=6))  # for speed
     out = tmp_path / "adapter"
     command = [
         "train", str(tmp_path / "model"), "--documents", str(tmp_path / "documents.jsonl"), "--out", str(out),
