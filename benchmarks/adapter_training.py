@@ -176,9 +176,13 @@ def main() -> None:
     )
     if options.prompts_only:
         return
+    # Names of files and directories only: results are passed on.
     settings = {
-        name: value if isinstance(value, int | float | list) else str(value) for name, value in vars(options).items()
+        name: value
+        for name, value in vars(options).items()
+        if isinstance(value, int | float | str) or (isinstance(value, list) and name != "texts")
     }
+    settings["texts"] = [path.name for path in options.texts or []]
     results: dict[str, Any] = {
         "environment": describe(), "settings": settings, "seconds": {"targets": time.monotonic() - started},
         "evaluations": [],
