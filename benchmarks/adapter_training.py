@@ -182,6 +182,7 @@ def main() -> None:
         for name, value in vars(options).items()
         if isinstance(value, int | float | str) or (isinstance(value, list) and name != "texts")
     }
+    settings |= {name: Path(settings[name]).name for name in ("model", "adapter")}
     settings["texts"] = [path.name for path in options.texts or []]
     results: dict[str, Any] = {
         "environment": describe(), "settings": settings, "seconds": {"targets": time.monotonic() - started},
