@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lkq_hf.evaluation.decoding import Answers, score_answers
-from lkq_hf.evaluation.prefill import read_prompts
+from lkq_hf.evaluation.prefill import Cell, read_prompts
 from lkq_hf.scoring import LookaheadScorer, Scorer
 from lkq_hf.training import TargetCollator
 
@@ -20,8 +20,8 @@ class AnswerJudge:
 
     ``lost@B`` is what an answer's tokens lose in log-likelihood at a budget of B entries, in nats: the mean over
     prompts of the mean over an answer's tokens, so that short answers, which state a fact, count as much as long
-    ones. ``same@B`` is the share of answers whose every token is the evicted cache's own choice as well. ``lost`` is
-    the mean of ``lost@B`` over the budgets; the lower, the better.
+    ones. ``same@B`` is the share of answers whose every token is the evicted cache's own choice as well. ``lost`` and
+    ``same`` are their means over the budgets.
 
     Args:
         targets: prompts that the adapter is not trained on, with the model's answers (``"input_ids"`` and
@@ -56,35 +56,47 @@ class AnswerJudge:
         """Whether any prompt is long enough for any budget."""
         return bool(self._batches)
 
-    @torch.no_grad()
     def __call__(self, model: Any) -> dict[str, float]:
         """Judges a model with an active adapter, prepared for eviction.
 
         Returns:
             The numbers by name; empty if no prompt is long enough for any budget.
         """
+        return self.compare(model, {"": self.scorer})[""]
+
+    @torch.no_grad()
+    def compare(self, model: Any, scorers: Mapping[str, Scorer]) -> dict[str, dict[str, float]]:
+        """Judges several scorers on one reading of each prompt.
+
+        Args:
+            model: prepared for eviction.
+            scorers: by name, as in :func:`~lkq_hf.evaluation.prefill.read_prompts`.
+
+        Returns:
+            For each scorer its numbers by name.
+        """
         device = next(model.parameters()).device
-        lost: dict[int, list[torch.Tensor]] = defaultdict(list)
-        same: dict[int, list[torch.Tensor]] = defaultdict(list)
+        lost: dict[Cell, list[torch.Tensor]] = defaultdict(list)
+        same: dict[Cell, list[torch.Tensor]] = defaultdict(list)
         for batch in self._batches:
             ids = batch["input_ids"].to(device)
             budgets = [budget for budget in self.budgets if LEAST_EVICTED * budget <= ids.shape[1]]
             answers = Answers(batch["response_ids"].to(device), batch["response_mask"].to(device))
             mask = torch.ones_like(ids)
-            prefill = read_prompts(
-                model,
-                ids,
-                mask,
-                {"judged": self.scorer},
-                budgets,
-                self.allocation,
-            )
+            prefill = read_prompts(model, ids, mask, scorers, budgets, self.allocation)
             full, _ = score_answers(model, prefill.logits, mask, prefill.full, answers)
-            count = answers.mask.sum(-1)
-            for (_, budget), cache in prefill.caches.items():
+            for cell, cache in prefill.caches.items():
                 nll, chosen = score_answers(model, prefill.logits, mask, cache, answers)
-                lost[budget].append((((nll - full) * answers.mask).sum(-1) / count).cpu())
-                same[budget].append(((chosen == answers.ids) | ~answers.mask).all(-1).float().cpu())
-        found = {f"lost@{budget}": float(torch.cat(parts).mean()) for budget, parts in sorted(lost.items())}
-        mean = {"lost": sum(found.values()) / len(found)} if found else {}
-        return mean | found | {f"same@{b}": float(torch.cat(parts).mean()) for b, parts in sorted(same.items())}
+                lost[cell].append((((nll - full) * answers.mask).sum(-1) / answers.mask.sum(-1)).cpu())
+                same[cell].append(((chosen == answers.ids) | ~answers.mask).all(-1).float().cpu())
+        return {name: _by_budget("lost", name, lost) | _by_budget("same", name, same) for name in scorers}
+
+
+def _by_budget(what: str, scorer: str, found: Mapping[Cell, list[torch.Tensor]]) -> dict[str, float]:
+    """Means over prompts at each budget, and their mean."""
+    means = {
+        f"{what}@{budget}": float(torch.cat(parts).mean())
+        for (name, budget), parts in sorted(found.items())
+        if name == scorer
+    }
+    return {what: sum(means.values()) / len(means), **means} if means else {}
