@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from lkq_hf.cli.checks import (
+    SOFT_ALLOCATIONS,
     check_adapter_directory,
     check_choice,
     check_dtype,
@@ -118,7 +119,7 @@ def train(
     check_dtype(dtype)
     check_choice("--pooling", pooling, ("max", "avg", "sum"))
     check_choice("--importance-heads", importance_heads, ("query", "kv"))
-    check_choice("--allocation", allocation, ("global", "layer", "uniform"))
+    check_choice("--allocation", allocation, SOFT_ALLOCATIONS)
     if (documents is None) == (targets is None):
         raise ValueError("pass either --documents, to make targets from, or --targets that were made before")
     check_model_directory(model)
@@ -144,18 +145,6 @@ def train(
 
     if adapter is not None:
         check_adapter(str(adapter))
-    if targets is None:
-        targets = [out / "targets"]
-        make_targets(
-            model=model,
-            out=targets[0],
-            documents=documents,
-            count=count,
-            max_length=max_length,
-            max_new_tokens=max_new_tokens,
-            dtype=dtype,
-            device=device,
-        )
     measured_budgets = whole_numbers("--profile-budgets", profile_budgets) if profile_budgets else []
     state, place = find_device(device)
     forward_size = _largest_divisor(_share(batch_size, state.num_processes), device_batch_size)
@@ -170,6 +159,18 @@ def train(
         "target_modules": None if lora else [],
     }
     config = LookaheadKVConfig(**shape)
+    if targets is None:
+        targets = [out / "targets"]
+        make_targets(
+            model=model,
+            out=targets[0],
+            documents=documents,
+            count=count,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            device=device,
+        )
     train_dataset = usable_targets(
         [load_targets(directory / "train") for directory in targets],
         max_repetition,
