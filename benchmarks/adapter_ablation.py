@@ -38,7 +38,7 @@ from lkq_hf.training import TargetCollator, load_targets
 # Arguments of the config and of the training that differ from the first variant's, the recipe of the shipped adapter.
 REFERENCE: tuple[dict[str, Any], dict[str, Any]] = (
     {"row_power": 2.0},
-    {"importance_power": 1.5, "learning_rate": 3e-3},
+    {"importance_power": 1.5, "learning_rate": 3e-3, "eviction_weight": 0.0, "eviction_allocation": "uniform"},
 )
 VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "reference": ({}, {}),
@@ -48,6 +48,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "16 tokens": ({"num_lookahead_tokens": 16}, {}),
     "64 tokens": ({"num_lookahead_tokens": 64}, {}),
     "eviction objective": ({}, {"eviction_weight": 1.0}),
+    "eviction objective, heads of a layer compete": ({}, {"eviction_weight": 1.0, "eviction_allocation": "layer"}),
+    "eviction objective, all heads compete": ({}, {"eviction_weight": 1.0, "eviction_allocation": "global"}),
     "eviction objective, importance power 1": ({}, {"eviction_weight": 1.0, "importance_power": 1.0}),
     "eviction temperature 0.3": ({}, {"eviction_weight": 1.0, "eviction_temperature": 0.3}),
     "LoRA on attention only": ({"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]}, {}),

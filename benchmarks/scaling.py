@@ -180,8 +180,9 @@ def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
     row = _row(tokens, shrink)
     with tempfile.TemporaryDirectory() as directory:
         arguments = LookaheadTrainingArguments(
-            output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True
-        )
+            output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
+            eviction_weight=0.0,
+        )  # fmt: skip
         trainer = LookaheadTrainer(model, arguments, train_dataset=[row])
         trainer.create_optimizer()
         inputs = {key: value.to(device) for key, value in trainer.data_collator([row]).items()}
@@ -345,7 +346,7 @@ def _trained(
     with tempfile.TemporaryDirectory() as directory:
         arguments = LookaheadTrainingArguments(
             output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
-            per_device_train_batch_size=1, max_steps=6,
+            per_device_train_batch_size=1, max_steps=6, eviction_weight=0.0,
         )  # fmt: skip
         rows = [_row(tokens, shrink)] * 6 * PartialState().num_processes
         trainer = LookaheadTrainer(model, arguments, train_dataset=rows, callbacks=[clock])

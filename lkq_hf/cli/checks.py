@@ -15,6 +15,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 
 # What the library offers, named here because importing the library takes seconds (tests compare both).
 ALLOCATIONS = ("global", "layer", "uniform", "profile")
+SOFT_ALLOCATIONS = ("global", "layer", "uniform")
 SCORERS = ("lookahead", "snapkv", "streaming", "random", "oracle")
 TASKS = (
     "needle", "needle_multi_key", "needle_multi_value", "variable_tracking", "frequent_words", "paragraph_question",

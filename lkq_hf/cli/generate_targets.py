@@ -14,6 +14,8 @@ from lkq_hf.cli.options import Device, Dtype, Model, check_model, find_device, l
 from lkq_hf.cli.output import AsJson, report
 
 LONGEST_PROMPT = 8192
+NEW_TOKENS = 128
+COUNT = 8000
 PROMPTS_NOTE = "prompts.json"
 """Name of the file that says how the prompts beside it were made."""
 
@@ -33,7 +35,7 @@ def generate_targets(
             dir_okay=False,
         ),
     ] = None,
-    count: Annotated[int, typer.Option(help="Training prompts to make.", min=1)] = 8000,
+    count: Annotated[int, typer.Option(help="Training prompts to make.", min=1)] = COUNT,
     validation_count: Annotated[
         int, typer.Option(help="Validation prompts, from documents held out whole.", min=1)
     ] = 256,
@@ -46,7 +48,7 @@ def generate_targets(
     mix: Annotated[
         str, typer.Option(help="Further fields of lkq_hf.training.PromptMix, as JSON: '{\"length_skew\": 0}'.")
     ] = "{}",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.", min=1)] = 512,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest response, in tokens.", min=1)] = NEW_TOKENS,
     shard_size: Annotated[
         int, typer.Option(help="Prompts per file; a stopped run repeats at most one file.", min=1)
     ] = 512,
@@ -68,6 +70,60 @@ def generate_targets(
 
     A run that was stopped goes on where it was when it is started again. Under `accelerate launch`, the responses are
     divided among the processes.
+    """
+    written = make_targets(
+        model=model,
+        out=out,
+        documents=documents,
+        prompts=prompts,
+        count=count,
+        validation_count=validation_count,
+        validation_fraction=validation_fraction,
+        min_length=min_length,
+        max_length=max_length,
+        length_step=length_step,
+        mix=mix,
+        max_new_tokens=max_new_tokens,
+        shard_size=shard_size,
+        batch_tokens=batch_tokens,
+        seed=seed,
+        workers=workers,
+        prompts_only=prompts_only,
+        dtype=dtype,
+        device=device,
+    )
+    if written:
+        kind = "prompts" if prompts_only else "prompts with responses"
+        lines = [f"{name}: {made['prompts']} {kind} in {made['directory']}" for name, made in written.items()]
+        report("\n".join(lines), written)
+
+
+def make_targets(
+    *,
+    model: str,
+    out: Path,
+    documents: list[Path] | None = None,
+    prompts: Path | None = None,
+    count: int = COUNT,
+    validation_count: int = 256,
+    validation_fraction: float = 0.05,
+    min_length: int = 512,
+    max_length: int | None = None,
+    length_step: int = 256,
+    mix: str = "{}",
+    max_new_tokens: int = NEW_TOKENS,
+    shard_size: int = 512,
+    batch_tokens: int = 65_536,
+    seed: int = 0,
+    workers: int = 1,
+    prompts_only: bool = False,
+    dtype: str = "bfloat16",
+    device: str | None = None,
+) -> dict[str, dict[str, Any]]:
+    """What the command does, with its options.
+
+    Returns:
+        For each set its directory and its number of prompts; nothing in processes other than the first.
     """
     if (documents is None) == (prompts is None):
         raise ValueError("pass either --documents, to make prompts from, or --prompts")
@@ -120,9 +176,7 @@ def generate_targets(
             ),
         )
     if prompts_only:
-        sizes = {name: {"directory": out / name, "prompts": len(rows)} for name, rows in sets.items()}
-        report("\n".join(f"{name}: {len(rows)} prompts in {out / name}" for name, rows in sets.items()), sizes)
-        return
+        return {name: {"directory": out / name, "prompts": len(rows)} for name, rows in sets.items()}
     causal_lm, _ = load_model(model, dtype, place)
     note = model_note(model, causal_lm, dtype)
     written = {}
@@ -139,9 +193,7 @@ def generate_targets(
             model_note=note,
         )
         written[name] = {"directory": out / name, "prompts": len(targets)}
-    lines = [f"{name}: {made['prompts']} prompts with responses in {out / name}" for name, made in written.items()]
-    if state.is_main_process:
-        report("\n".join(lines), written)
+    return written if state.is_main_process else {}
 
 
 def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[str, Any]]) -> dict[str, Any]:

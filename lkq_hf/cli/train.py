@@ -1,4 +1,4 @@
-"""``lkq-hf train``: a lookahead adapter from targets."""
+"""``lkq-hf train``: a lookahead adapter from documents, or from targets that were made before."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from lkq_hf.cli.checks import (
+    SOFT_ALLOCATIONS,
     check_adapter_directory,
     check_choice,
     check_dtype,
@@ -14,21 +15,40 @@ from lkq_hf.cli.checks import (
     check_writable,
     whole_numbers,
 )
+from lkq_hf.cli.generate_targets import COUNT, NEW_TOKENS, make_targets
 from lkq_hf.cli.options import Device, Dtype, Model, check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import AsJson, report
 
 
 def train(
     model: Model,
-    targets: Annotated[
-        list[Path],
+    out: Annotated[Path, typer.Option(help="Directory for the adapter; checkpoints go to its 'checkpoints' folder.")],
+    documents: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="Directory that generate-targets wrote; with several, the first one validates.",
+            help="Make the targets first, in the 'targets' folder of --out, from these documents: jsonl or jsonl.gz "
+            "with a 'text' each, or plain text files.",
+            dir_okay=False,
+        ),
+    ] = None,
+    targets: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Instead, a directory that generate-targets wrote; with several, the first one validates.",
             exists=True,
             file_okay=False,
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Directory for the adapter; checkpoints go to its 'checkpoints' folder.")],
+    ] = None,
+    count: Annotated[int, typer.Option(help="With --documents: training prompts to make.", min=1)] = COUNT,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="With --documents: longest prompt, in tokens. By default 8192, or the model's positions if fewer."
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="With --documents: longest response, in tokens.", min=1)
+    ] = NEW_TOKENS,
     adapter: Annotated[
         Path | None,
         typer.Option(help="Go on from this trained adapter, whose shape is kept.", exists=True, file_okay=False),
@@ -40,28 +60,43 @@ def train(
     rank: Annotated[int, typer.Option(help="Rank of the LoRA.", min=1)] = 8,
     lora_alpha: Annotated[float, typer.Option(help="The LoRA's update is scaled by lora_alpha / rank.")] = 32,
     lora: Annotated[bool, typer.Option(help="Train a LoRA on the lookahead positions beside the tokens.")] = True,
-    row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 1.0,
+    row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 2.0,
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
     pooling: Annotated[str, typer.Option(help="How it pools: max, avg or sum.")] = "max",
     neighbor_weight: Annotated[float, typer.Option(help="What a neighbour counts, with --pooling sum.")] = 1.0,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
-    importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.0,
+    importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.5,
     eviction_weight: Annotated[
         float, typer.Option(help="Weight of what the response loses over the evicted cache; 0: paper.")
-    ] = 0.0,
+    ] = 0.5,
+    allocation: Annotated[
+        str,
+        typer.Option(help="How that cache shares its budget out: global, layer or uniform, as the adapter is used."),
+    ] = "global",
+    recompute: Annotated[
+        bool, typer.Option(help="Read each layer again in the backward pass: less memory, slower steps.")
+    ] = True,
+    inside_answer_share: Annotated[
+        float, typer.Option(help="Share of the prompts that end inside the model's own answer.", min=0, max=1)
+    ] = 0.2,
     cut_loops: Annotated[
         bool, typer.Option(help="Cut responses where they begin to repeat themselves, as small models' often do.")
-    ] = False,
+    ] = True,
     max_repetition: Annotated[
         float, typer.Option(help="Leave out responses of which a larger share repeats itself (0.3 drops loops).")
     ] = 1.0,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     batch_size: Annotated[int, typer.Option(help="Prompts per step, over all processes.", min=1)] = 32,
     device_batch_size: Annotated[int, typer.Option(help="Most prompts in a forward of one device.", min=1)] = 32,
     epochs: Annotated[float, typer.Option(help="Passes over the training set.")] = 1.0,
     max_steps: Annotated[int, typer.Option(help="Steps; overrides epochs if positive.")] = -1,
-    eval_steps: Annotated[int, typer.Option(help="Steps between two evaluations.", min=1)] = 200,
-    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1)] = 200,
+    eval_steps: Annotated[
+        int, typer.Option(help="Steps between two evaluations, whose best one gives the adapter.", min=1)
+    ] = 50,
+    save_steps: Annotated[int, typer.Option(help="Steps between two checkpoints.", min=1)] = 50,
+    judge_prompts: Annotated[
+        int, typer.Option(help="Validation prompts that choose the best evaluation, at most; 0: the last step.", min=0)
+    ] = 128,
     profile_budgets: Annotated[
         str,
         typer.Option(help="Budgets for which the mean numbers per head are measured at the end; empty for none."),
@@ -72,7 +107,10 @@ def train(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a lookahead adapter.
+    """Train a lookahead adapter, from documents or from targets.
+
+    With --documents all is done: prompts, the model's answers, the training, the choice of the best checkpoint by what
+    evicted answers lose, the numbers for allocation="profile", and a model card.
 
     Started again after a stop, it goes on from the last checkpoint. What was trained with other arguments is refused.
 
@@ -81,8 +119,12 @@ def train(
     check_dtype(dtype)
     check_choice("--pooling", pooling, ("max", "avg", "sum"))
     check_choice("--importance-heads", importance_heads, ("query", "kv"))
+    check_choice("--allocation", allocation, SOFT_ALLOCATIONS)
+    if (documents is None) == (targets is None):
+        raise ValueError("pass either --documents, to make targets from, or --targets that were made before")
     check_model_directory(model)
-    check_targets(targets)
+    if targets is not None:
+        check_targets(targets)
     if adapter is not None:
         check_adapter_directory(str(adapter))
     check_writable(out)
@@ -93,11 +135,13 @@ def train(
 
     from lkq_hf.adapter import LookaheadKVConfig
     from lkq_hf.cache.allocation import MOST
+    from lkq_hf.evaluation.judge import AnswerJudge
     from lkq_hf.evaluation.profile import measure_profile, write_profile
     from lkq_hf.files import check_note, keep_note, naming
-    from lkq_hf.hub import write_training_record
+    from lkq_hf.hub import write_draft, write_training_record
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
     from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
+    from lkq_hf.training.data import usable_targets
 
     if adapter is not None:
         check_adapter(str(adapter))
@@ -115,10 +159,26 @@ def train(
         "target_modules": None if lora else [],
     }
     config = LookaheadKVConfig(**shape)
-    train_dataset = _informative(
-        [load_targets(directory / "train") for directory in targets], max_repetition, cut_loops
+    if targets is None:
+        targets = [out / "targets"]
+        make_targets(
+            model=model,
+            out=targets[0],
+            documents=documents,
+            count=count,
+            max_length=max_length,
+            max_new_tokens=max_new_tokens,
+            dtype=dtype,
+            device=device,
+        )
+    train_dataset = usable_targets(
+        [load_targets(directory / "train") for directory in targets],
+        max_repetition,
+        cut_loops,
+        inside_answer_share,
+        seed,
     )
-    eval_dataset = _informative([load_targets(targets[0] / "validation")], 1.0, cut_loops)
+    eval_dataset = usable_targets([load_targets(targets[0] / "validation")], cut_loops=cut_loops)
     set_seed(seed)
     fsdp, deepspeed = (parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
     # What shards a model takes it from main memory, piece by piece.
@@ -129,6 +189,8 @@ def train(
         "importance_heads": importance_heads,
         "importance_power": importance_power,
         "eviction_weight": eviction_weight,
+        "allocation": allocation,
+        "inside_answer_share": inside_answer_share,
         "cut_loops": cut_loops,
         "max_repetition": max_repetition,
         "adapter": adapter and adapter.name,
@@ -150,18 +212,27 @@ def train(
         "base_model_name": base_model_name,
         "epochs": epochs,
         "max_steps": max_steps,
+        "eval_steps": eval_steps,
+        "judge_prompts": judge_prompts,
         **shape,
         **options,
         "adapter": adapter and str(adapter),
         **model_note(model, causal_lm, dtype, *shards, adapter),
     }
     check_note(checkpoints / "run.json", note, begun=last is not None)
+    # DeepSpeed's weights are whole only inside of its own forwards.
+    judged = [] if deepspeed else list(eval_dataset.select(range(min(judge_prompts, len(eval_dataset)))))
+    judge = AnswerJudge(judged, allocation=allocation)
     arguments = LookaheadTrainingArguments(
         output_dir=str(checkpoints),
         learning_rate=learning_rate,
         importance_heads=importance_heads,
         importance_power=importance_power,
         eviction_weight=eviction_weight,
+        eviction_allocation=allocation,
+        recompute=recompute,
+        metric_for_best_model="lost" if judge else None,
+        greater_is_better=False,
         per_device_train_batch_size=forward_size,
         per_device_eval_batch_size=forward_size,
         gradient_accumulation_steps=batch_size // (forward_size * state.num_processes),
@@ -189,19 +260,21 @@ def train(
         trainer = LookaheadTrainer(
             peft_model,
             arguments,
+            judge=judge,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             callbacks=[NoteOfArguments()],
         )
         trainer.train(resume_from_checkpoint=last)
+        step = trainer.load_best()
         metrics = trainer.evaluate()
         trainer.save_metrics("eval", metrics)
         with trainer.checkpoints_of_the_adapter():
             if state.is_main_process:
                 save_adapter(peft_model, out)
-                write_training_record(out, {"steps": trainer.state.global_step, **options}, metrics)
+                write_training_record(out, {"steps": step, "of": trainer.state.global_step, **options}, metrics)
         profile = None
-        if measured_budgets and not deepspeed:  # whose weights are whole only inside of its own forwards
+        if measured_budgets and not deepspeed:
             held_out = [row["input_ids"] for row in load_targets(targets[0] / "validation")]
             long_enough = [prompt for prompt in held_out if len(prompt) >= MOST * min(measured_budgets)]
             # Every process reads the same prompts: where the model is sharded, a forward needs all of them.
@@ -221,24 +294,12 @@ def train(
                 f'the adapter got no numbers for allocation="profile": {reason}. Measure them with `lkq-hf profile`',
                 err=True,
             )
+        write_draft(out)
+        lost = f", {metrics['eval_lost']:.4f} nats a token lost" if judge else ""
         report(
-            f"adapter saved to {out}; validation KL {metrics['eval_loss']:.4f}", {"adapter": out, "metrics": metrics}
+            f"adapter of step {step} saved to {out}; validation KL {metrics['eval_loss']:.4f}{lost}",
+            {"adapter": out, "step": step, "metrics": metrics},
         )
-
-
-def _informative(targets: list[Any], max_repetition: float, cut_loops: bool) -> Any:
-    """All targets whose response repeats itself no more than this share."""
-    from datasets import concatenate_datasets
-
-    from lkq_hf.training.data import before_loop, repetition
-
-    every = concatenate_datasets(targets)
-    if cut_loops:
-        every = every.map(lambda row: {"response_ids": before_loop(row["response_ids"])})
-    kept = [index for index, tokens in enumerate(every["response_ids"]) if repetition(tokens) <= max_repetition]
-    if not kept:
-        raise ValueError(f"none of the {len(every)} responses repeats itself so little: raise --max-repetition")
-    return every.select(kept)
 
 
 def _share(batch_size: int, processes: int) -> int:

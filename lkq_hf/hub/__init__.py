@@ -1,7 +1,7 @@
 """Sharing adapters and quantised checkpoints on the Hub: cards, pushing, and loading with clear errors."""
 
 from lkq_hf.hub.caches import push_cache
-from lkq_hf.hub.cards import render_card, write_card, write_training_record
+from lkq_hf.hub.cards import render_card, write_card, write_draft, write_training_record
 from lkq_hf.hub.contents import Contents, check_complete, read_contents
 from lkq_hf.hub.load import adapter_config, load_adapter
 from lkq_hf.hub.push import push_to_hub
@@ -18,5 +18,6 @@ __all__ = [
     "read_results",
     "render_card",
     "write_card",
+    "write_draft",
     "write_training_record",
 ]

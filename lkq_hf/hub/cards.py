@@ -23,6 +23,8 @@ CARD = "README.md"
 TRAINING = "training.json"
 """What ``lkq-hf train`` writes beside an adapter: its options and its metrics."""
 
+DRAFT = "<!-- A draft: it is written anew when this is pushed. Remove this line to keep the card as it is. -->"
+
 _BY_OTHERS = re.compile(
     r"### Framework versions|- PEFT .*|This is the model card of a .* transformers model that has been pushed on the "
     r"Hub\. This model card has been automatically generated\."
@@ -120,6 +122,26 @@ def write_training_record(directory: Path, options: dict[str, Any], metrics: dic
     write_json(directory / TRAINING, {"options": options, "metrics": metrics})
 
 
+def write_draft(directory: str | Path) -> bool:
+    """Writes the card that an adapter can have before anyone knows its repository, in a directory without a card.
+
+    It is written anew when the adapter is pushed, unless the line that calls it a draft is removed.
+
+    Returns:
+        Whether it was written.
+
+    Raises:
+        ValueError: the directory holds neither an adapter nor a quantized checkpoint, or a card that cannot be read.
+    """
+    contents = read_contents(directory)
+    if has_card(contents.directory):
+        return False
+    card = render_card(contents, contents.directory.resolve().name)
+    card.text = f"{card.text.rstrip()}\n\n{DRAFT}\n"
+    card.save(contents.directory / CARD)
+    return True
+
+
 def write_card(
     directory: str | Path,
     repo_id: str,
@@ -157,7 +179,7 @@ def has_card(directory: Path) -> bool:
             f"{path} should begin with YAML between two lines of ---, found something else ({error}). Mend it, or "
             "remove the file to get a new card"
         ) from error
-    return not is_unfilled(card)
+    return DRAFT not in card.text and not is_unfilled(card)
 
 
 def is_unfilled(card: ModelCard) -> bool:

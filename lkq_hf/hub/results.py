@@ -26,8 +26,9 @@ def read_results(path: str | Path) -> list[EvalResult]:
     """Results for the ``model-index`` of a card.
 
     Args:
-        path: what ``lkq-hf evaluate`` wrote (a JSON object with ``rows``), or the metrics of a training (numbers,
-            of which ``eval_recall@N`` are read). Rows of other scorers than the adapter's are baselines and left out.
+        path: what ``lkq-hf evaluate`` wrote (a JSON object with ``rows``), or the metrics of a training (numbers, of
+            which ``eval_recall@N`` and ``eval_lost@N`` are read). Rows of other scorers than the adapter's are
+            baselines and left out.
 
     Raises:
         ValueError: the file holds no results.
@@ -57,6 +58,9 @@ def find_results(values: dict[str, Any]) -> Iterator[EvalResult]:
         if key.startswith("eval_recall@"):
             budget = key.partition("@")[2]
             yield _result("validation prompts", "topk_recall", f"{METRICS['topk_recall']} at budget {budget}", value)
+        if key.startswith("eval_lost@"):
+            budget = key.partition("@")[2]
+            yield _result("validation prompts", "nll_gap", f"{METRICS['nll_gap']} at budget {budget}", value)
 
 
 def _result(dataset: str, metric: str, name: str, value: float) -> EvalResult:

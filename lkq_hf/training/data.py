@@ -1,12 +1,14 @@
 """Batches of prompts and responses."""
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Any
 
 import torch
+from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
@@ -27,6 +29,58 @@ def before_loop(tokens: Sequence[int], size: int = 8) -> list[int]:
             return list(tokens[:start])
         seen.add(run)
     return list(tokens)
+
+
+def usable_targets(
+    targets: Sequence[Dataset],
+    max_repetition: float = 1.0,
+    cut_loops: bool = False,
+    inside_answer_share: float = 0.0,
+    seed: int = 0,
+) -> Dataset:
+    """One data set of the targets that teach something.
+
+    Args:
+        targets: data sets of :func:`~lkq_hf.training.generate_targets`.
+        max_repetition: responses of which a larger share repeats itself (:func:`repetition`) are left out.
+        cut_loops: cut responses where they begin to repeat themselves (:func:`before_loop`).
+        inside_answer_share: share of the responses whose beginning is moved to the prompt, see
+            :func:`inside_answer`.
+        seed: of that draw.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    every = concatenate_datasets(list(targets))
+    if cut_loops:
+        every = every.map(lambda row: {"response_ids": before_loop(row["response_ids"])})
+    kept = [index for index, tokens in enumerate(every["response_ids"]) if repetition(tokens) <= max_repetition]
+    if not kept:
+        raise ValueError(f"none of the {len(every)} responses repeats itself so little: raise --max-repetition")
+    every = every.select(kept)
+    if not inside_answer_share:
+        return every
+
+    def begin(row: dict[str, Any], index: int) -> dict[str, Any]:
+        rng = random.Random(f"{seed}/{index}")
+        return inside_answer(row, rng) if rng.random() < inside_answer_share else row
+
+    return every.map(begin, with_indices=True)
+
+
+def inside_answer(row: dict[str, Any], rng: random.Random, rest: int = 8) -> dict[str, Any]:
+    """The same text with a prompt that ends inside the model's answer, as when a cache is evicted while it generates.
+
+    Args:
+        row: with ``"input_ids"`` and ``"response_ids"``.
+        rng: draws the place.
+        rest: tokens of the answer that are left at least. Shorter answers stay as they are.
+    """
+    prompt, response = list(row["input_ids"]), list(row["response_ids"])
+    if len(response) <= rest:
+        return row
+    place = rng.randint(1, len(response) - rest)
+    return {**row, "input_ids": prompt + response[:place], "response_ids": response[place:]}
 
 
 @dataclass(frozen=True)

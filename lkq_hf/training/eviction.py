@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,58 +11,49 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lkq_hf.attention import bias_attention
+from lkq_hf.scoring.pooling import pool_scores
 from lkq_hf.training.importance import PromptCache, mean_over_query_heads
-
-
-def soft_top_k(scores: torch.Tensor, budget: int, temperature: float) -> torch.Tensor:
-    """Logarithms of gates between 0 and 1, open for the ``budget`` largest scores, with gradients to all scores.
-
-    The gate of the entry of rank ``r`` is ``sigmoid(log((budget + 1/2) / r) / temperature)``: values depend on the
-    order alone, so that nothing is won by scores that hardly differ, which would open all gates a little. Gradients
-    are those of ``sigmoid((score - threshold) / temperature)`` with the threshold moving so that the sum of the gates
-    stays what it is: what one entry gains others lose.
-
-    Args:
-        scores: ``[..., length]``; minus infinity on padding, whose gates are closed.
-        budget: number of open gates.
-        temperature: the lower, the harder the choice. At 0.1 an entry ranked a tenth beyond the budget is about a
-            quarter open.
-    """
-    padding = scores == -torch.inf
-    places = torch.arange(1, scores.shape[-1] + 1, device=scores.device).expand(scores.shape)
-    ranks = torch.empty_like(places).scatter_(-1, scores.detach().argsort(-1, descending=True), places)
-    openness = torch.log((budget + 0.5) / ranks.to(scores.dtype)) / temperature
-    gates = torch.sigmoid(openness)
-    slopes = (gates * (1 - gates)).masked_fill(padding, 0.0)
-    slopes = slopes / slopes.sum(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
-    # Infinities have no part in gradients: theirs would be undefined.
-    finite = scores.masked_fill(padding, 0.0)
-    change = finite - finite.detach()
-    change = change - (slopes * change).sum(-1, keepdim=True)
-    return F.logsigmoid(openness + change / temperature).masked_fill(padding, -torch.inf)
+from lkq_hf.training.recompute import recomputing_layers
+from lkq_hf.training.soft_allocation import soft_share_out
 
 
 def eviction_gates(
-    scores: Mapping[int, torch.Tensor], kv_heads: int, budget: int, temperature: float, row_power: float = 1.0
+    scores: Mapping[int, torch.Tensor],
+    kv_heads: Mapping[int, int],
+    budget: int,
+    temperature: float,
+    row_power: float = 1.0,
+    allocation: str = "global",
+    pooling: Mapping[str, Any] | None = None,
 ) -> dict[int, torch.Tensor]:
-    """Log-gates (:func:`soft_top_k`) of each layer's entries, by the logarithm of their score.
+    """Log-gates (:func:`~lkq_hf.training.soft_allocation.soft_share_out`) of the entries that a cache would keep.
 
     Args:
         scores: by layer, ``[batch, heads, length]``: of each query head, as in training.
-        kv_heads: number of KV heads, over whose query heads scores are averaged, as at eviction.
-        budget: entries kept per KV head.
-        temperature: see :func:`soft_top_k`.
+        kv_heads: of each of these layers, over whose query heads scores are averaged, as at eviction.
+        budget: mean number of entries per KV head.
+        temperature: see :func:`~lkq_hf.training.soft_allocation.soft_top_k`.
         row_power: exponent of the power mean that the scores were made with.
+        allocation: how the budget is shared out among heads.
+        pooling: arguments of :func:`~lkq_hf.scoring.pooling.pool_scores`; None for no pooling.
+
+    Returns:
+        By layer, ``[batch, kv_heads, length]``.
     """
     # The root of zero has no gradient: scores stay above what has the smallest normal number as its power.
     tiny = torch.finfo(torch.float32).tiny ** (1 / row_power)
     device = next(iter(scores.values())).device
-    # All layers in one tensor: one sort instead of many.
-    every = torch.stack([importance.to(device) for importance in scores.values()])
-    mean = mean_over_query_heads(every.flatten(0, 1).clamp(min=tiny).pow(row_power), kv_heads).pow(1 / row_power)
-    padding = every[:, :, :1].flatten(0, 1) == -torch.inf
-    gates = soft_top_k(mean.log().masked_fill(padding, -torch.inf), budget, temperature)
-    return dict(zip(scores, gates.unflatten(0, every.shape[:2]), strict=True))
+    powers = (
+        mean_over_query_heads(importance.to(device).clamp(min=tiny).pow(row_power), kv_heads[layer])
+        for layer, importance in scores.items()
+    )
+    # All layers in one tensor, because a step is bound by the number of its operations.
+    every = torch.cat(list(powers), dim=1).pow(1 / row_power)
+    every = pool_scores(every, **(pooling or {"kernel_size": 1}))
+    padding = next(iter(scores.values()))[:, :1] == -torch.inf
+    logarithms = every.log().masked_fill(padding, -torch.inf).split([kv_heads[layer] for layer in scores], dim=1)
+    gates = soft_share_out(logarithms, budget, allocation, temperature)
+    return dict(zip(scores, gates, strict=True))
 
 
 def response_logits(
@@ -71,6 +63,7 @@ def response_logits(
     response_ids: torch.Tensor,
     response_mask: torch.Tensor | None = None,
     gates: Mapping[int, torch.Tensor] | None = None,
+    recompute: bool = False,
 ) -> torch.Tensor:
     """Logits of a response over a prompt's cache, of which ``gates`` may leave only a part.
 
@@ -82,6 +75,7 @@ def response_logits(
         response_mask: ``[batch, response_length]`` bool, True for real tokens; None if there is no padding.
         gates: by layer, log-gates ``[batch, kv_heads, length]``, added to the attention's logits. Layers without
             gates attend to the whole prompt.
+        recompute: whether the backward pass reads each layer again, so that little is held of it meanwhile.
 
     Returns:
         ``[batch, response_length, vocabulary]``.
@@ -90,7 +84,6 @@ def response_logits(
     if gates is None:
         return model(**inputs).logits
     count = response_ids.shape[1]
-    heads = decoder.config.num_attention_heads
     closed = math.log(torch.finfo(torch.float16).tiny)
     causal = torch.full((count, count), -torch.inf, device=response_ids.device).triu(1)
 
@@ -100,12 +93,17 @@ def response_logits(
             return None
         # Bounded, because a gradient through an infinite bias is undefined.
         prompt_part = gate.clamp(min=closed * 2).to(query)
+        heads = query.shape[1]
         prompt_part = prompt_part.repeat_interleave(heads // gate.shape[1], 1)[:, :, None]
         batch = len(prompt_part)
         parts = prompt_part.expand(-1, -1, count, -1), causal.to(query).expand(batch, heads, -1, -1)
         return torch.cat(parts, -1)
 
-    with bias_attention(decoder, bias), _embeddings_with_gradients(decoder):
+    def biased() -> AbstractContextManager[None]:
+        return bias_attention(decoder, bias)
+
+    layers = recomputing_layers(decoder, biased) if recompute else nullcontext()
+    with biased(), _embeddings_with_gradients(decoder), layers:
         return model(**inputs).logits
 
 

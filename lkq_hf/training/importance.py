@@ -5,6 +5,8 @@ prompt into a cache, and the response and the lookahead tokens are read on top o
 few positions (LookaheadKV, arXiv 2603.10899, section 3).
 """
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from lkq_hf.cache.layers import EvictedLayer
 from lkq_hf.cache.modules import forgets, recurrent_modules
 from lkq_hf.compat import pass_cache
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
+from lkq_hf.training.recompute import recomputing_layers
 
 
 class PromptCache(DynamicCache):
@@ -102,6 +105,11 @@ class PromptCache(DynamicCache):
             return super().update_recurrent_state(recurrent_states, layer_idx, state_idx, **kwargs)
         return recurrent_states
 
+    def kv_heads(self, layer_idx: int) -> int:
+        """Heads whose entries a cache keeps or drops each by themselves: 1 where a layer has a latent for all."""
+        layer: Any = self.layers[layer_idx]
+        return layer.keys.shape[1]
+
 
 def _read(decoder: nn.Module, model: nn.Module | None, positions: int = 1, **inputs: Any) -> torch.Tensor:
     """The output of one forward into a cache: of the decoder, or of the model around it (the last positions' logits).
@@ -174,6 +182,7 @@ def lookahead_importance(
     tokens: torch.Tensor,
     row_power: float = 1.0,
     rows: torch.Tensor | None = None,
+    recompute: bool = False,
 ) -> dict[int, torch.Tensor]:
     """What the active adapter predicts for each prompt entry, with gradients.
 
@@ -184,19 +193,31 @@ def lookahead_importance(
         tokens: the adapter's lookahead tokens, ``[1, count, hidden]``.
         row_power: exponent of the power mean over them.
         rows: their embeddings for each layer, ``[1, count, layers, hidden_per_layer]``, where the model has such.
+        recompute: whether the backward pass reads each layer again, so that little is held of it meanwhile.
 
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
     """
     scores, observe = _recorder(decoder, prompt, None, row_power)
+    count = tokens.shape[1]
     keys = (getattr(layer, "keys", None) for layer in prompt.layers)
     batch = next(tensor.shape[0] for tensor in keys if tensor is not None)
     embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
     inputs: dict[str, Any] = {"inputs_embeds": embeds}
     if rows is not None:
         inputs["per_layer_inputs"] = rows.to(decoder.dtype).expand(batch, -1, -1, -1)
-    with lookahead_positions(tokens.shape[1], (batch, tokens.shape[1])), observe_attention(decoder, observe):
-        logits = _read(decoder, model, tokens.shape[1], **prompt.inputs(embeds), **inputs)
+
+    @contextmanager
+    def looking_ahead(observer: Observer) -> Iterator[None]:
+        with lookahead_positions(count, (batch, count)), observe_attention(decoder, observer):
+            yield
+
+    def again() -> AbstractContextManager[None]:
+        return looking_ahead(_recorder(decoder, prompt, None, row_power)[1])  # the scores are known already
+
+    layers = recomputing_layers(decoder, again) if recompute else nullcontext()
+    with looking_ahead(observe), layers:
+        logits = _read(decoder, model, count, **prompt.inputs(embeds), **inputs)
     if torch.is_grad_enabled():
         # Wrappers learn from the gradient of the model's output that a backward pass begins, and wait for one of every
         # parameter, also of those behind the last scored attention.

@@ -2,7 +2,8 @@
 
 The adapter learns which parts of a prompt the model's own answer will look at. So the mix holds the kinds of use that
 differ in where the answer looks: planted facts, questions over several paragraphs, explaining, summarising, comparing,
-quoting, copying and continuing; with the task before or after the text, and with prompts that end inside an answer.
+quoting, copying and continuing; with the task before or after the text, in a later turn of a conversation about it,
+and with prompts that end inside an answer.
 
     documents = [{"document": "manual", "text": "..."}, ...]
     train, validation = split_documents(documents, validation_fraction=0.05)
@@ -23,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..text.chat import encode_chat
 from ..text.passages import Contents, Corpus, Passage, fit_length, insert, token_ends
 from . import phrasings
+from .earlier_turns import MOST_EARLIER_TURNS, TURN_TOKENS, draw_turns
 from .facts import Fact, draw_facts
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,8 @@ class PromptMix:
         answer_start_share: share of prompts that end inside an answer, where the kind allows it.
         task_first_share: share of prompts with the task before the text (a quarter of these have it on both sides).
         system_prompt_share: share of prompts with a system prompt of their own.
+        later_turn_share: share of prompts whose task comes in a later turn, after one to three other questions about
+            the text and their answers.
         seed: the same seed, documents and tokenizer give the same prompts.
 
     Raises:
@@ -74,6 +78,7 @@ class PromptMix:
     answer_start_share: float = 0.35
     task_first_share: float = 0.25
     system_prompt_share: float = 0.5
+    later_turn_share: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -251,13 +256,17 @@ class PromptBuilder:
         )
 
     def _build(self, kind: str, length: int, rng: random.Random) -> Prompt | None:
+        turns = 0
+        if kind != "raw" and self.mix.later_turn_share and rng.random() < self.mix.later_turn_share:
+            turns = rng.randint(1, max(1, min(MOST_EARLIER_TURNS, length // 512)))
         pieces = rng.randint(2, max(2, min(10, length // 200))) if kind == "documents" else 1
         passage = self._numbered(length, pieces, rng) if pieces > 1 else self.corpus.passage(length + 32, rng)
         # Ask only about what stays in the passage when task, chat template and facts have taken their room.
-        contents = Contents(passage.first(max(length - 320, length // 3)), self.corpus)
+        contents = Contents(passage.first(max(length - 320 - TURN_TOKENS * turns, length // 3)), self.corpus)
         task = _TASKS[kind](contents, rng, pieces) if kind != "raw" else _Task("")
         if task is None:
             return None
+        earlier = draw_turns(turns, contents, task.facts, rng)
         answer_prefix = ""
         if task.answer_starts and rng.random() < self.mix.answer_start_share:
             answer_prefix = rng.choice(task.answer_starts)
@@ -265,15 +274,20 @@ class PromptBuilder:
         system = []
         if rng.random() < self.mix.system_prompt_share:
             system = [{"role": "system", "content": rng.choice(phrasings.SYSTEM_PROMPTS)}]
-        places = [(rng.choice(contents.boundaries), fact.statement) for fact in task.facts]
+        facts = [*task.facts, *(turn.fact for turn in earlier if turn.fact is not None)]
+        places = [(rng.choice(contents.boundaries), fact.statement) for fact in facts]
+        first_task, *later_tasks = [turn.question for turn in earlier] + [task.text]
 
         def build(tokens: int) -> Prompt:
             text = insert(passage.first(tokens), places)
             messages: list[dict[str, str]] = []
             start = text if kind == "raw" else answer_prefix
             if kind != "raw":
-                content = frame.replace("{task}", task.text).replace("{document}", text)
+                content = frame.replace("{task}", first_task).replace("{document}", text)
                 messages = [*system, {"role": "user", "content": content}]
+                for turn, question in zip(earlier, later_tasks, strict=True):
+                    messages.append({"role": "assistant", "content": turn.answer})
+                    messages.append({"role": "user", "content": question})
             return Prompt(
                 messages=messages,
                 answer_prefix=start,

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -42,6 +42,20 @@ class _EpochOfSampler(TrainerCallback):
         self.sampler.set_epoch(int(state.epoch or 0))
 
 
+class _EvaluationsAreSaved(TrainerCallback):
+    """Saves what was evaluated and evaluates the last step, so that the best of all evaluated steps can be chosen."""
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        control.should_save = True
+
+
+Judge = Callable[[nn.Module], Mapping[str, float]]
+
+
 class LookaheadTrainer(Trainer):
     """Trains the active ``LOOKAHEAD_KV`` adapter of a model to predict which prompt entries a response attends to.
 
@@ -58,6 +72,9 @@ class LookaheadTrainer(Trainer):
     Args:
         model: a model with an active adapter, such as ``get_peft_model(model, LookaheadKVConfig())``.
         args: :class:`LookaheadTrainingArguments`.
+        judge: called with the model in every evaluation; returns metrics by name that are added to the evaluation's
+            (:class:`~lkq_hf.evaluation.judge.AnswerJudge`). With ``args.metric_for_best_model`` one of them chooses
+            the checkpoint. Each process calls it with the same prompts.
         kwargs: as for ``transformers.Trainer``.
 
     Raises:
@@ -71,7 +88,10 @@ class LookaheadTrainer(Trainer):
     # The loss is a mean over the batch.
     loss_is_scaled_for_ga = False
 
-    def __init__(self, model: nn.Module, args: LookaheadTrainingArguments, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, args: LookaheadTrainingArguments, judge: Judge | None = None, **kwargs: Any
+    ) -> None:
+        self._judge = judge
         decoder = get_decoder(model)
         self._tokens(decoder).active_tokens()
         implementation = decoder.config._attn_implementation
@@ -95,6 +115,8 @@ class LookaheadTrainer(Trainer):
         # The recipe's loss does not come from the model's forward, which therefore must not be given its arguments.
         self.model_accepts_loss_kwargs = False
         self._recalls: list[torch.Tensor] = []
+        if args.metric_for_best_model is not None and args.save_strategy != "no":
+            self.add_callback(_EvaluationsAreSaved())
         if self.is_fsdp_enabled:
             self._keep_adapter_out_of_fsdp()
         self._broadcast_adapter()
@@ -192,6 +214,19 @@ class LookaheadTrainer(Trainer):
         with self.checkpoints_of_the_adapter():
             super()._load_optimizer_and_scheduler(*args, **kwargs)
 
+    def load_best(self) -> int:
+        """Puts the weights of the best checkpoint, by ``args.metric_for_best_model``, into the adapter.
+
+        Returns:
+            The step that they are of; the last one where no checkpoint is known to be better.
+        """
+        best = self.state.best_model_checkpoint
+        if best is None or self.state.best_global_step == self.state.global_step:
+            return self.state.global_step
+        with self.checkpoints_of_the_adapter():
+            self._load_best_model()
+        return self.state.best_global_step or 0
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         dataset = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length" or not has_length(dataset):
@@ -224,7 +259,7 @@ class LookaheadTrainer(Trainer):
         else:
             targets = response_importance(decoder, prompt, *response, row_power, model)
         predicted = lookahead_importance(
-            model, decoder, prompt, tokens.active_tokens(), row_power, tokens.active_rows()
+            model, decoder, prompt, tokens.active_tokens(), row_power, tokens.active_rows(), self.args.recompute
         )
         if self.args.importance_heads == "kv":
             kv_heads = decoder.config.num_key_value_heads
@@ -253,15 +288,18 @@ class LookaheadTrainer(Trainer):
         response: tuple[torch.Tensor, torch.Tensor],
         full_logits: torch.Tensor,
     ) -> torch.Tensor:
+        tokens = self._tokens(decoder)
         # Prompts that are shorter than the budget keep their gates open.
         gates = eviction_gates(
             predicted,
-            decoder.config.num_key_value_heads,
+            {layer: prompt.kv_heads(layer) for layer in predicted},
             self._draw_budget(),
             self.args.eviction_temperature,
-            self._tokens(decoder).row_power(),
+            tokens.row_power(),
+            self.args.eviction_allocation,
+            tokens.pooling(),
         )
-        evicted = response_logits(model, decoder, prompt, *response, gates=gates)
+        evicted = response_logits(model, decoder, prompt, *response, gates=gates, recompute=self.args.recompute)
         return response_divergence(full_logits, evicted, response[1]).to(self.args.device)
 
     def _draw_budget(self) -> int:
@@ -298,4 +336,7 @@ class LookaheadTrainer(Trainer):
         for budget, mean in zip(self.args.recall_budgets, means, strict=False):
             if not math.isnan(mean):
                 metrics[f"{prefix}_recall@{budget}"] = mean
+        if self._judge is not None:
+            judged = self._judge(self._whole_model().eval())
+            metrics |= {f"{prefix}_{name}": value for name, value in judged.items()}
         return output._replace(metrics=metrics)

@@ -354,7 +354,7 @@ def test_a_training_goes_on_with_the_same_arguments_only(run, base, other, tmp_p
     assert code == 0, err  # neither changes the result
     for model, more, message in (
         (other, [], f"model was '{base}', now '{other}'"),
-        (base, ["--learning-rate", "0.1"], "--learning-rate was 0.001, now 0.1"),
+        (base, ["--learning-rate", "0.1"], "--learning-rate was 0.003, now 0.1"),
         (base, ["--rank", "4"], "r was 8, now 4"),
         (base, ["--targets", tmp_path / "more"], "targets was"),
     ):

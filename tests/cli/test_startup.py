@@ -15,6 +15,7 @@ from lkq_hf.cli import checks
 from lkq_hf.evaluation.tasks import TASKS, QuestionAnswering
 from lkq_hf.quantization import config as quantization_config
 from lkq_hf.scoring import SCORERS
+from lkq_hf.training.soft_allocation import SOFT_ALLOCATIONS
 
 ROOT = Path(lkq_hf.__file__).parents[1]
 CPU_SECONDS = 0.7
@@ -109,6 +110,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_the_names_that_are_checked_early_are_those_of_the_library():
     assert checks.ALLOCATIONS == ALLOCATIONS
+    assert checks.SOFT_ALLOCATIONS == SOFT_ALLOCATIONS
     assert {*checks.SCORERS} == {*SCORERS, "oracle"}
     assert {*checks.TASKS} == {*TASKS, QuestionAnswering.kind}
     assert checks.BITS == quantization_config.BITS and [*checks.PRESETS] == [*quantization_config.PRESETS]

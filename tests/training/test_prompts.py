@@ -1,11 +1,17 @@
 import random
 import re
+from types import SimpleNamespace
 
 import pytest
+from datasets import Dataset
 
 from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.text.chat import encode_chat, render_chat
+from lkq_hf.text.passages import Contents
 from lkq_hf.training import phrasings
+from lkq_hf.training.data import usable_targets
+from lkq_hf.training.earlier_turns import draw_turns
+from lkq_hf.training.facts import draw_facts
 from lkq_hf.training.prompts import (
     DEFAULT_WEIGHTS,
     PromptBuilder,
@@ -80,15 +86,16 @@ def test_the_seed_decides(documents, tokenizer):
 @pytest.mark.real_model
 def test_the_owner_asked_about_is_in_the_text_too(builder):
     for index in range(20):
-        content = builder.prompt(index, kind="fact_among_several", length=700)["messages"][-1]["content"]
+        messages = builder.prompt(index, kind="fact_among_several", length=700)["messages"]
+        content = "\n".join(message["content"] for message in messages)
         owners = [owner for kind in phrasings.OWNERS for owner in kind if owner.lower() in content.lower()]
         assert any(content.lower().count(owner.lower()) >= 2 for owner in owners), "the asked owner is in no statement"
 
 
 @pytest.mark.real_model
 def test_the_task_can_stand_before_and_after_the_text(documents, tokenizer):
-    first = PromptBuilder(documents, tokenizer, PromptMix(task_first_share=1.0))
-    last = PromptBuilder(documents, tokenizer, PromptMix(task_first_share=0.0))
+    first = PromptBuilder(documents, tokenizer, PromptMix(task_first_share=1.0, later_turn_share=0.0))
+    last = PromptBuilder(documents, tokenizer, PromptMix(task_first_share=0.0, later_turn_share=0.0))
     for builder, expected in ((first, True), (last, False)):
         for index in range(10):
             content = builder.prompt(index, kind="fact", length=600)["messages"][-1]["content"]
@@ -174,3 +181,54 @@ def test_no_training_wording_is_an_evaluation_wording():
     listed = [value for value in vars(phrasings).values() if isinstance(value, tuple)]
     texts = [text for value in listed for text in value if isinstance(text, str)]
     assert not [text for text in texts if re.search(r"\b(magic|special)\b", text, re.IGNORECASE)]
+
+
+@pytest.mark.real_model
+@pytest.mark.parametrize("kind", sorted(set(DEFAULT_WEIGHTS) - {"raw"}))
+def test_the_task_can_come_in_a_later_turn(documents, tokenizer, kind):
+    builder = PromptBuilder(documents, tokenizer, PromptMix(later_turn_share=1.0, system_prompt_share=0.0))
+    counts = set()
+    for index in range(12):
+        prompt = builder.prompt(index, kind, 1600)
+        assert len(prompt["input_ids"]) == 1600
+        assert [message["role"] for message in prompt["messages"]][1::2] == ["assistant"] * (
+            len(prompt["messages"]) // 2
+        )
+        assert prompt["messages"][-1]["role"] == "user"
+        counts.add(len(prompt["messages"]) // 2)
+        text, *later = (message["content"] for message in prompt["messages"])
+        assert len(text) > 2 * sum(map(len, later))
+    assert counts == {1, 2, 3}
+
+
+def test_earlier_turns_are_answered_by_the_text():
+    rng = random.Random(3)
+    sentences = [f"The {name} of the harbour {verb} the lamp in the {name} tower." for name, verb in zip(
+        ("keeper", "porter", "sailor", "warden"), ("lights", "cleans", "mends", "guards"), strict=True)]  # fmt: skip
+    text = "\n\n".join(" ".join(rng.sample(sentences, 4)) for _ in range(6))
+    contents = Contents(text, SimpleNamespace(rarity=lambda word: 1.0))
+    asked = draw_facts(1, rng)
+    for _ in range(40):
+        turns = draw_turns(3, contents, asked, rng)
+        assert 1 <= len(turns) <= 3 and len({turn.answer for turn in turns}) == len(turns)
+        for turn in turns:
+            if turn.fact is None:
+                parts = re.split(r"(?<=\.) ", turn.answer)
+                assert len(set(parts)) == len(parts) and all(part in " ".join(text.split()) for part in parts)
+            else:
+                assert turn.fact.value in turn.answer
+                assert (turn.fact.owner, turn.fact.attribute) != (asked[0].owner, asked[0].attribute)
+
+
+def test_answers_go_on_from_a_place_inside():
+    rows = [{"input_ids": [1, 2, 3], "response_ids": list(range(10, 10 + count))} for count in (5, 40, 9, 40, 40)]
+    whole = Dataset.from_list(rows)
+    found = usable_targets([whole], inside_answer_share=1.0)
+    for row, before in zip(found, rows, strict=True):
+        assert row["input_ids"] + row["response_ids"] == before["input_ids"] + before["response_ids"]
+        assert len(row["response_ids"]) >= min(8, len(before["response_ids"]))
+    cuts = [len(row["input_ids"]) - 3 for row in found]
+    assert cuts[0] == 0 and cuts[2] == 1 and len({cuts[1], cuts[3], cuts[4]}) == 3 and min(cuts[1:]) > 0
+    assert usable_targets([whole], inside_answer_share=0.0)["input_ids"] == whole["input_ids"]
+    half = usable_targets([Dataset.from_list(rows * 40)], inside_answer_share=0.5)
+    assert 0.3 < sum(len(ids) > 3 for ids in half["input_ids"]) / 160 < 0.7

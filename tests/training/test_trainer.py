@@ -1,4 +1,6 @@
 import json
+import sys
+from functools import partial
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from typer.testing import CliRunner
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.cache.prepare import get_decoder
+from lkq_hf.hub.cards import has_card
 from lkq_hf.training import load_targets
 from lkq_hf.training.importance import (
     PromptCache,
@@ -323,7 +326,7 @@ def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
     ]  # fmt: skip
     result = runner.invoke(app, command)
     assert result.exit_code == 0, (result.output, result.exception)
-    assert "validation KL" in result.output
+    assert "adapter of step 2 saved" in result.output and "validation KL" in result.output
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "someone/something"
     assert [config[name] for name in ("pooling_kernel_size", "pooling", "neighbor_weight")] == [3, "sum", 0.2]
@@ -387,3 +390,58 @@ def test_budgets_of_the_eviction_objective_are_those_of_every_process(tmp_path):
 def test_arguments_of_the_eviction_objective_are_checked(tmp_path, values):
     with pytest.raises(ValueError, match="eviction_"):
         arguments(tmp_path, **values)
+
+
+@pytest.mark.real_model
+def test_one_command_does_all_from_documents(tmp_path, monkeypatch):
+    from transformers import AutoTokenizer
+
+    from lkq_hf.cli import app
+    from lkq_hf.evaluation.models import smollm2_directory
+
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_directory())
+    model = tiny_model(vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    sentence = "The {} of the harbour keeps the {} lamp in the {} tower. "
+    with (tmp_path / "documents.jsonl").open("w") as file:
+        for index in range(8):
+            words = [(f"keeper{index}{i}", f"green{i}", f"north{index}") for i in range(120)]
+            text = "\n\n".join("".join(sentence.format(*word) for word in words[i : i + 6]) for i in range(0, 120, 6))
+            file.write(json.dumps({"text": text}) + "\n")
+    train = sys.modules["lkq_hf.cli.train"]
+    monkeypatch.setattr(train, "make_targets", partial(train.make_targets, validation_count=6))  # for speed
+    out = tmp_path / "adapter"
+    command = [
+        "train", str(tmp_path / "model"), "--documents", str(tmp_path / "documents.jsonl"), "--out", str(out),
+        "--base-model-name", "someone/something", "--count", "6", "--max-length", "512", "--max-new-tokens", "12",
+        "--num-lookahead-tokens", "4", "--rank", "2", "--max-steps", "3", "--eval-steps", "1", "--batch-size", "2",
+        "--judge-prompts", "6", "--dtype", "float32", "--device", "cpu",
+    ]  # fmt: skip
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, (result.output, result.exception)
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert set(config["budget_profile"]) == {"64", "128"} and config["row_power"] == 2
+    record = json.loads((out / "training.json").read_text())
+    assert record["options"]["of"] == 3 and record["options"]["allocation"] == "global"
+    lost = {step["step"]: step["eval_lost"] for step in json.loads(
+        (out / "checkpoints" / "checkpoint-3" / "trainer_state.json").read_text()
+    )["log_history"] if "eval_lost" in step}  # fmt: skip
+    assert set(lost) == {1, 2, 3} and record["options"]["steps"] == min(lost, key=lost.get)
+    assert record["metrics"]["eval_lost"] == pytest.approx(min(lost.values()), abs=1e-6)
+    assert record["metrics"]["eval_lost"] == pytest.approx(
+        sum(record["metrics"][f"eval_lost@{budget}"] for budget in (64, 128, 256)) / 3
+    )
+    card = (out / "README.md").read_text()
+    assert "someone/something" in card and "NLL gap to the full cache at budget 64" in card
+    assert not has_card(out)  # a draft, which pushing writes anew
+    # Started again, it finds everything and changes nothing.
+    files = {path: path.read_bytes() for path in (out / "adapter_model.safetensors", out / "README.md")}
+    again = CliRunner().invoke(app, [*command, "--json"])
+    assert again.exit_code == 0, (again.output, again.exception)
+    assert all(path.read_bytes() == content for path, content in files.items())
+    other = CliRunner().invoke(app, [*command, "--count", "7"])
+    assert isinstance(other.exception, ValueError) and "count was 6, now 7" in str(other.exception)
+    both = CliRunner().invoke(app, [*command, "--targets", str(out / "targets")])
+    assert isinstance(both.exception, ValueError) and "either --documents" in str(both.exception)
