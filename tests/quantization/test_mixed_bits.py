@@ -247,5 +247,5 @@ def test_sizes():
         17, 17, 1500, 2 * 2**20, int(4.5 * 2**30),
     ]  # fmt: skip
     for wrong in ("", "GiB", "-1GB", "4.5T"):
-        with pytest.raises(ValueError, match="such as 4.5GiB"):
+        with pytest.raises(ValueError, match=r"such as 4\.5GiB"):
             bytes_of(wrong)
