@@ -110,12 +110,14 @@ def quantize_blocks(
         load_block: called with a block and its name before its weights are needed.
 
     Raises:
-        ValueError: a layer that cannot be quantised, by name, a `resume_dir` of another walk, or end-to-end tuning of
-            blocks that take more than hidden states from the one before.
+        ValueError: a layer that cannot be quantised, by name, a `resume_dir` of another walk, end-to-end tuning of
+            blocks that take more than hidden states from the one before, or a refinement that needs the whole model
+            together with `load_block`.
     """
     start = time.perf_counter()
     processes = Processes.current()
     device = torch.device(device)
+    _refuse_what_needs_the_model(settings, load_block is not None, processes)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     blocks = list(model.get_submodule(list_name).children())
@@ -249,6 +251,21 @@ def _reason_against_refining(block: nn.Module, names: Sequence[str], keep_extras
     if keep_extras:
         return "the next block takes more from it than hidden states, and the error of that is not seen"
     return None
+
+
+def _refuse_what_needs_the_model(settings: SolverSettings, by_block: bool, processes: Processes) -> None:
+    if not by_block:
+        return
+    if settings.refinement is not None and settings.refinement.fisher_share:
+        raise ValueError(
+            "refinement weighted by the Fisher information (fisher_share) runs the whole model backwards, and blocks "
+            "are read one at a time here: set fisher_share=0, or load the whole model"
+        )
+    if settings.end_to_end is not None and processes.size > 1:
+        raise ValueError(
+            "end-to-end tuning runs the whole quantized model, and where blocks are read one at a time only the first "
+            f"of {processes.size} processes has it: use one process, or load the whole model"
+        )
 
 
 def _fisher(
