@@ -44,7 +44,7 @@ def fits_int4(x: Tensor, bits: int, group_size: int) -> bool:
     return 0 < x.numel() <= ROWS.get(x.dtype, 0) * x.shape[-1]
 
 
-def int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, group_size: int, sym: bool) -> Tensor:
+def int4_matmul(x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, *, group_size: int, sym: bool) -> Tensor:
     """``x @ w`` for a packed 4-bit weight; arguments as `quantized_matmul` takes them.
 
     Scales and the products of scales and zero points are rounded once to the dtype of ``x``.

@@ -130,7 +130,7 @@ def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, s
 def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
     weights = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
     if fits_int4(x, bits, group_size):
-        products = [int4_matmul(x, *weight, group_size, sym) for weight in weights]
+        products = [int4_matmul(x, *weight, group_size=group_size, sym=sym) for weight in weights]
     else:
         products = [x @ dequantize(*weight, bits, group_size, sym, x.dtype) for weight in weights]
     return products[0] if len(products) == 1 else torch.cat(products, -1)
