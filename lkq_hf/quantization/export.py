@@ -119,6 +119,26 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     return out
 
 
+def tested_readers(out: str | Path) -> list[str]:
+    """Which readers were tested to load an export, by what is in it; docs/serving.md says how.
+
+    Args:
+        out: directory of an export (`export_checkpoint`).
+    """
+    config = read_json(Path(out) / "config.json")
+    settings = config["quantization_config"]
+    names = {key for path in Path(out).glob("*.safetensors") for key in tensor_headers([path])}
+    experts = any(re.search(r"\.experts\.\d+\..*\.(qweight|weight_packed)$", name) for name in names)
+    if settings["quant_method"] == "gptq":
+        mixed = any("bits" in rule for rule in settings.get("dynamic", {}).values())
+        return [] if experts or mixed else ["GPTQModel"]
+    groups = settings["config_groups"].values()
+    # transformers fuses experts in memory and finds none in full precision to fuse. It unpacks asymmetric weights only
+    # while it loads them, and takes all for those of one group then.
+    by_transformers = not experts and (len(groups) == 1 or all(group["weights"]["symmetric"] for group in groups))
+    return ["compressed-tensors", *(["transformers with compressed-tensors"] if by_transformers else [])]
+
+
 def _refuse_conv1d(model: PreTrainedModel) -> None:
     transposed = [
         name
