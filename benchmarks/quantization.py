@@ -1,5 +1,8 @@
 """What each quantisation method costs: increase of the negative log-likelihood over full precision, in nats per token.
 
+Each run also has the KL divergence from the full-precision model (mean and 99th percentile over tokens, in nats) and
+the share of tokens for which both models have the same most likely token.
+
     python benchmarks/texts.py python3.11-doc_*.deb --out python3.11-doc.jsonl.gz
     python benchmarks/texts.py debian-handbook_*.deb --out debian-handbook.jsonl.gz
     python benchmarks/texts.py anarchism_*.deb --characters 8000000 --out anarchism.jsonl.gz
@@ -34,6 +37,7 @@ from hardware import describe
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lkq_hf.evaluation.divergence import token_statistics
 from lkq_hf.evaluation.models import gemma3_directory, smollm2_directory
 from lkq_hf.files import write_json
 from lkq_hf.quantization.calibrate import find_layers
@@ -127,15 +131,15 @@ def load(source: str, tokenizer: Path | None = None) -> tuple[PreTrainedModel, P
     return model, AutoTokenizer.from_pretrained(tokenizer or path)
 
 
-@torch.no_grad()
-def window_losses(model: PreTrainedModel, windows: Tensor, batch_size: int) -> list[float]:
-    """Mean negative log-likelihood of each window's later tokens, in nats. `windows`: `[windows, length]`."""
-    losses: list[float] = []
-    for batch in windows.to(model.device).split(batch_size):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        losses.extend(loss.mean(1).tolist())
-    return losses
+def statistics_of(
+    model: PreTrainedModel, windows: Tensor, batch_size: int, reference: PreTrainedModel | None = None
+) -> dict[str, list[list[float]]]:
+    """`token_statistics` of all windows: rows of one value a token."""
+    found: dict[str, list[list[float]]] = {}
+    for batch in windows.split(batch_size):
+        for name, rows in token_statistics(model, batch, reference).items():
+            found.setdefault(name, []).extend(rows)
+    return found
 
 
 def quantised(
@@ -173,7 +177,10 @@ class Measurement:
             if self.results["settings"] != settings:
                 raise SystemExit(f"{path} holds runs with other settings: {self.results['settings']}")
         if "full_precision" not in self.results:
-            self.results["full_precision"] = self._losses(model)
+            self.results["full_precision"] = {
+                name: _window_means(statistics_of(model, each, self.batch_size)["nll"])
+                for name, each in windows.items()
+            }
         self.full_precision = self.results["full_precision"]
         means = {name: round(statistics.fmean(losses), 4) for name, losses in self.full_precision.items()}
         print("full precision:", means, flush=True)
@@ -183,18 +190,32 @@ class Measurement:
 
     def add(self, cell: Cell, model: PreTrainedModel, **details: Any) -> dict[str, float]:
         """Measures a quantised model and writes the run; returns its mean increase for each text."""
-        increase = {
-            name: [round(loss - base, 5) for loss, base in zip(losses, self.full_precision[name], strict=True)]
-            for name, losses in self._losses(model).items()
+        increase, divergence = {}, {}
+        for name, each in self.windows.items():
+            found = statistics_of(model, each, self.batch_size, self.model)
+            pairs = zip(_window_means(found["nll"]), self.full_precision[name], strict=True)
+            increase[name] = [round(loss - base, 5) for loss, base in pairs]
+            kl, same = (torch.tensor(found[key], dtype=torch.float64).flatten() for key in ("kl", "same_top"))
+            divergence[name] = {
+                "kl": round(kl.mean().item(), 5),
+                "kl_p99": round(kl.quantile(0.99).item(), 5),
+                "same_top": round(same.mean().item(), 5),
+            }
+        run = {
+            **cell._asdict(),
+            "increase": increase,
+            "divergence": divergence,
+            **details,
+            "environment": self.environment,
         }
-        run = {**cell._asdict(), "increase": increase, **details, "environment": self.environment}
         self.results["runs"].append(run)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_json(self.path, self.results)
         return {name: round(statistics.fmean(values), 4) for name, values in increase.items()}
 
-    def _losses(self, model: PreTrainedModel) -> dict[str, list[float]]:
-        return {name: window_losses(model, windows, self.batch_size) for name, windows in self.windows.items()}
+
+def _window_means(rows: list[list[float]]) -> list[float]:
+    return [statistics.fmean(row) for row in rows]
 
 
 def part(text: str) -> tuple[int, int]:

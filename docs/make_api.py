@@ -48,6 +48,7 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
     ],
     "Evaluation": [
         ("lkq_hf.evaluation.eviction", ["EvictionEvaluator", "evaluate_eviction", "summarise"]),
+        ("lkq_hf.evaluation.divergence", ["token_statistics"]),
         ("lkq_hf.evaluation.perplexity", ["text_windows", "token_nlls", "evaluate_perplexity"]),
         ("lkq_hf.evaluation.journal", ["Journal"]),
         ("lkq_hf.evaluation.tasks", ["build_task"]),

@@ -50,6 +50,20 @@ def _named(path: Path, number: int | None, error: Exception) -> OSError:
     return OSError(number, os.strerror(number), str(path))
 
 
+def bytes_of(size: str | int) -> int:
+    """A size in bytes: a number, or a number with one of the units kB, MB, GB, KiB, MiB, GiB.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMG])(i?)B)?", str(size).strip())
+    if found is None:
+        raise ValueError(f"expected a size such as 4.5GiB or 800MB, found {size!r}")
+    number, unit, binary = found.groups()
+    power = 0 if unit is None else "KMG".index(unit.upper()) + 1
+    return int(float(number) * (1024 if binary else 1000) ** power)
+
+
 def check_safetensors(path: Path) -> None:
     """Checks that a file of tensors is whole, as far as its header tells.
 

@@ -9,6 +9,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from lkq_hf.files import bytes_of
+
 DTYPES = ("float32", "bfloat16", "float16")
 FILE_SUFFIXES = (".gz", ".json", ".jsonl", ".md", ".txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
@@ -34,6 +36,14 @@ def check_choice(option: str, value: str | int, choices: Sequence[str | int]) ->
 def check_dtype(dtype: str, *more: str) -> None:
     """Raises ValueError for a data type that is neither one of the usual ones nor one of ``more``."""
     check_choice("--dtype", dtype, (*DTYPES, *more))
+
+
+def check_size(option: str, size: str) -> None:
+    """Raises ValueError for what is no size in bytes, such as 4.5GiB."""
+    try:
+        bytes_of(size)
+    except ValueError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def looks_like_path(name: str) -> bool:

@@ -156,6 +156,10 @@ def perplexity(
     model: Model,
     text: Text,
     out: Out,
+    reference: Annotated[
+        str | None,
+        typer.Option(help="Model to compare with, such as the base of a quantized one: a directory or an id."),
+    ] = None,
     window: Annotated[int, typer.Option(help="Tokens in a window.")] = 2048,
     max_windows: Annotated[int | None, typer.Option(help="At most so many windows, from the start.")] = None,
     batch_size: BatchSize = 1,
@@ -165,16 +169,20 @@ def perplexity(
 ) -> None:
     """Measure perplexity on your texts.
 
-    They are cut into windows that do not overlap. Under `accelerate launch`, the windows are divided among the
-    processes.
+    They are cut into windows that do not overlap. With --reference, the KL divergence from that model is measured too
+    (mean and 99th percentile over tokens), and for what share of tokens both have the same top token.
+
+    Under `accelerate launch`, the windows are divided among the processes.
     """
     check_dtype(dtype, "auto")
     check_model_directory(model)
+    if reference is not None:
+        check_model_directory(reference)
     check_writable(out)
 
     from lkq_hf.evaluation.journal import Journal
     from lkq_hf.evaluation.perplexity import check_window, evaluate_perplexity, text_windows
-    from lkq_hf.evaluation.tables import table
+    from lkq_hf.evaluation.tables import perplexity_table
     from lkq_hf.text.documents import count_copies, read_documents
 
     documents = read_documents(text)
@@ -182,6 +190,15 @@ def perplexity(
         typer.echo(f"{copies} of {len(documents)} texts are copies of others, and are measured again", err=True)
     causal_lm, tokenizer, dtype = _load(model, dtype, device)
     check_window(causal_lm, window)
+    original, original_note = None, {}
+    if reference is not None:
+        original, other_tokenizer, _ = _load(reference, dtype, device)
+        if other_tokenizer.get_vocab() != tokenizer.get_vocab():
+            raise ValueError(
+                f"the tokenizers of {model} and {reference} differ: expected a reference with the same vocabulary, "
+                "such as the base model of a quantized one"
+            )
+        original_note = {"reference": model_note(reference, original, dtype)}
     windows = text_windows(documents, tokenizer, window, max_windows)
     journal = Journal(
         out,
@@ -193,11 +210,11 @@ def perplexity(
             # Of the same texts, other versions may make other windows.
             "tokens_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest(),
             **model_note(model, causal_lm, dtype, *text),
+            **original_note,
         },
     )
-    results = evaluate_perplexity(causal_lm, windows, journal, batch_size)
-    titles = {"windows": "windows", "tokens": "tokens", "nll": "NLL", "perplexity": "perplexity"}
-    _write(out, results, table(results["rows"], titles))
+    results = evaluate_perplexity(causal_lm, windows, journal, batch_size, original)
+    _write(out, results, perplexity_table(results["rows"]))
 
 
 def _load(model: str, dtype: str, device: str | None) -> tuple[Any, Any, str]:

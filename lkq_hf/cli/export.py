@@ -33,7 +33,15 @@ def export(
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected the directory of a quantised checkpoint")
 
-    from lkq_hf.quantization.export import export_checkpoint
+    from lkq_hf.quantization.export import export_checkpoint, tested_readers
 
     export_checkpoint(source, out, format.value)
-    report(f"Wrote {out}", {"checkpoint": out, "format": format.value})
+    readers = tested_readers(out)
+    tested = f"tested readers: {', '.join(readers)}" if readers else "no reader was tested that loads this export"
+    report(f"Wrote {out}; {tested}", {"checkpoint": out, "format": format.value, "tested_readers": readers})
+    if not readers:
+        typer.echo(
+            "Try it before you rely on it. lkq_hf loads the checkpoint it was made from; docs/serving.md lists what "
+            "was tested",
+            err=True,
+        )

@@ -12,6 +12,7 @@ from lkq_hf.cli.checks import (
     check_dataset,
     check_dtype,
     check_model_directory,
+    check_size,
     check_writable,
 )
 from lkq_hf.cli.options import Device, Model, check_model, find_device
@@ -23,7 +24,19 @@ def quantize(
     model: Model,
     dataset: Annotated[str, typer.Option(help="Calibration data: a text or .jsonl file, or a dataset id on the Hub.")],
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint; must not exist or be empty.")],
-    bits: Annotated[int, typer.Option(help="Bits per weight: 2, 3, 4 or 8.")] = 4,
+    bits: Annotated[
+        float,
+        typer.Option(
+            help="Bits per weight: 2, 3, 4 or 8. A fraction, as in 3.2, is a mean: each layer gets a width of its "
+            "own, by what the model loses.",
+            min=2,
+            max=8,
+        ),
+    ] = 4,
+    target_size: Annotated[
+        str | None,
+        typer.Option(help="Instead of --bits: the largest size of all weights, as in 4.5GiB; widths by layer."),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(
@@ -62,7 +75,10 @@ def quantize(
     the calibration samples and the rows of every layer are divided among the processes.
     """
     check_dtype(dtype, "auto")
-    check_choice("--bits", bits, BITS)
+    if bits.is_integer():
+        check_choice("--bits", int(bits), BITS)
+    if target_size is not None:
+        check_size("--target-size", target_size)
     check_choice("--preset", preset, PRESETS)
     check_dataset(dataset)
     check_free(out)
@@ -78,6 +94,7 @@ def quantize(
         out,
         block_by_block=block_by_block,
         bits=bits,
+        target_size=target_size,
         group_size=group_size,
         sym=sym,
         preset=preset,
@@ -93,13 +110,17 @@ def quantize(
     )
     walk = quantizer.report
     if state.is_main_process:
-        used = quantized.config.quantization_config.group_size
+        config = quantized.config.quantization_config
+        used = config.group_size
+        mean = config.meta.get("mean_bits", config.bits)
+        by_layer = ", ".join(f"{width} in {count}" for width, count in config.meta.get("layers_by_bits", {}).items())
+        widths = f"{mean:.2f} bits on average ({by_layer} layers)" if by_layer else f"{mean} bits"
         peak = f"peak memory {walk.peak_memory / 2**30:.2f} GiB"
         report(
-            f"{out}: {bits} bits, group size {used}; {walk.seconds:.0f} s on {walk.device}, {peak}",
+            f"{out}: {widths}, group size {used}; {walk.seconds:.0f} s on {walk.device}, {peak}",
             {
                 "checkpoint": out,
-                "bits": bits,
+                "bits": mean,
                 "group_size": used,
                 "seconds": walk.seconds,
                 "device": walk.device,

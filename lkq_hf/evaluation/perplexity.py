@@ -1,14 +1,15 @@
-"""Perplexity of a model on given texts, window by window."""
+"""Perplexity of a model on given texts, and its divergence from another model, window by window."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import numpy
 import torch
 from accelerate import PartialState
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lkq_hf.evaluation.divergence import token_statistics
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.journal import Journal
 from lkq_hf.evaluation.metrics import load_metric
@@ -60,18 +61,19 @@ def check_window(model: PreTrainedModel, window: int) -> None:
         )
 
 
-@torch.no_grad()
 def token_nlls(model: PreTrainedModel, windows: torch.Tensor) -> list[list[float]]:
     """Negative log-likelihood in nats of each window's tokens after its first. ``windows``: ``[batch, window]``."""
-    windows = windows.to(model.device)
-    logits = model(input_ids=windows, use_cache=False).logits[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").tolist()
+    return token_statistics(model, windows)["nll"]
 
 
 def evaluate_perplexity(
-    model: PreTrainedModel, windows: torch.Tensor, journal: Journal, batch_size: int = 1
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    journal: Journal,
+    batch_size: int = 1,
+    reference: PreTrainedModel | None = None,
 ) -> dict[str, Any]:
-    """Perplexity over windows of text.
+    """Perplexity over windows of text, and how far the predictions are from a reference's.
 
     Under ``accelerate launch`` the batches are divided among the processes; the result does not depend on how many
     there are. Finished batches are in the journal: a stopped run goes on after them.
@@ -81,15 +83,21 @@ def evaluate_perplexity(
         windows: ``[windows, window]`` token ids (:func:`text_windows`).
         journal: of this run, in a directory that all processes see.
         batch_size: windows in a batch.
+        reference: the model to compare with, such as the base model of a quantized one; on the same device.
 
     Returns:
         ``{"arguments", "environment", "rows"}`` with one row: ``windows``, ``tokens`` (that were predicted), ``nll``
-        (mean, in nats) and ``perplexity``.
+        (mean, in nats) and ``perplexity``. With a reference also ``kl`` and ``kl_p99``, mean and 99th percentile over
+        tokens of ``KL(reference || model)`` in nats, and ``same_top``, the share of tokens for which both models have
+        the same most likely token.
 
     Raises:
-        ValueError: a batch size below 1, or windows that are longer than the model's positions.
+        ValueError: a batch size below 1, windows that are longer than the positions of one of the models, or
+            vocabularies of different sizes.
     """
-    check_window(model, windows.shape[1])
+    for each in (model, reference):
+        if each is not None:
+            check_window(each, windows.shape[1])
     if batch_size < 1:
         raise ValueError(f"the batch size must be at least 1, got {batch_size}")
     state = PartialState()
@@ -97,9 +105,10 @@ def evaluate_perplexity(
     mine = batches[state.process_index :: state.num_processes]
     for index, batch in tqdm(mine, desc="perplexity", unit="batch", disable=state.process_index > 0):
         if _piece(index) not in journal:
-            journal.write(_piece(index), token_nlls(model, batch))
+            journal.write(_piece(index), token_statistics(model, batch, reference))
     state.wait_for_everyone()
-    nlls = [row for index, _ in batches for row in journal.read(_piece(index))]
+    pieces = [journal.read(_piece(index)) for index, _ in batches]
+    nlls = [row for piece in pieces for row in piece["nll"]]
     tokens = sum(map(len, nlls))
     row = {
         "windows": len(nlls),
@@ -107,6 +116,13 @@ def evaluate_perplexity(
         "nll": sum(map(sum, nlls)) / tokens,
         **load_metric("perplexity", keep_in_memory=True).compute(predictions=nlls),
     }
+    if reference is not None:
+        divergences = numpy.concatenate([piece["kl"] for piece in pieces])
+        row |= {
+            "kl": float(divergences.mean()),
+            "kl_p99": float(numpy.quantile(divergences, 0.99)),
+            "same_top": float(numpy.concatenate([piece["same_top"] for piece in pieces]).mean()),
+        }
     return {
         "arguments": journal.arguments,
         "environment": environment(model.device, state.num_processes),
@@ -115,4 +131,4 @@ def evaluate_perplexity(
 
 
 def _piece(index: int) -> str:
-    return f"windows-{index:05d}"
+    return f"statistics-{index:05d}"

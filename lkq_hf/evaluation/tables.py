@@ -55,6 +55,20 @@ def eviction_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
+def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows of :func:`~lkq_hf.evaluation.perplexity.evaluate_perplexity`."""
+    titles = {
+        "windows": "windows",
+        "tokens": "tokens",
+        "nll": "NLL",
+        "perplexity": "perplexity",
+        "kl": "KL to reference",
+        "kl_p99": "KL, 99th percentile",
+        "same_top": "same top token",
+    }
+    return table(rows, titles)
+
+
 def _text(value: Any) -> str:
     if value is None:
         return ""

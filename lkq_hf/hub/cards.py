@@ -202,13 +202,15 @@ def _describe_quantization(contents: Contents) -> dict[str, Any]:
     """What the template says about a checkpoint, whichever of our three formats it is in."""
     settings = dict(contents.quantization)
     if settings["quant_method"] == "compressed-tensors":
-        weights = settings["config_groups"]["group_0"]["weights"]
+        weights = settings["config_groups"]["group_0"]["weights"]  # groups differ by bits alone
         settings |= {
             "bits": weights["num_bits"],
             "group_size": weights["group_size"] or -1,
             "sym": weights["symmetric"],
         }
     size = sum(path.stat().st_size for path in contents.weight_files)
+    if (mean := contents.recipe.get("mean_bits")) is not None:
+        settings |= {"bits": f"{mean:.2f}", "layers_by_bits": contents.recipe["layers_by_bits"]}
     return settings | {"calibration": contents.recipe.get("calibration"), "size": size}
 
 

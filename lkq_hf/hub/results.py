@@ -16,6 +16,9 @@ METRICS = {
     "retained_attention_mass": "Attention mass kept",
     "nll": "NLL",
     "perplexity": "Perplexity",
+    "kl": "KL divergence from the original model, mean (nats)",
+    "kl_p99": "KL divergence from the original model, 99th percentile (nats)",
+    "same_top": "Same top token as the original model",
 }
 """Metrics that go into a card, and their names there."""
 

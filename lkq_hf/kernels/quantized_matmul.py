@@ -10,6 +10,7 @@ from torch import Tensor
 from lkq_hf.kernels.autotune import run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
 from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, next_power_of_2, use_triton
+from lkq_hf.kernels.int4_cpu import fits_int4, int4_matmul
 from lkq_hf.kernels.launch import operator
 
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
@@ -127,7 +128,11 @@ def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, s
 
 
 def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
-    products = [x @ dequantize(*tensors[i : i + 3], bits, group_size, sym, x.dtype) for i in range(0, len(tensors), 3)]
+    weights = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
+    if fits_int4(x, bits, group_size):
+        products = [int4_matmul(x, *weight, group_size=group_size, sym=sym) for weight in weights]
+    else:
+        products = [x @ dequantize(*weight, bits, group_size, sym, x.dtype) for weight in weights]
     return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 

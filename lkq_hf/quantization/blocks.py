@@ -78,8 +78,12 @@ def _size(blocks: nn.ModuleList) -> int:
 
 
 def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str, dict[str, nn.Module]]:
-    """The block list and the layers that `config` selects in `model` (see `layers_to_quantize`)."""
-    return layers_to_quantize(
+    """The block list and the layers that `config` selects in `model` (see `layers_to_quantize`).
+
+    Raises:
+        ValueError: as there, or `layer_bits` names something else than a layer.
+    """
+    list_name, layers = layers_to_quantize(
         model,
         config.bits,
         config.group_size,
@@ -87,6 +91,12 @@ def find_layers(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[str
         config.modules_in_block_to_quantize,
         config.modules_to_not_convert or (),
     )
+    if unknown := sorted(set(config.layer_bits) - {name.removeprefix(f"{list_name}.") for name in layers}):
+        raise ValueError(
+            f"layer_bits names {unknown[0]!r}, which is no layer that is quantized: expected names inside "
+            f"{list_name}, such as {next(iter(layers)).removeprefix(f'{list_name}.')!r}"
+        )
+    return list_name, layers
 
 
 def layers_to_quantize(

@@ -15,6 +15,7 @@ from lkq_hf.quantization.blocks import check_names, find_layers, weights_of
 from lkq_hf.quantization.calibration_data import calibration_tokens, find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.dry_run import check_that_it_loads
+from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
 from lkq_hf.quantization.packing import MULTIPLE
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
 
@@ -57,6 +58,11 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     _refuse_adapters(model)
     forget_quantized_origin(model)
     check_names(model, config.modules_in_block_to_quantize, config.modules_to_not_convert)
+    if config.chooses_widths and load_block is not None:
+        raise ValueError(
+            "bits that differ by layer are chosen with the whole model in memory, and block_by_block reads one block "
+            "at a time. Choose them on a machine with more memory, or give one width for all layers with bits"
+        )
     if config.group_size is None:
         config.group_size = default_group_size(model, config)
     list_name, layers = find_layers(model, config)
@@ -76,6 +82,10 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         )
     training = model.training
     model.eval()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if config.chooses_widths:
+        set_widths(model, config, list_name, layers, tokens, device)
+    widths = describe_widths(config, list_name, layers) if config.layer_bits else {}
     settings = config.solver_settings()
     report = quantize_blocks(
         model,
@@ -83,7 +93,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         layers,
         tokens,
         settings,
-        device=config.device or ("cuda" if torch.cuda.is_available() else "cpu"),
+        device=device,
         batch_size=config.batch_size,
         true_sequential=config.true_sequential,
         offload=config.offload,
@@ -97,6 +107,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         **copy.deepcopy(config.meta),
         "quantizer": [f"lkq-hf:{__version__}"],
         "calibration": recipe.to_dict(),
+        **widths,
     }
     if settings.refinement is not None:
         config.meta["refinement"] = {**asdict(settings.refinement), "unrefined_blocks": report.unrefined}

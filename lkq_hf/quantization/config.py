@@ -1,13 +1,14 @@
 """`TwoStageGPTQConfig`: what a user says, and what a checkpoint's config.json says."""
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from lkq_hf.files import bytes_of
 from lkq_hf.quantization.activations import OFFLOADS
 from lkq_hf.quantization.calibration_data import CalibrationSource
 from lkq_hf.quantization.packing import checkpoint_format as format_for
@@ -60,7 +61,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
     of the calibration goes into `meta`.
 
     Args:
-        bits (`int`, defaults to 4): 2, 3, 4 or 8.
+        bits (`int` or `float`, defaults to 4): 2, 3, 4 or 8. A fraction between, such as 3.2, is a mean over all
+            weights: the calibration then chooses a width for each layer by how much the model's output loses.
         dataset: calibration data: a list of texts, a `datasets` dataset, a text or `.jsonl` file, or a Hub dataset id
             (see `calibration_tokens`). Needed to quantise, not to load.
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
@@ -94,6 +96,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             of lists. Their order is always the one in which they run.
         modules_to_not_convert (`list[str]`, *optional*): names or parts of names that stay in full precision. The
             language model head and embeddings always do.
+        layer_bits (`dict[str, int]`, *optional*): the layers that have other bits than `bits`, by their names inside
+            the list of blocks, such as `0.mlp.down_proj`. A calibration with a mean or a size sets it.
         meta (`dict`, *optional*): where the checkpoint comes from; filled in by a calibration.
         num_samples (`int`, defaults to 128): calibration windows.
         model_seqlen (`int`, defaults to 2048): tokens in a window.
@@ -102,6 +106,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         text_column (`str`, defaults to `"text"`): column or field of the texts.
         device (`str`, *optional*): where a calibration computes, block by block; by default a GPU if there is one.
         offload (`str`, defaults to `"auto"`): where activations wait: `"auto"`, `"cpu"` or `"disk"`.
+        target_size (`int` or `str`, *optional*): instead of `bits`, the largest size of the checkpoint's weights, all
+            of them, in bytes or with a unit, as in `"4.5GiB"`: widths of layers are chosen as for a mean.
         resume_dir (`str`, *optional*): keeps finished blocks, so that a killed calibration goes on where it stopped.
 
     Raises:
@@ -121,11 +127,13 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         "device",
         "offload",
         "resume_dir",
+        "target_size",
+        "mean_bits",
     )
 
     def __init__(
         self,
-        bits: int = 4,
+        bits: float = 4,
         dataset: CalibrationSource | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         group_size: int | None = None,
@@ -153,13 +161,19 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         device: str | None = None,
         offload: str = "auto",
         resume_dir: str | Path | None = None,
+        target_size: int | str | None = None,
+        layer_bits: Mapping[str, int] | None = None,
         **stored: Any,
     ) -> None:
         if not isinstance(preset, str) or preset not in PRESETS:
             _refuse("preset", preset, f"one of {list(PRESETS)}")
         defaults = PRESETS[preset]
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enumeration is closed to us
-        self.bits = bits
+        self.mean_bits = _mean_bits(bits) if target_size is None else None
+        # Where widths are yet to be chosen, the one below the mean.
+        self.bits = int(bits) if self.mean_bits is None else max(width for width in BITS if width < self.mean_bits)
+        self.target_size = None if target_size is None else bytes_of(target_size)
+        self.layer_bits = dict(layer_bits or {})
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.group_size: Any = group_size  # an int, once a calibration has chosen it
@@ -199,8 +213,13 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         for name in ("sym", "corrected_target", "corrected_residual", "round_to_nearest", "true_sequential"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, found {getattr(self, name)!r}")
-        if type(self.bits) is not int or self.bits not in BITS:
-            _refuse("bits", self.bits, f"one of {list(BITS)}")
+        if self.bits not in BITS:
+            _refuse("bits", self.bits, f"one of {list(BITS)}, or a fraction between for a mean, as in 3.2")
+        for name, bits in self.layer_bits.items():
+            if type(bits) is not int or bits not in BITS:
+                _refuse(f"layer_bits[{name!r}]", bits, f"one of {list(BITS)}")
+        if self.chooses_widths and self.layer_bits:
+            raise ValueError("found layer_bits and a mean or a size, by which they would be chosen: give one of them")
         if self.group_size is not None and (
             type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1)
         ):
@@ -266,6 +285,15 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             )
         return {}
 
+    @property
+    def chooses_widths(self) -> bool:
+        """Whether a calibration is to choose the bits of each layer, by a mean or a size."""
+        return self.mean_bits is not None or self.target_size is not None
+
+    def bits_of(self, layer: str) -> int:
+        """The bits per weight of a layer, by its name inside the list of blocks, such as `0.mlp.down_proj`."""
+        return self.layer_bits.get(layer, self.bits)
+
     def solver_settings(self) -> SolverSettings:
         """The part of the configuration that decides how one layer is solved; its group size must be known."""
         return SolverSettings(
@@ -282,12 +310,15 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             corrected_residual=self.corrected_residual,
             sweeps=self.sweeps,
             refinement=PRESETS[self.preset].get("refinement"),
+            layer_bits=self.layer_bits,
         )
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: no calibration data, tokenizer or local path."""
         values = {name: value for name, value in self.__dict__.items() if name not in self.CALIBRATION_FIELDS}
         values["stages"] = list(self.stages)
+        if not self.layer_bits:
+            del values["layer_bits"]
         return copy.deepcopy({**values, **self._derived()})
 
     def __iter__(self) -> Any:
@@ -298,6 +329,13 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         new = copy.copy(self)
         new.meta = copy.deepcopy(self.meta, memo)
         return new
+
+
+def _mean_bits(bits: Any) -> float | None:
+    """The mean that is asked for; `None` for one width for all layers."""
+    if isinstance(bits, bool) or not isinstance(bits, int | float) or not BITS[0] <= bits <= BITS[-1]:
+        _refuse("bits", bits, f"one of {list(BITS)}, or a fraction between for a mean, as in 3.2")
+    return None if float(bits).is_integer() else float(bits)
 
 
 def _names(field: str, value: Any) -> tuple[str, ...]:

@@ -154,7 +154,7 @@ def check_that_blocks_run_packed(
     hidden, calls = probe_block_calls(model, blocks, tokens)
     for index in first_of_each_kind(list_name, blocks, layers):
         names = _names_inside(list_name, index, layers)
-        trial = _Trial(blocks[index], calls[index], hidden.to(device), names, settings)
+        trial = _Trial(blocks[index], calls[index], hidden.to(device), names, index, settings)
         if (problem := trial.problem(names)) is not None:
             culprits = [name for name in names if trial.problem([name]) is not None] or names
             raise ValueError(
@@ -168,7 +168,13 @@ class _Trial:
     """A copy of a block whose weights are on the grid, to be compared with copies that hold them packed."""
 
     def __init__(
-        self, block: nn.Module, call: BlockCall, hidden: Tensor, names: Sequence[str], settings: SolverSettings
+        self,
+        block: nn.Module,
+        call: BlockCall,
+        hidden: Tensor,
+        names: Sequence[str],
+        index: int,
+        settings: SolverSettings,
     ) -> None:
         self.block = copy.deepcopy(block).to(hidden.device)
         self.call = call
@@ -176,7 +182,7 @@ class _Trial:
         self.weights: dict[str, QuantizedWeight] = {}
         for name in names:
             for key, weight in weights_of(name, self.block.get_submodule(name)).items():
-                self.weights[key] = _rounded(weight, settings)
+                self.weights[key] = _rounded(weight, settings.of(f"{index}.{name}"))
                 weight.copy_(self.weights[key].dequantize())
         self.expected = call.run(self.block, hidden.clone(), 0).float()
 

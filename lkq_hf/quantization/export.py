@@ -81,24 +81,27 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     packed = {key.removesuffix(".qweight") for key in headers if key.endswith(".qweight")}
     in_memory = names_in_model(model, headers)
     experts = split_experts(model, {key: in_memory[f"{key}.qweight"].removesuffix(".qweight") for key in packed})
-    packed |= {name for each in experts.values() for name in each.modules}
+    modules = dict(model.named_modules())
+    widths = {name: modules[in_memory[f"{name}.qweight"].removesuffix(".qweight")].bits for name in packed}
+    for projection, each in experts.items():
+        widths |= dict.fromkeys(each.modules, widths.pop(projection))
     single, several = _dense_names(model, headers)
 
     convert: Callable[[str, Tensor], dict[str, Tensor]]
     if format == "gptq":
-        config["quantization_config"] = _gptq_config(ours, single, several)
+        config["quantization_config"] = _gptq_config(ours, widths, single, several)
 
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
             return {name: tensor}
     else:
         _refuse_conv1d(model)
-        config["quantization_config"] = _compressed_tensors_config(ours, single, several)
+        config["quantization_config"] = _compressed_tensors_config(ours, widths, single, several)
         # compressed-tensors does without fields of others in its configuration, and may come to refuse them.
         config[RECIPE] = ours.meta
 
         def convert(name: str, tensor: Tensor) -> dict[str, Tensor]:
             module, _, kind = name.rpartition(".")
-            return _transpose(module, kind, tensor, ours) if module in packed else {name: tensor}
+            return _transpose(module, kind, tensor, widths[module], ours.sym) if module in widths else {name: tensor}
 
     def convert_all(name: str, tensor: Tensor) -> dict[str, Tensor]:
         module, _, kind = name.rpartition(".")
@@ -114,6 +117,26 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
             text = json.dumps(config["quantization_config"], indent=2, sort_keys=True)
             (staging / "quantize_config.json").write_text(text + "\n")
     return out
+
+
+def tested_readers(out: str | Path) -> list[str]:
+    """Which readers were tested to load an export, by what is in it; docs/serving.md says how.
+
+    Args:
+        out: directory of an export (`export_checkpoint`).
+    """
+    config = read_json(Path(out) / "config.json")
+    settings = config["quantization_config"]
+    names = {key for path in Path(out).glob("*.safetensors") for key in tensor_headers([path])}
+    experts = any(re.search(r"\.experts\.\d+\..*\.(qweight|weight_packed)$", name) for name in names)
+    if settings["quant_method"] == "gptq":
+        mixed = any("bits" in rule for rule in settings.get("dynamic", {}).values())
+        return [] if experts or mixed else ["GPTQModel"]
+    groups = settings["config_groups"].values()
+    # transformers fuses experts in memory and finds none in full precision to fuse. It unpacks asymmetric weights only
+    # while it loads them, and takes all for those of one group then.
+    by_transformers = not experts and (len(groups) == 1 or all(group["weights"]["symmetric"] for group in groups))
+    return ["compressed-tensors", *(["transformers with compressed-tensors"] if by_transformers else [])]
 
 
 def _refuse_conv1d(model: PreTrainedModel) -> None:
@@ -158,7 +181,9 @@ def _dense_names(model: PreTrainedModel, headers: Headers) -> tuple[list[str], l
     return sorted(single), sorted(several)
 
 
-def _gptq_config(config: TwoStageGPTQConfig, single: list[str], several: list[str]) -> dict[str, Any]:
+def _gptq_config(
+    config: TwoStageGPTQConfig, widths: dict[str, int], single: list[str], several: list[str]
+) -> dict[str, Any]:
     settings: dict[str, Any] = {
         "quant_method": "gptq",
         "bits": config.bits,
@@ -172,8 +197,13 @@ def _gptq_config(config: TwoStageGPTQConfig, single: list[str], several: list[st
     }
     # The language model head is known not to be quantised; other exceptions are told by name, as in GPTQModel.
     exceptions = [f"^{re.escape(name)}$" for name in single if name != "lm_head"] + _patterns(several)
-    if exceptions:
-        settings["dynamic"] = {f"-:{pattern}": {} for pattern in exceptions}
+    dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in exceptions}
+    # GPTQModel takes the first rule that a module's name matches.
+    dynamic |= {
+        f"+:^{re.escape(name)}$": {"bits": bits} for name, bits in sorted(widths.items()) if bits != config.bits
+    }
+    if dynamic:
+        settings["dynamic"] = dynamic
     return settings
 
 
@@ -182,7 +212,9 @@ def _patterns(several: list[str]) -> list[str]:
     return [rf"^{re.escape(name)}(\..*)?$" for name in several]
 
 
-def _compressed_tensors_config(config: TwoStageGPTQConfig, single: list[str], several: list[str]) -> dict[str, Any]:
+def _compressed_tensors_config(
+    config: TwoStageGPTQConfig, widths: dict[str, int], single: list[str], several: list[str]
+) -> dict[str, Any]:
     try:
         from compressed_tensors import CompressionFormat
         from compressed_tensors.quantization import (
@@ -197,17 +229,24 @@ def _compressed_tensors_config(config: TwoStageGPTQConfig, single: list[str], se
             "the compressed-tensors export needs compressed-tensors; install it with: pip install lkq-hf[export]"
         ) from error
     whole_row = config.group_size == -1
-    weights = QuantizationArgs(
-        num_bits=config.bits,
-        symmetric=config.sym,
-        strategy=QuantizationStrategy.CHANNEL if whole_row else QuantizationStrategy.GROUP,
-        group_size=None if whole_row else config.group_size,
-    )
+    targets: dict[int, list[str]] = {}
+    for name, bits in sorted(widths.items()):
+        targets.setdefault(bits, []).append(name)
+    if len(targets) == 1:
+        targets = {bits: ["Linear"] for bits in targets}
     settings = QuantizationConfig(
         config_groups={
-            "group_0": QuantizationScheme(
-                targets=["Linear"], weights=weights, format=CompressionFormat.pack_quantized.value
+            f"group_{index}": QuantizationScheme(
+                targets=names,
+                weights=QuantizationArgs(
+                    num_bits=bits,
+                    symmetric=config.sym,
+                    strategy=QuantizationStrategy.CHANNEL if whole_row else QuantizationStrategy.GROUP,
+                    group_size=None if whole_row else config.group_size,
+                ),
+                format=CompressionFormat.pack_quantized.value,
             )
+            for index, (bits, names) in enumerate(targets.items())
         },
         format=CompressionFormat.pack_quantized.value,
         quantization_status=QuantizationStatus.COMPRESSED,
@@ -216,15 +255,15 @@ def _compressed_tensors_config(config: TwoStageGPTQConfig, single: list[str], se
     return json.loads(settings.model_dump_json())
 
 
-def _transpose(module: str, kind: str, tensor: Tensor, config: TwoStageGPTQConfig) -> dict[str, Tensor]:
+def _transpose(module: str, kind: str, tensor: Tensor, bits: int, sym: bool) -> dict[str, Tensor]:
     """A tensor of a packed Linear in compressed-tensors' names and orientation; nothing for those it does without."""
     if kind == "qweight":
-        shape = torch.tensor([tensor.shape[1], tensor.shape[0] * 32 // config.bits])
+        shape = torch.tensor([tensor.shape[1], tensor.shape[0] * 32 // bits])
         return {f"{module}.weight_packed": tensor.t().contiguous(), f"{module}.weight_shape": shape}
     if kind == "scales":
         return {f"{module}.weight_scale": tensor.t().contiguous()}
     if kind == "qzeros":
-        return {} if config.sym else {f"{module}.weight_zero_point": tensor.t().contiguous()}
+        return {} if sym else {f"{module}.weight_zero_point": tensor.t().contiguous()}
     if kind == "g_idx":
         return {}
     return {f"{module}.{kind}": tensor}

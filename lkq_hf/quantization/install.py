@@ -70,13 +70,14 @@ def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dic
     Returns:
         The modules by their names: one for each linear layer, and one for each projection of fused experts.
     """
-    _, layers = find_layers(model, config)
+    list_name, layers = find_layers(model, config)
     packed: dict[str, PackedModule] = {}
     for name, layer in layers.items():
+        bits = config.bits_of(name.removeprefix(f"{list_name}."))
         if is_experts(layer):
             inputs = [expert_weights(layer, projection)[0].shape[1] for projection in projections(layer)]
             group_sizes = [resolve_group_size(in_features, config.group_size) for in_features in inputs]
-            install_empty_experts(layer, config.bits, group_sizes, config.sym)
+            install_empty_experts(layer, bits, group_sizes, config.sym)
             packed.update({f"{name}.{key}": m for key, m in layer.named_children() if isinstance(m, PackedModule)})
             continue
         weight = linear_weight(layer)
@@ -84,7 +85,7 @@ def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dic
         linear = QuantizedLinear(
             in_features,
             out_features,
-            bits=config.bits,
+            bits=bits,
             group_size=resolve_group_size(in_features, config.group_size),
             sym=config.sym,
             bias=layer.bias is not None,

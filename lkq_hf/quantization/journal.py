@@ -47,7 +47,7 @@ def walk_fingerprint(
             for weight_name, weight in weights_of(name, layer).items()
         },
         "tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest(),
-        "settings": asdict(settings),
+        "settings": _settings_note(settings),
         "true_sequential": true_sequential,
         "batch_size": batch_size,
     }
@@ -62,6 +62,13 @@ def walk_fingerprint(
     }
     # As JSON makes it: tuples become lists.
     return json.loads(json.dumps({"fingerprint": _digest(contents), "settings": settings_of_user}))
+
+
+def _settings_note(settings: SolverSettings) -> dict[str, Any]:
+    note = asdict(settings)
+    if not settings.layer_bits:
+        del note["layer_bits"]  # of which earlier versions knew nothing
+    return note
 
 
 def _digest(contents: dict[str, Any]) -> str:
@@ -144,9 +151,13 @@ class Journal:
         write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
 
     def read(
-        self, index: int, checksums: dict[str, str]
+        self, index: int, checksums: dict[str, str], bits: dict[str, int]
     ) -> tuple[dict[str, QuantizedWeight], dict[str, ExpertCounts]] | None:
         """A block finished earlier, or `None`.
+
+        Args:
+            checksums: of the base weights.
+            bits: of each weight.
 
         Raises:
             ValueError: it was made from other base weights, or is damaged.
@@ -162,18 +173,18 @@ class Journal:
                     raise ValueError(
                         f"{path} was made from other base weights; delete its directory or name another one"
                     )
-                weights = {name: self._weight(file, name) for name in checksums}
+                weights = {name: self._weight(file, name, bits[name]) for name in checksums}
                 return weights, {name: ExpertCounts(**count) for name, count in counts.items()}
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); delete it, and the run makes it again") from error
 
-    def _weight(self, file: Any, name: str) -> QuantizedWeight:
+    def _weight(self, file: Any, name: str, bits: int) -> QuantizedWeight:
         integers = file.get_tensor(f"{name}.integers").to(torch.int32)
         return QuantizedWeight(
             integers=integers,
             scales=file.get_tensor(f"{name}.scales"),
             zeros=file.get_tensor(f"{name}.zeros").to(torch.int32),
-            bits=self.settings.bits,
+            bits=bits,
             group_size=resolve_group_size(integers.shape[1], self.settings.group_size),
             sym=self.settings.sym,
         )

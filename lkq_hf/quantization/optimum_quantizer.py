@@ -1,5 +1,6 @@
 """`TwoStageQuantizer`: the Optimum way to a quantised checkpoint."""
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any, Self
@@ -99,7 +100,8 @@ class TwoStageQuantizer(OptimumQuantizer):
         target = Path(save_dir).resolve()
         check_free(target)
         partial = Path(config.resume_dir or pieces_directory(target))
-        run = TwoStageGPTQConfig(**{**config.__dict__, "resume_dir": partial})
+        run = copy.copy(config)
+        run.resume_dir = partial
         load_block = None
         if isinstance(self.model, PreTrainedModel):
             if block_by_block:

@@ -1,6 +1,7 @@
 """One layer from its weight and input moments to integers, scales and zero points: the stages put together."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +38,15 @@ class SolverSettings:
     sweeps: int
     refinement: BlockRefinement | None = None
     end_to_end: EndToEnd | None = None
+    layer_bits: Mapping[str, int] = field(default_factory=dict)
+
+    def bits_of(self, layer: str) -> int:
+        """The bits per weight of a layer, by its name inside the list of blocks, such as `0.mlp.down_proj`."""
+        return self.layer_bits.get(layer, self.bits)
+
+    def of(self, layer: str) -> "SolverSettings":
+        """The settings of one layer, by its name inside the list of blocks."""
+        return replace(self, bits=self.bits_of(layer), layer_bits={})
 
     @property
     def needs_deviation(self) -> bool:

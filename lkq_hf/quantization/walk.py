@@ -110,12 +110,14 @@ def quantize_blocks(
         load_block: called with a block and its name before its weights are needed.
 
     Raises:
-        ValueError: a layer that cannot be quantised, by name, a `resume_dir` of another walk, or end-to-end tuning of
-            blocks that take more than hidden states from the one before.
+        ValueError: a layer that cannot be quantised, by name, a `resume_dir` of another walk, end-to-end tuning of
+            blocks that take more than hidden states from the one before, or a refinement that needs the whole model
+            together with `load_block`.
     """
     start = time.perf_counter()
     processes = Processes.current()
     device = torch.device(device)
+    _refuse_what_needs_the_model(settings, load_block is not None, processes)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     blocks = list(model.get_submodule(list_name).children())
@@ -164,16 +166,23 @@ def quantize_blocks(
         block.to(device)
         twin = copy.deepcopy(block) if full is not None else None
         dense = {key: weight for name in names for key, weight in weights_of(name, block.get_submodule(name)).items()}
+        bits = {
+            key: settings.bits_of(f"{index}.{name}")
+            for name in names
+            for key in weights_of(name, block.get_submodule(name))
+        }
         checksums = journal.checksums(dense)
         keep_extras = index < len(blocks) - 1 and calls[index + 1].takes_extras
         reason = _reason_against_refining(block, names, keep_extras)
         if settings.refinement is not None and reason is not None:
             report.unrefined[prefix.rstrip(".")] = reason
-        finished = journal.read(index, checksums)
+        finished = journal.read(index, checksums, bits)
         if finished is None:
             paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload)
             block_report = None
-            weights, reports, experts, offsets = _quantize_block(paths, names, prefix, settings, true_sequential)
+            weights, reports, experts, offsets = _quantize_block(
+                paths, names, list_name, index, settings, true_sequential
+            )
             if settings.refinement is not None and reason is None and twin is not None and full is not None:
                 factor = None if fisher is None else error_factor(fisher[index], settings.refinement.fisher_share)
                 block_paths = BlockPaths(block, twin, call, full_call, quantized, full, processes)
@@ -244,6 +253,21 @@ def _reason_against_refining(block: nn.Module, names: Sequence[str], keep_extras
     return None
 
 
+def _refuse_what_needs_the_model(settings: SolverSettings, by_block: bool, processes: Processes) -> None:
+    if not by_block:
+        return
+    if settings.refinement is not None and settings.refinement.fisher_share:
+        raise ValueError(
+            "refinement weighted by the Fisher information (fisher_share) runs the whole model backwards, and blocks "
+            "are read one at a time here: set fisher_share=0, or load the whole model"
+        )
+    if settings.end_to_end is not None and processes.size > 1:
+        raise ValueError(
+            "end-to-end tuning runs the whole quantized model, and where blocks are read one at a time only the first "
+            f"of {processes.size} processes has it: use one process, or load the whole model"
+        )
+
+
 def _fisher(
     model: PreTrainedModel,
     blocks: Sequence[nn.Module],
@@ -279,13 +303,14 @@ class _Paths:
 
 
 def _quantize_block(
-    paths: _Paths, names: Sequence[str], prefix: str, settings: SolverSettings, true_sequential: bool
+    paths: _Paths, names: Sequence[str], list_name: str, index: int, settings: SolverSettings, true_sequential: bool
 ) -> tuple[dict[str, QuantizedWeight], list[LayerReport], dict[str, ExpertCounts], dict[str, Tensor]]:
     """Quantizes the layers `names` of a block; afterwards the block computes with the quantized weights.
 
     Returns:
         The weights, the reports, the counts of experts, and for linear layers the `Solution.offsets`, if any.
     """
+    prefix = f"{list_name}.{index}."
     weights: dict[str, QuantizedWeight] = {}
     offsets: dict[str, Tensor] = {}
     reports: list[LayerReport] = []
@@ -302,27 +327,37 @@ def _quantize_block(
             group.names[0]: _expert_inputs(paths, group, settings) for group in step if group not in linear
         }
         for group, moments in zip(linear, _input_moments(paths, linear, settings), strict=True):
-            modules = {name: paths.block.get_submodule(name) for name in group.names}
             if moments.tokens == 0:
                 logger.warning("%s saw no calibration token and is rounded to nearest", prefix + group.names[0])
-            solution = _solve_group(modules, moments, prefix, settings, paths.processes)
-            rows = [linear_weight(module).shape[0] for module in modules.values()]
-            for (name, module), part in zip(modules.items(), _split(solution, rows), strict=True):
-                weights[name] = part.weight
-                if part.offsets is not None:
-                    offsets[name] = part.offsets
-                linear_weight(module).copy_(part.weight.dequantize())
-                reports.append(_layer_report(prefix + name, [part], moments.tokens))
+            for same, names_inside in _by_settings(group.names, index, settings):
+                modules = {name: paths.block.get_submodule(name) for name in names_inside}
+                solution = _solve_group(modules, moments, prefix, same, paths.processes)
+                rows = [linear_weight(module).shape[0] for module in modules.values()]
+                for (name, module), part in zip(modules.items(), _split(solution, rows), strict=True):
+                    weights[name] = part.weight
+                    if part.offsets is not None:
+                        offsets[name] = part.offsets
+                    linear_weight(module).copy_(part.weight.dequantize())
+                    reports.append(_layer_report(prefix + name, [part], moments.tokens))
         for name, inputs in expert_inputs.items():
             experts = paths.block.get_submodule(name)
             twin = None if paths.twin is None else paths.twin.get_submodule(name)
             solutions, counts[name] = quantize_experts(
-                experts, twin, inputs, f"{prefix}{name}.", settings, paths.processes
+                experts, twin, inputs, f"{prefix}{name}.", settings.of(f"{index}.{name}"), paths.processes
             )
             for projection, each in solutions.items():
                 weights.update({f"{name}.{projection}.{expert}": part.weight for expert, part in enumerate(each)})
                 reports.append(_layer_report(f"{prefix}{name}.{projection}", each, counts[name].tokens))
     return weights, reports, counts, offsets
+
+
+def _by_settings(names: Sequence[str], index: int, settings: SolverSettings) -> list[tuple[SolverSettings, list[str]]]:
+    """The layers of a block that share an input, those with the same bits together."""
+    found: dict[int, tuple[SolverSettings, list[str]]] = {}
+    for name in names:
+        own = settings.of(f"{index}.{name}")
+        found.setdefault(own.bits, (own, []))[1].append(name)
+    return list(found.values())
 
 
 def _of_experts(group: InputGroup, paths: _Paths) -> bool:

@@ -215,6 +215,30 @@ def test_perplexity_of_windows(checkpoint, text, tmp_path, run):
     assert code == 1 and "smaller window" in error
 
 
+def test_divergence_from_a_reference(checkpoint, text, tmp_path, run):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    changed = shutil.copytree(checkpoint / "base", tmp_path / "changed")
+    model = AutoModelForCausalLM.from_pretrained(changed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    model.save_pretrained(changed)
+    arguments = ["evaluate", "perplexity", changed, "--text", text, "--window", 64, "--max-windows", 2]
+    arguments += ["--device", "cpu", "--out"]
+    code, output, error = run(*arguments, tmp_path / "out", "--reference", checkpoint / "base")
+    assert code == 0, error
+    (row,) = results(tmp_path / "out")["rows"]
+    assert 0 < row["kl"] < row["kl_p99"] and 0 < row["same_top"] < 1
+    assert f" {row['kl']:.3f} |" in output and "KL, 99th percentile" in output
+    assert results(tmp_path / "out")["arguments"]["reference"]["model"] == str(checkpoint / "base")
+    code, _, error = run(*arguments, tmp_path / "out")
+    assert code == 1 and "reference" in error  # the same run has one
+    code, _, error = run(*arguments, tmp_path / "other", "--reference", "./none")
+    assert code == 1 and "no directory" in error
+
+
 def test_numbers_per_head_on_prompts_from_texts(checkpoint, text, tmp_path, run):
     adapter = shutil.copytree(checkpoint / "adapter", tmp_path / "adapter")
     arguments = ["--adapter", adapter, "--text", text, "--budgets", "16,64", "--count", "3", "--dtype", "float32"]

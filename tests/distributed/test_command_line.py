@@ -64,7 +64,8 @@ def evaluation(files, out, command, device="cpu"):
         "--text", files / "texts.jsonl", "--device", device, "--dtype", "float32", "--batch-size", "2", "--out", out,
     ]  # fmt: skip
     if command == "perplexity":
-        return ["evaluate", "perplexity", files / "base", "--window", "64", "--max-windows", "11", *small]
+        compared = ["--reference", files / "base"]
+        return ["evaluate", "perplexity", files / "base", *compared, "--window", "64", "--max-windows", "11", *small]
     return [
         "evaluate", "eviction", files / "base", "--adapter", files / "adapter", "--tasks", "continue,needle",
         "--length", "96", "--examples", "3", "--budgets", "16", "--no-plots", *small,
@@ -74,7 +75,7 @@ def evaluation(files, out, command, device="cpu"):
 @pytest.mark.parametrize(
     ("command", "step"),
     [
-        ("perplexity", ("lkq_hf.evaluation.perplexity", "token_nlls")),
+        ("perplexity", ("lkq_hf.evaluation.perplexity", "token_statistics")),
         ("eviction", ("lkq_hf.evaluation.eviction:EvictionEvaluator", "measure")),
     ],
 )

@@ -210,7 +210,7 @@ def quantize(files, out, *options):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", [[], ["--block-by-block"]])
+@pytest.mark.parametrize("options", [[], ["--block-by-block"], ["--bits", "3.3"]])
 def test_the_command_writes_one_checkpoint(files, tmp_path, options):
     (one,) = launch(command_line, *quantize(files, tmp_path / "one", *options), processes=1)
     two = launch(command_line, *quantize(files, tmp_path / "two", *options))

@@ -166,11 +166,12 @@ def test_results_of_an_evaluation_become_a_model_index(hub, adapter, tmp_path, c
 
 
 def test_perplexity_and_training_metrics_are_read(adapter, tmp_path):
-    (tmp_path / "perplexity.json").write_text(json.dumps({"rows": [{"windows": 3, "nll": 1.5, "perplexity": 4.4817}]}))
-    assert {r.metric_type: r.metric_value for r in read_results(tmp_path / "perplexity.json")} == {
-        "nll": 1.5,
-        "perplexity": 4.4817,
-    }
+    measured = {"nll": 1.5, "perplexity": 4.4817, "kl": 0.0512, "kl_p99": 0.61, "same_top": 0.93}
+    (tmp_path / "perplexity.json").write_text(json.dumps({"rows": [{"windows": 3, **measured}]}))
+    results = read_results(tmp_path / "perplexity.json")
+    assert {result.metric_type: result.metric_value for result in results} == measured
+    text = render_card(read_contents(adapter), "alice/adapter", results=results).text
+    assert "| text | KL divergence from the original model, mean (nats) | 0.0512 |" in text
     write_training_record(adapter, {"learning_rate": 0.002}, {"eval_loss": 0.1, "eval_recall@64": 0.77})
     text = render_card(read_contents(adapter), "alice/adapter", BaseModel(BASE, {})).text
     assert "| learning rate | 0.002 |" in text

@@ -7,6 +7,7 @@ import typer
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from lkq_hf.cli.export import export
 from lkq_hf.cli.quantize import quantize
 from lkq_hf.quantization import QuantizedLinear
 
@@ -44,6 +45,31 @@ def test_the_refined_preset(files):
     assert result.exit_code == 0, result.output
     stored = json.loads((files / "out" / "config.json").read_text())["quantization_config"]
     assert stored["preset"] == "refined" and stored["meta"]["refinement"]["steps"] > 0
+
+
+def test_an_export_says_which_readers_were_tested(files):
+    assert run(files, "--bits", "3.3", "--preset", "paper").exit_code == 0
+    app = typer.Typer()
+    app.command()(export)
+    arguments = [str(files / "out"), "--out", str(files / "gptq"), "--format", "gptq"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "no reader was tested that loads this export" in result.output and "docs/serving.md" in result.output
+
+
+def test_bits_by_layer(files):
+    result = run(files, "--bits", "3.3", "--preset", "paper")
+    assert result.exit_code == 0, result.output
+    assert "bits on average (" in result.output and " layers), group size 64" in result.output
+    assert json.loads((files / "out" / "config.json").read_text())["quantization_config"]["layer_bits"]
+
+
+def test_a_target_size(files):
+    result = run(files, "--target-size", "4 bits")
+    assert isinstance(result.exception, ValueError) and "--target-size: expected a size" in str(result.exception)
+    result = run(files, "--target-size", "110kB", "--group-size", "64", "--preset", "paper")
+    assert result.exit_code == 0, result.output
+    assert 80_000 < (files / "out" / "model.safetensors").stat().st_size <= 110_000
 
 
 def test_errors_reach_the_user(files):

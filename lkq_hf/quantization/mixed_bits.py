@@ -1,0 +1,121 @@
+"""From a mean of bits or a size to a bit width for each layer, in the configuration."""
+
+import logging
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lkq_hf.files import read_json, write_json
+from lkq_hf.quantization.blocks import weights_of
+from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.journal import walk_fingerprint
+from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.sensitivity import measure_sensitivity
+from lkq_hf.quantization.widths import Unit, choose_widths
+
+logger = logging.getLogger(__name__)
+
+PLAN = "widths.json"
+"""Name of the file beside a run's finished blocks that holds the widths."""
+
+# What a tensor takes in a file's header besides its name.
+HEADER = 128
+
+
+def set_widths(
+    model: PreTrainedModel,
+    config: TwoStageGPTQConfig,
+    list_name: str,
+    layers: dict[str, nn.Module],
+    tokens: Tensor,
+    device: torch.device | str,
+) -> None:
+    """Chooses a width for each layer by `config.mean_bits` or `config.target_size`; sets `bits` and `layer_bits`.
+
+    `bits` becomes the width of most weights. Widths that an interrupted run has chosen are taken from its directory.
+
+    Args:
+        model: in full precision and whole.
+        layers: by full name.
+        tokens: int64 `[samples, length]`.
+
+    Raises:
+        ValueError: the smallest widths are too large, or layers that are not measured (`measure_sensitivity`).
+    """
+    processes = Processes.current()
+    settings = config.solver_settings()
+    fingerprint = walk_fingerprint(model, layers, tokens, settings, config.true_sequential, config.batch_size)
+    note = {
+        "fingerprint": fingerprint["fingerprint"],
+        "mean_bits": config.mean_bits,
+        "target_size": config.target_size,
+    }
+    path = None if config.resume_dir is None else Path(config.resume_dir) / PLAN
+    plan = read_json(path) if path is not None and path.exists() else {}
+    if {key: plan.get(key) for key in note} != note:
+        units = measure_sensitivity(model, list_name, layers, tokens, settings, device)
+        chosen = _choose(model, config, layers, units)
+        bits = {layer: width for unit, width in zip(units, chosen, strict=True) for layer in unit.layers}
+        plan = {**note, "bits": bits, "loss": sum(u.losses[w] for u, w in zip(units, chosen, strict=True))}
+        logger.info("widths of layers: %s; estimated divergence %.3g nats", Counter(chosen), plan["loss"])
+    plan = processes.first(plan)
+    if path is not None and processes.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, plan)
+    weights: Counter[int] = Counter()
+    for name, layer in layers.items():
+        weights[plan["bits"][name.removeprefix(f"{list_name}.")]] += _weights(name, layer)
+    config.bits = weights.most_common(1)[0][0]
+    config.layer_bits = {layer: bits for layer, bits in plan["bits"].items() if bits != config.bits}
+
+
+def describe_widths(config: TwoStageGPTQConfig, list_name: str, layers: dict[str, nn.Module]) -> dict[str, Any]:
+    """What a checkpoint's `meta` says of widths that differ.
+
+    Returns:
+        `"mean_bits"`, the mean over all quantized weights, without scales and zero points; `"layers_by_bits"`, how
+        many layers have each width.
+    """
+    counts: Counter[int] = Counter()
+    weights: Counter[int] = Counter()
+    for name, layer in layers.items():
+        bits = config.bits_of(name.removeprefix(f"{list_name}."))
+        counts[bits] += 1
+        weights[bits] += _weights(name, layer)
+    mean = sum(bits * count for bits, count in weights.items()) / weights.total()
+    return {"mean_bits": round(mean, 4), "layers_by_bits": {str(bits): counts[bits] for bits in sorted(counts)}}
+
+
+def _weights(name: str, layer: nn.Module) -> int:
+    return sum(weight.numel() for weight in weights_of(name, layer).values())
+
+
+def _choose(
+    model: PreTrainedModel, config: TwoStageGPTQConfig, layers: dict[str, nn.Module], units: list[Unit]
+) -> list[int]:
+    if config.mean_bits is not None:
+        costs: list[dict[int, float]] = [{bits: bits * unit.weights for bits in unit.sizes} for unit in units]
+        return choose_widths(units, costs, config.mean_bits * sum(unit.weights for unit in units))
+    others = _bytes_of_the_rest(model, layers)
+    sizes: list[dict[int, float]] = [dict(unit.sizes) for unit in units]
+    try:
+        return choose_widths(units, sizes, (config.target_size or 0) - others)
+    except ValueError as error:
+        least = others + sum(min(size.values()) for size in sizes)
+        raise ValueError(
+            f"target_size={config.target_size} is too little: with 2 bits in all layers the checkpoint takes "
+            f"{least:.0f} bytes, {others} of which are not quantized. A larger group_size takes less"
+        ) from error
+
+
+def _bytes_of_the_rest(model: PreTrainedModel, layers: dict[str, nn.Module]) -> int:
+    """What a checkpoint holds besides packed weights: tensors in full precision, and the files' headers."""
+    packed = {id(layer.get_parameter("weight")) for layer in layers.values()}
+    state: dict[str, Any] = model.state_dict(keep_vars=True)
+    unique = {id(tensor): (name, tensor) for name, tensor in state.items() if id(tensor) not in packed}
+    dense = sum(len(name) + HEADER + tensor.numel() * tensor.element_size() for name, tensor in unique.values())
+    return dense + sum(4 * (len(name) + HEADER) for name in layers)

@@ -1,0 +1,121 @@
+"""Refinement and end-to-end tuning in several processes, and of models whose blocks are read one at a time."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import PartialState
+from models import tiny_model
+from safetensors.torch import load_file
+from workers import launch
+
+from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
+from lkq_hf.quantization.base_weights import open_base
+from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
+from lkq_hf.quantization.walk import quantize_blocks
+
+# The windows and the batches of processes differ in number.
+TOKENS = torch.randint(3, 160, (82, 32), generator=torch.Generator().manual_seed(0))
+
+
+def _refined(resume_dir=None, **settings):
+    """The packed tensors, the errors of blocks before and after, and those of the tuning."""
+    PartialState(cpu=True)
+    torch.set_num_threads(1)
+    config = TwoStageGPTQConfig(bits=2, group_size=32, sym=False)
+    model = tiny_model("llama", num_hidden_layers=2)
+    name, layers = find_layers(model, config)
+    chosen = replace(config.solver_settings(), **settings)
+    report = quantize_blocks(model, name, layers, TOKENS, chosen, batch_size=8, resume_dir=resume_dir)
+    state = {
+        f"{name}.{kind}": getattr(module, kind).numpy()
+        for name, module in model.named_modules()
+        if isinstance(module, QuantizedLinear)
+        for kind in ("qweight", "scales", "qzeros")
+    }
+    errors = [error for block in report.blocks for error in (block.before, block.after)]
+    tuned = report.end_to_end
+    return state, errors, None if tuned is None else (tuned.before, tuned.after)
+
+
+def run(settings, resume_dir=None):
+    return _refined(resume_dir, **settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"refinement": BlockRefinement(steps=24)},
+        {"refinement": BlockRefinement(steps=6, fisher_share=0.3), "end_to_end": EndToEnd(steps=6)},
+    ],
+)
+def test_processes_refine_as_one_does(settings):
+    ((_, alone, tuned_alone),) = launch(run, settings, processes=1)
+    runs = launch(run, settings, processes=3)
+    for state, errors, tuned in runs:
+        assert errors == runs[0][1] and tuned == runs[0][2]
+        assert state.keys() == runs[0][0].keys()
+        assert all(np.array_equal(value, runs[0][0][name]) for name, value in state.items())
+    # Other windows are held out, in other batches.
+    assert runs[0][1] == pytest.approx(alone, rel=0.2)
+    if tuned_alone is not None:
+        assert runs[0][2] == pytest.approx(tuned_alone, rel=0.2)
+
+
+@pytest.fixture
+def files(tmp_path):
+    tiny_model("llama", num_hidden_layers=2).save_pretrained(tmp_path / "base")
+    return tmp_path
+
+
+def _block_by_block(files, out, by_block):
+    PartialState(cpu=True)
+    torch.set_num_threads(1)
+    rows = [{"input_ids": window} for window in TOKENS.tolist()]
+    quantizer = TwoStageQuantizer(str(files / "base"))
+    quantizer.quantize(
+        files / out, bits=3, group_size=32, dataset=rows, num_samples=80, model_seqlen=32, preset="refined",
+        block_by_block=by_block, device="cpu",
+    )  # fmt: skip
+    return [block.accepted for block in quantizer.report.blocks]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_blocks_read_one_at_a_time_are_refined_alike(files, processes):
+    whole = launch(_block_by_block, files, "whole", False, processes=processes)
+    read = launch(_block_by_block, files, "read", True, processes=processes)
+    assert whole == read and len(read[0]) == 2
+    one, two = (load_file(files / name / "model.safetensors") for name in ("whole", "read"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def read_one_at_a_time(files, **settings):
+    config = TwoStageGPTQConfig(bits=2, group_size=32, sym=False)
+    model, weights = open_base(files / "base")
+    name, layers = find_layers(model, config)
+    chosen = replace(config.solver_settings(), **settings)
+    report = quantize_blocks(model, name, layers, TOKENS, chosen, batch_size=8, load_block=weights.load)
+    return model, report
+
+
+def test_what_needs_the_whole_model_is_refused_where_blocks_are_read_one_at_a_time(files, monkeypatch):
+    with pytest.raises(ValueError, match="set fisher_share=0, or load the whole model"):
+        read_one_at_a_time(files, refinement=BlockRefinement(steps=2, fisher_share=0.1))
+    monkeypatch.setattr(Processes, "current", classmethod(lambda cls: cls(0, 2)))
+    with pytest.raises(ValueError, match="only the first of 2 processes"):
+        read_one_at_a_time(files, end_to_end=EndToEnd(steps=2))
+
+
+def test_one_process_tunes_end_to_end_what_it_read_block_by_block(files):
+    settings = {"end_to_end": EndToEnd(steps=4)}
+    model, report = read_one_at_a_time(files, **settings)
+    state, _, tuned = _refined(**settings)
+    # Where a weight lies in memory decides how products are summed, in the last bit.
+    assert (report.end_to_end.before, report.end_to_end.after) == pytest.approx(tuned, rel=1e-3)
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert np.mean(module.qweight.numpy() == state[f"{name}.qweight"]) > 0.98
+            np.testing.assert_allclose(module.scales.numpy(), state[f"{name}.scales"], rtol=0.02)
