@@ -1,5 +1,7 @@
 """A tiny random model of every kind of causal language model that transformers has."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -61,6 +63,8 @@ TEXT = {
     "vocab_size_per_layer_input": 160,
 }
 """For the fields that a config has."""
+
+MOST_PARAMETERS = 20_000_000
 
 VISION = {
     "hidden_size": 32,
@@ -225,11 +229,12 @@ def _small(kind, sizes, changes=()):
 def tiny_model(model_type, attention="eager", seed=0, **changes):
     """A random model in eval mode whose generation never ends early."""
     config = tiny_config(model_type, **changes)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in _model(model_type, copy.deepcopy(config)).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"{model_type} has {parameters:,} parameters with the sizes of tests/architectures/tiny.py")
     torch.manual_seed(seed)
-    if model_type in ALONE:
-        model = getattr(transformers, ALONE[model_type])._from_config(config, attn_implementation=attention)
-    else:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = _model(model_type, config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # what is zero in the beginning is not after training
@@ -237,3 +242,9 @@ def tiny_model(model_type, attention="eager", seed=0, **changes):
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
+
+
+def _model(model_type, config, **options):
+    if model_type in ALONE:
+        return getattr(transformers, ALONE[model_type])._from_config(config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)
