@@ -8,6 +8,7 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
@@ -190,7 +191,7 @@ def _check_state_dict(parameters: dict[str, nn.Parameter], state_dict: dict[str,
 def _is_linear(module: nn.Module) -> bool:
     """A linear module, quantised or wrapped by another adapter."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features"))
+    return isinstance(base, nn.Linear | Conv1D) or (hasattr(base, "in_features") and hasattr(base, "out_features"))
 
 
 def _layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -200,10 +201,13 @@ def _layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         TypeError: there is none.
     """
     attention = {id(module) for module in attention_modules(decoder)}
-    for name, module in decoder.named_children():
+    for name, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and attention <= {id(each) for each in module.modules()}:
             return name, module
-    raise TypeError(f"{type(decoder).__name__} has no list of layers for a LOOKAHEAD_KV adapter")
+    raise TypeError(
+        f"{type(decoder).__name__} has no list of layers that holds all of its attention, which a LOOKAHEAD_KV adapter "
+        'needs. Choose a scorer that needs no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
+    )
 
 
 def _refuse_offloaded(decoder: PreTrainedModel) -> None:

@@ -14,7 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 import lkq_hf
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
-from lkq_hf.cache.modules import modules_calling
+from lkq_hf.cache.modules import attention_modules
+from lkq_hf.cache.prepare import get_decoder
 
 CAUSAL_MODELS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SCORERS = ("snapkv", "lookahead")
@@ -55,8 +56,8 @@ def try_family(model_type: str, scorer: str) -> Outcome:
             add_lookahead(model)
         else:
             prepare_model_for_eviction(model)
-        for module in modules_calling(model, "update"):
-            module.register_forward_pre_hook(lambda *_: calls.append("attention"))
+        for module in attention_modules(get_decoder(model)):
+            module.register_forward_pre_hook(lambda module, _: calls.append(type(module).__name__))
         ids, mask = left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
         assert_turns_equal_masked_attention(base, model, LookaheadCache(7, scorer), ids, mask)
     except Exception as error:

@@ -241,6 +241,8 @@ def tiny_model(model_type, attention="eager", seed=0, **changes):
                 parameter.normal_(std=0.1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    for name in ("forced_bos_token_id", "forced_eos_token_id", "encoder_no_repeat_ngram_size"):
+        setattr(model.generation_config, name, None)
     return model.eval()
 
 
