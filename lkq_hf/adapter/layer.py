@@ -103,7 +103,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Args:
             adapter_name: of the adapter.
             config: its.
-            hidden_size: of the model.
+            hidden_size: of the model's embeddings.
             per_layer: what the model embeds tokens to once per layer; None if it does not.
         """
         weight = getattr(self._embedding[0], "weight", None)

@@ -87,7 +87,9 @@ class LookaheadKVModel(BaseTuner):
             tokens = LookaheadTokens(decoder.get_input_embeddings())
             tokens._active_adapter = self.active_adapter
             setattr(decoder, ADAPTER_ATTRIBUTE, tokens)
-        tokens.update_layer(adapter_name, config, decoder.config.hidden_size, PerLayerEmbedding.of(decoder))
+        # Some decoders make their hidden states of smaller embeddings (ELECTRA).
+        size = getattr(decoder.get_input_embeddings(), "embedding_dim", decoder.config.hidden_size)
+        tokens.update_layer(adapter_name, config, size, PerLayerEmbedding.of(decoder))
 
     def _check_target_module_exists(self, peft_config: LookaheadKVConfig, key: str) -> bool | re.Match[str] | None:  # type: ignore[override]
         name = key.removesuffix(".base_layer").rpartition(".")[2]

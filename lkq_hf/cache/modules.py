@@ -49,6 +49,12 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
             "attention functions, through which LookaheadCache sees queries and keys. Generate with DynamicCache for "
             "this model."
         )
+    biased = {type(module).__name__ for module in found if _takes_position_bias(module)}
+    if biased:
+        raise NotImplementedError(
+            f"{', '.join(sorted(biased))} of {kind} adds a bias by distance (position_bias) for each of the tokens that "
+            "the cache returns, in their order; evicted ones would shift it. Generate with DynamicCache for this model."
+        )
     if not found and recurrent_modules(decoder):
         raise NotImplementedError(
             f"every layer of {kind} keeps a state of fixed size: there is nothing to evict. Generate without "
@@ -60,6 +66,11 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
             "Generate without past_key_values for this model."
         )
     return found
+
+
+def _takes_position_bias(module: nn.Module) -> bool:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return eager is not None and "position_bias" in signature(eager).parameters
 
 
 def refuse_own_cache(decoder: nn.Module) -> None:
@@ -93,8 +104,8 @@ def refuse_other_layers(decoder: nn.Module, layers: Collection[int]) -> None:
     if missing := sorted(set(layers) - set(modules)):
         names = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
         raise NotImplementedError(
-            f"{kind} runs {names} several times in a forward, each time for another layer of the cache ({missing} "
-            "among them), so entries cannot be told by their module. Generate with DynamicCache for this model."
+            f"{kind} shares {names} among several layers of the cache ({missing} among them), so a module does not say "
+            "which entries are its own. Generate with DynamicCache for this model."
         )
     for index in layers:
         if "cross_attention_states" in signature(type(modules[index]).forward).parameters:

@@ -4,6 +4,7 @@ import copy
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 
 import pytest
 import torch
@@ -48,7 +49,7 @@ def try_family(model_type: str, scorer: str) -> Outcome:
         base = tiny_model(model_type)
         _check_plain(base)
     except (Exception, pytest.skip.Exception) as error:  # of transformers, or of the sizes in tiny.py
-        return Outcome(NOT_TRIED, f"{type(error).__name__}: {error}".partition("\n")[0])
+        return Outcome(NOT_TRIED, shorten(f"{type(error).__name__}: {error}", 160, placeholder=" ..."))
     model = copy.deepcopy(base)
     calls: list[str] = []
     try:
@@ -69,9 +70,9 @@ def try_family(model_type: str, scorer: str) -> Outcome:
 
 
 def is_ours(error: Exception) -> bool:
-    """Whether this package raised it itself, and not something that it called."""
+    """Whether a `raise` of this package raised it, and not something that it called."""
     *_, last = traceback.extract_tb(error.__traceback__)
-    return PACKAGE in Path(last.filename).parents
+    return PACKAGE in Path(last.filename).parents and (last.line or "").startswith("raise ")
 
 
 def _check_plain(model: torch.nn.Module) -> None:

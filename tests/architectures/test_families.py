@@ -23,10 +23,11 @@ REASONS = {
     "deepseek_v4": "the model compresses its cache itself",
     "starcoder2": "every attention layer of this model .* has a sliding window",
     "diffllama": "changes keys or values after the cache has returned them",
+    "inkling_text": "adds a bias by distance",
     "doge": "makes a mask for each head",
     "minimax": "works with a cache of its own",
     "mllama": "keeps what pictures were made of",
-    "zamba2": "several times in a forward",
+    "zamba2": "among several layers of the cache",
 }
 
 
