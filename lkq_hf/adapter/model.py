@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
 from lkq_hf.cache.fingerprint import model_sizes
-from lkq_hf.cache.modules import attention_modules
+from lkq_hf.cache.modules import attention_modules, cross_attention_modules
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 from lkq_hf.scoring.base import PerLayerEmbedding
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
@@ -63,6 +63,8 @@ class LookaheadKVModel(BaseTuner):
         name, layers = _layers(decoder)
         self._layers_name = f"{self._decoder_name}.{name}." if self._decoder_name else f"{name}."
         self._last_layer = f"{self._layers_name}{len(layers) - 1}."
+        unused = {id(module) for module in cross_attention_modules(decoder)}
+        self._unused = tuple(f"{name}." for name, module in model.named_modules() if id(module) in unused)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(LookaheadKVConfig, self.peft_config[adapter_name])
@@ -101,7 +103,7 @@ class LookaheadKVModel(BaseTuner):
                 return False
         if peft_config.target_modules is not None:
             return check_target_module_exists(peft_config, key)
-        in_layers = key.startswith(self._layers_name)
+        in_layers = key.startswith(self._layers_name) and not key.startswith(self._unused)
         module = self.model.get_submodule(key)
         return in_layers and _is_linear(module) and "Router" not in type(module).__name__
 
@@ -207,7 +209,7 @@ def _layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         if isinstance(module, nn.ModuleList) and attention <= {id(each) for each in module.modules()}:
             return name, module
     raise TypeError(
-        f"{type(decoder).__name__} has no list of layers that holds all of its attention, which a LOOKAHEAD_KV adapter "
+        f"{type(decoder).__name__} has no list of layers that holds all of its attention, as a LOOKAHEAD_KV adapter "
         'needs. Choose a scorer that needs no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
     )
 

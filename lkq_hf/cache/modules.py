@@ -38,8 +38,8 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     """
     kind = type(decoder).__name__
     caching = modules_calling(decoder, "update")
-    found = [module for module in caching if hasattr(module, "layer_idx")]
-    found = [module for module in found if getattr(module, "is_causal", True)] or found
+    crossing = cross_attention_modules(decoder)
+    found = [module for module in caching if hasattr(module, "layer_idx") and module not in crossing]
     hidden = {type(module).__name__ for module in found if "ALL_ATTENTION_FUNCTIONS" not in named_in(module)}
     if not found:  # modules with another name for the index of their layer
         hidden = {type(module).__name__ for module in caching if named_in(module) & _OWN_ATTENTION}
@@ -52,8 +52,9 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
     biased = {type(module).__name__ for module in found if _takes_position_bias(module)}
     if biased:
         raise NotImplementedError(
-            f"{', '.join(sorted(biased))} of {kind} adds a bias by distance (position_bias) for each of the tokens that "
-            "the cache returns, in their order; evicted ones would shift it. Generate with DynamicCache for this model."
+            f"{', '.join(sorted(biased))} of {kind} adds a bias by distance (position_bias) for each of the tokens "
+            "that the cache returns, in their order; evicted ones would shift it. Generate with DynamicCache for this "
+            "model."
         )
     if not found and recurrent_modules(decoder):
         raise NotImplementedError(
@@ -66,6 +67,13 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
             "Generate without past_key_values for this model."
         )
     return found
+
+
+def cross_attention_modules(decoder: nn.Module) -> list[nn.Module]:
+    """Modules that attend to what an encoder has read, beside causal ones that attend to the text."""
+    found = [module for module in modules_calling(decoder, "update") if hasattr(module, "layer_idx")]
+    crossing = [module for module in found if not getattr(module, "is_causal", True)]
+    return crossing if len(crossing) < len(found) else []
 
 
 def _takes_position_bias(module: nn.Module) -> bool:
@@ -84,8 +92,8 @@ def refuse_own_cache(decoder: nn.Module) -> None:
         kind = getattr(file, name, None)
         if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == file.__name__:
             raise NotImplementedError(
-                f"{type(decoder).__name__} works with a cache of its own ({name}) only, which holds states beside keys "
-                "and values. Generate without past_key_values for this model."
+                f"{type(decoder).__name__} works with a cache of its own ({name}) only, which holds states beside "
+                "keys and values. Generate without past_key_values for this model."
             )
 
 
@@ -104,8 +112,8 @@ def refuse_other_layers(decoder: nn.Module, layers: Collection[int]) -> None:
     if missing := sorted(set(layers) - set(modules)):
         names = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
         raise NotImplementedError(
-            f"{kind} shares {names} among several layers of the cache ({missing} among them), so a module does not say "
-            "which entries are its own. Generate with DynamicCache for this model."
+            f"{kind} shares {names} among several layers of the cache (layer {missing[0]} is one), so a module does "
+            "not say which entries are its own. Generate with DynamicCache for this model."
         )
     for index in layers:
         if "cross_attention_states" in signature(type(modules[index]).forward).parameters:

@@ -93,6 +93,7 @@ HEADS = {"num_key_value_heads": 4}
 HYBRID = {"layer_types": [LINEAR, FULL, LINEAR, FULL]}
 SHORT_CONV = {"layer_types": [CONV, FULL, CONV, FULL]}
 WINDOWS = {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
 MIXED_WINDOWS = {"layer_types": ["hybrid_sliding", "hybrid"] * 2}
 MAMBA2 = {"num_heads": 4, "head_dim": 32, "n_groups": 2, "state_size": 16, "chunk_size": 16}
 SHARED = {
@@ -117,8 +118,7 @@ PARTICULAR = {
     "bamba": {"attn_layer_indices": [1, 3], "num_logits_to_keep": LEFT_OUT},
     "blt": {"encoder_hash_byte_group_vocab": 160},
     "codegen": {"rotary_dim": 8},
-    "cohere_compass_text": WINDOWS
-    | {"rope_parameters": {SLIDING: {"rope_type": "default", "rope_theta": 1e4}, FULL: {"rope_type": "default", "rope_theta": 1e4}}},
+    "cohere_compass_text": WINDOWS | {"rope_parameters": {SLIDING: ROPE, FULL: ROPE}},
     "cpmant": {"dim_head": 16, "dim_ff": 96},
     "ctrl": {"dff": 96},
     "dbrx": {
@@ -235,7 +235,7 @@ def _small(kind, sizes, changes=()):
         values |= PARTICULAR.get(kind.model_type, {})
     for name, part in kind.sub_configs.items():
         if not hasattr(part, "model_type"):  # an automatic class: the config says which by itself
-            part = type(getattr(kind(), name))  # noqa: PLW2901
+            part = type(getattr(kind(), name))
         if getattr(part, "model_type", None) in CONFIG_MAPPING:
             values[name] = _small(part, TEXT if "text" in name or "decoder" in name else VISION)
     values |= dict(changes)
