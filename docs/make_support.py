@@ -1,13 +1,17 @@
-"""Writes docs/support.md from the results of tests/compat:
+"""Writes docs/support.md from the results of tests:
 
     pytest tests/compat --junit-xml=results.xml
-    python docs/make_support.py results.xml
+    pytest tests/architectures/test_families.py --junit-xml=families.xml
+    python docs/make_support.py results.xml families.xml
 
-Takes several files, from runs with several versions of transformers or on several machines.
+Takes several files, from runs with several versions of transformers or on several machines. Without results of
+tests/compat the page keeps its first part, without those of tests/architectures its second one, from "Families" on.
 """
 
+import re
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
@@ -30,6 +34,29 @@ NOT_RUN = """## Not run
 
 There are tests, but the machines of these runs lacked something.
 """
+
+FAMILIES = """## Families of causal language models
+
+By `model_type`, as in a model's config.json: all {count} types that transformers {versions} maps to a causal language
+model. `tests/architectures/test_families.py` makes a tiny random model of each and holds two turns of a left-padded
+batch, with `scorer="snapkv"` and with an untrained adapter. The answers must equal those over a full cache in which
+the evicted entries are masked.
+
+### These work, with and without an adapter
+
+{works}
+
+### These are refused, or were not tried
+
+A refusal comes before any work, or in the first attention layer. It also says what to do instead. "Not tried": no tiny
+model could be made, or it did not run without a LookaheadCache.
+
+| why | |
+|---|---|
+{others}
+"""
+BETWEEN = "## Families of causal language models"
+SCORERS = {"snapkv": "without an adapter", "lookahead": "with an adapter"}
 
 # For parameters of tests that say nothing to a reader.
 WORDS = {"bad": "with an assistant of random weights", "perfect": "with itself as assistant"}
@@ -89,11 +116,20 @@ def notes(tests: list[Test]) -> str:
     return "; ".join(found)
 
 
-def page(results: list[Path]) -> str:
+def page(results: list[Path], before: str) -> str:
+    """The page, with the parts of ``before`` for which there are no results."""
+    items, _, families = before.partition(BETWEEN)
+    tests = [found for path in results for found in read(path)]
+    outcomes = [found for path in results for found in read_outcomes(path)]
+    items = items_part(tests) if tests else items.rstrip() + "\n"
+    families = families_part(outcomes) if outcomes else BETWEEN + families
+    return f"{items}\n{families}"
+
+
+def items_part(results: list[tuple[str, Test]]) -> str:
     items: dict[str, list[Test]] = defaultdict(list)
-    for path in results:
-        for item, test in read(path):
-            items[item].append(test)
+    for item, test in results:
+        items[item].append(test)
     if failed := sorted(item for item, tests in items.items() if any(test.failed for test in tests)):
         raise SystemExit(f"tests of these items fail: {', '.join(failed)}")
     works, refused, not_run = [], [], []
@@ -106,9 +142,7 @@ def page(results: list[Path]) -> str:
             refused.append(f"| {item} | {', '.join(instead)} |")
         else:
             works.append(f"| {item} | {notes(tests)} |")
-    *older, newest = sorted({test.transformers for tests in items.values() for test in tests})
-    versions = " and ".join([", ".join(older), newest] if older else [newest])
-    sections = [INTRODUCTION.format(versions=versions)]
+    sections = [INTRODUCTION.format(versions=listed(test.transformers for _, test in results))]
     for head, columns, rows in (
         (WORKS, ("", "notes"), works),
         (REFUSED, ("", "instead"), refused),
@@ -119,5 +153,87 @@ def page(results: list[Path]) -> str:
     return "\n".join(sections)
 
 
+def listed(versions: Iterable[str]) -> str:
+    *older, newest = sorted(set(versions))
+    return " and ".join([", ".join(older), newest] if older else [newest])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    family: str
+    scorer: str
+    transformers: str
+    state: str
+    reason: str
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """What came of the families in a junit file."""
+    found = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        properties = {each.get("name", ""): each.get("value", "") for each in case.iter("property")}
+        name = case.get("name", "")
+        if "every_family" in name and any(case.find(kind) is not None for kind in ("failure", "error")):
+            raise SystemExit(f"{name} fails in {path}")
+        if "family" in properties:
+            found.append(Outcome(**{name: properties[name] for name in Outcome.__dataclass_fields__}))
+    return found
+
+
+def families_part(outcomes: list[Outcome]) -> str:
+    families: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        families[outcome.family].append(outcome)
+    versions = {outcome.transformers for outcome in outcomes}
+    works: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    others: dict[str, list[str]] = defaultdict(list)
+    for family, found in sorted(families.items()):
+        known = {outcome.transformers for outcome in found}
+        if all(outcome.state == "works" for outcome in found):
+            works[() if known == versions else tuple(sorted(known))].append(f"`{family}`")
+        else:
+            others[differences(found)].append(f"`{family}`")
+    lists = [
+        (f"Known to transformers {listed(known)} only: " if known else "") + ", ".join(names) + "."
+        for known, names in sorted(works.items())
+    ]
+    rows = sorted(others.items(), key=lambda row: (-len(row[1]), row[0]))
+    return FAMILIES.format(
+        count=len(families),
+        versions=listed(versions),
+        works="\n\n".join(lists),
+        others="\n".join(f"| {why} | {', '.join(names)} |" for why, names in rows),
+    )
+
+
+def differences(found: list[Outcome]) -> str:
+    """What does not work of a family, and with which scorer and version where others differ."""
+    where: dict[str, list[Outcome]] = defaultdict(list)
+    for outcome in found:
+        if outcome.state != "works":
+            where[cause(outcome)].append(outcome)
+    versions, scorers = ({getattr(each, name) for each in found} for name in ("transformers", "scorer"))
+    parts = []
+    for text, outcomes in where.items():
+        its_versions, its_scorers = ({getattr(each, name) for each in outcomes} for name in ("transformers", "scorer"))
+        only = [SCORERS[name] for name in sorted(its_scorers)] if its_scorers != scorers else []
+        only += [f"transformers {listed(its_versions)}"] if its_versions != versions else []
+        parts.append((f"{', '.join(only)}: " if only else "") + text)
+    return "; ".join(parts)
+
+
+def cause(outcome: Outcome) -> str:
+    """The reason, without what to do instead and without names that only one family has."""
+    text = outcome.reason.replace("|", "\\|")
+    if outcome.state != "refused":
+        return f"{outcome.state}: {text}"
+    text = re.sub(r"\.? (Generate with|Choose a scorer|Leave such modules).*|\.$", "", text)
+    text = re.sub(r"this model \(\w+\)", "the model", text)
+    text = re.sub(r"\blayer \d+\b", "a layer", text)
+    text = re.sub(r"\b(?!LookaheadCache)\w+(Model|Decoder|Attention|Cache)\b", "…", text)
+    return text.replace("…, …", "…")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page([Path(argument) for argument in sys.argv[1:]]), encoding="utf-8")
+    before = PAGE.read_text(encoding="utf-8") if PAGE.exists() else ""
+    PAGE.write_text(page([Path(argument) for argument in sys.argv[1:]], before), encoding="utf-8")

@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.attention import thread_state
@@ -102,7 +103,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         Args:
             adapter_name: of the adapter.
             config: its.
-            hidden_size: of the model.
+            hidden_size: of the model's embeddings.
             per_layer: what the model embeds tokens to once per layer; None if it does not.
         """
         weight = getattr(self._embedding[0], "weight", None)
@@ -243,9 +244,7 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: LookaheadKVConfig) -> None:
         super().__init__()
         self.base_layer = base_layer
-        linear = self.get_base_layer()
-        self.in_features: int = linear.in_features  # type: ignore[assignment]
-        self.out_features: int = linear.out_features  # type: ignore[assignment]
+        self.in_features, self.out_features = _sizes(self.get_base_layer())
         self.lookahead_kv_A = nn.ParameterDict()
         self.lookahead_kv_B = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
@@ -381,6 +380,11 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
 
     def __repr__(self) -> str:
         return "lookahead_kv." + super().__repr__()
+
+
+def _sizes(linear: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear module; GPT-2's, a `Conv1D`, has other names for them."""
+    return (linear.nx, linear.nf) if isinstance(linear, Conv1D) else (linear.in_features, linear.out_features)
 
 
 def _parameter(initial: torch.Tensor, config: LookaheadKVConfig) -> nn.Parameter:

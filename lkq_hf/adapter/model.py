@@ -8,11 +8,12 @@ from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadKVLayer, LookaheadKVLinear, LookaheadTokens, adapter_parameters
 from lkq_hf.cache.fingerprint import model_sizes
-from lkq_hf.cache.modules import attention_modules
+from lkq_hf.cache.modules import attention_modules, cross_attention_modules
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 from lkq_hf.scoring.base import PerLayerEmbedding
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
@@ -62,6 +63,8 @@ class LookaheadKVModel(BaseTuner):
         name, layers = _layers(decoder)
         self._layers_name = f"{self._decoder_name}.{name}." if self._decoder_name else f"{name}."
         self._last_layer = f"{self._layers_name}{len(layers) - 1}."
+        unused = {id(module) for module in cross_attention_modules(decoder)}
+        self._unused = tuple(f"{name}." for name, module in model.named_modules() if id(module) in unused)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = cast(LookaheadKVConfig, self.peft_config[adapter_name])
@@ -86,7 +89,9 @@ class LookaheadKVModel(BaseTuner):
             tokens = LookaheadTokens(decoder.get_input_embeddings())
             tokens._active_adapter = self.active_adapter
             setattr(decoder, ADAPTER_ATTRIBUTE, tokens)
-        tokens.update_layer(adapter_name, config, decoder.config.hidden_size, PerLayerEmbedding.of(decoder))
+        # Some decoders make their hidden states of smaller embeddings (ELECTRA).
+        size = getattr(decoder.get_input_embeddings(), "embedding_dim", decoder.config.hidden_size)
+        tokens.update_layer(adapter_name, config, size, PerLayerEmbedding.of(decoder))
 
     def _check_target_module_exists(self, peft_config: LookaheadKVConfig, key: str) -> bool | re.Match[str] | None:  # type: ignore[override]
         name = key.removesuffix(".base_layer").rpartition(".")[2]
@@ -98,7 +103,7 @@ class LookaheadKVModel(BaseTuner):
                 return False
         if peft_config.target_modules is not None:
             return check_target_module_exists(peft_config, key)
-        in_layers = key.startswith(self._layers_name)
+        in_layers = key.startswith(self._layers_name) and not key.startswith(self._unused)
         module = self.model.get_submodule(key)
         return in_layers and _is_linear(module) and "Router" not in type(module).__name__
 
@@ -190,7 +195,7 @@ def _check_state_dict(parameters: dict[str, nn.Parameter], state_dict: dict[str,
 def _is_linear(module: nn.Module) -> bool:
     """A linear module, quantised or wrapped by another adapter."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.Linear) or (hasattr(base, "in_features") and hasattr(base, "out_features"))
+    return isinstance(base, nn.Linear | Conv1D) or (hasattr(base, "in_features") and hasattr(base, "out_features"))
 
 
 def _layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -200,10 +205,13 @@ def _layers(decoder: PreTrainedModel) -> tuple[str, nn.ModuleList]:
         TypeError: there is none.
     """
     attention = {id(module) for module in attention_modules(decoder)}
-    for name, module in decoder.named_children():
+    for name, module in decoder.named_modules():
         if isinstance(module, nn.ModuleList) and attention <= {id(each) for each in module.modules()}:
             return name, module
-    raise TypeError(f"{type(decoder).__name__} has no list of layers for a LOOKAHEAD_KV adapter")
+    raise TypeError(
+        f"{type(decoder).__name__} has no list of layers that holds all of its attention, as a LOOKAHEAD_KV adapter "
+        'needs. Choose a scorer that needs no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
+    )
 
 
 def _refuse_offloaded(decoder: PreTrainedModel) -> None:

@@ -96,6 +96,12 @@ def refuse_in(decoder: PreTrainedModel, kwargs: dict[str, Any], length: int) -> 
         )
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False and a LookaheadCache contradict each other: leave one of them out.")
+    if kwargs.get("encoder_hidden_states") is not None:
+        raise NotImplementedError(
+            f"{type(decoder).__name__} was given encoder_hidden_states, which its layers keep in the cache beside the "
+            "text. LookaheadCache holds tokens of the text only: leave them out, or generate with transformers' own "
+            "EncoderDecoderCache."
+        )
     if decoder.training and any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
         raise ValueError(
             "gradient checkpointing in training mode takes the cache away from the layers. Call model.eval() or "

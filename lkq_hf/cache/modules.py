@@ -1,12 +1,18 @@
 """What the modules of a decoder do with a cache, told from the names in their code: their classes do not say it."""
 
 import inspect
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
+from inspect import signature
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
+from transformers import Cache
+
+# By one of these names a module computes the weights of attention itself.
+_OWN_ATTENTION = frozenset({"softmax", "scaled_dot_product_attention"})
 
 
 def modules_calling(decoder: nn.Module, *names: str) -> list[nn.Module]:
@@ -25,18 +31,30 @@ def forgets(module: nn.Module) -> bool:
 
 
 def attention_modules(decoder: nn.Module) -> list[nn.Module]:
-    """Modules that keep entries of tokens in the cache.
+    """Modules that keep entries of tokens in the cache, without those that attend to what an encoder has read.
 
     Raises:
         NotImplementedError: there are none, or what they compute cannot be observed.
     """
     kind = type(decoder).__name__
-    found = [module for module in modules_calling(decoder, "update") if hasattr(module, "layer_idx")]
-    hidden = sorted({type(module).__name__ for module in found if "ALL_ATTENTION_FUNCTIONS" not in named_in(module)})
+    caching = modules_calling(decoder, "update")
+    crossing = cross_attention_modules(decoder)
+    found = [module for module in caching if hasattr(module, "layer_idx") and module not in crossing]
+    hidden = {type(module).__name__ for module in found if "ALL_ATTENTION_FUNCTIONS" not in named_in(module)}
+    if not found:  # modules with another name for the index of their layer
+        hidden = {type(module).__name__ for module in caching if named_in(module) & _OWN_ATTENTION}
     if hidden:
         raise NotImplementedError(
-            f"{', '.join(hidden)} of {kind} computes attention by itself, not by one of transformers' attention "
-            "functions, through which LookaheadCache sees queries and keys. Generate with DynamicCache for this model."
+            f"{', '.join(sorted(hidden))} of {kind} computes attention by itself, not by one of transformers' "
+            "attention functions, through which LookaheadCache sees queries and keys. Generate with DynamicCache for "
+            "this model."
+        )
+    biased = {type(module).__name__ for module in found if _takes_position_bias(module)}
+    if biased:
+        raise NotImplementedError(
+            f"{', '.join(sorted(biased))} of {kind} adds a bias by distance (position_bias) for each of the tokens "
+            "that the cache returns, in their order; evicted ones would shift it. Generate with DynamicCache for this "
+            "model."
         )
     if not found and recurrent_modules(decoder):
         raise NotImplementedError(
@@ -49,6 +67,61 @@ def attention_modules(decoder: nn.Module) -> list[nn.Module]:
             "Generate without past_key_values for this model."
         )
     return found
+
+
+def cross_attention_modules(decoder: nn.Module) -> list[nn.Module]:
+    """Modules that attend to what an encoder has read, beside causal ones that attend to the text."""
+    found = [module for module in modules_calling(decoder, "update") if hasattr(module, "layer_idx")]
+    crossing = [module for module in found if not getattr(module, "is_causal", True)]
+    return crossing if len(crossing) < len(found) else []
+
+
+def _takes_position_bias(module: nn.Module) -> bool:
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    return eager is not None and "position_bias" in signature(eager).parameters
+
+
+def refuse_own_cache(decoder: nn.Module) -> None:
+    """Refuses a decoder that works with a class of caches of its own only.
+
+    Raises:
+        NotImplementedError: its modeling file defines one, and its forward makes one.
+    """
+    file = sys.modules[type(decoder).__module__]
+    for name in sorted(named_in(decoder)):
+        kind = getattr(file, name, None)
+        if isinstance(kind, type) and issubclass(kind, Cache) and kind.__module__ == file.__name__:
+            raise NotImplementedError(
+                f"{type(decoder).__name__} works with a cache of its own ({name}) only, which holds states beside "
+                "keys and values. Generate without past_key_values for this model."
+            )
+
+
+def refuse_other_layers(decoder: nn.Module, layers: Collection[int]) -> None:
+    """Refuses a decoder whose attention modules and layers of a cache do not correspond.
+
+    Args:
+        decoder: the stack of layers.
+        layers: indices of those that are evicted.
+
+    Raises:
+        NotImplementedError: a layer has no module, or one that keeps something else than tokens of the text.
+    """
+    kind = type(decoder).__name__
+    modules: dict[Any, nn.Module] = {module.layer_idx: module for module in attention_modules(decoder)}
+    if missing := sorted(set(layers) - set(modules)):
+        names = ", ".join(sorted({type(module).__name__ for module in modules.values()}))
+        raise NotImplementedError(
+            f"{kind} shares {names} among several layers of the cache (layer {missing[0]} is one), so a module does "
+            "not say which entries are its own. Generate with DynamicCache for this model."
+        )
+    for index in layers:
+        if "cross_attention_states" in signature(type(modules[index]).forward).parameters:
+            raise NotImplementedError(
+                f"layer {index} of {kind} keeps what pictures were made of, not tokens of the text: "
+                f"{type(modules[index]).__name__} reads it from the cache by itself. Generate with DynamicCache for "
+                "this model."
+            )
 
 
 def named_in(module: nn.Module) -> frozenset[str]:

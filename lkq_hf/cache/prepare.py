@@ -21,7 +21,13 @@ from lkq_hf.cache.batching import refuse_cache
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
-from lkq_hf.cache.modules import attention_modules, forgets, recurrent_modules
+from lkq_hf.cache.modules import (
+    attention_modules,
+    forgets,
+    recurrent_modules,
+    refuse_other_layers,
+    refuse_own_cache,
+)
 from lkq_hf.cache.padding import padding_mask
 from lkq_hf.cache.reading import Decoding, Reading
 from lkq_hf.cache.recurrent import read_one_by_one
@@ -73,6 +79,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
     require_cache_support()
     decoder = get_decoder(model)
     attention_modules(decoder)  # raises where they cannot be observed
+    refuse_own_cache(decoder)
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):
         return EvictionHandle([])
     undo: list[Callable[[], object]] = [
@@ -146,16 +153,28 @@ def get_decoder(model: nn.Module) -> PreTrainedModel:
     decoder: Any = base.get_decoder() if hasattr(base, "get_decoder") else None
     while hasattr(decoder, "lm_head") and hasattr(decoder, "model"):  # a language model inside of a multimodal one
         decoder = decoder.model
+    if not isinstance(decoder, PreTrainedModel) and isinstance(base, PreTrainedModel):
+        decoder = base.base_model  # the other was a head by this name (ModernBERT)
     if not isinstance(decoder, PreTrainedModel):
         raise TypeError(
             f"expected a decoder-only language model of transformers, found {type(base).__name__} without a decoder"
         )
-    if any(hasattr(layer, "layer_idx") and getattr(layer, "is_causal", True) is False for layer in decoder.modules()):
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise TypeError(
+            f"expected a decoder-only language model of transformers, found {type(base).__name__}, an encoder and a "
+            "decoder: the prompt is in the encoder's output, not in the cache"
+        )
+    causal = [layer.is_causal for layer in decoder.modules() if hasattr(layer, "layer_idx") and _has_direction(layer)]
+    if causal and not any(causal) and not getattr(decoder.config, "is_decoder", False):
         raise TypeError(
             f"expected a decoder-only language model of transformers, found {type(base).__name__}, an encoder: its "
             "tokens attend to those that follow"
         )
     return decoder
+
+
+def _has_direction(module: nn.Module) -> bool:
+    return isinstance(getattr(module, "is_causal", None), bool)
 
 
 class _Thread(threading.local):
@@ -266,6 +285,7 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
     if not cache.has_prompt:
         refuse_in(decoder, kwargs, length)
         cache.build_layers(decoder.config)
+        refuse_other_layers(decoder, cache.evicted_layers())
         cache.remember_model(decoder)
     reads = cache.will_read(length)
     cache.record_text(kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else None, length)

@@ -124,6 +124,7 @@ class Reading:
             )
         if layer is None:
             return attend_over(call, None, self.text_mask)
+        self._refuse_own_masks(call)
         output = attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
         if layer is own:
             queries = _queries(call)
@@ -131,6 +132,19 @@ class Reading:
             attended = (call.key, call.value) if layer.returns_prefix else None
             self._hand_in(index, layer, queries, tail, attended, self.new_length)
         return output
+
+    def _refuse_own_masks(self, call: AttentionCall) -> None:
+        """Refuses attention that hides or weighs entries by itself: what is evicted would change what it makes.
+
+        Raises:
+            NotImplementedError: the mask differs from head to head.
+        """
+        if isinstance(call.mask, torch.Tensor) and call.mask.ndim == 4 and call.mask.shape[1] > 1:
+            raise NotImplementedError(
+                f"{type(call.module).__name__} of {type(self.decoder).__name__} makes a mask for each head, from all "
+                "that the cache holds: it would be another one after an eviction. Generate with DynamicCache for this "
+                "model."
+            )
 
     def recur(
         self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -9,13 +9,17 @@ from models import (
     add_lookahead,
     base_and_adapted,
     delete_adapter,
+    kept_entries,
+    lookahead_attention,
     lookahead_model,
     prompt_ids,
     randomise_adapter,
+    scores_of,
     set_adapter,
     switch_adapters,
     tiny_config,
     tiny_model,
+    top_entries,
 )
 from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict
@@ -320,11 +324,45 @@ def test_what_is_no_decoder_is_refused():
         get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), LookaheadKVConfig())
 
 
+GPT2_SIZES = {"n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 160}
+
+
+def test_gpt2s_linear_modules_hold_their_weights_transposed():
+    base, model = base_and_adapted("gpt2", **GPT2_SIZES)
+    shapes = {key.partition(".h.0.")[2]: value.shape for key, value in adapter_parameters(model, "default").items()}
+    assert shapes["attn.c_attn.lookahead_kv_A.default"] == (4, 64)
+    assert shapes["attn.c_attn.lookahead_kv_B.default"] == (192, 4)
+    assert any("mlp.c_proj" in key for key in shapes)
+    ids = prompt_ids(2, 40)
+    expected = lookahead_attention(base, model, ids)
+    cache = LookaheadCache(7, allocation="uniform")
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    for layer, kept in kept_entries(cache).items():
+        assert torch.equal(kept, top_entries(scores_of(expected[layer], 4), 7))
+
+
+class _Opaque(torch.nn.Module):
+    """A linear module that does not look like one."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = (linear,)
+
+    def forward(self, x):
+        return self.linear[0](x)
+
+
 def test_a_model_without_linear_modules():
-    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4}
+    model = tiny_model("gpt2", **GPT2_SIZES)
+    for layer in model.transformer.h:
+        for part in (layer.attn, layer.mlp):
+            for name in ("c_attn", "c_fc", "c_proj"):
+                if hasattr(part, name):
+                    setattr(part, name, _Opaque(getattr(part, name)))
     with pytest.raises(TypeError, match=r"no linear modules.*target_modules=\[\]"):
-        add_adapter(tiny_model("gpt2", **sizes), LookaheadKVConfig())
-    model = add_lookahead(tiny_model("gpt2", **sizes), target_modules=[])
+        add_adapter(model, LookaheadKVConfig())
+    add_lookahead(model, target_modules=[])
     model.generate(prompt_ids(1, 30), past_key_values=LookaheadCache(budget=6), max_new_tokens=2)
 
 

@@ -4,6 +4,7 @@ The model is run once over the whole text, without a cache. Its attention is the
 behind one that hides what was evicted.
 """
 
+import inspect
 import sys
 
 import torch
@@ -67,9 +68,12 @@ def masked_logits(base, ids, mask, stages):
     before = base.config._attn_implementation
     base.set_attn_implementation(NAME)
     _stages.extend(stages)
+    # Others count the padding too, in generate as well.
+    takes_positions = "position_ids" in inspect.signature(type(base).forward).parameters
+    options = {"position_ids": positions(mask)} if takes_positions else {}
     try:
         with torch.no_grad():
-            return base(input_ids=ids, attention_mask=mask, position_ids=positions(mask), use_cache=False).logits
+            return base(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits
     finally:
         _stages.clear()
         base.set_attn_implementation(before)

@@ -1,5 +1,7 @@
 """A tiny random model of every kind of causal language model that transformers has."""
 
+import copy
+
 import pytest
 import torch
 import transformers
@@ -62,6 +64,8 @@ TEXT = {
 }
 """For the fields that a config has."""
 
+MOST_PARAMETERS = 100_000_000
+
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 32,
@@ -73,6 +77,8 @@ VISION = {
     "patch_size": 14,
     "out_hidden_size": 64,
     "output_dim": 32,
+    "output_proj_dims": 32,
+    "mm_embed_dim": 32,
     "head_dim": 16,
     "encoder_layers": 1,
     "encoder_attention_heads": 2,
@@ -81,9 +87,14 @@ VISION = {
     "max_source_positions": 16,
 }
 
+LEFT_OUT = object()
+
 HEADS = {"num_key_value_heads": 4}
 HYBRID = {"layer_types": [LINEAR, FULL, LINEAR, FULL]}
 SHORT_CONV = {"layer_types": [CONV, FULL, CONV, FULL]}
+WINDOWS = {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8}
+ROPE = {"rope_type": "default", "rope_theta": 1e4}
+MIXED_WINDOWS = {"layer_types": ["hybrid_sliding", "hybrid"] * 2}
 MAMBA2 = {"num_heads": 4, "head_dim": 32, "n_groups": 2, "state_size": 16, "chunk_size": 16}
 SHARED = {
     "num_hidden_layers": 6,
@@ -104,14 +115,16 @@ PARTICULAR = {
     "axk1": HEADS,
     "axk2": HEADS,
     "bailing_hybrid": {"layer_group_size": 2, "layer_types": [LINEAR, FULL, LINEAR, FULL]} | HEADS,
-    "bamba": {"attn_layer_indices": [1, 3], "num_logits_to_keep": None},
+    "bamba": {"attn_layer_indices": [1, 3], "num_logits_to_keep": LEFT_OUT},
+    "blt": {"encoder_hash_byte_group_vocab": 160},
     "codegen": {"rotary_dim": 8},
-    "cohere_compass_text": {"layer_types": [SLIDING, FULL, SLIDING, FULL], "sliding_window": 8},
+    "cohere_compass_text": WINDOWS | {"rope_parameters": {SLIDING: ROPE, FULL: ROPE}},
     "cpmant": {"dim_head": 16, "dim_ff": 96},
     "ctrl": {"dff": 96},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4},
-        "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4},
+        "d_model": 64,
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 64, "moe_num_experts": 4},
     },
     "deepseek_v2": HEADS,
     "deepseek_v3": HEADS,
@@ -125,11 +138,12 @@ PARTICULAR = {
     },
     "dots1": {"n_shared_experts": 1},
     "dots3_note_text": HEADS | {"index_n_heads": 2, "index_head_dim": 16},
-    "falcon_h1": {"num_logits_to_keep": None},
+    "falcon_h1": {"num_logits_to_keep": LEFT_OUT},
+    "gemma3_text": WINDOWS,
     "gemma3n_text": SHARED | {"laurel_rank": 8},
     "gemma4_assistant": {},
     "gemma4_text": SHARED,
-    "gemma4_unified_text": SHARED | {"hidden_size_per_layer_input": None},
+    "gemma4_unified_text": SHARED | {"hidden_size_per_layer_input": LEFT_OUT},
     "glm4_moe_lite": HEADS,
     "glm_moe_dsa": HEADS,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 8},
@@ -140,25 +154,29 @@ PARTICULAR = {
         "swa_num_key_value_heads": 2,
         "swa_head_dim": 16,
         "sliding_window_size": 8,
-    },
-    "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16},
+    }
+    | MIXED_WINDOWS,
+    "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 16} | MIXED_WINDOWS,
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kolibri1": WINDOWS,
     "kimi_linear": HYBRID | HEADS | {"linear_head_dim": 16, "linear_num_heads": 4},
     "lfm2": SHORT_CONV,
     "lfm2_moe": SHORT_CONV | {"num_dense_layers": 2},
     "longcat_flash": {
-        "num_hidden_layers": None,
+        "num_hidden_layers": LEFT_OUT,
         "num_layers": 2,
         "head_dim": 8,
-        "num_key_value_heads": None,
+        "num_key_value_heads": LEFT_OUT,
         "zero_expert_num": 2,
     },
     "mamba2": MAMBA2,
     "minicpm3": HEADS,
+    "ministral": WINDOWS,
+    "mistral": {"sliding_window": None},
     "mistral4": HEADS,
     "moshi": {"ffn_dim": 96, "audio_vocab_size": 160},
     "nemotron_h": {
-        "num_hidden_layers": None,
+        "num_hidden_layers": LEFT_OUT,
         "layers_block_type": [LINEAR, "moe", FULL, LINEAR, "mlp", FULL],
         "mamba_num_heads": 4,
         "mamba_head_dim": 32,
@@ -188,7 +206,7 @@ PARTICULAR = {
     "xlstm": {"num_heads": 4},
     "xmod": {"default_language": "en_XX"},
     "youtu": HEADS,
-    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": 4},
+    "zamba": HEADS | {"layers_block_type": [LINEAR, "hybrid", "hybrid", LINEAR]},
     "zamba2": {
         "layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid"],
         "n_mamba_heads": 4,
@@ -196,7 +214,7 @@ PARTICULAR = {
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
-"""What a family needs beside or instead; None leaves a field out."""
+"""What a family needs beside or instead."""
 
 ALONE = {"mistral4": "Mistral4ForCausalLM"}
 """Classes that the automatic ones do not name."""
@@ -216,24 +234,35 @@ def _small(kind, sizes, changes=()):
     if sizes is TEXT:
         values |= PARTICULAR.get(kind.model_type, {})
     for name, part in kind.sub_configs.items():
-        if hasattr(part, "model_type") and part.model_type in CONFIG_MAPPING:
+        if not hasattr(part, "model_type"):  # an automatic class: the config says which by itself
+            part = type(getattr(kind(), name))
+        if getattr(part, "model_type", None) in CONFIG_MAPPING:
             values[name] = _small(part, TEXT if "text" in name or "decoder" in name else VISION)
     values |= dict(changes)
-    return kind(**{name: value for name, value in values.items() if value is not None})
+    return kind(**{name: value for name, value in values.items() if value is not LEFT_OUT})
 
 
 def tiny_model(model_type, attention="eager", seed=0, **changes):
     """A random model in eval mode whose generation never ends early."""
     config = tiny_config(model_type, **changes)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in _model(model_type, copy.deepcopy(config)).parameters())
+    if parameters > MOST_PARAMETERS:
+        raise ValueError(f"{model_type} has {parameters:,} parameters with the sizes of tests/architectures/tiny.py")
     torch.manual_seed(seed)
-    if model_type in ALONE:
-        model = getattr(transformers, ALONE[model_type])._from_config(config, attn_implementation=attention)
-    else:
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = _model(model_type, config, attn_implementation=attention)
     with torch.no_grad():
         for parameter in model.parameters():
             if not parameter.any():  # what is zero in the beginning is not after training
                 parameter.normal_(std=0.1)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
+    for name in ("forced_bos_token_id", "forced_eos_token_id", "encoder_no_repeat_ngram_size"):
+        setattr(model.generation_config, name, None)
     return model.eval()
+
+
+def _model(model_type, config, **options):
+    if model_type in ALONE:
+        return getattr(transformers, ALONE[model_type])._from_config(config, **options)
+    return AutoModelForCausalLM.from_config(config, **options)

@@ -118,10 +118,7 @@ def test_pictures_for_a_multimodal_model():
         model.generate(**inputs, **options, past_key_values=LookaheadCache(budget=9))
 
 
-@item(
-    "models whose attention changes keys or values that are cached (DiffLlama; latent attention)",
-    refused="DynamicCache",
-)
+@item("models whose attention changes keys or values that are cached (DiffLlama)", refused="DynamicCache")
 @pytest.mark.parametrize("architecture", ["diffllama"])
 def test_other_values_than_the_caches(architecture):
     model = tiny_model(architecture)
