@@ -139,6 +139,17 @@ def rename_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name not in CACHE_NAMES} | pass_cache(cache)
 
 
+@functools.cache
+def later_chunks_work() -> bool:
+    """Whether ``generate`` can read chunks of a later turn: transformers 5.17 begins with the first token again."""
+    from transformers.generation import GenerationMixin
+
+    # 5.23 does; of the versions between, those that cut the ids to what is new.
+    prefill = getattr(GenerationMixin, "_prefill", None)
+    names = prefill.__code__.co_varnames if prefill is not None else ()
+    return "prefill_ids" in names or Version(version("transformers")) >= Version("5.23")
+
+
 def adapter_methods_work() -> bool:
     """Whether a model's own methods for adapters (``add_adapter``, ``set_adapter``, ``save_pretrained``, ...) work.
 

@@ -8,8 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+
+from lkq_hf.compat import later_chunks_work
 
 
 def guard_method(owner: nn.Module, name: str, guard: Callable[..., Any]) -> Callable[[], None]:
@@ -42,12 +45,18 @@ def length_read_in_chunks(
 
     Raises:
         ValueError: the chunks are smaller than one token.
+        NotImplementedError: transformers cannot read a later turn in chunks.
     """
     chunk_size = generation_option("prefill_chunk_size", defaults, args, kwargs)
     if chunk_size is None:
         return None
     if chunk_size < 1:
         raise ValueError(f"prefill_chunk_size must be at least 1 token, got {chunk_size}; None reads a prompt at once")
+    if seen and not later_chunks_work():
+        raise NotImplementedError(
+            f"transformers {transformers.__version__} reads chunks of a first prompt only, and the cache has read "
+            f"{seen} tokens. Leave prefill_chunk_size out for later turns, or install transformers 5.23 or newer."
+        )
     mask = kwargs.get("attention_mask")
     given = _prompt_length(args, kwargs)
     length = mask.shape[1] if isinstance(mask, torch.Tensor) and mask.ndim == 2 else max(given, seen + 1)
