@@ -46,8 +46,8 @@ def report(results: dict[str, Any]) -> str:
     return (
         "# Chunked prefill\n\n"
         f"One planted fact in {results['length']:,} tokens: how many of {results['prompts']} are found. "
-        f"SmolLM2-135M-Instruct, {results['about']['hardware']['name']}. With a budget of {results['length']:,} nothing is "
-        f"evicted: {results['full cache']} are found.\n\n{table(header, rows)}\n"
+        f"SmolLM2-135M-Instruct, {results['about']['hardware']['name']}. With a budget of {results['length']:,} "
+        f"nothing is evicted: {results['full cache']} are found.\n\n{table(header, rows)}\n"
     )
 
 
