@@ -30,7 +30,7 @@ TESTED_VERSIONS = {
 """For each library whose inside this package depends on: the oldest version in setup.cfg, the newest one tested."""
 
 CHUNKED_TURNS_SINCE = Version("5.21")
-"""Older versions of transformers begin at the start of the text when they read a later turn in chunks."""
+"""The first transformers whose ``generate`` can read a later turn in chunks."""
 
 CACHE_NAMES = ("cache", "past_key_values")
 """Names under which transformers passes a cache: from 5.24 on, and before."""
@@ -140,6 +140,11 @@ def find_cache(arguments: Mapping[str, Any], kind: type[_Cache]) -> _Cache | Non
 def rename_cache(arguments: Mapping[str, Any], cache: Any) -> dict[str, Any]:
     """The same keyword arguments with this cache under the name that the installed transformers uses."""
     return {name: value for name, value in arguments.items() if name not in CACHE_NAMES} | pass_cache(cache)
+
+
+def later_chunks_work() -> bool:
+    """Whether ``generate`` can read chunks of a later turn: older versions begin at the start of the text again."""
+    return Version(version("transformers")) >= CHUNKED_TURNS_SINCE
 
 
 def adapter_methods_work() -> bool:

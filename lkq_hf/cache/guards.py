@@ -8,12 +8,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from packaging.version import Version
+import transformers
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
-from transformers import __version__ as transformers_version
 
-from lkq_hf.compat import CHUNKED_TURNS_SINCE
+from lkq_hf.compat import CHUNKED_TURNS_SINCE, later_chunks_work
 
 
 def guard_method(owner: nn.Module, name: str, guard: Callable[..., Any]) -> Callable[[], None]:
@@ -53,9 +52,9 @@ def length_read_in_chunks(
         return None
     if chunk_size < 1:
         raise ValueError(f"prefill_chunk_size must be at least 1 token, got {chunk_size}; None reads a prompt at once")
-    if seen and (found := Version(transformers_version)) < CHUNKED_TURNS_SINCE:
+    if seen and not later_chunks_work():
         raise NotImplementedError(
-            f"transformers {found} begins at the start of the text when it reads a later turn in chunks. Pass "
+            f"transformers {transformers.__version__} begins at the start of the text when it reads a later turn in chunks. Pass "
             f"prefill_chunk_size=None for later turns, or install transformers {CHUNKED_TURNS_SINCE} or newer."
         )
     mask = kwargs.get("attention_mask")

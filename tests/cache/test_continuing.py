@@ -11,6 +11,7 @@ from small_checkpoint import small_tokenizer
 from transformers import pipeline
 
 from lkq_hf import LookaheadCache
+from lkq_hf.cache.history import ReadText
 
 
 def generate(model, ids, cache, new_tokens=5, **options):
@@ -259,6 +260,22 @@ def test_a_pipeline_with_several_prompts_and_one_cache_is_refused(batch_size):
         ask(prompts, past_key_values=LookaheadCache(7), max_new_tokens=4, do_sample=False)
     for prompt in prompts:
         ask(prompt, past_key_values=LookaheadCache(7), max_new_tokens=4, do_sample=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 40}], ids=["growing", "static"])
+def test_the_tokens_of_a_decode_are_noted_at_its_end(options, monkeypatch):
+    """So that a GPU is not waited for."""
+    model = lookahead_model(attention="sdpa")
+    calls = []
+    record, known = ReadText.record, ReadText.known
+    monkeypatch.setattr(ReadText, "record", lambda *given: calls.append("record") or record(*given))
+    monkeypatch.setattr(ReadText, "known", lambda *given: calls.append("known") or known(*given))
+    for new_tokens in (3, 30):
+        cache, calls[:] = LookaheadCache(7, **options), []
+        text = generate(model, prompt_ids(1, 40), cache, new_tokens)
+        assert calls == ["record", "record"], "by the prefill, and at the end"
+        generate(model, followed(text), cache, new_tokens)
+        assert calls == ["record", "record", "known", "record", "record"]
 
 
 def in_another_thread(function):
