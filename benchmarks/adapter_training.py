@@ -35,7 +35,7 @@ from lkq_hf.training.checkpoints import save_adapter
 from lkq_hf.training.data import usable_targets
 
 MODELS = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}
-WARM_UP = 0.02
+WARM_UP = 0.05
 """Share of the time in which the learning rate rises."""
 
 # More planted facts than by default, and all lengths equally often: short answers decide, and long prompts are where
@@ -63,13 +63,15 @@ class Clock(TrainerCallback):
         self.evaluated = 0
         # Evaluations do not count as training.
         self.paused = 0.0
+        self.stopped: float | None = None
 
     @property
     def share(self) -> float:
         """Of the time that has passed."""
         if self.started is None:
             return 0.0
-        return min((time.monotonic() - self.started - self.paused) / self.seconds, 1.0)
+        now = time.monotonic() if self.stopped is None else self.stopped
+        return min((now - self.started - self.paused) / self.seconds, 1.0)
 
     def learning_rate(self, _: int) -> float:
         """As a share of the peak."""
@@ -78,21 +80,22 @@ class Clock(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
         self.started = self.started or time.monotonic()
+        if self.stopped is not None:
+            self.paused += time.monotonic() - self.stopped
+            self.stopped = None
         high, low = self.options.temperature
         args.eviction_temperature = high + (low - high) * min(self.share / 0.6, 1.0)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **rest: Any) -> None:
-        self._stopped = time.monotonic()
         due = int(self.share * self.options.evaluations)
         if due > self.evaluated:
             self.evaluated = due
+            self.stopped = time.monotonic()
             control.should_evaluate = True
         if self.share >= 1:
             control.should_training_stop = True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: dict[str, float], **rest: Any) -> None:
-        if self.started is not None:
-            self.paused += time.monotonic() - self._stopped
         self.results["evaluations"].append({"step": state.global_step, "share": round(self.share, 4), **metrics})
         self.write(state)
 

@@ -50,7 +50,8 @@ SMALLER = {
     "inspect": "--max-new-tokens 4 --device cpu",
     "generate-targets": "--count 4 --validation-count 2 --max-length 512 --max-new-tokens 4 --dtype float32 "
     "--device cpu",
-    "train": "--max-steps 1 --device-batch-size 2 --dtype float32 --device cpu",
+    "train": "--count 4 --max-length 512 --max-new-tokens 4 --max-steps 1 --judge-prompts 2 "
+    "--device-batch-size 2 --dtype float32 --device cpu",
     "quantize": "--num-samples 4 --model-seqlen 64 --device cpu",
 }
 """Options added to a command; the last value of an option counts."""
