@@ -126,7 +126,7 @@ def _look_up(bits: dict[str, int], tensor: str, base: str) -> int:
     return next(bits[each] for each in (name, f"{base}.{name}", name.removeprefix(f"{base}.")) if each in bits)
 
 
-def tested_readers(out: str | Path) -> list[str]:
+def known_readers(out: str | Path) -> list[str]:
     """Which readers were tested to load an export, by what is in it; docs/serving.md says how.
 
     Args:

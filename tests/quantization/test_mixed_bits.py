@@ -18,7 +18,7 @@ from lkq_hf.hub.contents import read_contents
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer, mixed_bits
 from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.blocks import find_layers, linear_weight
-from lkq_hf.quantization.export import export_checkpoint, tested_readers
+from lkq_hf.quantization.export import export_checkpoint, known_readers
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.sensitivity import _quick, measure_sensitivity
 from lkq_hf.quantization.solve import quantize_weight
@@ -190,11 +190,11 @@ def test_exports_say_each_layers_bits(tiny_llama, settings, tmp_path, sym):
         assert torch.equal(weight, layer.dequantize(weight.dtype))
     card = render_card(read_contents(out), "alice/mixed").text
     assert " on average, " in card
-    assert tested_readers(tmp_path / "gptq") == []
+    assert known_readers(tmp_path / "gptq") == []
     if not sym:
-        assert tested_readers(out) == ["compressed-tensors"]
+        assert known_readers(out) == ["compressed-tensors"]
         return
-    assert tested_readers(out) == ["compressed-tensors", "transformers with compressed-tensors"]
+    assert known_readers(out) == ["compressed-tensors", "transformers with compressed-tensors"]
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     ids = torch.arange(2, 30).view(1, -1)
     torch.testing.assert_close(theirs(ids).logits, model(ids).logits, rtol=0, atol=0.1)
