@@ -33,10 +33,10 @@ def export(
     if not (source / "config.json").is_file():
         raise FileNotFoundError(f"{source} holds no config.json; expected the directory of a quantised checkpoint")
 
-    from lkq_hf.quantization.export import export_checkpoint, tested_readers
+    from lkq_hf.quantization.export import export_checkpoint, known_readers
 
     export_checkpoint(source, out, format.value)
-    readers = tested_readers(out)
+    readers = known_readers(out)
     tested = f"tested readers: {', '.join(readers)}" if readers else "no reader was tested that loads this export"
     report(f"Wrote {out}; {tested}", {"checkpoint": out, "format": format.value, "tested_readers": readers})
     if not readers:

@@ -93,7 +93,7 @@ def tune_end_to_end(
         with precision(dtype, device, settings):
             state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
         gradient = torch.zeros_like(state)
-        _, gradient[kept] = _divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
+        _, gradient[kept] = divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
         state.backward(gradient / len(state), inputs=changed)
 
     @torch.no_grad()
@@ -103,7 +103,7 @@ def tune_end_to_end(
             if bool(chosen.any()):
                 inside = chosen.to(device)
                 state = hidden_states(batch, layers, dtype)[inside]
-                sums[0] += _divergence(head, state, teacher.get(batch)[inside], False)[0]
+                sums[0] += divergence(head, state, teacher.get(batch)[inside], False)[0]
                 sums[1] += state.shape[0] * state.shape[1]
         processes.sum(sums)
         return (sums[0] / sums[1].clamp(min=1)).item()
@@ -123,7 +123,7 @@ def tune_end_to_end(
     return report
 
 
-def _divergence(head: Head, student: Tensor, teacher: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
+def divergence(head: Head, student: Tensor, teacher: Tensor, gradients: bool) -> tuple[Tensor, Tensor]:
     """The sum of `KL(teacher || student)` over tokens, float64, and its gradient.
 
     Args:

@@ -27,6 +27,7 @@ from lkq_hf.quantization.checkpoint import Headers, names_in_model, packed_model
 from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
 from lkq_hf.quantization.expert_names import split_experts
 from lkq_hf.quantization.linear import QuantizedLinear
+from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.packing import checkpoint_format
 
 FORMATS = ("gptq", "compressed-tensors")
@@ -81,8 +82,8 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     packed = {key.removesuffix(".qweight") for key in headers if key.endswith(".qweight")}
     in_memory = names_in_model(model, headers)
     experts = split_experts(model, {key: in_memory[f"{key}.qweight"].removesuffix(".qweight") for key in packed})
-    modules = dict(model.named_modules())
-    widths = {name: modules[in_memory[f"{name}.qweight"].removesuffix(".qweight")].bits for name in packed}
+    bits = {name: module.bits for name, module in model.named_modules() if isinstance(module, PackedModule)}
+    widths = {name: _look_up(bits, in_memory[f"{name}.qweight"], model.base_model_prefix) for name in packed}
     for projection, each in experts.items():
         widths |= dict.fromkeys(each.modules, widths.pop(projection))
     single, several = _dense_names(model, headers)
@@ -119,7 +120,13 @@ def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
     return out
 
 
-def tested_readers(out: str | Path) -> list[str]:
+def _look_up(bits: dict[str, int], tensor: str, base: str) -> int:
+    """The bits of the module of a tensor; model or checkpoint may have the base model's prefix, and the other not."""
+    name = tensor.rpartition(".")[0]
+    return next(bits[each] for each in (name, f"{base}.{name}", name.removeprefix(f"{base}.")) if each in bits)
+
+
+def known_readers(out: str | Path) -> list[str]:
     """Which readers were tested to load an export, by what is in it; docs/serving.md says how.
 
     Args:

@@ -1,6 +1,6 @@
-"""What the model's output loses by an error in a block's or a layer's output: the Fisher information of outputs."""
+"""What the model's output loses by an error in a block's output: the Fisher information of the hidden states."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from lkq_hf.quantization.blocks import linear_weight
 from lkq_hf.quantization.processes import Processes
 
 
+@torch.enable_grad()
 def output_fisher(
     model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor, processes: Processes, seed: int = 0
 ) -> list[Tensor]:
@@ -28,68 +28,26 @@ def output_fisher(
         processes: whose windows count together.
         seed: of the drawn tokens.
     """
+    device = tokens.device
+    generator = torch.Generator(device).manual_seed(seed + processes.rank)
     moments: list[Tensor | None] = [None] * len(blocks)
 
-    def add(index: int, rows: Tensor) -> None:
-        product = rows.T @ rows
-        moment = moments[index]
-        moments[index] = product if moment is None else moment.add_(product)
+    def watch(index: int) -> Any:
+        def add(gradient: Tensor) -> None:
+            rows = gradient.detach().float().flatten(0, -2)
+            product = rows.T @ rows
+            moment = moments[index]
+            moments[index] = product if moment is None else moment.add_(product)
 
-    _backward(model, dict(enumerate(blocks)), tokens, add, seed + processes.rank)
-    result = []
-    for moment in moments:
-        if moment is None:
-            raise ValueError("a block's output has no gradient: the model's forward does not go through it")
-        processes.sum(moment)
-        result.append(moment / moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
-    return result
-
-
-def layer_fisher(
-    model: PreTrainedModel, layers: dict[str, nn.Module], tokens: Tensor, seed: int = 0
-) -> dict[str, Tensor]:
-    """`E[g^2]` of every layer's output, float32 `[out_features]` each, over all tokens; see `output_fisher`.
-
-    A layer that computes some tokens only (an expert) has no gradient for the others.
-
-    Args:
-        layers: linear layers of the model, by name.
-    """
-    sums = {name: torch.zeros(linear_weight(layer).shape[0], device=tokens.device) for name, layer in layers.items()}
-
-    def add(name: str, rows: Tensor) -> None:
-        sums[name] += rows.square().sum(0)
-
-    _backward(model, layers, tokens, add, seed)
-    return {name: total / tokens.numel() for name, total in sums.items()}
-
-
-@torch.enable_grad()
-def _backward(
-    model: PreTrainedModel,
-    modules: dict[Any, nn.Module],
-    tokens: Tensor,
-    add: Callable[[Any, Tensor], None],
-    seed: int,
-) -> None:
-    """Calls `add` with the key of a module and gradients for its output, float32 `[tokens, features]`, as they come.
-
-    They are gradients of the log-likelihood of tokens drawn from the model's own predictions.
-    """
-    generator = torch.Generator(tokens.device).manual_seed(seed)
-
-    def watch(key: Any) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple | list) else output
-            if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: add(key, gradient.detach().float().flatten(0, -2)))
+            (output[0] if isinstance(output, tuple | list) else output).register_hook(add)
 
         return hook
 
     embedding = model.get_input_embeddings()
     with ExitStack() as stack:
-        for key, module in modules.items():
-            stack.callback(module.register_forward_hook(watch(key)).remove)
+        for index, block in enumerate(blocks):
+            stack.callback(block.register_forward_hook(watch(index)).remove)
         # Gradients start at the embedding's output, so that no weight needs one.
         stack.callback(embedding.register_forward_hook(lambda _m, _a, output: output.detach().requires_grad_()).remove)
         needed = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -104,6 +62,13 @@ def _backward(
         finally:
             for parameter in needed:
                 parameter.requires_grad_(True)
+    result = []
+    for moment in moments:
+        if moment is None:
+            raise ValueError("a block's output has no gradient: the model's forward does not go through it")
+        processes.sum(moment)
+        result.append(moment / moment.diagonal().mean().clamp(min=torch.finfo(torch.float32).tiny))
+    return result
 
 
 def error_factor(fisher: Tensor, share: float) -> Tensor:

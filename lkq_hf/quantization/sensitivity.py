@@ -1,6 +1,5 @@
-"""What the model's predictions lose by each layer at each bit width, estimated without quantizing the model."""
+"""What the model's predictions lose by each layer at each bit width, measured by quantizing one at a time."""
 
-import logging
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,19 +11,23 @@ from transformers import PreTrainedModel
 
 from lkq_hf.kernels.bit_stream import BITS
 from lkq_hf.quantization.blocks import linear_weight
-from lkq_hf.quantization.capture import Extras, capture_block_calls, layer_inputs, observe_order
+from lkq_hf.quantization.capture import BlockCall, Extras, capture_block_calls, layer_inputs, observe_order
+from lkq_hf.quantization.end_to_end import divergence
 from lkq_hf.quantization.experts import is_experts
-from lkq_hf.quantization.fisher import layer_fisher
+from lkq_hf.quantization.head import Head
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.packing import packed_shapes
 from lkq_hf.quantization.solve import SolverSettings, quantize_weight, resolve_group_size
+from lkq_hf.quantization.weight import QuantizedWeight
 from lkq_hf.quantization.widths import Unit
 
-logger = logging.getLogger(__name__)
-
-# Windows that are looked at, of at most so many tokens, and rows of each weight: rows are solved independently.
-WINDOWS = 16
+# Calibration windows of at most so many tokens: those on which predictions are compared, and those from which the
+# quick solver takes its moments.
+MEASURED_WINDOWS = 4
+SOLVED_WINDOWS = 12
 LENGTH = 512
+# The width at which predictions are compared, and rows of each weight that are solved at all others.
+MEASURED_BITS = 3
 ROWS = 128
 
 
@@ -37,13 +40,12 @@ def measure_sensitivity(
     settings: SolverSettings,
     device: torch.device | str,
 ) -> list[Unit]:
-    """Estimates for all layers and widths how much the divergence from the full-precision model grows.
+    """Measures for all layers how much their quantization alone moves the model's predictions.
 
-    To second order an error `e` in a layer's output adds `E[(g e)^2] / 2` nats per token, with the gradient `g` of the
-    log-likelihood of tokens that the model itself predicts. For an error `D` of the weight, `e = D x`. Gradients are
-    taken as independent of inputs and of each other (K-FAC, arXiv 1503.05671, with a diagonal second factor), which
-    leaves `sum over rows r of E[g_r^2] D_r E[x x^T] D_r^T / 2`. `D` comes from a quick solver: scales searched by
-    their effect on the output, then GPTQ, for some rows of each weight.
+    Layers that share an input are quantized to 3 bits together, everything else being in full precision, and the
+    divergence from the full-precision model is taken on a few calibration windows. At other widths it is taken to be
+    in proportion to the squared error of the layers' outputs. The solver is a quick one: scales searched by their
+    effect on the output, then GPTQ.
 
     Args:
         model: in full precision and whole; it is back on its device afterwards.
@@ -66,66 +68,90 @@ def measure_sensitivity(
         )
     device = torch.device(device)
     home = model.get_input_embeddings().get_parameter("weight").device
-    sample = tokens[:WINDOWS, :LENGTH]
+    sample = tokens[: MEASURED_WINDOWS + SOLVED_WINDOWS, :LENGTH].to(device)
     blocks = list(model.get_submodule(list_name).children())
     nn.Module.to(model, device)
-    fisher = layer_fisher(model, layers, sample.to(device))
-    nn.Module.to(model, home)
-    hidden, calls = capture_block_calls(model, blocks, [window.to(home) for window in sample.split(1)])
-    extras: list[Extras] = []
+    # The first batch is measured. Where there are few windows, the same ones serve for both.
+    batches = [
+        sample[:MEASURED_WINDOWS],
+        *(sample[MEASURED_WINDOWS:] if len(sample) > MEASURED_WINDOWS else sample).split(1),
+    ]
+    hidden, calls = capture_block_calls(model, blocks, batches)
+    extras: list[Extras] = [() for _ in batches]
+    head = Head(model, blocks, calls)
+    teacher, _ = _run(blocks, calls, hidden[0], ())
+    count = teacher.shape[0] * teacher.shape[1]
     units: list[Unit] = []
     for index, block in enumerate(tqdm(blocks, desc="measuring layers", unit="block")):
         prefix = f"{list_name}.{index}."
         names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
-        block.to(device)
         call = calls[index].with_extras(extras)
-        groups = observe_order(block, names, call, hidden[0].to(device)) if names else []
+        groups = observe_order(block, names, call, hidden[0]) if names else []
         moments = [
             InputMoments(linear_weight(block.get_submodule(group.names[0])).shape[1], device, deviation=False)
             for group in groups
         ]
-        extras = []
-        for batch, state in enumerate(hidden):
-            inputs, _ = layer_inputs(block, groups, call, state.to(device), batch)
+        for batch in range(1, len(batches)):
+            inputs, _ = layer_inputs(block, groups, call, hidden[batch], batch)
             for accumulated, seen in zip(moments, inputs, strict=True):
                 for x in seen:
                     accumulated.add(x)
-            result, more = call.results(block, state.to(device), batch)
-            hidden[batch] = result.to(home)
-            extras.append(more)
         for group, accumulated in zip(groups, moments, strict=True):
             weights = {name: linear_weight(block.get_submodule(name)) for name in group.names}
-            gradients = {name: fisher[prefix + name] for name in group.names}
-            units.append(_unit(index, weights, gradients, accumulated, settings))
-        block.to(home)
-        calls[index].arguments.clear()
+            unit, solved = _solve(index, weights, accumulated, settings)
+            loss = float("nan")
+            if solved:
+                dense = {name: weight.clone() for name, weight in weights.items()}
+                for name, weight in weights.items():
+                    weight.copy_(solved[name].dequantize())
+                student, _ = _run(blocks[index:], calls[index:], hidden[0], extras[0])
+                for name, weight in weights.items():
+                    weight.copy_(dense[name])
+                loss = float(divergence(head, student, teacher, False)[0]) / count
+            scale = loss / unit.losses[MEASURED_BITS]
+            units.append(replace(unit, losses={bits: error * scale for bits, error in unit.losses.items()}))
+        passed = [call.results(block, hidden[batch], batch) for batch in range(len(batches))]
+        hidden, extras = [state for state, _ in passed], [more for _, more in passed]
+    nn.Module.to(model, home)
     return _with_unseen(units)
 
 
-def _unit(
-    index: int,
-    weights: dict[str, Tensor],
-    gradients: dict[str, Tensor],
-    moments: InputMoments,
-    settings: SolverSettings,
-) -> Unit:
+def _run(
+    blocks: Sequence[nn.Module], calls: Sequence[BlockCall], state: Tensor, extras: Extras
+) -> tuple[Tensor, Extras]:
+    """The first batch's hidden states, and what comes with them, after some blocks."""
+    for block, call in zip(blocks, calls, strict=True):
+        first = BlockCall(call.arguments[:1], call.returns).with_extras([extras])
+        state, extras = first.results(block, state, 0)
+    return state, extras
+
+
+def _solve(
+    index: int, weights: dict[str, Tensor], moments: InputMoments, settings: SolverSettings
+) -> tuple[Unit, dict[str, QuantizedWeight]]:
+    """A unit with squared errors of outputs as its losses, and its weights at the width that is measured.
+
+    Both are empty of numbers where the layers saw no token.
+    """
     sizes = dict.fromkeys(BITS, 0)
-    losses = dict.fromkeys(BITS, 0.0 if moments.tokens else float("nan"))
+    errors = dict.fromkeys(BITS, 0.0 if moments.tokens else float("nan"))
+    solved: dict[str, QuantizedWeight] = {}
     for name, weight in weights.items():
         out_features, in_features = weight.shape
         group_size = resolve_group_size(in_features, settings.group_size)
-        rows = slice(None, None, max(1, out_features // ROWS))
-        importance = gradients[name][rows]
-        share = gradients[name].sum() / importance.sum().clamp(min=torch.finfo(torch.float32).tiny)
+        every = max(1, out_features // ROWS)
         for bits in BITS:
             shapes = packed_shapes(in_features, out_features, bits, group_size).values()
             sizes[bits] += sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
-            if moments.tokens:
-                errors = quantize_weight(weight[rows], moments, _quick(settings, bits)).losses["gptq"]
-                losses[bits] += (errors @ importance * share / 2).item()
-    return Unit(
-        tuple(f"{index}.{name}" for name in weights), sum(weight.numel() for weight in weights.values()), sizes, losses
-    )
+            if not moments.tokens:
+                continue
+            measured = bits == MEASURED_BITS
+            solution = quantize_weight(weight if measured else weight[::every], moments, _quick(settings, bits))
+            if measured:
+                solved[name] = solution.weight
+            errors[bits] += solution.losses["gptq"][:: every if measured else 1].mean().item() * out_features
+    count = sum(weight.numel() for weight in weights.values())
+    return Unit(tuple(f"{index}.{name}" for name in weights), count, sizes, errors), solved
 
 
 def _quick(settings: SolverSettings, bits: int) -> SolverSettings:

@@ -14,8 +14,8 @@ class Unit:
         layers: their names inside the list of blocks, such as `0.mlp.down_proj`.
         weights: how many weights they have.
         sizes: bytes of their packed tensors, by width.
-        losses: by width, an estimate in nats per token of what their quantization alone adds to the divergence of the
-            model's predictions.
+        losses: by width, the divergence of the model's predictions that their quantization alone makes, in nats per
+            token.
     """
 
     layers: tuple[str, ...]
