@@ -231,7 +231,7 @@ def cause(outcome: Outcome) -> str:
     text = re.sub(r"this model \(\w+\)", "the model", text)
     text = re.sub(r"\blayer \d+\b", "a layer", text)
     text = re.sub(r"\b(?!LookaheadCache)\w+(Model|Decoder|Attention|Cache)\b", "…", text)
-    return text.replace("…, …", "…")
+    return text.replace("…, …", "…").replace(" (a layer is one)", "")
 
 
 if __name__ == "__main__":

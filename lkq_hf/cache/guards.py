@@ -54,8 +54,9 @@ def length_read_in_chunks(
         raise ValueError(f"prefill_chunk_size must be at least 1 token, got {chunk_size}; None reads a prompt at once")
     if seen and not later_chunks_work():
         raise NotImplementedError(
-            f"transformers {transformers.__version__} begins at the start of the text when it reads a later turn in chunks. Pass "
-            f"prefill_chunk_size=None for later turns, or install transformers {CHUNKED_TURNS_SINCE} or newer."
+            f"transformers {transformers.__version__} begins at the start of the text when it reads a later turn in "
+            "chunks. Pass prefill_chunk_size=None for later turns, or install transformers "
+            f"{CHUNKED_TURNS_SINCE} or newer."
         )
     mask = kwargs.get("attention_mask")
     given = _prompt_length(args, kwargs)

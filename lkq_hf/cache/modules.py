@@ -116,7 +116,14 @@ def refuse_other_layers(decoder: nn.Module, layers: Collection[int]) -> None:
             "not say which entries are its own. Generate with DynamicCache for this model."
         )
     for index in layers:
-        if "cross_attention_states" in signature(type(modules[index]).forward).parameters:
+        parameters = signature(type(modules[index]).forward).parameters
+        if "cache_offset" in parameters:
+            raise NotImplementedError(
+                f"{kind} runs its layers in loops, and keeps entries of some loops only, or each loop's apart: what a "
+                f"loop attends to is not what layer {index} of the cache returns. Generate with DynamicCache for this "
+                "model."
+            )
+        if "cross_attention_states" in parameters:
             raise NotImplementedError(
                 f"layer {index} of {kind} keeps what pictures were made of, not tokens of the text: "
                 f"{type(modules[index]).__name__} reads it from the cache by itself. Generate with DynamicCache for "

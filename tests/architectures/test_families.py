@@ -19,7 +19,6 @@ WORKING = [
 REASONS = {
     "bloom": "computes attention by itself",
     "falcon": "computes attention by itself",
-    "gptj": "computes attention by itself",
     "gpt_neo": "computes attention by itself",
     "mpt": "computes attention by itself",
     "mamba": "every layer of MambaModel keeps a state of fixed size",
@@ -32,6 +31,7 @@ REASONS = {
     "doge": "makes a mask for each head",
     "minimax": "works with a cache of its own",
     "mllama": "keeps what pictures were made of",
+    "dory": "runs its layers in loops",
     "zamba2": "among several layers of the cache",
 }
 

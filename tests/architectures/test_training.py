@@ -5,7 +5,7 @@ import copy
 
 import pytest
 import torch
-from models import add_lookahead, left_padded, prompt_ids
+from models import add_lookahead, left_padded, positions, prompt_ids
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
@@ -25,6 +25,8 @@ FAMILIES = [
     "gpt_oss",
     "gemma3n_text",
     "gemma4_text",
+    "gpt2",
+    "bert",
 ]
 
 
@@ -71,7 +73,7 @@ def test_what_is_trained_is_what_decides(family, monkeypatch):
 
     monkeypatch.setattr(Eviction, "add", recorded)
     with torch.no_grad():
-        model(ids, attention_mask=mask, past_key_values=LookaheadCache(7))
+        model(ids, attention_mask=mask, position_ids=positions(mask), past_key_values=LookaheadCache(7))
         tokens = decoder.lookahead
         predicted = lookahead_importance(
             model, decoder, PromptCache(decoder, ids, mask), tokens.active_tokens(), rows=tokens.active_rows()
