@@ -102,9 +102,9 @@ def test_ten_thousand_tokens_are_generated_in_bounded_memory(adapted):
     stored, sizes = [], []
 
     def measure(*_):
-        if int(cache.get_seq_length()) % 50 == 0:
+        sizes.append(cache.nbytes)
+        if len(sizes) % 50 == 0:
             stored.append(cache.summary()["entries_stored"])
-            sizes.append(cache.nbytes)
 
     handle = model.lm_head.register_forward_hook(measure)
     torch.manual_seed(0)
@@ -116,4 +116,4 @@ def test_ten_thousand_tokens_are_generated_in_bounded_memory(adapted):
     assert output.shape[1] == ids.shape[1] + count
     assert cache.get_seq_length() == ids.shape[1] + count - 1
     assert max(stored) <= budget + 2 * every
-    assert len(stored) > 150 and max(sizes[20:]) <= max(sizes[:20]), "memory does not grow"
+    assert len(sizes) >= count and max(sizes[500:]) <= max(sizes[:500]), "memory does not grow"
