@@ -1,4 +1,4 @@
-"""Quantise SmolLM2-135M-Instruct to 4 and 3 bits, measure the checkpoints, and write their cards for the Hub.
+"""Quantize SmolLM2-135M-Instruct to 4 and 3 bits, measure the checkpoints, and write their cards for the Hub.
 
     python benchmarks/checkpoint_cards.py --calibration python3.11-doc.jsonl.gz \
         --texts debian-handbook.jsonl.gz anarchism.jsonl.gz --device cuda --checkpoints out --cards model_cards
@@ -40,7 +40,7 @@ lkq-hf evaluate perplexity {name} --text TEXT --window {window} --max-windows {w
 ```
 
 in the repository of lkq-hf (`benchmarks/checkpoint_cards.py` does all of it), on {hardware} in {seconds:.0f} s. The
-base model's weights were dequantised from a 4-bit GGUF file, so that 4 bits may lose less here than on the original
+base model's weights were dequantized from a 4-bit GGUF file, so that 4 bits may lose less here than on the original
 weights. Each value is over the first {windows} windows of {window} tokens of a text that was not calibrated on: Debian
 packages debian-handbook and anarchism.
 """
@@ -58,9 +58,9 @@ def perplexity(
     return rows
 
 
-def card_results(base: dict[str, Any], quantised: dict[str, Any]) -> list[EvalResult]:
+def card_results(base: dict[str, Any], quantized: dict[str, Any]) -> list[EvalResult]:
     found = []
-    for text, row in quantised.items():
+    for text, row in quantized.items():
         values = {
             "Perplexity": ("perplexity", row["perplexity"]),
             "Perplexity of the base model": ("perplexity", base[text]["perplexity"]),
@@ -118,7 +118,7 @@ def main() -> None:
         quantizer.quantize(directory, config=config)
         loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(arguments.device)
         rows = perplexity(loaded, tokenizer, arguments.texts, arguments.windows)
-        results["checkpoints"][name] = {"quantisation_seconds": round(quantizer.report.seconds, 1), "rows": rows}
+        results["checkpoints"][name] = {"quantization_seconds": round(quantizer.report.seconds, 1), "rows": rows}
 
         contents = read_contents(directory)
         check_complete(contents)

@@ -51,7 +51,7 @@ ORACLE = "oracle"
 SUMS: dict[str, dict[str, Any]] = {
     f"sum-pool {width} (0.2)": {"kernel_size": width, "pooling": "sum", "neighbor_weight": 0.2} for width in (3, 5)
 }
-"""Weighted sums of neighbouring scores, by name."""
+"""Weighted sums of neighboring scores, by name."""
 
 
 def scorers(

@@ -15,7 +15,7 @@ from lkq_hf.quantization.packing import group_index, unpack_weight
 
 
 def load_gptq(directory: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model whose packed weights are dequantised in float32 and rounded once to ``dtype``.
+    """A causal language model whose packed weights are dequantized in float32 and rounded once to ``dtype``.
 
     Raises:
         ValueError: groups that are not consecutive columns, or an asymmetric version 1 checkpoint.

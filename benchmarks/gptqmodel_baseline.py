@@ -1,4 +1,4 @@
-"""The peer: quantise a model with GPTQModel, on the very calibration windows that lkq-hf uses for a file and seed.
+"""The peer: quantize a model with GPTQModel, on the very calibration windows that lkq-hf uses for a file and seed.
 
 GPTQModel wants newer torch than lkq-hf does, so it lives in an environment of its own:
 

@@ -1,4 +1,4 @@
-"""What each quantisation method costs: increase of the negative log-likelihood over full precision, in nats per token.
+"""What each quantization method costs: increase of the negative log-likelihood over full precision, in nats per token.
 
 Each run also has the KL divergence from the full-precision model (mean and 99th percentile over tokens, in nats) and
 the share of tokens for which both models have the same most likely token.
@@ -142,10 +142,10 @@ def statistics_of(
     return found
 
 
-def quantised(
+def quantized(
     model: PreTrainedModel, config: TwoStageGPTQConfig, tokens: Tensor
 ) -> tuple[PreTrainedModel, WalkReport]:
-    """A copy of `model` with dequantised weights in its linear layers, and the report of the walk."""
+    """A copy of `model` with dequantized weights in its linear layers, and the report of the walk."""
     model = copy.deepcopy(model)
     list_name, layers = find_layers(model, config)
     report = quantize_blocks(
@@ -189,7 +189,7 @@ class Measurement:
         return any(cell == Cell(*(run[field] for field in Cell._fields)) for run in self.results["runs"])
 
     def add(self, cell: Cell, model: PreTrainedModel, **details: Any) -> dict[str, float]:
-        """Measures a quantised model and writes the run; returns its mean increase for each text."""
+        """Measures a quantized model and writes the run; returns its mean increase for each text."""
         increase, divergence = {}, {}
         for name, each in self.windows.items():
             found = statistics_of(model, each, self.batch_size, self.model)
@@ -290,9 +290,9 @@ def main() -> None:
             **METHODS[cell.method],
         )
         tokens, recipe = calibration[cell.seed]
-        approximation, report = quantised(model, config, tokens)
+        approximation, report = quantized(model, config, tokens)
         increase = measurement.add(
-            cell, approximation, calibration=recipe.tokens_sha256, quantisation_seconds=round(report.seconds, 2)
+            cell, approximation, calibration=recipe.tokens_sha256, quantization_seconds=round(report.seconds, 2)
         )
         seconds = time.perf_counter() - start
         longest = max(longest, seconds)

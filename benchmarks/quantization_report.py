@@ -129,8 +129,8 @@ def plot(runs: Runs, path: Path, title: str) -> None:
         shown = [(method, select(runs, method, bits, sym=False)) for method in PLOTTED]
         shown = [(method, chosen) for method, chosen in shown if chosen]
         values = [mean_and_error(chosen) for _, chosen in shown]
-        colours = ["#d95f02" if method == OURS else "#7570b3" if method == PEER else "#9aa5b1" for method, _ in shown]
-        axis.barh(range(len(shown)), [mean for mean, _ in values], xerr=[e for _, e in values], color=colours)
+        colors = ["#d95f02" if method == OURS else "#7570b3" if method == PEER else "#9aa5b1" for method, _ in shown]
+        axis.barh(range(len(shown)), [mean for mean, _ in values], xerr=[e for _, e in values], color=colors)
         axis.set_yticks(range(len(shown)), [method for method, _ in shown] if axis is axes[0] else [])
         axis.invert_yaxis()
         axis.set_title(f"{bits} bits", fontsize=10)

@@ -1,4 +1,4 @@
-"""Time to quantise one layer of each shape of Llama-3.1-8B on a GPU, and the whole model's arithmetic from it.
+"""Time to quantize one layer of each shape of Llama-3.1-8B on a GPU, and the whole model's arithmetic from it.
 
     python benchmarks/quantization_speed.py --bits 4 --group-size 128 --out benchmarks/results/quantization_speed.json
 

@@ -1,4 +1,4 @@
-"""Quantised matmul against bfloat16 cuBLAS (and gemlite, humming-kernels, where they are installed) on one GPU.
+"""Quantized matmul against bfloat16 cuBLAS (and gemlite, humming-kernels, where they are installed) on one GPU.
 
     python benchmarks/quantized_matmul.py --out benchmarks/results/quantized_matmul.json
 
@@ -120,8 +120,8 @@ def measure(
     group_size, sym = arguments.group_size, arguments.sym
     out_features, in_features = shape
     weights = copies(packed_weight(bits, group_size, sym, out_features, in_features))
-    quantised_bytes = sum(t.numel() * t.element_size() for t in (weights[0][0], weights[0][2]))
-    quantised_bytes += 0 if sym else weights[0][1].numel() * weights[0][1].element_size()
+    quantized_bytes = sum(t.numel() * t.element_size() for t in (weights[0][0], weights[0][2]))
+    quantized_bytes += 0 if sym else weights[0][1].numel() * weights[0][1].element_size()
     dense = dequantize(*weights[0], dtype).t().contiguous()
     dense_copies = [dense.clone() for _ in range(max(2, L2_BYTES // (dense.numel() * 2) + 1))]
     peers: dict[str, list[Layer]] | None = None if arguments.peers else {}
@@ -129,7 +129,7 @@ def measure(
     for rows in arguments.rows:
         x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
         expected = x.double() @ dense.double().t()
-        check("quantised matmul", quantized_matmul(x, *weights[0]), expected)
+        check("quantized matmul", quantized_matmul(x, *weights[0]), expected)
         if peers is None:
             peers = peer_layers(weights[0], len(weights), x, expected)
         ours = microseconds([partial(quantized_matmul, x, *weight) for weight in weights])
@@ -145,7 +145,7 @@ def measure(
             "us": ours,
             "cublas_us": cublas,
             "speedup": cublas / ours,
-            "share_of_copy_bandwidth": quantised_bytes / (ours * 1e-6) / bandwidth,
+            "share_of_copy_bandwidth": quantized_bytes / (ours * 1e-6) / bandwidth,
             **{f"{name}_us": microseconds([partial(layer, x) for layer in peers[name]]) for name in peers},
         }
         results.append(result)

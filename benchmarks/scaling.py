@@ -1,4 +1,4 @@
-"""What training an adapter and quantising cost on 1 to 64 GPUs, from figures measured on one.
+"""What training an adapter and quantizing cost on 1 to 64 GPUs, from figures measured on one.
 
     python benchmarks/scaling.py measure                 # on one CUDA GPU, some minutes
     python benchmarks/scaling.py measure --model 70B     # one of the models again
@@ -12,7 +12,7 @@ step, decoding, and the parts of a calibration walk. Half the difference is one 
 the model. Models that one GPU cannot hold are thus measured at their own layers' sizes, not extrapolated from smaller
 ones. What does not fit even so is written down as null, and its cells say so.
 
-`check` trains whole models with LookaheadTrainer, and quantises some layers, in as many processes as it is started in.
+`check` trains whole models with LookaheadTrainer, and quantizes some layers, in as many processes as it is started in.
 
 `report` adds what one GPU cannot show, the exchange between GPUs, from bandwidths that `check` measured on several
 GPUs, or that are assumed (`ASSUMED`). Runs that go on side by side write files of their own (`--results`), which
@@ -84,7 +84,7 @@ CHECKED_TRAINING = {
     # Two GPUs of 80 GB hold it and one does not.
     "FSDP2": [("70B", 56, 4096)],
 }
-CHECKED_LAYERS = 2  # quantised, of the 8B model
+CHECKED_LAYERS = 2  # quantized, of the 8B model
 
 
 def layer_parameters(sizes: dict[str, int]) -> int:
@@ -174,7 +174,7 @@ def _peak(device: str) -> int:
 
 
 def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int) -> dict[str, float]:
-    """One prompt's part of a training step: seconds and peak bytes, weights and optimiser included."""
+    """One prompt's part of a training step: seconds and peak bytes, weights and optimizer included."""
     _collect(device)
     model = get_peft_model(_build(sizes, layers, device, shrink), LookaheadKVConfig())
     row = _row(tokens, shrink)
@@ -265,7 +265,7 @@ def _solving(sizes: dict[str, int], device: str) -> dict[str, float]:
 
 
 def _random_moments(columns: int, device: str) -> InputMoments:
-    """Moments of a few tokens: damped, as they are before every step, they are as good to factorise as any."""
+    """Moments of a few tokens: damped, as they are before every step, they are as good to factorize as any."""
     moments = InputMoments(columns, device)
     x = torch.randn(min(columns, 4096), columns, device=device)
     moments.add(x, x + 0.1 * torch.randn_like(x))
@@ -454,7 +454,7 @@ def training_cost(name: str, figures: dict[str, Any], gpus: int, links: dict[str
 def layer_cost(
     sizes: dict[str, int], figures: dict[str, Any], gpus: int, links: dict[str, float], loaded: bool = True
 ) -> float:
-    """Seconds of quantising one layer on the recipe's calibration tokens; `loaded`: from main memory or disk."""
+    """Seconds of quantizing one layer on the recipe's calibration tokens; `loaded`: from main memory or disk."""
     solving = figures["solving"]
     passes = RECIPE["calibration_tokens"] / gpus * figures["calibration"]["seconds"]
     rate = 1e9 * ASSUMED["bandwidth from main memory or disk to a GPU, GB/s"]
@@ -502,7 +502,7 @@ def tables(results: dict[str, Any]) -> str:
     if not results["models"]:
         return NOT_MEASURED
     lines = []
-    for title, cost in (("An adapter", training_cost), ("A quantised checkpoint", quantization_cost)):
+    for title, cost in (("An adapter", training_cost), ("A quantized checkpoint", quantization_cost)):
         lines += [f"### {title}", "", "| GPUs | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
         links = results.get("links", {})
         for gpus in GPUS:
@@ -529,7 +529,7 @@ def _checks(results: dict[str, Any]) -> list[str]:
     ]
     for run in runs:
         what = f"{run['layers']} layers of the {run['model']} model, {run['tokens']:,} tokens"
-        work = "a training step" if run["work"] == "training" else "quantising"
+        work = "a training step" if run["work"] == "training" else "quantizing"
         found = predicted(run, results)
         seconds, size = ("", "") if found is None else (f"{found[0]:.2f}", f"{found[1] / GIB:.1f}")
         gpus = f"{run['gpus']} ({run['plan']})" if run["gpus"] > 1 else "1"

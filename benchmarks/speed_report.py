@@ -267,7 +267,7 @@ def quantization(results: dict[str, Any]) -> str:
     settings = results["settings"]
     return section(
         "quantization_speed",
-        "Quantising Llama-3.1-8B: arithmetic",
+        "Quantizing Llama-3.1-8B: arithmetic",
         f"{settings['bits']} bits, groups of {settings['group_size']}, {settings['tokens']:,} calibration tokens, "
         f"{settings['sweeps']} sweeps; {results['hardware']}, {versions(results['versions'])}",
         f"Milliseconds per layer, without forward passes and loading. Whole model: {summary}.",

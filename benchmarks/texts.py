@@ -6,7 +6,7 @@
 Takes .deb files or directories into which packages were unpacked. Each line of the result is
 ``{"source": package, "document": name, "text": ...}``. ``--characters`` with ``--sample`` bounds what one package
 may give, so that none outweighs the others, and ``--english`` leaves out translations and listings. A package's HTML
-pages are read in their own order (``rel="next"``) and small neighbours are joined; a package without HTML gives its
+pages are read in their own order (``rel="next"``) and small neighbors are joined; a package without HTML gives its
 text files.
 """
 

@@ -42,7 +42,7 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
         ("lkq_hf.training.targets", ["generate_targets", "load_targets"]),
         ("lkq_hf.text.documents", ["read_documents"]),
     ],
-    "Quantised checkpoints": [
+    "Quantized checkpoints": [
         ("lkq_hf.quantization.calibration_data", ["calibration_tokens"]),
         ("lkq_hf.quantization.export", ["export_checkpoint"]),
     ],

@@ -1,6 +1,6 @@
 """Cheap long-context inference for Hugging Face models.
 
-Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT and the ``two_stage_gptq`` quantisation
+Importing this package registers the ``LOOKAHEAD_KV`` adapter type with PEFT and the ``two_stage_gptq`` quantization
 method with transformers, and does nothing else: no model class, attention function or cache of transformers is
 changed. It imports neither library: each is registered with when it is imported, by whomever. Public names are
 imported on first use.

@@ -89,7 +89,7 @@ def add_lookahead(model, name="default", seed=1, **config):
     """Adds a LOOKAHEAD_KV adapter whose LoRA changes something, as after training."""
     torch.manual_seed(seed)
     inject_adapter(model, LookaheadKVConfig(**{"num_lookahead_tokens": 5, "r": 4} | config), name)
-    randomise_adapter(model, name)
+    randomize_adapter(model, name)
     return model
 
 
@@ -145,7 +145,7 @@ def save_adapter(model, directory, name="default"):
     )
 
 
-def randomise_adapter(model, name="default", seed=2):
+def randomize_adapter(model, name="default", seed=2):
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter_name, parameter in adapter_parameters(model, name).items():

@@ -48,8 +48,8 @@ class LookaheadKVConfig(PeftConfig):
         row_power: exponent of the power mean over tokens that makes attention an importance, of the lookahead tokens
             and, in training, of the response: 1 for the paper's mean, 2 for the root mean square.
         pooling_kernel_size: odd width of the pooling along the prompt that suits this adapter, 1 for none.
-        pooling: "max", "avg" or "sum" of the neighbourhood.
-        neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
+        pooling: "max", "avg" or "sum" of the neighborhood.
+        neighbor_weight: what each neighbor counts in a sum, from 0 (excluded) to 1.
         base_model_shape: sizes of the model that the adapter was made for; filled in by the first model it is
             attached to, and checked by every later one.
         init_weights: whether the LoRA starts without effect, as for training. False draws all its weights, for tests.
@@ -74,7 +74,7 @@ class LookaheadKVConfig(PeftConfig):
     row_power: float = field(default=1.0, metadata={"help": "Exponent of the mean over lookahead tokens; 1: paper."})
     pooling_kernel_size: int = field(default=1, metadata={"help": "Odd width of the pooling of scores, 1 for none."})
     pooling: str = field(default="max", metadata={"help": f"How scores are pooled: {', '.join(POOLINGS)}."})
-    neighbor_weight: float = field(default=1.0, metadata={"help": "What a neighbour counts, with pooling sum."})
+    neighbor_weight: float = field(default=1.0, metadata={"help": "What a neighbor counts, with pooling sum."})
     base_model_shape: dict[str, Any] | None = field(
         default=None, metadata={"help": "Sizes of the base model; filled in when the adapter is attached."}
     )

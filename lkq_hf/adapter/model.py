@@ -193,7 +193,7 @@ def _check_state_dict(parameters: dict[str, nn.Parameter], state_dict: dict[str,
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A linear module, quantised or wrapped by another adapter."""
+    """A linear module, quantized or wrapped by another adapter."""
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     return isinstance(base, nn.Linear | Conv1D) or (hasattr(base, "in_features") and hasattr(base, "out_features"))
 
@@ -224,7 +224,7 @@ def _refuse_offloaded(decoder: PreTrainedModel) -> None:
         if getattr(getattr(module, "_hf_hook", None), "offload", False):
             raise NotImplementedError(
                 f"{name} is offloaded to main memory or disk, where a LOOKAHEAD_KV adapter cannot be attached to it. "
-                "Spread the model over GPUs only (device_map without cpu and disk, or tp_plan), quantise it, or "
+                "Spread the model over GPUs only (device_map without cpu and disk, or tp_plan), quantize it, or "
                 'choose a scorer that needs no adapter, such as LookaheadCache(budget=..., scorer="snapkv").'
             )
 

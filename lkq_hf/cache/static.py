@@ -32,7 +32,7 @@ MASKED_ATTENTION = ("eager", "sdpa")
 
 
 class StaticStorage(_Layer):
-    """Mixed into a dynamic layer, whose own behaviour ends with the forward that reads the prompt.
+    """Mixed into a dynamic layer, whose own behavior ends with the forward that reads the prompt.
 
     Args:
         room: tokens to lay out room for, beyond what the prompt leaves.

@@ -51,12 +51,12 @@ def looks_like_path(name: str) -> bool:
     return bool(re.match(r"[./~]", name)) or "\\" in name or name.endswith("/") or name.count("/") > 1
 
 
-def check_model_directory(model: str, quantised: bool = True) -> None:
+def check_model_directory(model: str, quantized: bool = True) -> None:
     """Checks a model's directory as far as the names of its files tell; the id of a repository passes.
 
     Args:
         model: a directory or an id on the Hub.
-        quantised: whether it may have an adapter beside it.
+        quantized: whether it may have an adapter beside it.
 
     Raises:
         FileNotFoundError: no such directory, or one without a model.
@@ -72,7 +72,7 @@ def check_model_directory(model: str, quantised: bool = True) -> None:
         return
     names = {path.name for path in directory.iterdir()}
     if "adapter_config.json" in names:
-        if not quantised:
+        if not quantized:
             raise ValueError(
                 f"{model} holds an adapter (adapter_config.json); expected a directory with a model alone. Name the "
                 "base model of the adapter; a LoRA that should become a part of its weights has to be merged before"

@@ -1,4 +1,4 @@
-"""``lkq-hf export``: a quantised checkpoint for other engines."""
+"""``lkq-hf export``: a quantized checkpoint for other engines."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -18,20 +18,20 @@ class ExportFormat(StrEnum):
 
 def export(
     source: Annotated[
-        Path, typer.Argument(help="Directory of a quantised checkpoint.", metavar="DIR", exists=True, file_okay=False)
+        Path, typer.Argument(help="Directory of a quantized checkpoint.", metavar="DIR", exists=True, file_okay=False)
     ],
     format: Annotated[ExportFormat, typer.Option(help="Format of the new checkpoint.")],
     out: Annotated[Path, typer.Option(help="Directory for the new checkpoint; must not exist or be empty.")],
     as_json: AsJson = False,
 ) -> None:
-    """Write a quantised checkpoint for GPTQModel or vLLM.
+    """Write a quantized checkpoint for GPTQModel or vLLM.
 
     The formats are plain GPTQ, and pack-quantized of compressed-tensors. Nothing is rounded again.
     """
     check_free(out)
     check_writable(out)
     if not (source / "config.json").is_file():
-        raise FileNotFoundError(f"{source} holds no config.json; expected the directory of a quantised checkpoint")
+        raise FileNotFoundError(f"{source} holds no config.json; expected the directory of a quantized checkpoint")
 
     from lkq_hf.quantization.export import export_checkpoint, known_readers
 

@@ -42,22 +42,22 @@ def load_model(model: str, dtype: str, device: str) -> tuple[Any, Any]:
     return causal_lm.to(device).eval(), AutoTokenizer.from_pretrained(model)
 
 
-def check_model(model: str, quantised: bool = True) -> None:
+def check_model(model: str, quantized: bool = True) -> None:
     """Checks what can be known of a model before its weights are read.
 
     Args:
         model: a directory or an id on the Hub.
-        quantised: whether it may be quantised already, or have an adapter beside it.
+        quantized: whether it may be quantized already, or have an adapter beside it.
 
     Raises:
         FileNotFoundError: no such directory or repository, or one without a model.
         ConnectionError: the Hub cannot be reached.
-        ValueError: a weight file in it is damaged, or it is quantised or has an adapter and should not.
+        ValueError: a weight file in it is damaged, or it is quantized or has an adapter and should not.
         TypeError: a model of another kind.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
-    check_model_directory(model, quantised)
+    check_model_directory(model, quantized)
     directory = Path(model).expanduser()
     if not directory.is_dir():
         _check_repository(model)
@@ -72,8 +72,8 @@ def check_model(model: str, quantised: bool = True) -> None:
             )
         settings = getattr(config, "quantization_config", None)
         # MXFP4 is the format in which gpt-oss comes.
-        if not quantised and settings is not None and settings["quant_method"] != "mxfp4":
-            raise ValueError(f"{model} is quantised already; expected a model in full precision")
+        if not quantized and settings is not None and settings["quant_method"] != "mxfp4":
+            raise ValueError(f"{model} is quantized already; expected a model in full precision")
 
 
 def check_adapter(adapter: str) -> None:

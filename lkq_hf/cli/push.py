@@ -1,4 +1,4 @@
-"""``lkq-hf push``: an adapter or a quantised checkpoint to the Hub."""
+"""``lkq-hf push``: an adapter or a quantized checkpoint to the Hub."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,7 +12,7 @@ def push(
     directory: Annotated[
         Path,
         typer.Argument(
-            help="Directory of an adapter, a quantised checkpoint, or both.",
+            help="Directory of an adapter, a quantized checkpoint, or both.",
             metavar="DIR",
             exists=True,
             file_okay=False,
@@ -36,7 +36,7 @@ def push(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Upload an adapter or a quantised checkpoint to the Hub.
+    """Upload an adapter or a quantized checkpoint to the Hub.
 
     The directory is checked first, and a model card is written if there is none. What an interrupted push has
     uploaded is not sent again.

@@ -1,4 +1,4 @@
-"""``lkq-hf quantize``: a quantised checkpoint from a base model."""
+"""``lkq-hf quantize``: a quantized checkpoint from a base model."""
 
 from pathlib import Path
 from typing import Annotated
@@ -28,14 +28,16 @@ def quantize(
         float,
         typer.Option(
             help="Bits per weight: 2, 3, 4 or 8. A fraction, as in 3.2, is a mean: each layer gets a width of its "
-            "own, by what the model loses.",
+            "own (experimental).",
             min=2,
             max=8,
         ),
     ] = 4,
     target_size: Annotated[
         str | None,
-        typer.Option(help="Instead of --bits: the largest size of all weights, as in 4.5GiB; widths by layer."),
+        typer.Option(
+            help="Instead of --bits: the largest size of all weights, as in 4.5GiB; widths by layer (experimental)."
+        ),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -69,7 +71,7 @@ def quantize(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Quantise a model and save it with its tokenizer.
+    """Quantize a model and save it with its tokenizer.
 
     A run that was stopped goes on after its last finished block when it is started again. Under `accelerate launch`,
     the calibration samples and the rows of every layer are divided among the processes.
@@ -83,12 +85,12 @@ def quantize(
     check_dataset(dataset)
     check_free(out)
     check_writable(out)
-    check_model_directory(model, quantised=False)
+    check_model_directory(model, quantized=False)
 
     from lkq_hf.quantization import TwoStageQuantizer
 
     state, place = find_device(device)
-    check_model(model, quantised=False)
+    check_model(model, quantized=False)
     quantizer = TwoStageQuantizer.from_pretrained(model, dtype=dtype)
     quantized = quantizer.quantize(
         out,

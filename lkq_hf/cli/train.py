@@ -63,7 +63,7 @@ def train(
     row_power: Annotated[float, typer.Option(help="Exponent of the mean over the learned tokens; 1: paper.")] = 2.0,
     pooling_kernel_size: Annotated[int, typer.Option(help="Pooling that the adapter's config recommends.")] = 1,
     pooling: Annotated[str, typer.Option(help="How it pools: max, avg or sum.")] = "max",
-    neighbor_weight: Annotated[float, typer.Option(help="What a neighbour counts, with --pooling sum.")] = 1.0,
+    neighbor_weight: Annotated[float, typer.Option(help="What a neighbor counts, with --pooling sum.")] = 1.0,
     importance_heads: Annotated[str, typer.Option(help="Heads whose importance is compared: query or kv.")] = "query",
     importance_power: Annotated[float, typer.Option(help="Power of the importance; 1 as in the paper.")] = 1.5,
     eviction_weight: Annotated[

@@ -31,7 +31,7 @@ class LookaheadLM(HFLM):
     over what was kept, one by one. ``loglikelihood_rolling``, which has no context, is that of the full cache.
 
     Args:
-        pretrained: directory or Hub id of a model, quantised checkpoints included, or a model in memory.
+        pretrained: directory or Hub id of a model, quantized checkpoints included, or a model in memory.
         adapter: directory or Hub id of a lookahead adapter, which the lookahead scorer needs.
         budget: see :class:`~lkq_hf.cache.LookaheadCache`; None for the full cache.
         scorer: a name, as for :class:`~lkq_hf.cache.LookaheadCache`.

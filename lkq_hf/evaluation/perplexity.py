@@ -53,7 +53,7 @@ def text_windows(
 
 
 def check_window(model: PreTrainedModel, window: int) -> None:
-    """Raises ValueError for windows that are longer than the model's positions; quantising refuses them too."""
+    """Raises ValueError for windows that are longer than the model's positions; quantizing refuses them too."""
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and window > longest:
         raise ValueError(

@@ -10,7 +10,7 @@ from lkq_hf.cache.allocation import MOST
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colours, which people with any colour vision can tell apart; markers tell them apart in grey.
+# Okabe and Ito's colors, which people with any color vision can tell apart; markers tell them apart in grey.
 STYLES = {
     "lookahead": ("#0072B2", "o"),
     "snapkv": ("#E69F00", "s"),

@@ -1,4 +1,4 @@
-"""Sharing adapters and quantised checkpoints on the Hub: cards, pushing, and loading with clear errors."""
+"""Sharing adapters and quantized checkpoints on the Hub: cards, pushing, and loading with clear errors."""
 
 from lkq_hf.hub.caches import push_cache
 from lkq_hf.hub.cards import render_card, write_card, write_draft, write_training_record

@@ -1,4 +1,4 @@
-"""Model cards of adapters and quantised checkpoints."""
+"""Model cards of adapters and quantized checkpoints."""
 
 import math
 import re
@@ -65,7 +65,7 @@ def render_card(
     base_model: BaseModel | None = None,
     results: Sequence[EvalResult] = (),
 ) -> ModelCard:
-    """The card of an adapter, a quantised checkpoint, or both.
+    """The card of an adapter, a quantized checkpoint, or both.
 
     Args:
         contents: what the repository will hold.
@@ -154,7 +154,7 @@ def write_card(
         Whether it was written.
 
     Raises:
-        ValueError: the directory holds neither an adapter nor a quantised checkpoint, or a card that cannot be read.
+        ValueError: the directory holds neither an adapter nor a quantized checkpoint, or a card that cannot be read.
     """
     contents = read_contents(directory)
     if has_card(contents.directory):

@@ -21,7 +21,7 @@ MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 QUANT_METHODS = {QUANT_METHOD: "lkq-hf", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
-"""Formats of quantised checkpoints that we write, and their names."""
+"""Formats of quantized checkpoints that we write, and their names."""
 
 NOT_SHARED = [".*", "*/.*", "checkpoints/*", "runs/*", "__pycache__/*"]
 """What stays at home: a trainer's state, logs, and hidden files."""
@@ -31,12 +31,12 @@ PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 
 @dataclass(frozen=True)
 class Contents:
-    """A directory with a LOOKAHEAD_KV adapter, a quantised checkpoint, or both.
+    """A directory with a LOOKAHEAD_KV adapter, a quantized checkpoint, or both.
 
     Args:
         directory: the directory.
         adapter: its adapter_config.json, if it holds an adapter.
-        checkpoint: its config.json, if it holds a quantised checkpoint.
+        checkpoint: its config.json, if it holds a quantized checkpoint.
     """
 
     directory: Path
@@ -50,7 +50,7 @@ class Contents:
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """Where the checkpoint comes from: the ``meta`` of its quantisation."""
+        """Where the checkpoint comes from: the ``meta`` of its quantization."""
         return self.quantization.get("meta") or (self.checkpoint or {}).get(RECIPE) or {}
 
     @property
@@ -96,7 +96,7 @@ def read_contents(directory: str | Path) -> Contents:
 
     Raises:
         NotADirectoryError: no such directory.
-        ValueError: it holds neither a LOOKAHEAD_KV adapter nor a quantised checkpoint.
+        ValueError: it holds neither a LOOKAHEAD_KV adapter nor a quantized checkpoint.
     """
     directory = Path(directory)
     if not directory.is_dir():
@@ -113,7 +113,7 @@ def read_contents(directory: str | Path) -> Contents:
     if adapter is None and checkpoint is None:
         found = f"a model with quant_method {method!r}" if model is not None else "neither"
         raise ValueError(
-            f"{directory} should hold a {PEFT_TYPE} adapter ({ADAPTER_CONFIG}) or a quantised checkpoint "
+            f"{directory} should hold a {PEFT_TYPE} adapter ({ADAPTER_CONFIG}) or a quantized checkpoint "
             f"({MODEL_CONFIG} with quant_method {', '.join(QUANT_METHODS)}); found {found}"
         )
     return Contents(directory, adapter, checkpoint)

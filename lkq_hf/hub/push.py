@@ -1,4 +1,4 @@
-"""Pushing adapters and quantised checkpoints to the Hub, with their card."""
+"""Pushing adapters and quantized checkpoints to the Hub, with their card."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -31,7 +31,7 @@ def push_to_hub(
     commit_message: str | None = None,
     results: Sequence[EvalResult] = (),
 ) -> CommitInfo:
-    """Uploads a directory with an adapter, a quantised checkpoint, or both, after checking that others can load it.
+    """Uploads a directory with an adapter, a quantized checkpoint, or both, after checking that others can load it.
 
     A card is written for a repository that has none, unless there is one in the directory, which stays as it is. What
     an interrupted or earlier push has uploaded is not sent again.

@@ -110,7 +110,7 @@ def inspect_eviction(
     """
     if not scorers:
         raise ValueError("no scorers were given: expected at least one name")
-    ids, pieces = _tokenise(prompt, tokenizer, add_special_tokens)
+    ids, pieces = _tokenize(prompt, tokenizer, add_special_tokens)
     entries = entries_of(budget, len(ids))
     if entries >= len(ids):
         raise ValueError(
@@ -162,7 +162,7 @@ def _as_mask(cache: LookaheadCache) -> torch.Tensor:
     return torch.stack([kept[layer][0] for layer in sorted(kept)]).cpu()
 
 
-def _tokenise(
+def _tokenize(
     prompt: str, tokenizer: PreTrainedTokenizerBase, add_special_tokens: bool
 ) -> tuple[list[int], list[str]]:
     """Token ids, and the text from each token's predecessor's end to its own."""

@@ -24,7 +24,7 @@ def descend_columns_reference(
 def descend_columns(
     residual: Tensor, hessian: Tensor, integers: Tensor, scale: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """Gives each column in turn the integer that minimises `(t - w^) H (t - w^)^T` with all others fixed.
+    """Gives each column in turn the integer that minimizes `(t - w^) H (t - w^)^T` with all others fixed.
 
     That integer is the clamped nearest one to `q_j + g_j / (H_jj s)`, where `g = H (t - w^)` includes the columns that
     have moved before. Rows are independent. All tensors are float32 and contiguous, with columns first.
@@ -37,7 +37,7 @@ def descend_columns(
         largest: the largest integer.
 
     Returns:
-        The new integers, and the change of the dequantised weights, both `[columns, rows]`.
+        The new integers, and the change of the dequantized weights, both `[columns, rows]`.
     """
     if use_triton(residual, dtypes=FLOAT32_ONLY):
         from lkq_hf.kernels.descend_columns_triton import descend_columns_triton

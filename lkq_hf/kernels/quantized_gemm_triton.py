@@ -28,7 +28,7 @@ from lkq_hf.kernels.packed_fields_triton import (
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
-# Specialising these would compile again for another number of rows or another layer and gain nothing.
+# Specializing these would compile again for another number of rows or another layer and gain nothing.
 @triton.jit(do_not_specialize=["m_rows", "tiles", "groups", "tiles_per_group", "tiles_per_split"])
 def _gemm_kernel(
     x,

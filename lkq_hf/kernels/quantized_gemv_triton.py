@@ -2,7 +2,7 @@
 
 Words go from memory into registers and, by two operations for two levels, into operands of the tensor cores: not
 through shared memory, and with the same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four
-neighbouring ones, of every fourth packed row, and the tensor cores add up what the four threads of the same columns
+neighboring ones, of every fourth packed row, and the tensor cores add up what the four threads of the same columns
 have. Scales and zero points are applied to float32 sums, once a chunk of input features.
 
 Warps of a thread block share its chunks, and so may thread blocks, in a fixed order: the result does not depend on
@@ -29,7 +29,7 @@ from lkq_hf.kernels.packed_fields_triton import magic_exponent, row_features, ro
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
-# Specialising these sizes would compile again for another number of rows or another layer and gain nothing.
+# Specializing these sizes would compile again for another number of rows or another layer and gain nothing.
 @triton.jit(do_not_specialize=["rows", "group_features", "chunks", "chunks_per_split"])
 def _gemv_kernel(
     x,
@@ -346,7 +346,7 @@ def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 @triton.jit
 def _load_four(pointers, mask):
-    """Four neighbours from every pointer, as four tensors."""
+    """Four neighbors from every pointer, as four tensors."""
     four = tl.load(pointers[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
     even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
     first, third = tl.split(even)
@@ -356,7 +356,7 @@ def _load_four(pointers, mask):
 
 @triton.jit
 def _load_two(pointers, mask):
-    """Two neighbours from every pointer, as two tensors."""
+    """Two neighbors from every pointer, as two tensors."""
     return tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0))
 
 

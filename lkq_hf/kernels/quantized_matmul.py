@@ -1,4 +1,4 @@
-"""Activations times a group-wise quantised weight in the GPTQ layout."""
+"""Activations times a group-wise quantized weight in the GPTQ layout."""
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
@@ -220,7 +220,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    # The weight is dequantised again rather than kept: one layer's weight at a time is in memory.
+    # The weight is dequantized again rather than kept: one layer's weight at a time is in memory.
     qweight, qzeros, scales = ctx.saved_tensors
     weight = dequantize(qweight, qzeros, scales, ctx.bits, ctx.group_size, ctx.sym, grad_output.dtype)
     return grad_output @ weight.t(), None, None, None, None, None, None

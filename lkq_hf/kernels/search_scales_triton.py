@@ -27,7 +27,7 @@ def _loss(weight, block, scale, zero, largest):
     level = nearest(tl.minimum(tl.maximum(tl.div_rn(weight, scale[:, None]), -largest - 1.0), largest + 1.0))
     level = tl.minimum(tl.maximum(level, -zero[:, None]), largest - zero[:, None])
     error = level * scale[:, None] - weight
-    # Single TF32 products would lose the difference between neighbouring candidates; three keep that of float32.
+    # Single TF32 products would lose the difference between neighboring candidates; three keep that of float32.
     return tl.sum(tl.dot(error, block, input_precision="tf32x3") * error, 1)
 
 

@@ -1,4 +1,4 @@
-"""Two-stage group-wise quantisation: from a model to a checkpoint that `from_pretrained` loads.
+"""Two-stage group-wise quantization: from a model to a checkpoint that `from_pretrained` loads.
 
 Public names are imported on first use. What a part of the package needs of a module here, it imports from that module.
 """

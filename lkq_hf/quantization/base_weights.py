@@ -109,7 +109,7 @@ def load_base(path: str | Path, dtype: str | torch.dtype = "auto", **loading: An
         loading = {**loading, "quantization_config": Mxfp4Config(dequantize=True)}
     elif method is not None:
         raise ValueError(
-            "expected a model in full precision, found one that is quantised already; quantise its base model"
+            "expected a model in full precision, found one that is quantized already; quantize its base model"
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **loading)
     return model
@@ -150,7 +150,7 @@ def open_base(
     config = AutoConfig.from_pretrained(path, **config_kwargs)
     if (method := _quant_method(config)) is not None:
         raise ValueError(
-            f"expected a model in full precision, found one that is quantised already ({method}); quantise its base "
+            f"expected a model in full precision, found one that is quantized already ({method}); quantize its base "
             "model, or one in MXFP4 without block_by_block"
         )
     dtype = dtype or config.dtype or torch.float32

@@ -140,7 +140,7 @@ def layers_to_quantize(
                 continue
             other = first_name.setdefault(id(parameter), name)
             if other != name:
-                reason = f"{other} and {name} share one weight, which cannot be quantised for two places."
+                reason = f"{other} and {name} share one weight, which cannot be quantized for two places."
                 shared.setdefault(inside_block(list_name, name), reason)
                 shared.setdefault(inside_block(list_name, other), "")
         layers[name] = module
@@ -159,7 +159,7 @@ def layers_to_quantize(
         others = {type(m).__name__ for m in blocks.modules() if isinstance(m, nn.Linear) and not is_linear(m)}
         why = f"; {', '.join(sorted(others))} may compute something else than nn.Linear does" if others else ""
         raise ValueError(
-            f"no linear layer of {list_name} is left to quantise, expected nn.Linear or Conv1D{why}; look at "
+            f"no linear layer of {list_name} is left to quantize, expected nn.Linear or Conv1D{why}; look at "
             f"modules_in_block_to_quantize={include} and modules_to_not_convert={exclude}"
         )
     embeddings = {id(e.weight) for e in (model.get_input_embeddings(), model.get_output_embeddings()) if e is not None}
@@ -170,7 +170,7 @@ def layers_to_quantize(
 
 
 def check_names(model: PreTrainedModel, include: Iterable[str] | None, exclude: Iterable[str] | None) -> None:
-    """Refuses names that match nothing: a misspelt one would silently change what is quantised.
+    """Refuses names that match nothing: a misspelt one would silently change what is quantized.
 
     Raises:
         ValueError: a name of `modules_in_block_to_quantize` or `modules_to_not_convert` is not the model's.

@@ -1,4 +1,4 @@
-"""From a model in memory and a configuration to the quantised model: what every front end calls."""
+"""From a model in memory and a configuration to the quantized model: what every front end calls."""
 
 import copy
 from dataclasses import asdict
@@ -33,25 +33,25 @@ def default_group_size(model: PreTrainedModel, config: TwoStageGPTQConfig) -> in
 
 
 def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: Any = None) -> WalkReport:
-    """Quantises `model` in place and writes the recipe into `config.meta`.
+    """Quantizes `model` in place and writes the recipe into `config.meta`.
 
     Args:
         model: on the CPU or one device; blocks may be on the meta device if `load_block` fills them.
         config: with `dataset`. Where it has no `tokenizer`, that becomes the base model's, if it has one.
 
     Raises:
-        ValueError: no data, or a model or layer that cannot be quantised; nothing has been changed if it is found
+        ValueError: no data, or a model or layer that cannot be quantized; nothing has been changed if it is found
             before the first block, and a message names the layer if it is found later.
     """
     if config.dataset is None:
         raise ValueError(
-            "quantising needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
+            "quantizing needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
             "text or .jsonl file, or a Hub dataset id)"
         )
     places = set(getattr(model, "hf_device_map", {}).values())
     if len(places) > 1:
         raise ValueError(
-            f"the model is spread over {', '.join(sorted(map(str, places)))}, but quantising takes its blocks to the "
+            f"the model is spread over {', '.join(sorted(map(str, places)))}, but quantizing takes its blocks to the "
             "compute device one by one: load it without device_map, or with block_by_block=True (TwoStageQuantizer), "
             "which reads one block at a time from disk"
         )
@@ -115,11 +115,11 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
 
 
 def _refuse_adapters(model: PreTrainedModel) -> None:
-    # Their weights would be quantised with the model's, and `save_pretrained` would write nothing but them.
+    # Their weights would be quantized with the model's, and `save_pretrained` would write nothing but them.
     if getattr(model, "_hf_peft_config_loaded", False) or any(isinstance(m, BaseTunerLayer) for m in model.modules()):
         raise ValueError(
-            "expected a model without adapters, found one that holds an adapter. Quantise the base model alone: a "
-            "lookahead adapter for it can then be loaded onto the quantised model. A LoRA that should become a part "
+            "expected a model without adapters, found one that holds an adapter. Quantize the base model alone: a "
+            "lookahead adapter for it can then be loaded onto the quantized model. A LoRA that should become a part "
             "of the weights has to be merged before (merge_and_unload of PEFT)"
         )
 

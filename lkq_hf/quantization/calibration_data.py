@@ -77,7 +77,7 @@ def calibration_tokens(
     seed: int = 0,
     text_column: str = "text",
 ) -> tuple[Tensor, CalibrationRecipe]:
-    """Tokenises texts and packs them into windows without padding.
+    """Tokenizes texts and packs them into windows without padding.
 
     Texts are shuffled with `seed`, joined (with the end-of-text token between them, where the tokenizer has one) and
     cut into windows. Where the tokenizer starts a text with a begin-of-text token, every window starts with it.

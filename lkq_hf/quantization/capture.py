@@ -317,7 +317,7 @@ def find_sum(block: nn.Module, name: str, call: BlockCall, hidden: Tensor) -> st
 
     Returns:
         The name of the first module that receives the sum, `""` if it is the block's output, or `None` where no sum is
-        seen: the output is used otherwise, or normalised before it is added.
+        seen: the output is used otherwise, or normalized before it is added.
     """
     layer = block.get_submodule(name)
     own: list[Tensor] = []

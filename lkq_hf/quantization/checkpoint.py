@@ -94,7 +94,7 @@ def check_checkpoint(model: PreTrainedModel, packed: dict[str, PackedModule], he
         if tensor_name == "qweight" and layer.removeprefix(f"{base}.") not in known:
             raise ValueError(
                 f"the checkpoint holds packed weights of {layer}, which config.json (modules_to_not_convert, "
-                "modules_in_block_to_quantize) says is not quantised: it belongs to another checkpoint"
+                "modules_in_block_to_quantize) says is not quantized: it belongs to another checkpoint"
             )
     if any(isinstance(change, WeightConverter) for change in get_model_conversion_mapping(model, add_legacy=False)):
         return  # some of the model's tensors are put together from several

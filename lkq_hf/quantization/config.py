@@ -48,7 +48,7 @@ PRESETS["refined"] = PRESETS["default"] | {"refinement": BlockRefinement()}
 
 
 class TwoStageGPTQConfig(QuantizationConfigMixin):
-    """Two-stage group-wise GPTQ: quantises a model while `from_pretrained` loads it.
+    """Two-stage group-wise GPTQ: quantizes a model while `from_pretrained` loads it.
 
     ```python
     config = TwoStageGPTQConfig(bits=3, group_size=64, sym=False, dataset="calibration.jsonl", tokenizer=tokenizer)
@@ -64,12 +64,12 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         bits (`int` or `float`, defaults to 4): 2, 3, 4 or 8. A fraction between, such as 3.2, is a mean over all
             weights: the calibration then chooses a width for each layer by how much the model's output loses.
         dataset: calibration data: a list of texts, a `datasets` dataset, a text or `.jsonl` file, or a Hub dataset id
-            (see `calibration_tokens`). Needed to quantise, not to load.
+            (see `calibration_tokens`). Needed to quantize, not to load.
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
         group_size (`int`, *optional*): input features that share a scale, usually 32, 64 or 128; -1 for a whole row.
             By default the largest of 128, 64 and 32 that divides the inputs of all layers; the calibration sets it.
         damp_percent (`float`, *optional*): damping of the Hessian, as a part of its mean diagonal; every step
-            minimises the damped objective, which keeps it from fitting what is particular to the calibration data.
+            minimizes the damped objective, which keeps it from fitting what is particular to the calibration data.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, `"paper"`, the
             method as published (arXiv 2602.02126), or `"refined"`, the default and a refinement of each block's
@@ -84,13 +84,13 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         corrected_target (`bool`, *optional*): GPTQ aims at `w + alpha w R H^-1` instead of `w`.
         corrected_residual (`bool`, *optional*): a layer whose output is added to the residual stream also answers for
             what earlier layers have changed there: the deviation is that of the sum, not of the layer's input. Nothing
-            changes where an output is normalised before it is added (Gemma 3).
-        alpha (`float`, *optional*): weight of the deviation `R` between full-precision and quantised inputs; 0 to 1.
+            changes where an output is normalized before it is added (Gemma 3).
+        alpha (`float`, *optional*): weight of the deviation `R` between full-precision and quantized inputs; 0 to 1.
         sweeps (`int`, *optional*): passes of stage 2 and of the descent.
         scale_search (`str`, defaults to `"minmax"`): scales where stage 1 is off: `"minmax"`, or `"mse"` for the
             range of least squared weight error.
         round_to_nearest (`bool`, defaults to `False`): no GPTQ: each weight goes to the nearest grid point.
-        true_sequential (`bool`, defaults to `True`): quantise a block's layers in the order in which they run.
+        true_sequential (`bool`, defaults to `True`): quantize a block's layers in the order in which they run.
         block_name_to_quantize (`str`, *optional*): the list of blocks, where structure alone does not tell.
         modules_in_block_to_quantize (`list`, *optional*): only these layers of each block; a list, or Optimum's list
             of lists. Their order is always the one in which they run.
@@ -272,15 +272,15 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         return super().from_dict(values, return_unused_kwargs, **kwargs)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What of a configuration given to `from_pretrained` applies to a quantised checkpoint: nothing.
+        """What of a configuration given to `from_pretrained` applies to a quantized checkpoint: nothing.
 
         Raises:
-            ValueError: the configuration asks for quantising, which would not be done.
+            ValueError: the configuration asks for quantizing, which would not be done.
         """
         if self.dataset is not None:
             raise ValueError(
-                "the checkpoint is quantised already, and quantization_config has a dataset, as if it were to be "
-                "quantised. Load the base model to quantise it anew, or leave quantization_config out to load the "
+                "the checkpoint is quantized already, and quantization_config has a dataset, as if it were to be "
+                "quantized. Load the base model to quantize it anew, or leave quantization_config out to load the "
                 "checkpoint as it is"
             )
         return {}

@@ -53,7 +53,7 @@ def _descend_group(
     residual: Tensor, hessian: Tensor, integers: Tensor, scale: Tensor, zero: Tensor, bits: int
 ) -> Tensor:
     """One pass over a group: `integers` `[group_size, rows]` and `scale` `[rows]` are updated in place, and the change
-    of the dequantised weights is returned, `[group_size, rows]`."""
+    of the dequantized weights is returned, `[group_size, rows]`."""
     before = (integers - zero) * scale
     columns = hessian.shape[0]
     for start in range(0, columns, BLOCK):

@@ -202,7 +202,7 @@ def _gptq_config(
         "pack_dtype": "int32",
         "meta": {**config.meta, "quantizer": [f"lkq-hf:{__version__}"]},
     }
-    # The language model head is known not to be quantised; other exceptions are told by name, as in GPTQModel.
+    # The language model head is known not to be quantized; other exceptions are told by name, as in GPTQModel.
     exceptions = [f"^{re.escape(name)}$" for name in single if name != "lm_head"] + _patterns(several)
     dynamic: dict[str, Any] = {f"-:{pattern}": {} for pattern in exceptions}
     # GPTQModel takes the first rule that a module's name matches.

@@ -10,7 +10,7 @@ BLOCK = 128
 
 
 def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
-    """The order in which columns are quantised: important inputs first, without splitting a group.
+    """The order in which columns are quantized: important inputs first, without splitting a group.
 
     Args:
         diagonal: `diag(H)`, `[in]`.
@@ -25,7 +25,7 @@ def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
 
 
 def costliest_first_order(factor: Tensor) -> Tensor:
-    """The order in which columns are quantised: first those whose error the others can make up for least.
+    """The order in which columns are quantized: first those whose error the others can make up for least.
 
     With all other columns free to compensate, an error `e` in column `j` costs `e^2 / [H^-1]_jj`. The costs that
     GPTQ meets, each with fewer columns left than the one before, multiply to `det H` in any order; taking the
@@ -49,14 +49,14 @@ def gptq(
     group_size: int,
     order: Tensor | None = None,
 ) -> Tensor:
-    """Integers that approximately minimise `(t - w^) H (t - w^)^T` for every row on a fixed grid (arXiv 2210.17323).
+    """Integers that approximately minimize `(t - w^) H (t - w^)^T` for every row on a fixed grid (arXiv 2210.17323).
 
     Args:
         target: the weight to approximate, float32 `[out, in]`.
         factor: upper triangular `U`, float32 `[in, in]`, with `H^-1 = U^T U`; rows and columns already in `order`.
         scales: `[out, groups]`, the stored values.
         zeros: `[out, groups]`.
-        order: int64 `[in]`, the order in which columns are quantised; `None` for the stored order.
+        order: int64 `[in]`, the order in which columns are quantized; `None` for the stored order.
 
     Returns:
         Integers in `0 .. 2**bits - 1`, float32 `[out, in]`, columns in the stored order.

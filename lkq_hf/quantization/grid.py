@@ -56,5 +56,5 @@ def levels(integers: Tensor, zeros: Tensor, group_size: int) -> Tensor:
 
 
 def reconstruct(integers: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
-    """The dequantised weight `[out, in]`."""
+    """The dequantized weight `[out, in]`."""
     return (levels(integers, zeros, group_size) * scales.unsqueeze(-1)).view_as(integers)

@@ -1,4 +1,4 @@
-"""Second moments of a layer's input, and the factorisation GPTQ needs."""
+"""Second moments of a layer's input, and the factorization GPTQ needs."""
 
 import copy
 
@@ -13,7 +13,7 @@ TENSOR_CORE_DTYPES = (torch.bfloat16, torch.float16)
 class InputMoments:
     """Streaming means over calibration tokens of `H = E[X~ X~^T]` and of a deviation that `X~` lets one foresee.
 
-    `X` is the layer's input in the full-precision network and `X~` its input in the network quantised so far
+    `X` is the layer's input in the full-precision network and `X~` its input in the network quantized so far
     (arXiv 2602.02126). The deviation is `R = E[(X - X~) X~^T]` or, with `out_features`, `D = E[(Y - Y~) X~^T]` of what
     the layer's output has become part of: for a sum `Y = residual + W X` it is `E[(residual - residual~) X~^T] + W R`.
     The moments are float32 running means, so their size does not grow with the token count. Tokens may count for
@@ -128,7 +128,7 @@ def inverse_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
     """The upper triangular `U` with `H^-1 = U^T U`, `[in, in]`, for a positive definite `H`.
 
     Read backwards, `H` has the Cholesky factor `L`; turned round again `L` is upper triangular, its inverse is `U`.
-    One factorisation and one triangular inverse: `H^-1` itself is never formed. Besides `H`, two matrices of its size
+    One factorization and one triangular inverse: `H^-1` itself is never formed. Besides `H`, two matrices of its size
     are alive at a time: for the widest layers of large models they decide what fits on a device.
 
     Args:

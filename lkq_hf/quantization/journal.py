@@ -103,12 +103,12 @@ class Journal:
             changes = note_changes(found["settings"], fingerprint["settings"]) if "settings" in found else []
             which = f" ({'; '.join(changes)})" if changes else ""
             raise ValueError(
-                f"{self.directory} holds blocks of a quantisation with other settings, calibration tokens or model"
+                f"{self.directory} holds blocks of a quantization with other settings, calibration tokens or model"
                 f"{which}. The same ones go on with it; for others, delete it or name another directory"
             )
         if not note.exists() and next(self.directory.glob("block-*"), None) is not None:
             raise ValueError(
-                f"{self.directory} holds blocks of a quantisation but no {note.name} that says of which; delete it or "
+                f"{self.directory} holds blocks of a quantization but no {note.name} that says of which; delete it or "
                 "name another directory"
             )
 

@@ -14,7 +14,7 @@ from lkq_hf.quantization.weight import QuantizedWeight
 
 
 class QuantizedLinear(PackedModule, nn.Linear):
-    """`y = x w^T + bias` with a group-wise quantised `w` (see :mod:`lkq_hf.quantization.packing` for its tensors).
+    """`y = x w^T + bias` with a group-wise quantized `w` (see :mod:`lkq_hf.quantization.packing` for its tensors).
 
     It is an `nn.Linear` to whoever asks, so that PEFT puts LoRA on it with an ordinary `LoraConfig`; gradients reach
     the input. Its `weight` is None: LoRA cannot be merged into packed integers, and PEFT's `merge` fails rather than
@@ -29,7 +29,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
         sym: whether every zero point is `2**(bits - 1)`.
         bias: whether there is a bias.
         dtype: of the bias.
-        device: of all buffers; their content is uninitialised until a state dict is loaded.
+        device: of all buffers; their content is uninitialized until a state dict is loaded.
 
     Raises:
         ValueError: the sizes do not pack.
@@ -129,7 +129,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
             self.g_idx, group_index(self.in_features, self.group_size, self.g_idx.device)
         ):
             raise ValueError(
-                "g_idx should be k // group_size; groups of columns that are not neighbours (act-order, desc_act) "
+                "g_idx should be k // group_size; groups of columns that are not neighbors (act-order, desc_act) "
                 f"cannot be read. {self._advice}"
             )
 

@@ -1,4 +1,4 @@
-"""`TwoStageQuantizer`: the Optimum way to a quantised checkpoint."""
+"""`TwoStageQuantizer`: the Optimum way to a quantized checkpoint."""
 
 import copy
 import shutil
@@ -20,7 +20,7 @@ from lkq_hf.quantization.walk import WalkReport
 
 
 class TwoStageQuantizer(OptimumQuantizer):
-    """Quantises a causal language model and writes a checkpoint, in one call.
+    """Quantizes a causal language model and writes a checkpoint, in one call.
 
     ```python
     quantizer = TwoStageQuantizer.from_pretrained("HuggingFaceTB/SmolLM2-135M-Instruct")
@@ -51,7 +51,7 @@ class TwoStageQuantizer(OptimumQuantizer):
     def from_pretrained(
         cls, model_or_path: PreTrainedModel | str | Path, file_name: str | None = None, **loading: Any
     ) -> Self:
-        """Names the model to quantise; its weights are loaded by `quantize`.
+        """Names the model to quantize; its weights are loaded by `quantize`.
 
         Args:
             model_or_path: a model in memory, or the directory or Hub id of one.
@@ -72,7 +72,7 @@ class TwoStageQuantizer(OptimumQuantizer):
         block_by_block: bool = False,
         **config_kwargs: Any,
     ) -> PreTrainedModel:
-        """Quantises the model and saves it with its tokenizer: completely, or not at all.
+        """Quantizes the model and saves it with its tokenizer: completely, or not at all.
 
         A killed run leaves its finished blocks in `<save_dir>.partial`, or in `<save_dir>/.partial` if the directory
         was there, and the same call goes on from there. The processes of a group share the work if all of them make
@@ -85,7 +85,7 @@ class TwoStageQuantizer(OptimumQuantizer):
             block_by_block: read one block at a time from the safetensors files, for models larger than memory.
 
         Returns:
-            The quantised model, on the CPU unless a model on another device was given; with `block_by_block`, only
+            The quantized model, on the CPU unless a model on another device was given; with `block_by_block`, only
             in the first of several processes.
 
         Raises:
@@ -115,7 +115,7 @@ class TwoStageQuantizer(OptimumQuantizer):
             model = load_base(self.model, self.dtype, **self.loading)
         if getattr(model.config, "quantization_config", None) is not None:
             raise ValueError(
-                "expected a model in full precision, found one that is quantised already; quantise its base model"
+                "expected a model in full precision, found one that is quantized already; quantize its base model"
             )
         self.report = calibrate(model, run, load_block)
         share_inputs(model)
@@ -134,7 +134,7 @@ class TwoStageQuantizer(OptimumQuantizer):
 
 
 def mark_quantized(model: PreTrainedModel, config: TwoStageGPTQConfig) -> None:
-    """Tells a model whose layers have been replaced that it is quantised, so that it saves itself as such."""
+    """Tells a model whose layers have been replaced that it is quantized, so that it saves itself as such."""
     model.hf_quantizer = TwoStageGPTQHfQuantizer(config, pre_quantized=True)  # type: ignore[assignment]
     model.is_quantized = True  # type: ignore[assignment]
     model.quantization_method = config.quant_method  # type: ignore[assignment]

@@ -15,7 +15,7 @@ so that `w[n, k] = scales[g, n] * (q[k, n] - z[g, n])`. Packing is a little-endi
 Two versions of the layout differ in `qzeros`. Version 2 (`checkpoint_format: "gptq_v2"`) stores the zero points `z`.
 Version 1 (`"gptq"`) stores `z - 1`, for historical reasons, and a reader adds the one back; but a zero point 0 has no
 `z - 1` among unsigned fields. Some tools convert between the versions by subtracting packed ones from each whole
-32-bit word. That is the same while nothing borrows; but a zero point 0 borrows from its neighbour in the word, and at
+32-bit word. That is the same while nothing borrows; but a zero point 0 borrows from its neighbor in the word, and at
 3 bits, where zero points 10 and 21 of 32 lie across two words, even `4 - 1` borrows, and the borrow is lost. So the
 fields are what counts (today's readers of 3-bit checkpoints agree), and the rule is: symmetric weights, whose zero
 points are `2**(b - 1)`, are written as version 1, which every engine reads, and asymmetric ones as version 2.
@@ -68,7 +68,7 @@ def group_index(in_features: int, group_size: int, device: torch.device | str | 
 
 
 def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The tensors `qweight`, `qzeros`, `scales` and `g_idx` of a quantised weight, on its device.
+    """The tensors `qweight`, `qzeros`, `scales` and `g_idx` of a quantized weight, on its device.
 
     Raises:
         ValueError: the weight's sizes do not pack.

@@ -15,7 +15,7 @@ from lkq_hf.quantization.weight import QuantizedWeight
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among those that quantise a model together; the only one unless torch.distributed was initialised.
+    """This process among those that quantize a model together; the only one unless torch.distributed was initialized.
 
     Each passes its part of the calibration tokens through the blocks, takes the moments of its part, and solves its
     part of every layer's rows. Moments are summed in the order of torch.distributed's all-reduce, each process's first

@@ -18,7 +18,7 @@ from lkq_hf.quantization.shared_input import share_inputs
 
 
 class TwoStageGPTQHfQuantizer(HfQuantizer):
-    """Calibrates on load where the checkpoint is not quantised, and loads packed weights where it is."""
+    """Calibrates on load where the checkpoint is not quantized, and loads packed weights where it is."""
 
     requires_calibration = False
     quantization_config: TwoStageGPTQConfig
@@ -31,7 +31,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         if not self.pre_quantized and self.quantization_config.dataset is None:
             raise ValueError(
-                "the checkpoint is not quantised, and to quantise it TwoStageGPTQConfig needs dataset= (a list of "
+                "the checkpoint is not quantized, and to quantize it TwoStageGPTQConfig needs dataset= (a list of "
                 "texts, a dataset, a text or .jsonl file, or a Hub dataset id)"
             )
 
@@ -40,8 +40,8 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
             return device_map
         if "disk" in (device_map.values() if isinstance(device_map, dict) else [device_map]):
             raise ValueError(
-                f"device_map={device_map!r} leaves a part of the model on disk, but a model that is being quantised "
-                "has to fit into main memory. Quantise without device_map, save, and load the checkpoint with it; or "
+                f"device_map={device_map!r} leaves a part of the model on disk, but a model that is being quantized "
+                "has to fit into main memory. Quantize without device_map, save, and load the checkpoint with it; or "
                 "use TwoStageQuantizer with block_by_block=True, which reads one block at a time"
             )
         # The walk takes one block after another to its device: the model itself waits in main memory until it is
@@ -57,7 +57,7 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
             return
         packed = replace_by_packed(model, self.quantization_config)
         for layer in packed.values():
-            # Until all is loaded: some models initialise a layer's weight when they initialise what holds the layer.
+            # Until all is loaded: some models initialize a layer's weight when they initialize what holds the layer.
             if isinstance(layer, QuantizedLinear):
                 vars(layer)["weight"] = torch.empty(layer.out_features, layer.in_features, device="meta")
         if checkpoint_files:
@@ -127,7 +127,7 @@ def refuse_tensor_parallelism(model: PreTrainedModel) -> None:
 
 
 def place(model: PreTrainedModel, device_map: Any) -> None:
-    """Puts a model that was quantised in main memory where `device_map` asked for."""
+    """Puts a model that was quantized in main memory where `device_map` asked for."""
     if device_map is None:
         return
     if isinstance(device_map, str) and device_map in {"auto", "balanced", "balanced_low_0", "sequential"}:

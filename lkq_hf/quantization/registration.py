@@ -35,7 +35,7 @@ def register_classes() -> None:
     from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
 
     if TwoStageGPTQConfig not in _lists.LOADING_ATTRIBUTES_CONFIG_TYPES:
-        # Whose configurations are asked what of them applies to a checkpoint that is quantised already.
+        # Whose configurations are asked what of them applies to a checkpoint that is quantized already.
         _lists.LOADING_ATTRIBUTES_CONFIG_TYPES += (TwoStageGPTQConfig,)
     _lists.AUTO_QUANTIZATION_CONFIG_MAPPING[QUANT_METHOD] = TwoStageGPTQConfig
     _lists.AUTO_QUANTIZER_MAPPING[QUANT_METHOD] = TwoStageGPTQHfQuantizer

@@ -16,13 +16,13 @@ from lkq_hf.quantization.stage1 import search_scales
 from lkq_hf.quantization.stage2 import refine_scales
 from lkq_hf.quantization.weight import QuantizedWeight
 
-# Tried one after another where the factorisation fails: float32 moments of nearly collinear inputs need it.
+# Tried one after another where the factorization fails: float32 moments of nearly collinear inputs need it.
 EXTRA_DAMPING = (0.01, 0.1, 1.0)
 
 
 @dataclass(frozen=True)
 class SolverSettings:
-    """How one layer is quantised; `TwoStageGPTQConfig` documents the fields and checks their values."""
+    """How one layer is quantized; `TwoStageGPTQConfig` documents the fields and checks their values."""
 
     bits: int
     group_size: int
@@ -61,7 +61,7 @@ class SolverSettings:
 
 @dataclass(frozen=True)
 class Solution:
-    """A quantised weight and its error per row after each step, in the order in which the steps ran.
+    """A quantized weight and its error per row after each step, in the order in which the steps ran.
 
     `losses[step]` is `(t - w^) H (t - w^)^T` with the damped `H`, float32 `[out]`, and `energy` is `w H w^T`, to
     read it against. `offsets` are where the objective is least in each weight with all others fixed, from its integer
@@ -92,7 +92,7 @@ def resolve_group_size(in_features: int, group_size: int) -> int:
 
 
 def quantize_weight(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> Solution:
-    """Quantises one weight, `[out, in]` of any float dtype, on the device of `moments`.
+    """Quantizes one weight, `[out, in]` of any float dtype, on the device of `moments`.
 
     Rows are independent, so layers that share their input can be solved as one weight with their rows concatenated.
 
@@ -107,7 +107,7 @@ def quantize_weight(weight: Tensor, moments: InputMoments, settings: SolverSetti
 def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> Solution:
     if not bool(torch.isfinite(moments.hessian).all()):
         raise ValueError("the calibration inputs contain NaN or infinity; run the base model in bfloat16 or float32")
-    # Every step minimises the damped objective: calibration data is a sample, and what fits only it is lost elsewhere.
+    # Every step minimizes the damped objective: calibration data is a sample, and what fits only it is lost elsewhere.
     hessian = damped(moments.hessian, settings.damp_percent)
     w = weight.detach().to(hessian.device, torch.float32)
     bits, sym = settings.bits, settings.sym

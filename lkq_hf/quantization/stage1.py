@@ -17,7 +17,7 @@ def search_scales(
 ) -> tuple[Tensor, Tensor]:
     """Searches scale and zero point of every row and group over shrunken ranges `p * (min, max)`.
 
-    Minimises `(w^ - w) H_gg (w^ - w)^T` per row and group over `p = 1.00, 0.99 ... 0.20`, first in steps of 0.05 and
+    Minimizes `(w^ - w) H_gg (w^ - w)^T` per row and group over `p = 1.00, 0.99 ... 0.20`, first in steps of 0.05 and
     then of 0.01 around the best; an asymmetric zero point is tried rounded down and rounded up, a symmetric grid with
     a positive and a negative scale: it has one level more below its zero point than above, and the sign says which end
     of the weights gets it. `p = 1` is among the candidates, so the result is never worse than the minimum-maximum grid

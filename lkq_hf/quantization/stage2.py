@@ -16,7 +16,7 @@ def refine_scales(
     """Coordinate descent over the scales of each row, in closed form.
 
     With `v_i = q_i - z_i` the objective `(t - w^) H (t - w^)^T` is `s^T A s - 2 b^T s + const`, where
-    `A[i, j] = v_i H_ij v_j^T` and `b[i] = [t H]_i v_i^T`. One sweep minimises it exactly over one scale after another.
+    `A[i, j] = v_i H_ij v_j^T` and `b[i] = [t H]_i v_i^T`. One sweep minimizes it exactly over one scale after another.
     Each scale is rounded to its stored value before the next one is fitted, so later groups absorb the rounding, and
     since a group's current scale is a stored value too, the nearest stored value to the optimum never raises the
     objective.

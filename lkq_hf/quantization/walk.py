@@ -88,7 +88,7 @@ def quantize_blocks(
     """Replaces `layers` of `model` by `QuantizedLinear` modules, calibrated on `tokens`.
 
     Two sets of hidden states travel through the blocks: `X`, of the full-precision model, and `X~`, of the model
-    quantised so far (`X` only where the settings use it). In every block, layers that share their input are solved
+    quantized so far (`X` only where the settings use it). In every block, layers that share their input are solved
     together from the moments of that input, written back, and only then the next layers' inputs are taken. On the
     compute device are one block, its full-precision twin, and one group's moments.
 
@@ -103,14 +103,14 @@ def quantize_blocks(
         tokens: int64 `[samples, length]`.
         device: where the arithmetic runs, one block at a time.
         batch_size: samples that run through a block at once.
-        true_sequential: `False` takes all inputs of a block before its first layer is quantised.
+        true_sequential: `False` takes all inputs of a block before its first layer is quantized.
         offload: where hidden states are kept, see `Activations`.
-        resume_dir: finished blocks are written here, and found again when the same walk starts anew; quantised
+        resume_dir: finished blocks are written here, and found again when the same walk starts anew; quantized
             weights only, since the hidden states follow from them.
         load_block: called with a block and its name before its weights are needed.
 
     Raises:
-        ValueError: a layer that cannot be quantised, by name, a `resume_dir` of another walk, end-to-end tuning of
+        ValueError: a layer that cannot be quantized, by name, a `resume_dir` of another walk, end-to-end tuning of
             blocks that take more than hidden states from the one before, or a refinement that needs the whole model
             together with `load_block`.
     """
@@ -156,7 +156,7 @@ def quantize_blocks(
     full_extras: list[Extras] = []
     fisher = _fisher(model, blocks, batches, settings, device, processes)
     report = WalkReport(device=str(device))
-    progress = tqdm(range(len(blocks)), desc="quantising", unit="block", disable=not processes.is_main)
+    progress = tqdm(range(len(blocks)), desc="quantizing", unit="block", disable=not processes.is_main)
     for index in progress:
         ensure_loaded(index)
         block, call = blocks[index], calls[index].with_extras(extras)
@@ -225,7 +225,7 @@ def quantize_blocks(
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
     logger.info(
-        "quantised %d layers in %.0f s on %s, peak memory %.2f GiB",
+        "quantized %d layers in %.0f s on %s, peak memory %.2f GiB",
         len(layers),
         report.seconds,
         device,
@@ -289,7 +289,7 @@ def _fisher(
 
 @dataclass(frozen=True)
 class _Paths:
-    """A block as it is being quantised, its full-precision twin, the calls of both, the hidden states that enter them,
+    """A block as it is being quantized, its full-precision twin, the calls of both, the hidden states that enter them,
     and who shares the work."""
 
     block: nn.Module
@@ -412,7 +412,7 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
         tokens = hidden.shape[0] * hidden.shape[1]
         for index, accumulated in enumerate(moments):
             # A layer that sees only some tokens (an expert) may see other ones in the full-precision model: then
-            # its two inputs have no common rows, and it is quantised without the deviation term.
+            # its two inputs have no common rows, and it is quantized without the deviation term.
             sizes_agree = len(seen[index]) == len(full_seen[index])
             if not sizes_agree or any(x.numel() != tokens * x.shape[-1] for x in seen[index]):
                 accumulated.deviation = None

@@ -1,4 +1,4 @@
-"""What the solver hands to packing and export: one quantised Linear weight."""
+"""What the solver hands to packing and export: one quantized Linear weight."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A group-wise quantised weight: `w[o, k] = scales[o, g] * (integers[o, k] - zeros[o, g])`, `g = k // group_size`.
+    """A group-wise quantized weight: `w[o, k] = scales[o, g] * (integers[o, k] - zeros[o, g])`, `g = k // group_size`.
 
     Args:
         integers: int32 or uint8 `[out_features, in_features]` in `0 .. 2**bits - 1`, columns in their original order.

@@ -23,8 +23,8 @@ class LookaheadScorer(Scorer):
     Args:
         kernel_size: odd width of the pooling along the prompt, 1 for none. None takes the pooling, as a whole, that
             the adapter's config recommends.
-        pooling: "max", "avg" or "sum" of the neighbourhood; only with a ``kernel_size``.
-        neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
+        pooling: "max", "avg" or "sum" of the neighborhood; only with a ``kernel_size``.
+        neighbor_weight: what each neighbor counts in a sum, from 0 (excluded) to 1.
         row_power: exponent of the power mean over the learned tokens. None takes the adapter's.
     """
 

@@ -22,8 +22,8 @@ class OracleScorer(Scorer):
         response_mask: ``[batch, response_length]``, True for real tokens, with padding on the right only; None if the
             responses are equally long.
         kernel_size: odd width of the pooling along the prompt, 1 for none.
-        pooling: "max", "avg" or "sum" of the neighbourhood.
-        neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
+        pooling: "max", "avg" or "sum" of the neighborhood.
+        neighbor_weight: what each neighbor counts in a sum, from 0 (excluded) to 1.
     """
 
     response_ids: torch.Tensor

@@ -21,14 +21,14 @@ def check_pooling(kernel_size: int, pooling: str, neighbor_weight: float = 1.0) 
 def pool_scores(
     scores: torch.Tensor, kernel_size: int, pooling: str = "max", neighbor_weight: float = 1.0
 ) -> torch.Tensor:
-    """Replaces each score by one of its neighbourhood of ``kernel_size`` scores, itself in the middle.
+    """Replaces each score by one of its neighborhood of ``kernel_size`` scores, itself in the middle.
 
     Args:
         scores: ``[batch, kv_heads, length]``, not negative, or minus infinity (padding), which counts as zero in an
             average or sum.
-        kernel_size: odd width of the neighbourhood; 1 changes nothing.
-        pooling: "max", "avg" (of the neighbours that exist), or "sum": the score plus ``neighbor_weight`` times each
-            of its neighbours.
+        kernel_size: odd width of the neighborhood; 1 changes nothing.
+        pooling: "max", "avg" (of the neighbors that exist), or "sum": the score plus ``neighbor_weight`` times each
+            of its neighbors.
         neighbor_weight: from 0 (excluded) to 1, for "sum" alone.
     """
     if kernel_size == 1:

@@ -17,8 +17,8 @@ class SnapKVScorer(Scorer):
     Args:
         window: number of last prompt tokens that observe; at most the budget is used.
         kernel_size: odd width of the pooling along the prompt, 1 for none.
-        pooling: "max", "avg" or "sum" of the neighbourhood.
-        neighbor_weight: what each neighbour counts in a sum, from 0 (excluded) to 1.
+        pooling: "max", "avg" or "sum" of the neighborhood.
+        neighbor_weight: what each neighbor counts in a sum, from 0 (excluded) to 1.
     """
 
     window: int = 32

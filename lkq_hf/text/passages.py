@@ -57,7 +57,7 @@ def fit_length(build: Callable[[int], Built], length: int, most: int) -> Built |
     Returns:
         the prompt, or None if the passage is too short or merges of tokens at its seams skip this length.
     """
-    # Every guess is tokenised whole; knowing the length of all that is around the passage, the first is nearly right.
+    # Every guess is tokenized whole; knowing the length of all that is around the passage, the first is nearly right.
     probe = min(16, most)
     tokens = min(length - (len(build(probe)["input_ids"]) - probe), most)
     if tokens <= 0:
@@ -98,7 +98,7 @@ class Passage:
 
 
 class Corpus:
-    """Documents, tokenised once, from which passages of any token length are cut.
+    """Documents, tokenized once, from which passages of any token length are cut.
 
     Args:
         documents: mappings with ``"text"`` and, if wanted, ``"document"`` (a name) and ``"source"``.

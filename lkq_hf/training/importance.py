@@ -273,11 +273,11 @@ def importance_divergence(target: torch.Tensor, predicted: torch.Tensor, power: 
     Returns:
         The mean over batch and heads, in nats (LookaheadKV, arXiv 2603.10899, training objective).
     """
-    target, predicted = _normalise(target, power), _normalise(predicted, power)
+    target, predicted = _normalize(target, power), _normalize(predicted, power)
     return F.kl_div(predicted.clamp(min=1e-30).log(), target, reduction="none").sum(-1).mean()
 
 
-def _normalise(scores: torch.Tensor, power: float) -> torch.Tensor:
+def _normalize(scores: torch.Tensor, power: float) -> torch.Tensor:
     # The smallest normal number keeps the gradient of a root finite where a score underflowed.
     raised = scores.clamp(min=torch.finfo(scores.dtype).tiny).pow(power) if power != 1 else scores
     return F.normalize(raised.masked_fill(scores == -torch.inf, 0.0), p=1.0, dim=-1, eps=1e-30)

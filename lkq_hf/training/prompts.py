@@ -199,7 +199,7 @@ def build_prompts_in_parallel(
     workers: int = 1,
 ) -> list[Prompt]:
     """The prompts of :func:`build_prompts`, made by several processes."""
-    # Documents are tokenised here, once, and not by every worker again.
+    # Documents are tokenized here, once, and not by every worker again.
     builder = PromptBuilder(documents, tokenizer, mix)
     if workers == 1:
         return [builder.prompt(index) for index in range(count)]

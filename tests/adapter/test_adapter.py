@@ -13,7 +13,7 @@ from models import (
     lookahead_attention,
     lookahead_model,
     prompt_ids,
-    randomise_adapter,
+    randomize_adapter,
     scores_of,
     set_adapter,
     switch_adapters,
@@ -368,7 +368,7 @@ def test_a_model_without_linear_modules():
 
 def test_the_prefix_of_parameters_is_in_no_module_path():
     model = lookahead_model()
-    randomise_adapter(model)
+    randomize_adapter(model)
     assert all(
         LookaheadKVModel.prefix not in name.rpartition(".lookahead_kv_")[0] for name, _ in model.named_parameters()
     )
@@ -390,7 +390,7 @@ def test_a_linear_infers_in_the_dtype_of_its_base_and_follows_the_adapter(batch)
 
     with torch.no_grad():
         for _ in range(3):
-            up.add_(torch.randn_like(up))  # as an optimiser changes it, after the first inference too
+            up.add_(torch.randn_like(up))  # as an optimizer changes it, after the first inference too
             for _ in range(2):
                 with lookahead_positions(5, x.shape[:2]):
                     found = linear(x)

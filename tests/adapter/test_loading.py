@@ -8,7 +8,7 @@ from models import (
     delete_adapter,
     needs_adapter_methods,
     prompt_ids,
-    randomise_adapter,
+    randomize_adapter,
     save_adapter,
     tiny_model,
 )
@@ -37,7 +37,7 @@ def saved(tmp_path_factory):
             num_lookahead_tokens=5, r=4, pooling_kernel_size=3, pooling="sum", neighbor_weight=0.25, row_power=2.0
         ),
     )
-    randomise_adapter(peft_model)
+    randomize_adapter(peft_model)
     peft_model.save_pretrained(directory)
     return base_directory, directory, tensors(peft_model)
 

@@ -419,7 +419,7 @@ def test_sets_of_several_seeds_hold_the_same_documents_out(run, base, tmp_path):
     assert not held_out & set.union(*(read for name, read in found if name == "train"))
 
 
-def test_what_cannot_be_quantised(run, base, texts, tmp_path):
+def test_what_cannot_be_quantized(run, base, texts, tmp_path):
     options = [
         "--dataset",
         texts,
@@ -434,7 +434,7 @@ def test_what_cannot_be_quantised(run, base, texts, tmp_path):
     ]
     assert run("quantize", base, *options, "--out", tmp_path / "w4")[0] == 0
     code, _, err = run("quantize", tmp_path / "w4", *options, "--out", tmp_path / "again")
-    assert (code, err) == (1, f"lkq-hf: {tmp_path / 'w4'} is quantised already; expected a model in full precision\n")
+    assert (code, err) == (1, f"lkq-hf: {tmp_path / 'w4'} is quantized already; expected a model in full precision\n")
     code, _, err = run("quantize", base, *options, "--dtype", "int3", "--out", tmp_path / "other")
     assert code == 1 and "--dtype must be one of float32, bfloat16, float16, auto; got 'int3'" in err
     (tmp_path / "binary").write_bytes(b"abc\x80")

@@ -127,10 +127,10 @@ def test_questions_of_the_user(checkpoint, text, tmp_path, run):
     assert [record["reference"] for record in records] == [question["answers"]] * 3
 
 
-def test_quantised_checkpoints(checkpoint, text, tmp_path, run):
+def test_quantized_checkpoints(checkpoint, text, tmp_path, run):
     out = ["--bits", "4", "--group-size", "32", "--num-samples", "2", "--model-seqlen", "64", "--device", "cpu"]
-    assert run("quantize", checkpoint / "base", "--dataset", text, "--out", tmp_path / "quantised", *out)[0] == 0
-    model = tmp_path / "quantised"
+    assert run("quantize", checkpoint / "base", "--dataset", text, "--out", tmp_path / "quantized", *out)[0] == 0
+    model = tmp_path / "quantized"
     small = ["--text", text, "--device", "cpu", "--out"]
     assert run("evaluate", "perplexity", model, "--window", "64", "--max-windows", "2", *small, tmp_path / "p")[0] == 0
     base = ["evaluate", "perplexity", checkpoint / "base", "--window", "64", "--max-windows", "2", *small]

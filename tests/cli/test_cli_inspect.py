@@ -32,7 +32,7 @@ class Elements(HTMLParser):
 
 
 def contrast(ink, shade, paper):
-    """Contrast (WCAG 2.2) of computed colours, where ``shade`` is translucent and lies on ``paper``."""
+    """Contrast (WCAG 2.2) of computed colors, where ``shade`` is translucent and lies on ``paper``."""
 
     def numbers(color):
         values = [float(number) for number in re.findall(r"[\d.]+", color)]

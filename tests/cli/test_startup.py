@@ -52,7 +52,7 @@ QUICK = {
     "--version": (["--version"], 0, "lkq-hf 0"),
     "--help": (["--help"], 0, "Commands:"),
     "help of a command": (["evaluate", "eviction", "--help"], 0, "--budgets"),
-    "no such command": (["quantise"], 2, "No such command"),
+    "no such command": (["quantize"], 2, "No such command"),
     "no such option": (["quantize", "m", "--dtaset", "x"], 2, "--dtaset"),
     "no such text": (["evaluate", "perplexity", "m", "--text", "none", "--out", "o"], 2, "'none' does not exist"),
     "no such documents": (["generate-targets", "m", "--documents", "none", "--out", "o"], 1, "there is no file none"),
@@ -157,13 +157,13 @@ LOADING = """
 import importlib, os, sys, traceback
 import torch
 
-base, adapter, quantised = sys.argv[1:4]
+base, adapter, quantized = sys.argv[1:4]
 
 
 def load():
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(quantised)
+    model = AutoModelForCausalLM.from_pretrained(quantized)
     assert type(model.model.layers[0].mlp.up_proj).__name__ == "QuantizedLinear"
     model.load_adapter(adapter)
     from peft import PeftModel

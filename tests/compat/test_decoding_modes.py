@@ -367,10 +367,10 @@ def test_another_cache_implementation(implementation):
 
 
 @item(
-    "quantised KV cache (QuantizedCache)",
+    "quantized KV cache (QuantizedCache)",
     refused="choose one: QuantizedCache keeps every token in few bits, LookaheadCache few tokens in full",
 )
-def test_a_quantised_cache_beside():
+def test_a_quantized_cache_beside():
     model, cache = lookahead_model(), LookaheadCache(budget=7)
     with pytest.raises(ValueError, match="use only one of the two"):
         model.generate(prompt_ids(1, 40), past_key_values=cache, cache_implementation="quantized")

@@ -151,9 +151,9 @@ def test_prompt_lookup(architecture):
     assert_as_masked_on_the_cpu(base, ids, output[:, 40:], None, cache, evicted_length=evicted_length(cache))
 
 
-@item("bases quantised by lkq-hf (two_stage_gptq)")
+@item("bases quantized by lkq-hf (two_stage_gptq)")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_our_own_quantised_bases(bits, tmp_path):
+def test_our_own_quantized_bases(bits, tmp_path):
     from test_models_and_wrappers import word_tokenizer
 
     tiny_model().save_pretrained(tmp_path / "base")

@@ -1,5 +1,5 @@
 """The same generation through everything that can be put around a model: attention implementations, compilation,
-devices and precisions, PEFT, quantised weights, pipelines."""
+devices and precisions, PEFT, quantized weights, pipelines."""
 
 import copy
 import importlib.metadata
@@ -19,7 +19,7 @@ from models import (
     kept_entries,
     lookahead_model,
     prompt_ids,
-    randomise_adapter,
+    randomize_adapter,
     save_adapter,
     set_adapter,
     switch_adapters,
@@ -216,7 +216,7 @@ def test_autocast():
 def test_peft_model(architecture):
     base = tiny_model(architecture)
     model = get_peft_model(copy.deepcopy(base), LookaheadKVConfig(num_lookahead_tokens=5, r=4)).eval()
-    randomise_adapter(model)
+    randomize_adapter(model)
     ids, cache = prompt_ids(2, 40), LookaheadCache(budget=7)
     assert_as_masked(base, ids, *generate(model, ids, cache), cache)
     cache = LookaheadCache(budget=7, park="cpu")
@@ -307,7 +307,7 @@ def test_lookahead_adapters_are_swapped(tmp_path):
     ids, kept = prompt_ids(1, 40), {}
     for seed in (1, 2):
         model = add_lookahead(copy.deepcopy(base), seed=seed)
-        randomise_adapter(model, seed=seed)
+        randomize_adapter(model, seed=seed)
         save_adapter(model, tmp_path / str(seed))
         cache = LookaheadCache(budget=7)
         assert_as_masked(base, ids, *generate(model, ids, cache), cache)
@@ -344,7 +344,7 @@ def test_disabled_adapters():
 
 
 def assert_runs_on(load, tolerance=1e-3):
-    """``load()`` gives the same quantised model each time."""
+    """``load()`` gives the same quantized model each time."""
     base, model = load().eval(), load().eval()
     for one in (base, model):
         one.generation_config.eos_token_id = None
@@ -364,9 +364,9 @@ def word_tokenizer():
     )  # fmt: skip
 
 
-@item("bases quantised by lkq-hf (two_stage_gptq)")
+@item("bases quantized by lkq-hf (two_stage_gptq)")
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_our_own_quantised_bases(bits, tmp_path):
+def test_our_own_quantized_bases(bits, tmp_path):
     from lkq_hf import TwoStageGPTQConfig
 
     tiny_model().save_pretrained(tmp_path / "base")
@@ -375,11 +375,11 @@ def test_our_own_quantised_bases(bits, tmp_path):
     texts = [" ".join(f"w{n}" for n in torch.randint(3, 160, (50,), generator=generator).tolist()) for _ in range(8)]
     config = TwoStageGPTQConfig(bits=bits, group_size=32, dataset=texts, num_samples=4, model_seqlen=32)
     AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).save_pretrained(
-        tmp_path / "quantised"
+        tmp_path / "quantized"
     )
 
     def load():
-        return AutoModelForCausalLM.from_pretrained(tmp_path / "quantised", attn_implementation="eager")
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "quantized", attn_implementation="eager")
 
     model = assert_runs_on(load)
     assert model.model.layers[0].mlp.up_proj.base_layer.__class__.__name__ == "QuantizedLinear"
@@ -392,7 +392,7 @@ def require(package, record_property):
     record_property("with", f"{package} {importlib.metadata.version(package)}, on the CPU")
 
 
-@item("bases quantised by torchao")
+@item("bases quantized by torchao")
 def test_torchao_bases(record_property):
     require("torchao", record_property)
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -405,14 +405,14 @@ def test_torchao_bases(record_property):
     assert_runs_on(load, tolerance=1e-2)
 
 
-@item("bases quantised by bitsandbytes")
+@item("bases quantized by bitsandbytes")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes_bases(bits, tmp_path, record_property):
     require("bitsandbytes", record_property)
     from transformers import BitsAndBytesConfig
 
     tiny_model(intermediate_size=128).save_pretrained(tmp_path)  # of whole blocks of 64 weights
-    # Without outliers, which are chosen over all tokens of a forward: each token is then quantised by itself.
+    # Without outliers, which are chosen over all tokens of a forward: each token is then quantized by itself.
     config = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, llm_int8_threshold=0.0)
 
     def load():
@@ -423,7 +423,7 @@ def test_bitsandbytes_bases(bits, tmp_path, record_property):
     assert_runs_on(load, tolerance=5e-2)
 
 
-@item("bases quantised by GPTQModel")
+@item("bases quantized by GPTQModel")
 def test_gptqmodel_bases(tmp_path):
     pytest.importorskip("gptqmodel", reason="GPTQModel is not installed")
     from transformers import GPTQConfig

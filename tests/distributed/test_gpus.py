@@ -264,7 +264,7 @@ def test_layers_of_8b_under_tensor_parallelism(groups, tmp_path, record_property
 
 
 def packed_layers_on_two_gpus():
-    """Logits of a quantised model on one GPU and spread over two, and where its last layer is."""
+    """Logits of a quantized model on one GPU and spread over two, and where its last layer is."""
     model = tiny_model(hidden_size=256, intermediate_size=512, head_dim=64)
     config = TwoStageGPTQConfig(bits=4, group_size=32)
     name, layers = find_layers(model, config)

@@ -1,4 +1,4 @@
-"""Quantising in several processes: the solver's inputs, its result, resuming, and blocks read from disk."""
+"""Quantizing in several processes: the solver's inputs, its result, resuming, and blocks read from disk."""
 
 import copy
 import json

@@ -255,7 +255,7 @@ def test_a_wrong_snippet_that_is_not_run_is_found(text: str) -> None:
         "python examples/quickstart.py --bugdet 3",
         "vllm serve no-such-checkpoint",
         "curl example.org",
-        "lkq-hf quantise MODEL",
+        "lkq-hf quantize MODEL",
     ],
 )
 def test_a_wrong_command_is_found(command: str, furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

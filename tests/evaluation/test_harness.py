@@ -85,7 +85,7 @@ def test_likelihoods_are_those_over_what_was_kept(harness, tokenizer):
 
 
 @pytest.mark.real_model
-def test_quantised_checkpoints(harness, tokenizer, tmp_path):
+def test_quantized_checkpoints(harness, tokenizer, tmp_path):
     tiny_model(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     texts = tmp_path / "texts.txt"

@@ -28,8 +28,8 @@ CONFIGS = {"adapter": "adapter_config.json", "checkpoint": "config.json"}
 
 
 @pytest.fixture(scope="session")
-def quantised(files, tmp_path_factory):
-    out = tmp_path_factory.mktemp("quantised") / "checkpoint"
+def quantized(files, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "checkpoint"
     TwoStageQuantizer.from_pretrained(files / "base").quantize(
         out, dataset=str(files / "calibration.jsonl"), num_samples=2, model_seqlen=32, group_size=32, device="cpu"
     )
@@ -43,9 +43,9 @@ def adapter(files, tmp_path):
 
 
 @pytest.fixture
-def checkpoint(quantised, tmp_path):
+def checkpoint(quantized, tmp_path):
     """A copy to damage."""
-    return shutil.copytree(quantised, tmp_path / "checkpoint")
+    return shutil.copytree(quantized, tmp_path / "checkpoint")
 
 
 def base(files):
@@ -161,7 +161,7 @@ def check_flipped(kind, load, files, directory, count):
                 refused += 1
             else:
                 if kind == "checkpoint" and getattr(model.config, "quantization_config", None) is None:
-                    continue  # the flip renamed that key: transformers alone reads this, as a model not quantised
+                    continue  # the flip renamed that key: transformers alone reads this, as a model not quantized
                 assert {name: tensor.shape for name, tensor in model.state_dict().items()} == shapes, seed
                 assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values()), seed
         path.write_bytes(content)

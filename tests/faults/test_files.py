@@ -107,14 +107,14 @@ def test_other_errors_stay_as_they_are(tmp_path):
 
 
 def test_the_content_is_on_the_disk_before_the_name(path, monkeypatch):
-    synchronised = []
+    synchronized = []
 
     def fsync(descriptor):
-        synchronised.append((os.fstat(descriptor).st_ino, path.read_text()))
+        synchronized.append((os.fstat(descriptor).st_ino, path.read_text()))
 
     monkeypatch.setattr(os, "fsync", fsync)
     replace(path)
-    assert synchronised == [(path.stat().st_ino, OLD)]
+    assert synchronized == [(path.stat().st_ino, OLD)]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])

@@ -38,7 +38,7 @@ def test_a_damaged_shard(tmp_path):
 
 @pytest.fixture(params=["new", "there"])
 def stopped(files, tmp_path, monkeypatch, request):
-    """Blocks of a quantisation that was stopped when they were done, and a function that starts it again.
+    """Blocks of a quantization that was stopped when they were done, and a function that starts it again.
 
     Its directory is new, or there already, as mount points are.
     """
@@ -79,7 +79,7 @@ def test_a_damaged_block(stopped, tmp_path):
 def test_blocks_of_nobody_knows_what(stopped):
     partial, quantize = stopped
     (partial / "walk.json").unlink()
-    with pytest.raises(ValueError, match=r"holds blocks of a quantisation but no walk\.json"):
+    with pytest.raises(ValueError, match=r"holds blocks of a quantization but no walk\.json"):
         quantize()
     shutil.rmtree(partial)
     assert quantize() == 0

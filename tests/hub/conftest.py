@@ -1,4 +1,4 @@
-"""A Hub on loopback, a tiny base model on it, and an adapter and a quantised checkpoint to share."""
+"""A Hub on loopback, a tiny base model on it, and an adapter and a quantized checkpoint to share."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 from loopback_hub import LoopbackHub
-from models import randomise_adapter, tiny_model
+from models import randomize_adapter, tiny_model
 from peft import get_peft_model
 from sharing import BASE, base_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -66,7 +66,7 @@ def saved_adapter(tmp_path_factory, base_directory):
     directory = tmp_path_factory.mktemp("saved") / "adapter"
     config = LookaheadKVConfig(num_lookahead_tokens=5, r=4, task_type="CAUSAL_LM")
     model = get_peft_model(base_model(base_directory), config)
-    randomise_adapter(model)
+    randomize_adapter(model)
     model.save_pretrained(directory)
     return directory
 

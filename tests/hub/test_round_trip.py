@@ -90,7 +90,7 @@ def test_push_to_hub_of_a_model_with_an_adapter_writes_our_card(hub, adapter, ba
 
 
 @pytest.mark.parametrize("route", ["push_to_hub", "save_pretrained"])
-def test_push_to_hub_of_a_quantised_model_writes_our_card(hub, checkpoint, tmp_path, route):
+def test_push_to_hub_of_a_quantized_model_writes_our_card(hub, checkpoint, tmp_path, route):
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     if route == "push_to_hub":
         model.push_to_hub("alice/pushed", private=True)
@@ -229,7 +229,7 @@ def test_what_was_loaded_once_loads_offline(hub, transfer, adapter, checkpoint, 
         load_adapter(AutoModelForCausalLM.from_pretrained("alice/w4"), "alice/other")
 
 
-def test_one_repository_with_an_adapter_and_its_quantised_base(hub, transfer, adapter, checkpoint):
+def test_one_repository_with_an_adapter_and_its_quantized_base(hub, transfer, adapter, checkpoint):
     for file in adapter.glob("adapter_*"):
         shutil.copy(file, checkpoint)
     with pytest.raises(ValueError, match=r'set "base_model_name_or_path" to "alice/both"'):
@@ -242,7 +242,7 @@ def test_one_repository_with_an_adapter_and_its_quantised_base(hub, transfer, ad
     model.generate(IDS, past_key_values=LookaheadCache(budget=16), max_new_tokens=2)
 
 
-def test_an_adapter_in_a_folder_beside_its_quantised_base(hub, adapter, checkpoint):
+def test_an_adapter_in_a_folder_beside_its_quantized_base(hub, adapter, checkpoint):
     shutil.copytree(adapter, checkpoint / "lookahead")
     push_to_hub(checkpoint, "alice/both")
     model = AutoModelForCausalLM.from_pretrained("alice/both")

@@ -1,4 +1,4 @@
-"""Packed weights in matmul and dequantisation: Triton (in its interpreter without a GPU) against the reference."""
+"""Packed weights in matmul and dequantization: Triton (in its interpreter without a GPU) against the reference."""
 
 import os
 from collections.abc import Callable

@@ -66,7 +66,7 @@ def test_infinities(device, use_kernels, implementation, k):
 
 
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_neighbouring_floats_are_told_apart(device, use_kernels, implementation):
+def test_neighboring_floats_are_told_apart(device, use_kernels, implementation):
     scores, key, value = make_inputs(device, 100, batch=1, kv_heads=1)
     scores[0, 0] = (torch.full((), 0.01).view(torch.int32) + torch.randperm(100, dtype=torch.int32)).view(
         torch.float32

@@ -35,9 +35,9 @@ def test_all_sources_give_windows_of_their_text(texts, tokenizer, tmp_path):
     sources = {
         "strings": texts,
         "rows": rows,
-        "tokenised": [{"input_ids": row} for row in ids],
+        "tokenized": [{"input_ids": row} for row in ids],
         "dataset": Dataset.from_list(rows),
-        "tokenised dataset": Dataset.from_list([{"input_ids": row} for row in ids]),
+        "tokenized dataset": Dataset.from_list([{"input_ids": row} for row in ids]),
         "jsonl": tmp_path / "a.jsonl",
         "jsonl name": str(tmp_path / "a.jsonl"),
         "gzip": tmp_path / "a.jsonl.gz",

@@ -21,7 +21,7 @@ REFUSALS = (
     "could be saved, but not loaded again",
     "does not run with packed layers",
     "found no list of blocks with linear layers",
-    "is left to quantise",
+    "is left to quantize",
 )
 
 

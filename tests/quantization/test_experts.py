@@ -487,7 +487,7 @@ def test_experts_that_come_in_mxfp4_are_dequantized_and_quantized(tokenizer, tex
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(again.config.quantization_config) is TwoStageGPTQConfig
     assert torch.equal(logits(again, tokens % 128), logits(model, tokens % 128))
-    with pytest.raises(ValueError, match=r"quantised already \(mxfp4\)"):
+    with pytest.raises(ValueError, match=r"quantized already \(mxfp4\)"):
         quantizer.quantize(tmp_path / "other", **options, block_by_block=True)
 
 

@@ -30,7 +30,7 @@ SETTINGS = [(bits, sym) for bits in (2, 3, 4, 8) for sym in (True, False)]
 
 @pytest.fixture
 def checkpoint(tiny_llama, tokenizer, texts, tmp_path):
-    """Quantises the tiny model: bits, sym and group_size to a directory and the model."""
+    """Quantizes the tiny model: bits, sym and group_size to a directory and the model."""
 
     def make(
         bits: int, sym: bool, group_size: int = 32, shard: str = "5GB", stages: tuple[str, ...] = ()
@@ -58,7 +58,7 @@ def checkpoint(tiny_llama, tokenizer, texts, tmp_path):
 
 @pytest.fixture
 def quick(tokenizer, texts):
-    """Settings for tests that do not look at how well a model is quantised."""
+    """Settings for tests that do not look at how well a model is quantized."""
     rounding = {"bits": 4, "group_size": 32, "preset": "paper", "stages": ()}
     return {**rounding, "dataset": texts, "tokenizer": tokenizer, "num_samples": 2, "model_seqlen": 16}
 

@@ -38,7 +38,7 @@ def empty_like(linear: QuantizedLinear, **changes: object) -> QuantizedLinear:
 
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_forward_and_backward_are_those_of_the_dequantised_weight(bits: int, sym: bool) -> None:
+def test_forward_and_backward_are_those_of_the_dequantized_weight(bits: int, sym: bool) -> None:
     weight = random_weight(bits, sym)
     linear = QuantizedLinear.from_quantized_weight(weight)
     assert torch.equal(linear.dequantize(), weight.dequantize())

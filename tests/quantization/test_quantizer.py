@@ -1,4 +1,4 @@
-"""From a base checkpoint to a quantised one and back, through transformers and through Optimum's interface."""
+"""From a base checkpoint to a quantized one and back, through transformers and through Optimum's interface."""
 
 import json
 import os
@@ -49,7 +49,7 @@ def logits(model, ids):
         return model(input_ids=ids).logits
 
 
-def test_quantise_on_load_save_and_load_again(base, options, ids, tmp_path, tiny_llama):
+def test_quantize_on_load_save_and_load_again(base, options, ids, tmp_path, tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=TwoStageGPTQConfig(**options))
     packed = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
     assert len(packed) == 2 * 7 and type(model.lm_head) is nn.Linear
@@ -68,10 +68,10 @@ def test_quantise_on_load_save_and_load_again(base, options, ids, tmp_path, tiny
     assert {p.suffix for p in (tmp_path / "out").iterdir()} == {".json", ".safetensors"}
 
 
-def test_quantising_again_what_is_quantised_is_refused(base, options, tmp_path):
+def test_quantizing_again_what_is_quantized_is_refused(base, options, tmp_path):
     TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
     config = TwoStageGPTQConfig(**{**options, "bits": 2})
-    with pytest.raises(ValueError, match="quantised already, and quantization_config has a dataset"):
+    with pytest.raises(ValueError, match="quantized already, and quantization_config has a dataset"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=config)
     # Without data it asks for nothing, and transformers says that it is not used.
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
@@ -94,12 +94,12 @@ def test_a_checkpoint_has_a_group_size(base, options, tmp_path):
     assert TwoStageGPTQConfig.from_dict({"quant_method": "two_stage_gptq"}).group_size == 128
 
 
-def test_models_that_initialise_layers_inside_of_others_load_again(tiny_gpt2, tokenizer, options, ids, tmp_path):
+def test_models_that_initialize_layers_inside_of_others_load_again(tiny_gpt2, tokenizer, options, ids, tmp_path):
     tiny_gpt2.save_pretrained(tmp_path / "base")
     config = TwoStageGPTQConfig(**options, tokenizer=tokenizer)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
     model.save_pretrained(tmp_path / "out")
-    # Eager attention reads a mask that is in no checkpoint: GPT-2 makes it where it initialises the layers.
+    # Eager attention reads a mask that is in no checkpoint: GPT-2 makes it where it initializes the layers.
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager")
     torch.testing.assert_close(logits(again, ids), logits(model, ids), rtol=1e-4, atol=1e-4)
     layer = again.transformer.h[0].attn.c_proj
@@ -153,7 +153,7 @@ def test_dtype_and_device_map_at_load_keep_the_stored_format(base, options, ids,
 
 
 @pytest.mark.parametrize("device_map", [{"": "disk"}, {"model.layers.1": "disk", "": "cpu"}])
-def test_a_device_map_with_disk_is_refused_before_quantising(base, options, device_map):
+def test_a_device_map_with_disk_is_refused_before_quantizing(base, options, device_map):
     config = TwoStageGPTQConfig(**options)
     with pytest.raises(ValueError, match="leaves a part of the model on disk"):
         AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map=device_map)
@@ -198,7 +198,7 @@ def test_the_presets_differ_and_all_stages_off_is_gptq(base, options, ids):
     assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
 
 
-def test_optimum_interface_equals_quantise_on_load_and_block_by_block_equals_in_memory(base, options, tmp_path):
+def test_optimum_interface_equals_quantize_on_load_and_block_by_block_equals_in_memory(base, options, tmp_path):
     TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "memory", **options)
     quantizer = TwoStageQuantizer.from_pretrained(base)
     quantizer.quantize(tmp_path / "blocks", block_by_block=True, **options)
@@ -369,7 +369,7 @@ def test_the_configuration_survives_its_own_json(options):
         ({"block_name_to_quantize": "model.blocks"}, "no module list"),
     ],
 )
-def test_what_cannot_be_quantised_is_said_before_anything_is_written(base, options, tmp_path, changes, message):
+def test_what_cannot_be_quantized_is_said_before_anything_is_written(base, options, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **{**options, **changes})
     assert not (tmp_path / "out").exists()
@@ -389,11 +389,11 @@ def test_layers_can_be_chosen(base, options, tmp_path, ids):
 
 
 @pytest.mark.parametrize("form", ["in memory", "directory", "block by block"])
-def test_quantised_models_are_not_quantised_again(base, options, tmp_path, form):
+def test_quantized_models_are_not_quantized_again(base, options, tmp_path, form):
     first = {**options, "modules_to_not_convert": ["mlp"]}
     model = TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **first)
     quantizer = TwoStageQuantizer.from_pretrained(model if form == "in memory" else tmp_path / "out")
-    with pytest.raises(ValueError, match="expected a model in full precision, found one that is quantised already"):
+    with pytest.raises(ValueError, match="expected a model in full precision, found one that is quantized already"):
         quantizer.quantize(tmp_path / "again", **{**options, "bits": 3}, block_by_block=form == "block by block")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
@@ -420,6 +420,6 @@ def test_models_with_adapters_are_refused(tiny_llama, tokenizer, options, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_a_peft_model_is_no_model_to_quantise(tiny_llama):
+def test_a_peft_model_is_no_model_to_quantize(tiny_llama):
     with pytest.raises(TypeError, match=r"found PeftModel; .* what merge_and_unload"):
         TwoStageQuantizer.from_pretrained(get_peft_model(tiny_llama, LoraConfig(r=4)))

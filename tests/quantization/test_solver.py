@@ -390,7 +390,7 @@ def test_scales_neither_vanish_nor_overflow_in_float16(problem, size):
         assert (result.dequantize() - weight).abs().max() < 0.1 * size
 
 
-def test_what_cannot_be_quantised_is_refused(problem):
+def test_what_cannot_be_quantized_is_refused(problem):
     weight, moments, _, _ = problem
     broken = weight.clone()
     broken[3, 4] = torch.nan

@@ -232,7 +232,7 @@ def test_the_order_inside_a_block_is_that_of_execution(make, expected, tokens):
 @pytest.mark.parametrize(
     ("make", "expected"),
     [
-        # Gemma normalises before it adds.
+        # Gemma normalizes before it adds.
         (gemma3, {"self_attn.q_proj": None, "self_attn.o_proj": None, "mlp.up_proj": None, "mlp.down_proj": None}),
         (gpt2, {"attn.c_attn": None, "attn.c_proj": "ln_2", "mlp.c_fc": None, "mlp.c_proj": ""}),
         (opt, {"self_attn.q_proj": None, "self_attn.out_proj": "final_layer_norm", "fc1": None, "fc2": ""}),
@@ -267,7 +267,7 @@ def test_a_layer_that_sees_no_token_or_only_some_has_no_sum():
 
 
 @pytest.mark.parametrize("make", [gemma3, gpt2, opt, phi3, qwen3, mistral])
-def test_decoders_of_other_construction_are_quantised_and_stay_close(make, tokens):
+def test_decoders_of_other_construction_are_quantized_and_stay_close(make, tokens):
     model = built(make)
     with torch.no_grad():
         before = model(input_ids=tokens).logits
@@ -281,7 +281,7 @@ def test_decoders_of_other_construction_are_quantised_and_stay_close(make, token
     assert all(entry.losses["descent"] <= entry.losses["gptq"] * 1.001 for entry in report.layers)
 
 
-def test_the_deviation_is_zero_before_anything_is_quantised_and_not_after(tokens, monkeypatch, tiny_llama):
+def test_the_deviation_is_zero_before_anything_is_quantized_and_not_after(tokens, monkeypatch, tiny_llama):
     seen = []
     original = walk_module.quantize_weight
 
@@ -294,7 +294,7 @@ def test_the_deviation_is_zero_before_anything_is_quantised_and_not_after(tokens
     assert seen[0] == 0 and all(value > 0 for value in seen[1:]) and len(seen) == 8
 
 
-def test_moments_are_those_of_the_network_quantised_so_far(tokens, monkeypatch, tiny_llama):
+def test_moments_are_those_of_the_network_quantized_so_far(tokens, monkeypatch, tiny_llama):
     """The moments of the second block's up projection against hooks on the finished model."""
     found = []
     original = walk_module.quantize_weight

@@ -112,7 +112,7 @@ def test_random_scores_repeat_for_a_seed_and_differ_between_layers_heads_and_see
 
 @pytest.mark.parametrize("pooling", ["max", "avg"])
 @pytest.mark.parametrize("width", [1, 3, 7])
-def test_pooling_over_neighbours(pooling, width):
+def test_pooling_over_neighbors(pooling, width):
     scores = torch.rand(2, 2, 10, generator=torch.Generator().manual_seed(0))
     reduce = torch.amax if pooling == "max" else torch.mean
     half = width // 2
@@ -122,7 +122,7 @@ def test_pooling_over_neighbours(pooling, width):
 
 @pytest.mark.parametrize("weight", [0.2, 1.0])
 @pytest.mark.parametrize("width", [1, 3, 5])
-def test_a_weighted_sum_of_neighbours(weight, width):
+def test_a_weighted_sum_of_neighbors(weight, width):
     scores = torch.rand(2, 2, 10, generator=torch.Generator().manual_seed(0))
     half = width // 2
     expected = scores.clone()

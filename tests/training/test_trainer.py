@@ -128,7 +128,7 @@ def test_reading_on_top_of_a_prompt_does_not_change_its_cache():
     assert all(torch.equal(layer.keys, keys) for layer, keys in zip(prompt.layers, before, strict=True))
 
 
-def test_the_divergence_is_the_kl_of_normalised_scores():
+def test_the_divergence_is_the_kl_of_normalized_scores():
     target, predicted = torch.tensor([[[0.2, 0.1, 0.1]]]), torch.tensor([[[0.3, 0.3, 0.0]]]) + 1e-6
     p, q = target / target.sum(), predicted / predicted.sum()
     torch.testing.assert_close(importance_divergence(target, predicted), (p * (p / q).log()).sum())

@@ -41,7 +41,7 @@ class Task(ABC):
     """Prompts of one kind, made from any text.
 
     Args:
-        corpus: the documents, tokenised.
+        corpus: the documents, tokenized.
         seed: the same seed, corpus and length give the same prompts; prompt ``index`` depends on nothing else.
     """
 

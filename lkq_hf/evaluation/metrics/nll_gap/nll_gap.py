@@ -4,7 +4,7 @@ import datasets
 import evaluate
 
 _DESCRIPTION = """
-Mean negative log-likelihood per token of the same text under a changed model (an evicted cache, quantised weights) and
+Mean negative log-likelihood per token of the same text under a changed model (an evicted cache, quantized weights) and
 under the unchanged one, and their difference, in nats.
 """
 _INPUTS = """

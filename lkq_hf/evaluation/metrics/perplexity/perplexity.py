@@ -7,7 +7,7 @@ import evaluate
 
 _DESCRIPTION = """
 Exponential of the mean negative log-likelihood per token (natural logarithm). Unlike the ``perplexity`` of the Hub,
-this runs no model: it takes the NLLs, so that any cache and any quantisation can be measured.
+this runs no model: it takes the NLLs, so that any cache and any quantization can be measured.
 """
 _INPUTS = """
 Args:

@@ -1,15 +1,15 @@
-"""A quantised model and a lookahead adapter together: small weights and a small cache.
+"""A quantized model and a lookahead adapter together: small weights and a small cache.
 
-    python examples/quantised_with_adapter.py
-    python examples/quantise_and_push.py --out smollm2-w4
-    python examples/quantised_with_adapter.py --checkpoint smollm2-w4
+    python examples/quantized_with_adapter.py
+    python examples/quantize_and_push.py --out smollm2-w4
+    python examples/quantized_with_adapter.py --checkpoint smollm2-w4
 
-Numbers are planted in a text and asked for. The same prompts go to the original and to the quantised model, each with
+Numbers are planted in a text and asked for. The same prompts go to the original and to the quantized model, each with
 the full cache and with a LookaheadCache of `--budget` entries. You see how many numbers each of the four finds, and
 the memory of weights and cache.
 
-The adapter was trained for the original model. It is loaded into the quantised one as it is: it stays in full
-precision beside the packed layers. Without --checkpoint the model is quantised to 4 bits while it is loaded, quickly
+The adapter was trained for the original model. It is loaded into the quantized one as it is: it stays in full
+precision beside the packed layers. Without --checkpoint the model is quantized to 4 bits while it is loaded, quickly
 and roughly, which takes some minutes on two CPU cores.
 """
 
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--budget", type=int, default=128, help="entries kept per layer and KV head")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a prompt")
     parser.add_argument("--prompts", type=int, default=3)
-    parser.add_argument("--group-size", type=int, default=64, help="of the quantisation, without --checkpoint")
-    parser.add_argument("--checkpoint", help="quantised checkpoint of the model; default: quantise it now")
+    parser.add_argument("--group-size", type=int, default=64, help="of the quantization, without --checkpoint")
+    parser.add_argument("--checkpoint", help="quantized checkpoint of the model; default: quantize it now")
     parser.add_argument("--model", help="directory or Hub id; default: SmolLM2-135M-Instruct")
     parser.add_argument("--adapter", default=str(ADAPTER), help="lookahead adapter of the model")
     arguments = parser.parse_args()
@@ -57,7 +57,7 @@ def main() -> None:
     original = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     started = time.perf_counter()
     if arguments.checkpoint:
-        quantised = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
+        quantized = AutoModelForCausalLM.from_pretrained(arguments.checkpoint)
         print(f"Loaded {arguments.checkpoint}")
     else:
         recipe = TwoStageGPTQConfig(
@@ -70,9 +70,9 @@ def main() -> None:
             num_samples=8,
             model_seqlen=256,
         )
-        quantised = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, quantization_config=recipe)
-        print(f"Quantised in {time.perf_counter() - started:.0f} s")
-    models = {"original": original.eval(), "quantised": quantised.eval()}
+        quantized = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, quantization_config=recipe)
+        print(f"Quantized in {time.perf_counter() - started:.0f} s")
+    models = {"original": original.eval(), "quantized": quantized.eval()}
     for model in models.values():
         model.load_adapter(arguments.adapter)
 

@@ -1,7 +1,7 @@
-"""Quantise a model, save it, load it again, compare it with the original; with --repo-id, push it to the Hub.
+"""Quantize a model, save it, load it again, compare it with the original; with --repo-id, push it to the Hub.
 
-    python examples/quantise_and_push.py
-    python examples/quantise_and_push.py --bits 3 --out smollm2-w3 --repo-id your-name/smollm2-w3 --private
+    python examples/quantize_and_push.py
+    python examples/quantize_and_push.py --bits 3 --out smollm2-w3 --repo-id your-name/smollm2-w3 --private
 
 You see the size of both checkpoints, the loss of both models (nats per token, lower is better) on a text that took no
 part in the calibration, that the reloaded checkpoint gives the same loss, and the beginning of an answer of each.
@@ -68,8 +68,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out = arguments.out or Path(scratch) / "checkpoint"
         started = time.perf_counter()
-        # `base` itself is quantised in place: there is never a second copy of the weights.
-        quantised = TwoStageQuantizer.from_pretrained(base).quantize(
+        # `base` itself is quantized in place: there is never a second copy of the weights.
+        quantized = TwoStageQuantizer.from_pretrained(base).quantize(
             out,
             bits=arguments.bits,
             group_size=arguments.group_size,
@@ -82,9 +82,9 @@ def main() -> None:
             # The card names the base model by its id on the Hub, not by a directory of this computer.
             meta=None if arguments.model else {"base_model": SMOLLM2_NAME},
         )
-        print(f"Quantised to {arguments.bits} bits in {time.perf_counter() - started:.0f} s")
+        print(f"Quantized to {arguments.bits} bits in {time.perf_counter() - started:.0f} s")
         rows.append(
-            ("quantised", weight_bytes(quantised), loss(quantised, windows), continuation(quantised, tokenizer))
+            ("quantized", weight_bytes(quantized), loss(quantized, windows), continuation(quantized, tokenizer))
         )
 
         reloaded = AutoModelForCausalLM.from_pretrained(out).eval()
