@@ -107,7 +107,7 @@ def train(
     device: Device = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a lookahead adapter, from documents or from targets.
+    """Train a lookahead adapter, from documents or targets.
 
     With --documents all is done: prompts, the model's answers, the training, the choice of the best checkpoint by what
     evicted answers lose, the numbers for allocation="profile", and a model card.

@@ -261,10 +261,10 @@ class LookaheadTrainer(Trainer):
         predicted = lookahead_importance(
             model, decoder, prompt, tokens.active_tokens(), row_power, tokens.active_rows(), self.args.recompute
         )
+        kv_heads = {layer: prompt.kv_heads(layer) for layer in targets}
         if self.args.importance_heads == "kv":
-            kv_heads = decoder.config.num_key_value_heads
             targets, predicted = (
-                {layer: mean_over_query_heads(scores, kv_heads) for layer, scores in importance.items()}
+                {layer: mean_over_query_heads(scores, kv_heads[layer]) for layer, scores in importance.items()}
                 for importance in (targets, predicted)
             )
         # All layers' heads in one tensor: the mean over them is the same, and a step is bound by the number of its
@@ -277,7 +277,7 @@ class LookaheadTrainer(Trainer):
         if full_logits is not None:
             eviction_loss = self._eviction_loss(model, decoder, prompt, predicted, response, full_logits)
             loss = loss + self.args.eviction_weight * eviction_loss
-        return loss, (targets, predicted)
+        return loss, (targets, predicted, kv_heads)
 
     def _eviction_loss(
         self,
@@ -313,14 +313,13 @@ class LookaheadTrainer(Trainer):
     ) -> tuple[torch.Tensor, None, None]:
         with torch.no_grad():
             inputs = self._prepare_inputs(inputs)
-            loss, (targets, predicted) = self._loss_and_scores(model, inputs)
+            loss, (targets, predicted, kv_heads) = self._loss_and_scores(model, inputs)
             lengths = inputs["attention_mask"].sum(-1)
             recalls = torch.full((len(lengths), len(self.args.recall_budgets)), torch.nan, device=lengths.device)
-            kv_heads = get_decoder(self.accelerator.unwrap_model(model)).config.num_key_value_heads
             for column, budget in enumerate(self.args.recall_budgets):
                 if bool((long := lengths > budget).any()):
                     found = [
-                        importance_recall(targets[layer], predicted[layer], kv_heads, budget).to(lengths.device)
+                        importance_recall(targets[layer], predicted[layer], kv_heads[layer], budget).to(lengths.device)
                         for layer in targets
                     ]
                     recalls[long, column] = torch.stack(found).mean(0)[long]

@@ -195,7 +195,8 @@ def test_quantize_and_export_as_json(run, base, texts, tmp_path):
     assert stored["meta"]["base_model"] == "alice/base"
 
     code, out, _ = run("export", tmp_path / "w4", "--format", "gptq", "--out", tmp_path / "gptq", "--json")
-    assert (code, json.loads(out)) == (0, {"checkpoint": str(tmp_path / "gptq"), "format": "gptq"})
+    exported = {"checkpoint": str(tmp_path / "gptq"), "format": "gptq", "tested_readers": ["GPTQModel"]}
+    assert (code, json.loads(out)) == (0, exported)
 
 
 def test_results_in_the_working_directory(run, base, texts, tmp_path, monkeypatch):

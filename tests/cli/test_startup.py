@@ -52,7 +52,7 @@ QUICK = {
     "--version": (["--version"], 0, "lkq-hf 0"),
     "--help": (["--help"], 0, "Commands:"),
     "help of a command": (["evaluate", "eviction", "--help"], 0, "--budgets"),
-    "no such command": (["quantize"], 2, "No such command"),
+    "no such command": (["quantise"], 2, "No such command"),
     "no such option": (["quantize", "m", "--dtaset", "x"], 2, "--dtaset"),
     "no such text": (["evaluate", "perplexity", "m", "--text", "none", "--out", "o"], 2, "'none' does not exist"),
     "no such documents": (["generate-targets", "m", "--documents", "none", "--out", "o"], 1, "there is no file none"),

@@ -6,6 +6,7 @@ import pkgutil
 import signal
 import socket
 import sys
+import time
 import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
@@ -190,12 +191,15 @@ def killed_command_line(*arguments, kill):
         launch(partial(command_line, kill=kill), *arguments)
 
 
-def _kill_at(module, name, calls):
+def _kill_at(module, name, calls, after=None):
+    """Kills this process when it calls a function once more than ``calls`` times and the file ``after`` exists."""
     owner = pkgutil.resolve_name(module)
     original, made = getattr(owner, name), []
 
     def counted(*args, **kwargs):
         if len(made) == calls:
+            while after is not None and not after.exists():  # another process writes it
+                time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
         made.append(None)
         return original(*args, **kwargs)
