@@ -1,7 +1,7 @@
 """Attention over ragged segments against dense attention and a plain copy, on one GPU. Takes less than a minute.
 
     python benchmarks/ragged_attention.py --out benchmarks/results/ragged_attention
-    python benchmarks/ragged_attention.py --sweep --out /tmp/ragged_attention_sweep
+    python benchmarks/ragged_attention.py --sweep --out benchmarks/results/ragged_attention_sweep
 
 Writes OUT.json and OUT.md. Shapes are those of Llama-3.1-8B: 32 heads, 8 KV heads of 128. Data is random and larger
 than the L2 cache. Every result is checked against the reference before it is timed. Lengths of ragged segments are

@@ -4,16 +4,19 @@ The model is run once over the whole text, without a cache. Its attention is the
 behind one that hides what was evicted.
 """
 
+import copy
 import inspect
 import sys
 
 import torch
-from models import kept_entries, positions, prompt_ids
+from models import add_lookahead, kept_entries, left_padded, positions, prompt_ids
+from tiny import tiny_model
 from torch.nn import functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
-from lkq_hf.cache.prepare import get_decoder
+from lkq_hf import LookaheadCache
+from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 
 NAME = "masked_reference"
 GREEDY = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
@@ -117,3 +120,58 @@ def _full_layers(model):
     config = get_decoder(model).config
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [index for index, kind in enumerate(kinds[: _first_shared(config)]) if kind in ("full_attention", "hybrid")]
+
+
+def models(family, scorer, attention="sdpa"):
+    """The untouched model, and one that is ready for the scorer."""
+    base = tiny_model(family)
+    model = copy.deepcopy(base)
+    if scorer == "lookahead":
+        add_lookahead(model)
+    else:
+        prepare_model_for_eviction(model)
+    model.set_attn_implementation(attention)
+    return base, model
+
+
+def padded_prompts():
+    return left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
+
+
+def recorded_evictions(monkeypatch):
+    """A list that every eviction from now on adds to: what was kept, and the length of the text."""
+    stages, evict_to = [], LookaheadCache.evict_to
+
+    def recorded(cache, *arguments):
+        evict_to(cache, *arguments)
+        stages.append((kept_entries(cache), int(cache.get_seq_length())))
+
+    monkeypatch.setattr(LookaheadCache, "evict_to", recorded)
+    return stages
+
+
+def assert_changes_of_the_batch_are_followed(model, change, static):
+    """A later turn after "beams", "copy", "select" or "repeat" equals one of a cache that read these rows."""
+    ids = prompt_ids(2, 40)
+    options = {"max_new_tokens": 20} if static else {}
+    cache, expected = LookaheadCache(7, **options), LookaheadCache(7, **options)
+    question = prompt_ids(4, 5, seed=9)
+    order = [0, 1]
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        if change == "beams":
+            order = [1, 1]
+            cache.reorder_cache(torch.tensor(order))
+        elif change == "copy":
+            used, cache = cache, copy.deepcopy(cache)
+            model(prompt_ids(2, 9, seed=3), past_key_values=used)
+        elif change == "select":
+            order = [1]
+            cache.batch_select_indices(torch.tensor(order))
+        else:
+            order = [0, 0, 1, 1]
+            cache.batch_repeat_interleave(2)
+        found = model(question[: len(order)], past_key_values=cache).logits
+        model(ids[order], past_key_values=expected)
+        reference = model(question[: len(order)], past_key_values=expected).logits
+    torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)

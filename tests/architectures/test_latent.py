@@ -1,38 +1,27 @@
 """Models with latent attention: of each token the cache holds one latent and one rotary part for all heads."""
 
-import copy
-
 import pytest
 import torch
-from masked_reference import assert_turns_equal_masked_attention, generate, masked_logits
-from models import Graphs, add_lookahead, compiled_by, kept_entries, left_padded, prompt_ids
+from masked_reference import (
+    assert_changes_of_the_batch_are_followed,
+    assert_turns_equal_masked_attention,
+    generate,
+    masked_logits,
+    models,
+    padded_prompts,
+    recorded_evictions,
+)
+from models import Graphs, add_lookahead, compiled_by, kept_entries, prompt_ids
 from tiny import tiny_model
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.adapter.model import adapter_parameters
-from lkq_hf.cache.cache import LookaheadCache as Cache
 
 FAMILIES = [
     "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "mistral4", "kimi_linear", "longcat_flash", "minicpm3", "youtu",
     "axk1",
 ]  # fmt: skip
 FEW = ["deepseek_v3", "kimi_linear"]
-
-
-def models(family, scorer, attention="sdpa"):
-    """The untouched model, and one that is ready for the scorer."""
-    base = tiny_model(family)
-    model = copy.deepcopy(base)
-    if scorer == "lookahead":
-        add_lookahead(model)
-    else:
-        prepare_model_for_eviction(model)
-    model.set_attn_implementation(attention)
-    return base, model
-
-
-def padded_prompts():
-    return left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
 
 
 @pytest.mark.parametrize(("attention", "static"), [("eager", False), ("sdpa", False), ("sdpa", True)])
@@ -75,13 +64,7 @@ def test_a_compiled_decode(family, reset_compiler):
 @pytest.mark.parametrize("static", [False, True])
 def test_an_answer_that_is_evicted_again_and_again(scorer, static, monkeypatch):
     base, model = models("deepseek_v3", scorer)
-    stages, evict_to = [], Cache.evict_to
-
-    def recorded(cache, *arguments):
-        evict_to(cache, *arguments)
-        stages.append((kept_entries(cache), int(cache.get_seq_length())))
-
-    monkeypatch.setattr(Cache, "evict_to", recorded)
+    stages = recorded_evictions(monkeypatch)
     ids, mask = padded_prompts()
     cache = LookaheadCache(7, scorer, refresh_every=4, max_new_tokens=20 if static else None)
     tokens, logits = generate(model, ids, cache, mask, 20)
@@ -108,29 +91,7 @@ def test_parking_and_chunks(family):
 @pytest.mark.parametrize("change", ["beams", "copy", "select", "repeat"])
 def test_changes_of_the_batch(change, static):
     _, model = models("deepseek_v3", "lookahead")
-    ids = prompt_ids(2, 40)
-    options = {"max_new_tokens": 20} if static else {}
-    cache, expected = LookaheadCache(7, **options), LookaheadCache(7, **options)
-    question = prompt_ids(4, 5, seed=9)
-    order = [0, 1]
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-        if change == "beams":
-            order = [1, 1]
-            cache.reorder_cache(torch.tensor(order))
-        elif change == "copy":
-            used, cache = cache, copy.deepcopy(cache)
-            model(prompt_ids(2, 9, seed=3), past_key_values=used)
-        elif change == "select":
-            order = [1]
-            cache.batch_select_indices(torch.tensor(order))
-        else:
-            order = [0, 0, 1, 1]
-            cache.batch_repeat_interleave(2)
-        found = model(question[: len(order)], past_key_values=cache).logits
-        model(ids[order], past_key_values=expected)
-        reference = model(question[: len(order)], past_key_values=expected).logits
-    torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
+    assert_changes_of_the_batch_are_followed(model, change, static)
 
 
 def test_drafted_tokens_are_taken_back():

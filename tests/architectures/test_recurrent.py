@@ -1,16 +1,21 @@
 """Models with recurrent or convolutional layers beside those that attend."""
 
-import copy
-
 import pytest
 import torch
-from masked_reference import assert_turns_equal_masked_attention, generate, masked_logits
-from models import Graphs, add_lookahead, compiled_by, kept_entries, left_padded, prompt_ids
+from masked_reference import (
+    assert_changes_of_the_batch_are_followed,
+    assert_turns_equal_masked_attention,
+    generate,
+    masked_logits,
+    models,
+    padded_prompts,
+    recorded_evictions,
+)
+from models import Graphs, add_lookahead, compiled_by, kept_entries, prompt_ids
 from tiny import tiny_model
 from torch.nn import functional as F
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
-from lkq_hf.cache.cache import LookaheadCache as Cache
 from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.cache.recurrent import RecurrentLayer
 
@@ -22,24 +27,8 @@ FAMILIES = [
 KINDS = ["qwen3_5_text", "granitemoehybrid", "jamba", "lfm2", "falcon_h1"]
 
 
-def models(family, scorer, attention="sdpa"):
-    """The untouched model, and one that is ready for the scorer."""
-    base = tiny_model(family)
-    model = copy.deepcopy(base)
-    if scorer == "lookahead":
-        add_lookahead(model)
-    else:
-        prepare_model_for_eviction(model)
-    model.set_attn_implementation(attention)
-    return base, model
-
-
 def _has_experts(model):
     return any("experts" in name for name, _ in model.named_parameters())
-
-
-def padded_prompts():
-    return left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
 
 
 def states_of(cache):
@@ -131,13 +120,7 @@ def test_a_compiled_decode(family, reset_compiler):
 @pytest.mark.parametrize("family", KINDS)
 def test_an_answer_that_is_evicted_again_and_again(family, scorer, monkeypatch):
     base, model = models(family, scorer)
-    stages, evict_to = [], Cache.evict_to
-
-    def recorded(cache, *arguments):
-        evict_to(cache, *arguments)
-        stages.append((kept_entries(cache), int(cache.get_seq_length())))
-
-    monkeypatch.setattr(Cache, "evict_to", recorded)
+    stages = recorded_evictions(monkeypatch)
     ids, mask = padded_prompts()
     tokens, logits = generate(model, ids, LookaheadCache(7, scorer, refresh_every=4), mask, 20)
     assert len(stages) == 4
@@ -167,29 +150,7 @@ def test_parking_and_chunks(family):
 @pytest.mark.parametrize("family", KINDS)
 def test_changes_of_the_batch_reach_the_states(family, static, change):
     _, model = models(family, "lookahead")
-    ids = prompt_ids(2, 40)
-    options = {"max_new_tokens": 20} if static else {}
-    cache, expected = LookaheadCache(7, **options), LookaheadCache(7, **options)
-    question = prompt_ids(4, 5, seed=9)
-    order = [0, 1]
-    with torch.no_grad():
-        model(ids, past_key_values=cache)
-        if change == "beams":
-            order = [1, 1]
-            cache.reorder_cache(torch.tensor(order))
-        elif change == "copy":
-            used, cache = cache, copy.deepcopy(cache)
-            model(prompt_ids(2, 9, seed=3), past_key_values=used)
-        elif change == "select":
-            order = [1]
-            cache.batch_select_indices(torch.tensor(order))
-        else:
-            order = [0, 0, 1, 1]
-            cache.batch_repeat_interleave(2)
-        found = model(question[: len(order)], past_key_values=cache).logits
-        model(ids[order], past_key_values=expected)
-        reference = model(question[: len(order)], past_key_values=expected).logits
-    torch.testing.assert_close(found, reference, atol=1e-4, rtol=1e-4)
+    assert_changes_of_the_batch_are_followed(model, change, static)
 
 
 @pytest.mark.parametrize("family", KINDS)

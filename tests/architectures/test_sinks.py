@@ -4,13 +4,18 @@ import copy
 
 import pytest
 import torch
-from masked_reference import assert_turns_equal_masked_attention, generate, masked_logits
-from models import Graphs, add_lookahead, compiled_by, kept_entries, left_padded, prompt_ids
+from masked_reference import (
+    assert_turns_equal_masked_attention,
+    generate,
+    masked_logits,
+    padded_prompts,
+    recorded_evictions,
+)
+from models import Graphs, add_lookahead, compiled_by, kept_entries, prompt_ids
 from tiny import tiny_model
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.cache.allocation import share_out
-from lkq_hf.cache.cache import LookaheadCache as Cache
 
 FAMILIES = ["gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint"]
 WINDOW = {"sliding_window": 8}
@@ -29,10 +34,6 @@ def models(family, scorer):
     else:
         prepare_model_for_eviction(model)
     return base, model
-
-
-def padded_prompts():
-    return left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 17, seed=1)[0]])
 
 
 @pytest.mark.parametrize("static", [False, True])
@@ -72,13 +73,7 @@ def test_a_compiled_decode(reset_compiler):
 @pytest.mark.parametrize("scorer", ["snapkv", "lookahead"])
 def test_an_answer_that_is_evicted_again_and_again(scorer, monkeypatch):
     base, model = models("gpt_oss", scorer)
-    stages, evict_to = [], Cache.evict_to
-
-    def recorded(cache, *arguments):
-        evict_to(cache, *arguments)
-        stages.append((kept_entries(cache), int(cache.get_seq_length())))
-
-    monkeypatch.setattr(Cache, "evict_to", recorded)
+    stages = recorded_evictions(monkeypatch)
     ids, mask = padded_prompts()
     tokens, logits = generate(model, ids, LookaheadCache(7, scorer, refresh_every=4), mask, 20)
     assert len(stages) == 4

@@ -279,24 +279,30 @@ def test_arguments_out_of_range_are_refused(tmp_path, values):
         arguments(tmp_path, **values)
 
 
-@pytest.mark.real_model
-def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
+def save_model_and_documents(directory, named=False):
+    """Writes ``model`` (tiny, with SmolLM2's tokenizer) and ``documents.jsonl``; ``named`` says where each is from."""
     from transformers import AutoTokenizer
 
-    from lkq_hf.cli import app
     from lkq_hf.evaluation.models import smollm2_directory
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_directory())
     model = tiny_model(vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
+    model.save_pretrained(directory / "model")
+    tokenizer.save_pretrained(directory / "model")
     sentence = "The {} of the harbour keeps the {} lamp in the {} tower. "
-    with (tmp_path / "documents.jsonl").open("w") as file:
+    with (directory / "documents.jsonl").open("w") as file:
         for index in range(8):
             words = [(f"keeper{index}{i}", f"green{i}", f"north{index}") for i in range(120)]
             text = "\n\n".join("".join(sentence.format(*word) for word in words[i : i + 6]) for i in range(0, 120, 6))
-            file.write(json.dumps({"text": text, "document": f"d{index}", "source": "s"}) + "\n")
+            file.write(json.dumps({"text": text} | ({"document": f"d{index}", "source": "s"} if named else {})) + "\n")
+
+
+@pytest.mark.real_model
+def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
+    from lkq_hf.cli import app
+
+    save_model_and_documents(tmp_path, named=True)
     runner = CliRunner()
     command = [
         "generate-targets", str(tmp_path / "model"), "--documents", str(tmp_path / "documents.jsonl"),
@@ -394,22 +400,9 @@ def test_arguments_of_the_eviction_objective_are_checked(tmp_path, values):
 
 @pytest.mark.real_model
 def test_one_command_does_all_from_documents(tmp_path, monkeypatch):
-    from transformers import AutoTokenizer
-
     from lkq_hf.cli import app
-    from lkq_hf.evaluation.models import smollm2_directory
 
-    tokenizer = AutoTokenizer.from_pretrained(smollm2_directory())
-    model = tiny_model(vocab_size=len(tokenizer))
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
-    model.save_pretrained(tmp_path / "model")
-    tokenizer.save_pretrained(tmp_path / "model")
-    sentence = "The {} of the harbour keeps the {} lamp in the {} tower. "
-    with (tmp_path / "documents.jsonl").open("w") as file:
-        for index in range(8):
-            words = [(f"keeper{index}{i}", f"green{i}", f"north{index}") for i in range(120)]
-            text = "\n\n".join("".join(sentence.format(*word) for word in words[i : i + 6]) for i in range(0, 120, 6))
-            file.write(json.dumps({"text": text}) + "\n")
+    save_model_and_documents(tmp_path)
     train = sys.modules["lkq_hf.cli.train"]
     monkeypatch.setattr(train, "make_targets", partial(train.make_targets, validation_count=6))  # for speed
     out = tmp_path / "adapter"
