@@ -4,16 +4,18 @@
     python benchmarks/conversations.py --texts test.jsonl.gz \
         --adapter model_cards/smollm2-135m-instruct-lookahead --out benchmarks/results/conversations
 
-Methods: the full cache; LookaheadKV and SnapKV, each with entries parked in main memory and without; sinks + recent.
+With ``--read-first`` the text is read, and evicted, before anything is asked. Methods: the full cache; LookaheadKV and SnapKV, each with entries parked in main memory and without; sinks + recent.
 Each reports the share of right answers by turn, and the bytes of its cache on the model's device after each turn.
 Writes OUT.json and OUT.md. ``--small`` is a smoke test for a CPU.
 """
 
 import argparse
+import itertools
 import json
 import random
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,17 +55,36 @@ class Facts(Needle):
         return draft
 
 
-def conversations(
-    corpus: Corpus, count: int, length: int, turns: int
-) -> list[tuple[list[int], list[tuple[str, str]]]]:
-    """For each the ids of the first turn, and the facts in the order of the questions."""
+@dataclass
+class Conversation:
+    """The ids of the text, those of the first question, and the facts in the order of the questions."""
+
+    text: list[int]
+    question: list[int]
+    facts: list[tuple[str, str]]
+
+
+def conversations(corpus: Corpus, count: int, length: int, turns: int) -> list[Conversation]:
     task = Facts(corpus)
     task.keys = turns
-    made = []
-    for index in range(count):
+    made: list[Conversation] = []
+    for index in itertools.count():
+        if len(made) == count:
+            break
         ids = task.example(index, length)["input_ids"]
-        made.append((ids, task.facts))
+        question = first_question(corpus.tokenizer, task.facts[0][0])
+        if ids[-len(question) :] == question:  # otherwise a token spans the seam
+            made.append(Conversation(ids[: -len(question)], question, task.facts))
     return made
+
+
+def first_question(tokenizer: Any, key: str) -> list[int]:
+    """Token ids from the end of the text to the beginning of the first answer."""
+    question, prefix = (text.format(key=key) for text in ONE_VALUE)
+    content = FRAME.replace("{document}", PLACEHOLDER).replace("{question}", question)
+    chat = [{"role": "user", "content": content}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True).split(PLACEHOLDER)[1]
+    return tokenizer(text + prefix, add_special_tokens=False)["input_ids"]
 
 
 def later_turn(tokenizer: Any, key: str) -> list[int]:
@@ -80,15 +101,27 @@ def later_turn(tokenizer: Any, key: str) -> list[int]:
 
 @torch.no_grad()
 def converse(
-    model: Any, tokenizer: Any, batch: list[Any], cache: Cache, turns: int
+    model: Any, tokenizer: Any, batch: list[Conversation], cache: Cache, turns: int, read_first: bool
 ) -> tuple[list[list[bool]], list[int]]:
     """Whether each conversation's answer is right, turn by turn, and the bytes of the cache."""
-    device = model.device
-    ids = torch.tensor([first for first, _ in batch], device=device)
-    mask = torch.ones_like(ids)
     end, pad = tokenizer.eos_token_id, tokenizer.eos_token_id
+
+    def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Ids with padding on the left, and their mask."""
+        longest = max(map(len, rows))
+        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
+        return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
+
+    if read_first:
+        ids, mask = padded([one.text for one in batch])
+        model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
     right, sizes = [], []
     for turn in range(turns):
+        if turn == 0 and not read_first:
+            ids, mask = padded([one.text + one.question for one in batch])
+        else:
+            asked = [later_turn(tokenizer, one.facts[turn][0]) if turn else one.question for one in batch]
+            ids, mask = (torch.cat(parts, dim=1) for parts in zip((ids, mask), padded(asked), strict=True))
         output = model.generate(
             input_ids=ids,
             attention_mask=mask,
@@ -99,30 +132,21 @@ def converse(
         )
         answers = output[:, ids.shape[1] :]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-        right.append([facts[turn][1] in text for (_, facts), text in zip(batch, texts, strict=True)])
+        right.append([one.facts[turn][1] in text for one, text in zip(batch, texts, strict=True)])
         sizes.append(cache_bytes(cache))
-        if turn + 1 == turns:
-            break
         # What follows the end of an answer is padding.
         answered = ((answers == end).cumsum(1) == 0).long()
-        following = [later_turn(tokenizer, facts[turn + 1][0]) for _, facts in batch]
-        longest = max(map(len, following))
-        padded = torch.tensor([[pad] * (longest - len(one)) + one for one in following], device=device)
-        real = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in following], device=device)
-        ids = torch.cat([output, padded], dim=1)
-        mask = torch.cat([mask, answered, real], dim=1)
+        ids, mask = output, torch.cat([mask, answered], dim=1)
     return right, sizes
 
 
-def methods(budgets: list[int], with_adapter: bool) -> dict[str, Callable[[Any], Cache]]:
+def methods(budgets: list[int], with_adapter: bool, with_parked: bool) -> dict[str, Callable[[Any], Cache]]:
     """By name, what makes an empty cache for a model's config."""
     found: dict[str, Callable[[Any], Cache]] = {"full cache": lambda config: DynamicCache(config=config)}
     scorers = ["snapkv", "streaming"] + (["lookahead"] if with_adapter else [])
     for budget in budgets:
         for scorer in scorers:
-            for park in (None, "cpu"):
-                if scorer == "streaming" and park:
-                    continue
+            for park in (None, "cpu") if with_parked and scorer != "streaming" else (None,):
                 name = f"{budget}/{scorer}{', parked' if park else ''}"
                 found[name] = lambda config, b=budget, s=scorer, p=park: LookaheadCache(b, s, park=p)
     return found
@@ -160,6 +184,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--read-first", action="store_true", help="read the text before the first question")
+    parser.add_argument("--not-parked", action="store_true", help="leave out what is parked")
     parser.add_argument("--small", action="store_true")
     arguments = parser.parse_args()
     if arguments.small:
@@ -173,20 +199,26 @@ def main() -> None:
         model.load_adapter(arguments.adapter)
     prepare_model_for_eviction(model)
     corpus = Corpus(read_documents(arguments.texts), tokenizer)
+    caches = methods(arguments.budgets, bool(arguments.adapter), not arguments.not_parked)
     results: dict[str, Any] = {
         "about": environment(model.device),
+        "adapter": Path(arguments.adapter).name if arguments.adapter else None,
         "conversations": arguments.conversations,
+        "read_first": arguments.read_first,
         "lengths": {},
     }
     for length in arguments.lengths:
         made = conversations(corpus, arguments.conversations, length, arguments.turns)
         rows = results["lengths"][str(length)] = {}
-        for name, empty in tqdm(methods(arguments.budgets, bool(arguments.adapter)).items(), desc=f"{length} tokens"):
+        for name, empty in tqdm(caches.items(), desc=f"{length} tokens"):
             right = [0] * arguments.turns
             sizes: list[int] = [0] * arguments.turns
             for start in range(0, len(made), arguments.batch_size):
                 batch = made[start : start + arguments.batch_size]
-                found, bytes_by_turn = converse(model, tokenizer, batch, empty(model.config), arguments.turns)
+                cache = empty(model.config)
+                found, bytes_by_turn = converse(
+                    model, tokenizer, batch, cache, arguments.turns, arguments.read_first
+                )
                 right = [total + sum(each) for total, each in zip(right, found, strict=True)]
                 sizes = [total + each for total, each in zip(sizes, bytes_by_turn, strict=True)]
             rows[name] = {"right": [value / len(made) for value in right], "bytes": sizes}

@@ -245,7 +245,8 @@ def _built_prompts(
         ("train", train, count, seed),
     ):
         built = build_prompts_in_parallel(part, tokenizer, size, PromptMix(**mix, seed=part_seed), workers)
-        sets[name] = [{"input_ids": prompt["input_ids"], "kind": prompt["kind"]} for prompt in built]
+        columns = ("input_ids", "kind", *(["response_ids"] if mix.get("asked_later_share") else []))
+        sets[name] = [{column: prompt[column] for column in columns} for prompt in built]
     return sets
 
 

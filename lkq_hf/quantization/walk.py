@@ -133,8 +133,8 @@ def quantize_blocks(
     # The checks and the capture make real calls of one block of each kind, which need its weights.
     for first in first_of_each_kind(list_name, blocks, layers):
         ensure_loaded(first)
-    check_that_blocks_run_packed(model, list_name, blocks, layers, tokens, settings, device)
     home = model.get_input_embeddings().get_parameter("weight").device
+    check_that_blocks_run_packed(model, list_name, blocks, layers, tokens.to(home), settings, device)
     batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
     hidden, calls = capture_block_calls(model, blocks, batches)
     if settings.end_to_end is not None and any(call.takes_extras for call in calls):

@@ -12,6 +12,8 @@ from datasets import Dataset, concatenate_datasets
 from torch.utils.data import Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from lkq_hf.training.prompts import ASKED_LATER
+
 
 def repetition(tokens: Sequence[int], size: int = 4) -> float:
     """Share of the runs of ``size`` tokens that occurred before: 0 for a text that never repeats itself, near 1 for a
@@ -43,7 +45,8 @@ def usable_targets(
     Args:
         targets: data sets of :func:`~lkq_hf.training.generate_targets`.
         max_repetition: responses of which a larger share repeats itself (:func:`repetition`) are left out.
-        cut_loops: cut responses where they begin to repeat themselves (:func:`before_loop`).
+        cut_loops: cut responses where they begin to repeat themselves (:func:`before_loop`). Responses that are not
+            the model's own (prompts of the kind "asked_later") stay as they are.
         inside_answer_share: share of the responses whose beginning is moved to the prompt, see
             :func:`inside_answer`.
         seed: of that draw.
@@ -53,7 +56,9 @@ def usable_targets(
     """
     every = concatenate_datasets(list(targets))
     if cut_loops:
-        every = every.map(lambda row: {"response_ids": before_loop(row["response_ids"])})
+        every = every.map(
+            lambda row: {} if row.get("kind") == ASKED_LATER else {"response_ids": before_loop(row["response_ids"])}
+        )
     kept = [index for index, tokens in enumerate(every["response_ids"]) if repetition(tokens) <= max_repetition]
     if not kept:
         raise ValueError(f"none of the {len(every)} responses repeats itself so little: raise --max-repetition")
@@ -63,7 +68,8 @@ def usable_targets(
 
     def begin(row: dict[str, Any], index: int) -> dict[str, Any]:
         rng = random.Random(f"{seed}/{index}")
-        return inside_answer(row, rng) if rng.random() < inside_answer_share else row
+        own = row.get("kind") != ASKED_LATER
+        return inside_answer(row, rng) if own and rng.random() < inside_answer_share else row
 
     return every.map(begin, with_indices=True)
 

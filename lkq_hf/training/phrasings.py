@@ -74,6 +74,28 @@ TASK_TWICE = (
     "You will be asked this: {task}\n\n{document}\n\nSo: {task}",
 )
 
+# A text without a task, and what the assistant says to it. Questions follow.
+READ_FIRST = (
+    "{document}",
+    "{document}\n\nI will ask you about this text.",
+    "{document}\n\n---\n\nThat was all. My questions come next.",
+    "Read this first:\n\n{document}",
+    "Read the following text carefully. I have several questions about it.\n\n{document}",
+    "<document>\n{document}\n</document>\n\nTell me when you have read it.",
+    "Here is what we will talk about:\n\n{document}",
+    "Please keep the following in mind.\n\n{document}",
+    "Text:\n{document}\n\nWait for my questions.",
+    "I am working with this manual:\n\n{document}\n\nLet us go through it together.",
+)
+READY = (
+    "I have read the text. What would you like to know?",
+    "Understood. Ask me anything about it.",
+    "Done. What is your question?",
+    "I am ready for your questions.",
+    "Thank you. How can I help you with this text?",
+    "OK.",
+)
+
 STYLES = (
     *("",) * 14,
     " Answer in one sentence.",

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..text.chat import encode_chat
 from ..text.passages import Contents, Corpus, Passage, fit_length, insert, token_ends
 from . import phrasings
+from .asked_later import read_first
 from .earlier_turns import MOST_EARLIER_TURNS, TURN_TOKENS, draw_turns
 from .facts import Fact, draw_facts
 
@@ -64,6 +65,9 @@ class PromptMix:
         system_prompt_share: share of prompts with a system prompt of their own.
         later_turn_share: share of prompts whose task comes in a later turn, after one to three other questions about
             the text and their answers.
+        asked_later_share: share of prompts that end before anything is asked
+            (:func:`~lkq_hf.training.asked_later.read_first`). 1 trains an adapter for texts that are read once and
+            asked about later; such prompts come with their responses.
         seed: the same seed, documents and tokenizer give the same prompts.
 
     Raises:
@@ -79,6 +83,7 @@ class PromptMix:
     task_first_share: float = 0.25
     system_prompt_share: float = 0.5
     later_turn_share: float = 0.2
+    asked_later_share: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -109,11 +114,16 @@ class PromptMix:
         return min(max(round(length / self.length_step), lowest), highest) * self.length_step
 
 
+ASKED_LATER = "asked_later"
+"""The kind of the prompts that end before anything is asked."""
+
+
 class Prompt(TypedDict):
     """One prompt.
 
     ``messages`` are chat messages (empty for plain text); ``answer_prefix`` is what the assistant's turn, or the plain
-    text, already starts with; ``input_ids`` are both as the model reads them.
+    text, already starts with; ``input_ids`` are both as the model reads them. ``response_ids`` is empty where the
+    model answers for itself.
     """
 
     messages: list[dict[str, str]]
@@ -121,6 +131,7 @@ class Prompt(TypedDict):
     kind: str
     document: str
     input_ids: list[int]
+    response_ids: list[int]
 
 
 @dataclass
@@ -245,9 +256,13 @@ class PromptBuilder:
         length = length or self.mix.draw_length(rng)
         if kind is not None and kind not in DEFAULT_WEIGHTS:
             raise ValueError(f"unknown kind of prompt {kind!r}; expected one of {sorted(DEFAULT_WEIGHTS)}")
+        asked_later = kind is None and self.mix.asked_later_share > 0 and rng.random() < self.mix.asked_later_share
         for _ in range(30):
-            (drawn,) = [kind] if kind else rng.choices(list(self.mix.weights), list(self.mix.weights.values()))
-            built = self._build(drawn, length, rng)
+            if asked_later:
+                built = self._asked_later(length, rng)
+            else:
+                (drawn,) = [kind] if kind else rng.choices(list(self.mix.weights), list(self.mix.weights.values()))
+                built = self._build(drawn, length, rng)
             if built is not None:
                 return built
         raise ValueError(
@@ -271,9 +286,7 @@ class PromptBuilder:
         if task.answer_starts and rng.random() < self.mix.answer_start_share:
             answer_prefix = rng.choice(task.answer_starts)
         frame = self._frame(rng)
-        system = []
-        if rng.random() < self.mix.system_prompt_share:
-            system = [{"role": "system", "content": rng.choice(phrasings.SYSTEM_PROMPTS)}]
+        system = self._system(rng)
         facts = [*task.facts, *(turn.fact for turn in earlier if turn.fact is not None)]
         places = [(rng.choice(contents.boundaries), fact.statement) for fact in facts]
         first_task, *later_tasks = [turn.question for turn in earlier] + [task.text]
@@ -294,9 +307,19 @@ class PromptBuilder:
                 kind=kind,
                 document=passage.document,
                 input_ids=encode_chat(messages, start, self.tokenizer),
+                response_ids=[],
             )
 
         return fit_length(build, length, len(passage.ends))
+
+    def _asked_later(self, length: int, rng: random.Random) -> Prompt | None:
+        built = read_first(self.corpus, self.tokenizer, length, self._system(rng), rng)
+        return built and Prompt(kind=ASKED_LATER, answer_prefix="", **built)
+
+    def _system(self, rng: random.Random) -> list[dict[str, str]]:
+        if rng.random() >= self.mix.system_prompt_share:
+            return []
+        return [{"role": "system", "content": rng.choice(phrasings.SYSTEM_PROMPTS)}]
 
     def _frame(self, rng: random.Random) -> str:
         if rng.random() >= self.mix.task_first_share:

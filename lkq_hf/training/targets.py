@@ -39,7 +39,8 @@ def generate_targets(
 
     Args:
         model: the base model, on the device to use. Adapters take no part: no LookaheadCache is involved.
-        prompts: mappings with ``"input_ids"``; other columns are kept if they hold numbers or text.
+        prompts: mappings with ``"input_ids"``; other columns are kept if they hold numbers or text. Where
+            ``"response_ids"`` are given and not empty, the model is not asked.
         output_dir: directory for the shards.
         max_new_tokens: longest response, in tokens.
         batch_tokens: prompt and response tokens in one batch; prompts of similar length share one.
@@ -132,8 +133,12 @@ def _respond(
 ) -> list[dict[str, Any]]:
     eos = model.generation_config.eos_token_id
     stops = set(eos if isinstance(eos, list) else [eos])
-    responses: dict[int, list[int]] = {}
-    for indices in _batches([len(row["input_ids"]) for row in rows], max_new_tokens, batch_tokens):
+    responses: dict[int, list[int]] = {
+        index: list(row["response_ids"]) for index, row in enumerate(rows) if row.get("response_ids")
+    }
+    unanswered = [index for index in range(len(rows)) if index not in responses]
+    for places in _batches([len(rows[index]["input_ids"]) for index in unanswered], max_new_tokens, batch_tokens):
+        indices = [unanswered[place] for place in places]
         batch = TargetCollator()([{**rows[index], "response_ids": [0]} for index in indices])
         input_ids = batch["input_ids"].to(model.device)
         with torch.no_grad():
