@@ -75,8 +75,8 @@ def report(results: dict[str, Any]) -> str:
     sizes = "{prompt:,} tokens are read, {answer:,} follow; {texts} texts; `refresh_every={every}`".format(**results)
     parts = [
         "# Long answers\n\nNats a token lost against the full cache under teacher forcing, and the KL divergence from "
-        f"it. SmolLM2-135M-Instruct, {results['about']['hardware']['name']}. {sizes}. Recent tokens are among the most "
-        f"entries of a head. {results['seconds']:.0f} s."
+        f"it. SmolLM2-135M-Instruct, {results['about']['hardware']['name']}, {results['seconds']:.0f} s. {sizes}. "
+        "The most entries of a head include recent tokens."
     ]
     for kind, rows in results["rows"].items():
         cells = [
