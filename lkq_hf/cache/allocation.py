@@ -27,7 +27,11 @@ def most_of_a_head(budget: int, allocation: str, profile: torch.Tensor | None = 
 
 
 def share_out(
-    scores: Sequence[torch.Tensor], budget: int, allocation: str, profile: Sequence[torch.Tensor] | None = None
+    scores: Sequence[torch.Tensor],
+    budget: int,
+    allocation: str,
+    profile: Sequence[torch.Tensor] | None = None,
+    most: int | None = None,
 ) -> list[torch.Tensor]:
     """Which candidates stay.
 
@@ -37,8 +41,9 @@ def share_out(
     Args:
         scores: for each layer float32 ``[batch, kv_heads, candidates]``; minus infinity for what is no candidate.
         budget: mean number of entries per KV head.
-        allocation: one of :data:`ALLOCATIONS`. Where heads compete, none keeps more than :data:`MOST` times the mean.
+        allocation: one of :data:`ALLOCATIONS`.
         profile: for "profile", for each layer how many entries each head keeps, ``[kv_heads]``.
+        most: where heads compete, none keeps more; None if there are no more candidates.
 
     Returns:
         For each layer bool ``[batch, kv_heads, candidates]``, on the device of its scores.
@@ -52,8 +57,10 @@ def share_out(
     ranks = _ranks(together)
     if allocation in ("global", "layer"):
         heads = [layer.shape[1] for layer in scores]
+        if most is not None:
+            together = together.masked_fill(ranks >= most, -math.inf)
         keep = _compete(together, ranks, budget, [sum(heads)] if allocation == "global" else heads)
-    elif profile is None:
+    elif profile is None or allocation == "uniform":
         keep = (ranks < budget) & (together > -math.inf)
     else:
         numbers = _stacked([layer[None, :, None].to(together.device) for layer in profile], 0)
@@ -94,7 +101,7 @@ def _compete(scores: torch.Tensor, ranks: torch.Tensor, budget: int, heads: Sequ
         heads: KV heads of each layer, or for one threshold over all layers their sum.
     """
     safe = (ranks < max(1, round(FLOOR * budget))) & (scores > -math.inf)
-    others = scores.masked_fill(safe | (ranks >= MOST * budget), -math.inf)
+    others = scores.masked_fill(safe, -math.inf)
     if len(heads) == 1:
         safe, others = (each.transpose(0, 1).flatten(1)[None] for each in (safe, others))
     slots = -safe.flatten(2).sum(-1, keepdim=True)
