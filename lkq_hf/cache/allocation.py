@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torch.nn.functional import pad
 
 ALLOCATIONS = ("global", "layer", "uniform", "profile")
 """``global``: heads of all layers compete. ``layer``: heads of a layer compete. ``uniform``: each head keeps the same
@@ -26,7 +27,11 @@ def most_of_a_head(budget: int, allocation: str, profile: torch.Tensor | None = 
 
 
 def share_out(
-    scores: Sequence[torch.Tensor], budget: int, allocation: str, profile: Sequence[torch.Tensor] | None = None
+    scores: Sequence[torch.Tensor],
+    budget: int,
+    allocation: str,
+    profile: Sequence[torch.Tensor] | None = None,
+    most: int | None = None,
 ) -> list[torch.Tensor]:
     """Which candidates stay.
 
@@ -38,6 +43,7 @@ def share_out(
         budget: mean number of entries per KV head.
         allocation: one of :data:`ALLOCATIONS`.
         profile: for "profile", for each layer how many entries each head keeps, ``[kv_heads]``.
+        most: where heads compete, none keeps more; None if there are no more candidates.
 
     Returns:
         For each layer bool ``[batch, kv_heads, candidates]``, on the device of its scores.
@@ -45,20 +51,37 @@ def share_out(
     Raises:
         ValueError: "profile" without a profile.
     """
-    if allocation == "uniform":
-        return [_best(layer, torch.full(layer.shape[1:2], budget)) for layer in scores]
-    if allocation == "profile":
-        if profile is None:
-            raise ValueError('allocation "profile" needs the number of entries that each head keeps, got None')
-        return [_best(layer, numbers) for layer, numbers in zip(scores, profile, strict=True)]
-    if allocation == "layer":
-        return [keep for layer in scores for keep in _compete([layer], budget)]
-    return _compete(scores, budget)
+    if allocation == "profile" and profile is None:
+        raise ValueError('allocation "profile" needs the number of entries that each head keeps, got None')
+    together = _stacked(scores, -math.inf)
+    ranks = _ranks(together)
+    if allocation in ("global", "layer"):
+        heads = [layer.shape[1] for layer in scores]
+        if most is not None:
+            together = together.masked_fill(ranks >= most, -math.inf)
+        keep = _compete(together, ranks, budget, [sum(heads)] if allocation == "global" else heads)
+    elif profile is None or allocation == "uniform":
+        keep = (ranks < budget) & (together > -math.inf)
+    else:
+        numbers = _stacked([layer[None, :, None].to(together.device) for layer in profile], 0)
+        keep = (ranks < numbers) & (together > -math.inf)
+    return [
+        part[:, : layer.shape[1], : layer.shape[2]].to(layer.device)
+        for part, layer in zip(keep.unbind(), scores, strict=True)
+    ]
 
 
-def _best(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
-    """The ``numbers [kv_heads]`` best candidates of each head."""
-    return (_ranks(scores) < numbers.to(scores.device)[:, None]) & (scores > -math.inf)
+def _stacked(layers: Sequence[torch.Tensor], value: float) -> torch.Tensor:
+    """Layers ``[batch, kv_heads, candidates]`` as one tensor ``[layers, ...]``, on the device of the first.
+
+    Where one has fewer heads or candidates than others, ``value`` is in their place.
+    """
+    heads, most = (max(layer.shape[dim] for layer in layers) for dim in (1, 2))
+    missing = [(0, most - layer.shape[2], 0, heads - layer.shape[1]) for layer in layers]
+    return torch.stack([
+        (pad(layer, sizes, value=value) if any(sizes) else layer).to(layers[0].device)
+        for layer, sizes in zip(layers, missing, strict=True)
+    ])  # fmt: skip
 
 
 def _ranks(scores: torch.Tensor) -> torch.Tensor:
@@ -68,18 +91,23 @@ def _ranks(scores: torch.Tensor) -> torch.Tensor:
     return ranks.scatter_(-1, order, torch.arange(scores.shape[-1], device=scores.device).expand_as(order))
 
 
-def _compete(scores: Sequence[torch.Tensor], budget: int) -> list[torch.Tensor]:
-    """One threshold for each row over all heads of ``scores``, beyond what each head keeps for itself."""
-    device = scores[0].device
-    floor = max(1, round(FLOOR * budget))
-    best, others = [], []
-    for layer in scores:
-        safe = (_ranks(layer) < floor) & (layer > -math.inf)
-        best.append(safe.flatten(1).to(device))
-        others.append(layer.masked_fill(safe, -math.inf).flatten(1).to(device))
-    keep, together = torch.cat(best, dim=1), torch.cat(others, dim=1)
-    heads = sum(layer.shape[1] for layer in scores)
-    slots = budget * heads - keep.sum(1, keepdim=True)
-    keep |= (_ranks(together) < slots) & (together > -math.inf)
-    parts = keep.split([layer.shape[1] * layer.shape[2] for layer in scores], dim=1)
-    return [part.view(layer.shape).to(layer.device) for part, layer in zip(parts, scores, strict=True)]
+def _compete(scores: torch.Tensor, ranks: torch.Tensor, budget: int, heads: Sequence[int]) -> torch.Tensor:
+    """One threshold for each row, and over all layers or for each, beyond what each head keeps for itself.
+
+    Args:
+        scores: ``[layers, batch, kv_heads, candidates]``.
+        ranks: of each score among those of its head.
+        budget: mean number of entries per KV head.
+        heads: KV heads of each layer, or for one threshold over all layers their sum.
+    """
+    safe = (ranks < max(1, round(FLOOR * budget))) & (scores > -math.inf)
+    others = scores.masked_fill(safe, -math.inf)
+    if len(heads) == 1:
+        safe, others = (each.transpose(0, 1).flatten(1)[None] for each in (safe, others))
+    slots = -safe.flatten(2).sum(-1, keepdim=True)
+    for layer, count in zip(slots, heads, strict=True):
+        layer += budget * count
+    keep = safe.flatten(2) | ((_ranks(others.flatten(2)) < slots) & (others.flatten(2) > -math.inf))
+    if len(heads) == 1:
+        keep = keep[0].unflatten(1, (scores.shape[0], -1)).transpose(0, 1)
+    return keep.reshape(scores.shape)

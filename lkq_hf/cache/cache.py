@@ -112,6 +112,8 @@ class LookaheadCache(Cache):
         self._since_reading = 0
         self.text = ReadText()
         self.generation = Generation()
+        # Of refreshes with static shapes; see lkq_hf.cache.refresh.
+        self.recorded_refresh: Any = None
         # A text: a bound scorer of a user's own may hold the model.
         self._scorer_in_use = repr(self.scorer)
 
@@ -368,11 +370,21 @@ class LookaheadCache(Cache):
         prefixes = (self.layers[index].prefix for index in self.evicted_layers())
         return dict.fromkeys(prefix.pool for prefix in prefixes if prefix is not None)
 
-    def evict_to(self, prefixes: dict[int, Prefix], recent: int = 0) -> None:
-        """Replaces what the layers hold, but for the last ``recent`` tokens, by these."""
+    def evict_to(self, prefixes: dict[int, Prefix], recent: int = 0, written: bool = False) -> None:
+        """Replaces what the layers hold, but for the last ``recent`` tokens, by these.
+
+        Args:
+            prefixes: of each evicted layer.
+            recent: tokens that stay behind them.
+            written: whether static storage is so already, and only the host has to know.
+        """
         for index, prefix in prefixes.items():
-            self.layers[index].evict_to(prefix, recent)
-        self._free_slots = 0  # how many there are now is asked for when they are needed
+            if written:
+                self.layers[index].note_prefix(prefix)
+            else:
+                self.layers[index].evict_to(prefix, recent)
+        # How many there are now is asked for when they are needed, where that is not known.
+        self._free_slots = min(layer.keys.shape[2] for layer in self.layers) - recent if written else 0
         self._since_reading = recent
 
     def defer(
@@ -450,6 +462,7 @@ class LookaheadCache(Cache):
         """Forgets everything that was read; the next prompt is compressed again."""
         self.layers = []
         self._deferred = None
+        self.recorded_refresh = None
         self.text = ReadText()
 
     @property

@@ -69,14 +69,14 @@ class Eviction:
         scores = scores.float()  # of a float64 model, float64
         if candidates.valid is not None:
             scores = scores.masked_fill(~candidates.valid, -torch.inf)
-        numbers = self._numbers(index, scores.shape[1])
+        numbers = self.numbers(index, scores.shape[1])
         most = min(most_of_a_head(self.budget, self.allocation, numbers), scores.shape[-1])
         keys, values, chosen = select_compact(scores, candidates.keys, candidates.values, most)
         self._contenders[index] = _Contender(
             keys, values, candidates.positions.gather(-1, chosen), scores.gather(-1, chosen)
         )
 
-    def _numbers(self, index: int, heads: int) -> torch.Tensor | None:
+    def numbers(self, index: int, heads: int) -> torch.Tensor | None:
         """How many entries the profile gives each of this process's ``heads``."""
         if self.profile is None:
             return None
@@ -94,7 +94,7 @@ class Eviction:
         """Which candidates of each layer stay."""
         scores = [each.scores for each in self._contenders.values()]
         if self.allocation == "profile":
-            numbers = [self._numbers(index, each.scores.shape[1]) for index, each in self._contenders.items()]
+            numbers = [self.numbers(index, each.scores.shape[1]) for index, each in self._contenders.items()]
             return share_out(scores, self.budget, self.allocation, [each for each in numbers if each is not None])
         if self.processes is None or self.allocation == "uniform":
             return share_out(scores, self.budget, self.allocation)
@@ -157,7 +157,7 @@ class Eviction:
             )
             longest = each.keys.shape[2] if on_host is None else max(on_host[place])
             if self.static:
-                longest = static_longest(self.budget, self.allocation, self._numbers(index, layer.shape[1]))
+                longest = static_longest(self.budget, self.allocation, self.numbers(index, layer.shape[1]))
             prefixes[index] = Prefix(pool, starts, layer, longest, source_length)
         return prefixes
 

@@ -119,6 +119,8 @@ class Generation:
 
     def __init__(self) -> None:
         self._thread: int | None = None
+        # Something of its own for each generation; None outside of one.
+        self.current: object = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Generation":
         return Generation()
@@ -151,7 +153,8 @@ class Generation:
             with _lock:
                 self.refuse_other_thread()
                 self._thread = here
+                self.current = self.current if nested else object()
             yield
         finally:
             if self._thread == here and not nested:
-                self._thread = None
+                self._thread = self.current = None

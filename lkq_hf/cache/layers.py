@@ -182,7 +182,8 @@ class EvictedLayer(DynamicLayer):
         real = None if mask is None else mask[:, None, first : first + tail].to(key.device)
         if prefix is None:
             return Candidates(key, value, places, real)
-        keys, values, positions, valid = prefix.padded()
+        # Scores are pooled over neighbors. What a model has expanded has its padding behind.
+        keys, values, positions, valid = prefix.padded(in_front=not self.returns_prefix)
         real = torch.ones_like(places, dtype=torch.bool) if real is None else real.expand(batch, kv_heads, -1)
         return Candidates(
             torch.cat([keys, key], dim=2),

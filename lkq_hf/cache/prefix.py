@@ -61,18 +61,35 @@ class Prefix:
     longest: int
     source_length: int
 
-    def padded(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    def padded(self, in_front: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Keys and values ``[batch, kv_heads, longest, features]``, positions and validity ``[batch, kv_heads,
-        longest]``; what is not valid repeats some entry."""
-        column = torch.arange(self.longest, device=self.starts.device)
-        valid = column < self.lengths[..., None]
-        index = torch.where(valid, self.starts[..., None] + column, 0)
+        longest]``; what is not valid repeats some entry.
+
+        Args:
+            in_front: whether padding lies before the entries, so that each head's last one is the neighbor of what
+                follows; else behind them.
+        """
+        place, valid = places(self.starts, self.lengths, self.longest, in_front)
+        index = torch.where(valid, place, 0)
         return self.pool.keys[index], self.pool.values[index], self.pool.positions[index], valid
 
     def rows(self, index: torch.Tensor) -> "Prefix":
         """The prefix of these rows, ``[rows]`` int64; entries are shared, not copied."""
         index = index.to(self.starts.device)
         return replace(self, starts=self.starts[index], lengths=self.lengths[index])
+
+
+def places(
+    starts: torch.Tensor, lengths: torch.Tensor, longest: int, in_front: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in a pool the entries of segments ``[...]`` lie, and which of them there are, ``[..., longest]`` each.
+
+    Padding lies before them if ``in_front``, else behind them; its places are not to be read.
+    """
+    column = torch.arange(longest, device=starts.device).expand(*starts.shape, -1)
+    if in_front:
+        column = column - (longest - lengths[..., None])
+    return starts[..., None] + column, (column >= 0) & (column < lengths[..., None])
 
 
 def stack_prefixes(rows: Sequence[dict[int, Prefix]]) -> dict[int, Prefix]:

@@ -31,7 +31,7 @@ from lkq_hf.cache.modules import (
 from lkq_hf.cache.padding import padding_mask
 from lkq_hf.cache.reading import Decoding, Reading
 from lkq_hf.cache.recurrent import read_one_by_one
-from lkq_hf.cache.refresh import begin_refresh
+from lkq_hf.cache.refresh import begin_refresh, refresh_steadily
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
 from lkq_hf.cache.turns import begin_turn
 from lkq_hf.compat import find_cache, rename_cache, require_cache_support
@@ -331,6 +331,9 @@ def refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: tor
         cache: with ``refresh_every``.
         attention_mask: ``[batch, >= text]``, 1 for real tokens; None if there is no padding.
     """
+    with torch.no_grad():
+        if refresh_steadily(decoder, cache, attention_mask):
+            return
     reading, inputs = begin_refresh(decoder, cache, attention_mask)
     if inputs is None:
         reading.without_forward()

@@ -11,7 +11,40 @@ from transformers import PreTrainedModel
 
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.reading import Reading
+from lkq_hf.cache.recorded import RecordedRefresh
+from lkq_hf.cache.static import StaticEvictedLayer
+from lkq_hf.cache.steady import SteadyRefresh, is_steady
 from lkq_hf.compat import pass_cache
+
+
+def refresh_steadily(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> bool:
+    """Carries out a refresh that leaves all shapes as they are; False if this one does not, and nothing was done.
+
+    Args:
+        decoder: the stack of layers.
+        cache: what has grown.
+        attention_mask: ``[batch, >= text]``, or None if there is no padding.
+    """
+    eviction = cache.begin_eviction(decoder, int(cache.get_seq_length()) - (cache.refresh_every or 0))
+    if not is_steady(cache, eviction):
+        return False
+    due = SteadyRefresh.prepare(decoder, cache, cache.bind_scorer(decoder), eviction, attention_mask)
+    if not isinstance(cache.layers[0], StaticEvictedLayer):
+        due.run()
+        return True
+    if is_on_gpu(cache) and due.inputs.positions.numel():
+        if cache.recorded_refresh is None:
+            cache.recorded_refresh = RecordedRefresh()
+        cache.recorded_refresh.run(due)
+    else:
+        due.run()
+    due.note()
+    return True
+
+
+def is_on_gpu(cache: LookaheadCache) -> bool:
+    """Whether kernels can be recorded."""
+    return bool(cache.layers[0].keys.is_cuda) and not torch.cuda.is_current_stream_capturing()
 
 
 def begin_refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> tuple[Reading, Any]:

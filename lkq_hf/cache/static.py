@@ -218,6 +218,24 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
             else EvictedLayer.append(self, key, value)
         )
 
+    @property
+    def offset(self) -> torch.Tensor:
+        """Position of the token in the first slot, a scalar on the device."""
+        return self._offset
+
+    def drop_first(self, count: int) -> None:
+        """Says on the device that the tokens behind the first ``count`` slots have moved to the front.
+
+        :meth:`note_prefix` says it on the host.
+        """
+        self._filled.sub_(count)
+        self._offset.add_(count)
+
+    def note_prefix(self, prefix: Prefix) -> None:
+        """Takes numbers of the host from a prefix whose tensors were written where the old one's are."""
+        self.prefix = prefix
+        self._first = prefix.source_length
+
     def evict_to(self, prefix: Prefix, recent: int = 0) -> None:
         if self.prefix is not None and self.has_static_storage and self._fits(prefix):
             # Where a compiled decode expects them.

@@ -187,13 +187,13 @@ class CacheMachine(RuleBasedStateMachine):
         """``{position: score}`` for each row and head, of what is no padding."""
         model = self.model
         places = [[model.entries(index, row, head) for head in range(HEADS)] for row in range(len(model.rows))]
-        # The tail ends the candidates of all heads; between a head's prefix and it, there may be what is none.
-        width, tail = scores.shape[-1], model.length - model.evicted_length
+        # The tail ends the candidates of all heads; before a head's prefix there may be what is none.
+        width = scores.shape[-1]
         found = []
         for row, heads in enumerate(places):
             found.append([])
             for head, entries in enumerate(heads):
-                columns = [*range(len(entries) - tail), *range(width - tail, width)]
+                columns = range(width - len(entries), width)
                 values = scores[row, head].tolist()
                 pairs = zip(entries, (values[column] for column in columns), strict=True)
                 found[-1].append({place: score for place, score in pairs if model.real[row][place]})

@@ -1,0 +1,69 @@
+"""Peak memory of a long prompt by how it is read: an 8B Llama with random weights on one CUDA GPU.
+
+    python benchmarks/prefill_peaks.py
+    python benchmarks/prefill_peaks.py --small       # a smoke run on any machine
+
+A prompt of 131,072 tokens, of which 1,024 entries a head are kept, is read at once (heads share the budget, or each
+keeps the same), in chunks of 8,192, and in chunks with everything parked in main memory. Of each: seconds, the peak of
+what is allocated beyond the weights (activations and cache), and what stays allocated (the cache).
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from decode_speed import DEVICE, LLAMA_8B, SMALL, build_models, free_memory, synchronize
+from hardware import describe
+
+from lkq_hf import LookaheadCache
+
+
+@torch.no_grad()
+def read(model: Any, length: int, chunk: int, cache: LookaheadCache) -> dict[str, Any]:
+    """Reads one prompt of random tokens."""
+    ids = torch.randint(model.config.vocab_size, (1, length), device=DEVICE)
+    free_memory()
+    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    synchronize()
+    start = time.perf_counter()
+    cache.begin_turn(length=length)
+    for part in ids.split(chunk, dim=1):
+        model(input_ids=part, past_key_values=cache, logits_to_keep=1)
+    synchronize()
+    found = {"seconds": time.perf_counter() - start, "bytes": cache.nbytes, "bytes_parked": cache.parked_nbytes}
+    if DEVICE == "cuda":
+        found["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        found["gib_after"] = (torch.cuda.memory_allocated() - before) / 2**30
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "prefill_peaks.json")
+    options = parser.parse_args()
+    length, budget, chunk = (1024, 32, 128) if options.small else (131_072, 1024, 8192)
+    _, model = build_models(SMALL if options.small else LLAMA_8B)
+    ways: dict[str, tuple[int, Callable[[], LookaheadCache]]] = {
+        "at once": (length, lambda: LookaheadCache(budget)),
+        "at once, uniform": (length, lambda: LookaheadCache(budget, allocation="uniform")),
+        "in chunks": (chunk, lambda: LookaheadCache(budget)),
+        "in chunks, parked": (chunk, lambda: LookaheadCache(budget, park="cpu")),
+    }
+    rows: dict[str, Any] = {}
+    results = {"hardware": describe(), "length": length, "budget": budget, "chunk": chunk, "rows": rows}
+    read(model, 4 * chunk, chunk, LookaheadCache(budget))  # warm-up
+    for name, (piece, empty) in ways.items():
+        rows[name] = read(model, length, piece, empty())
+        print(name, json.dumps(rows[name]), flush=True)
+        options.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
