@@ -68,12 +68,12 @@ def report(results: dict[str, Any]) -> str:
         rows.append([name, *(f"{sum(each) / len(each):.4f}" for each in zip(*cell["kl"], strict=True))])
         rows.append(["seconds", *(f"{sum(each) / len(each):.2f}" for each in zip(*cell["seconds"], strict=True))])
     header = ["cache", *(f"turn {turn + 1}" for turn in range(results["turns"]))]
-    return (
-        "# Reading the last answer again\n\n"
-        f"{results['conversations']} conversations over {results['length']:,} tokens, budget {results['budget']}, answers of {results['tokens']} tokens; SmolLM2-135M-Instruct, "
-        f"{results['about']['hardware']['name']}. KL from the full cache in nats a token, under teacher forcing.\n\n"
-        f"{table(header, rows)}\n"
+    about = (
+        f"{results['conversations']} conversations over {results['length']:,} tokens, budget {results['budget']}, "
+        f"answers of {results['tokens']} tokens; SmolLM2-135M-Instruct, {results['about']['hardware']['name']}. KL "
+        "from the full cache in nats a token, under teacher forcing."
     )
+    return f"# Reading the last answer again\n\n{about}\n\n{table(header, rows)}\n"
 
 
 def main() -> None:
