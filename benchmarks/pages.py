@@ -196,6 +196,31 @@ def later_turn() -> str:
     return table(header, rows)
 
 
+def refreshes() -> str:
+    """Evictions between two tokens of an answer; of ``refresh.json``."""
+    found = load("refresh")
+    rows = []
+    for name, cell in found.items():
+        if isinstance(cell, dict) and "passes_ms" in cell:
+            middle = cell["decode_steps"] * cell["step_ms"]
+            rows.append([name, f"{cell['step_ms']:.1f}", f"{middle:.1f}", f"{cell['decode_steps']:.1f}",
+                         f"{cell['slow_down_percent']:.1f} %"])  # fmt: skip
+    return table(
+        ["scorer, storage", "a token, ms", "an eviction, ms", "in tokens",
+         f"slow-down with `refresh_every={found['refresh_every']}`"], rows
+    )  # fmt: skip
+
+
+def peaks() -> str:
+    """Memory of one long prompt; of ``prefill_peaks.json``."""
+    rows = [
+        [name, f"{cell['seconds']:.1f}", f"{cell['peak_gib']:.2f}", f"{cell['gib_after']:.2f}",
+         f"{cell['bytes_parked'] / 2**30:.1f}"]
+        for name, cell in load("prefill_peaks")["rows"].items()
+    ]  # fmt: skip
+    return table(["prompt read", "seconds", "peak, GiB", "after it, GiB", "parked, GiB"], rows)
+
+
 def overhead() -> str:
     rows = []
     for cell in load("eviction_overhead")["prefill"]:
@@ -214,7 +239,8 @@ def overhead() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
-        eviction_short, eviction, eviction_gap, conversations, quantization, decode, later_turn, overhead
+        eviction_short, eviction, eviction_gap, conversations, quantization, decode, later_turn,
+        refreshes, peaks, overhead
     )
 }  # fmt: skip
 

@@ -108,6 +108,8 @@ class LookaheadCache(Cache):
         # Length of a text that is being read in pieces, up to the end of the last one.
         self._turn_end = 0
         self._turn_is_first = True
+        # Which piece of such a text the last forward read: 1 for the first, 2 for a later one, else 0.
+        self._piece = 0
         # At least as many tokens as there are since the last reading.
         self._since_reading = 0
         self.text = ReadText()
@@ -178,15 +180,21 @@ class LookaheadCache(Cache):
             ids: ``[batch, length]``; None if they are not known.
             length: tokens. A single one of a decode is not noted.
         """
-        if length > 1 or self._turn_begins or not self.has_prompt:
+        is_piece = self._turn_is_under_way
+        self._piece = 0 if not is_piece else 1 if self._turn_begins else 2
+        if length > 1 or self._turn_begins or not self.has_prompt or is_piece:
             seen = int(self.get_seq_length())
             self.text.record(seen, ids, seen + length)
-            if seen + length >= self._turn_end:
-                self._turn_end = 0
+            self.end_pieces(length)
             if not self._has_static_storage:
                 self._since_reading += length
         elif not self._has_static_storage:  # without waiting for the device
             self.text.cut(int(self.get_seq_length()))
+
+    def end_pieces(self, length: int) -> None:
+        """Says that no piece of the turn follows, if the forward that is going to read ``length`` tokens ends it."""
+        if self._turn_end and int(self.get_seq_length()) + length >= self._turn_end:
+            self._turn_end = 0
 
     def keeps_after(self, length: int) -> int:
         """Entries per KV head that are kept on average when ``length`` tokens of the text have been read."""
@@ -222,6 +230,21 @@ class LookaheadCache(Cache):
     def observed_queries(self) -> int:
         """How many of the last tokens' queries are kept for a refresh."""
         return self.scorer.observed_queries if self.refresh_every is not None else 0
+
+    @property
+    def queries_of_pieces(self) -> int:
+        """How many of the last tokens' queries are kept for the next piece of a turn that is read in pieces."""
+        return self.scorer.observed_queries if self._piece else 0
+
+    @property
+    def continues_pieces(self) -> bool:
+        """Whether the forward under way reads a piece of a turn, and not its first one."""
+        return self._piece == 2
+
+    @property
+    def expects_piece(self) -> bool:
+        """Whether another piece of the turn is to be read."""
+        return self._turn_end > 0
 
     def refresh_is_due(self) -> bool:
         """Whether enough tokens have come since the last eviction for another one, before the next token.

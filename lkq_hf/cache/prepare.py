@@ -132,6 +132,7 @@ def _create_masks_for_generate(decoder: PreTrainedModel, create_masks: Callable[
     if cache is not None:
         if cache.will_read(kwargs["inputs_embeds"].shape[1]) or not cache.has_prompt:
             return kwargs.get("attention_mask")
+        cache.end_pieces(kwargs["inputs_embeds"].shape[1])
         if cache.refresh_is_due():
             refresh(decoder, cache, kwargs.get("attention_mask"))  # outside of what is compiled
         if create_masks is create_masks_for_generate and (mask := next_token_mask(cache, **kwargs)) is not None:
@@ -295,7 +296,7 @@ def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwarg
         return _begin_reading(decoder, cache, scorer, kwargs, length)
     if cache.refresh_is_due():
         refresh(decoder, cache, kwargs.get("attention_mask"))
-    if cache.has_prefix or cache.observed_queries:
+    if cache.has_prefix or cache.observed_queries or cache.queries_of_pieces:
         mask = kwargs.get("attention_mask")
         text_mask = mask if isinstance(mask, torch.Tensor) and mask.ndim == 2 else None
         _thread.forward = Decoding(decoder, cache, text_mask)

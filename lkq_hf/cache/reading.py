@@ -59,8 +59,11 @@ class Decoding:
         layer = layer_of(self.cache, call.module, call.key, call.value)
         if layer is None:
             return attend_over(call, None, self.text_mask)
-        if self.cache.observed_queries and not torch.compiler.is_compiling():
-            layer.observe(_queries(call), self.cache.observed_queries)
+        count = self.cache.observed_queries or self.cache.queries_of_pieces
+        if count and not torch.compiler.is_compiling():
+            if not self.cache.observed_queries and not self.cache.continues_pieces:
+                layer.last_queries = None  # of the turn before
+            layer.observe(_queries(call), count)
         return attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
 
     def finish(self, output: Any) -> Any:
@@ -100,6 +103,7 @@ class Reading:
     recent: int = 0
     _tails: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _scores: dict[int, torch.Tensor] = field(default_factory=dict)
+    _last_queries: dict[int, LastQueries] = field(default_factory=dict)
     stop_attending: Callable[[], None] = field(init=False)
 
     def start(self) -> None:
@@ -127,11 +131,23 @@ class Reading:
         self._refuse_own_masks(call)
         output = attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
         if layer is own:
-            queries = _queries(call)
+            queries, new_length = self._with_last_piece(index, layer, _queries(call))
             tail = layer.read_tail(call.key, call.value)
             attended = (call.key, call.value) if layer.returns_prefix else None
-            self._hand_in(index, layer, queries, tail, attended, self.new_length)
+            self._hand_in(index, layer, queries, tail, attended, new_length)
         return output
+
+    def _with_last_piece(self, index: int, layer: EvictedLayer, queries: LastQueries) -> tuple[LastQueries, int]:
+        """Queries of a piece of a turn, behind the last ones of the piece before, and how many are of the text."""
+        count, length = self.cache.queries_of_pieces, self.new_length
+        if count == 0:
+            return queries, length
+        if self.cache.continues_pieces and layer.last_queries is not None:
+            before = layer.last_queries.query
+            queries = queries._replace(query=torch.cat([before, queries.query], dim=2))
+            length += before.shape[2]
+        self._last_queries[index] = queries._replace(query=queries.query[:, :, :length][:, :, -count:].clone())
+        return queries, length
 
     def _refuse_own_masks(self, call: AttentionCall) -> None:
         """Refuses attention that hides or weighs entries by itself: what is evicted would change what it makes.
@@ -187,7 +203,7 @@ class Reading:
             queries: the first ``new_length`` are of tokens of the text.
             tail: keys and values as the cache holds them, of what is behind the prefix and of appended tokens.
             attended: those that the model makes of them and of the prefix; None where it takes them as they are.
-            new_length: tokens of the text that are read.
+            new_length: how many these are.
         """
         length = tail[0].shape[2] - self.suffix_length
         candidates = layer.candidates(*tail, length, self.text_mask)
@@ -249,6 +265,8 @@ class Reading:
             self.cache.defer(self.eviction, self._tails, self._scores, seen, self.text_mask)
         else:
             self.cache.evict_to(prefixes, self.recent)
+        for index, queries in self._last_queries.items():
+            self.cache.layers[index].last_queries = queries if self.cache.expects_piece else None
 
     def _stop(self) -> None:
         self.stop_attending()

@@ -30,7 +30,8 @@ class PrefillAttention:
         mask: True for real entries: ``[batch, length]``, or ``[batch, kv_heads, length]`` where heads hold different
             entries; None if all are real.
         layer_index: index of the layer in the model.
-        new_length: tokens that this forward reads, the last ones of ``length``; None if it reads all of them.
+        new_length: the last tokens of ``length`` that there are queries of: those that this forward reads, and for a
+            scorer with :attr:`Scorer.observed_queries` some of the piece of the prompt before; None if of all.
         sinks: ``[heads]``, for each query head one logit more in its softmax, of no key (gpt-oss); None if there is
             none.
     """

@@ -9,6 +9,7 @@ from models import kept_entries, left_padded, lookahead_model, prompt_ids
 from lkq_hf import LookaheadCache
 from lkq_hf.cache import guards
 from lkq_hf.compat import later_chunks_work
+from lkq_hf.scoring import SnapKVScorer
 
 needs_chunked_turns = pytest.mark.skipif(
     not later_chunks_work(), reason="this transformers begins at the start when it reads a later turn in chunks"
@@ -35,6 +36,44 @@ def test_chunks_with_parking_equal_a_prompt_read_at_once(architecture, chunk):
     torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
     for layer, kept in kept_entries(whole).items():
         assert torch.equal(kept_entries(pieces)[layer], kept)
+
+
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 6}], ids=["growing", "static"])
+@pytest.mark.parametrize("chunk", [4, 8, 14, 20, 52, 56])
+@pytest.mark.parametrize("padding", [0, 7, 30])
+def test_snapkv_observes_the_last_tokens_in_whichever_pieces_they_are(chunk, padding, options):
+    """A window of 6 tokens, and last pieces of 1 to 17."""
+    model = lookahead_model("llama", "sdpa")
+    ids, mask = left_padded([prompt_ids(1, 57)[0], prompt_ids(1, 57 - padding, seed=1)[0]])
+    scorer = SnapKVScorer(window=6)
+    whole, pieces = LookaheadCache(9, scorer, **options), LookaheadCache(9, scorer, park="cpu", **options)
+    expected, expected_logits = generate(model, ids, whole, mask)
+    found, logits = generate(model, ids, pieces, mask, prefill_chunk_size=chunk)
+    assert torch.equal(found, expected)
+    torch.testing.assert_close(logits, expected_logits, atol=1e-4, rtol=1e-4)
+    for layer, kept in kept_entries(whole).items():
+        assert torch.equal(kept_entries(pieces)[layer], kept)
+
+
+@needs_chunked_turns
+def test_pieces_of_a_later_turn_do_not_observe_the_turn_before():
+    model = lookahead_model("llama", "sdpa")
+    first, question = prompt_ids(1, 40), prompt_ids(1, 5, seed=4)
+    results = []
+    for options in ({}, {"prefill_chunk_size": 2}):
+        cache = LookaheadCache(9, SnapKVScorer(window=8), park="cpu")
+        text, _ = generate(model, first, cache, max_new_tokens=1, prefill_chunk_size=30)
+        results.append(generate(model, torch.cat([text, question], 1), cache, **options))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_that_spans_pieces_is_kept_without_parking():
+    model = lookahead_model("llama", "sdpa")
+    cache = LookaheadCache(9, SnapKVScorer(window=6))
+    generate(model, prompt_ids(1, 57), cache, prefill_chunk_size=14, max_new_tokens=1)
+    for kept in kept_entries(cache).values():
+        assert kept[..., -6:].all(), "the last piece has one token"
 
 
 @pytest.mark.parametrize("scorer", ["lookahead", "snapkv"])
