@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.reading import Reading
 from lkq_hf.compat import pass_cache
 
 
-def begin_refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> tuple[Reading, Any]:
+def begin_refresh(decoder: PreTrainedModel, cache: EvictedCache, attention_mask: Any) -> tuple[Reading, Any]:
     """The reading of a refresh, not yet started, and the decoder's inputs; None if the scorer needs no forward.
 
     Args:

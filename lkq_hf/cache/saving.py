@@ -10,13 +10,13 @@ from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.eviction import static_capacity, static_longest
 from lkq_hf.cache.fingerprint import differences, fingerprint, is_fingerprint
 from lkq_hf.cache.history import digest_of
@@ -34,6 +34,8 @@ MAX_TOKENS = 2**31 - 1
 OPTIONS = ("budget", "max_new_tokens", "allocation", "evict_later_turns", "refresh_every", "park")
 """Arguments of a cache that are saved, beside its scorer."""
 
+SavedCache = TypeVar("SavedCache", bound=EvictedCache)
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,7 +44,7 @@ class DamagedCacheError(ValueError):
 
 
 def save_cache(
-    cache: LookaheadCache,
+    cache: EvictedCache,
     directory: Path,
     model: Any = None,
     input_ids: torch.Tensor | None = None,
@@ -97,8 +99,13 @@ def _file_name(digest: str) -> str:
 
 
 def load_cache(
-    directory: Path, model: Any, scorer: str | Scorer | None, input_ids: torch.Tensor | None, options: dict[str, Any]
-) -> LookaheadCache:
+    kind: type[SavedCache],
+    directory: Path,
+    model: Any,
+    scorer: str | Scorer | None,
+    input_ids: torch.Tensor | None,
+    options: dict[str, Any],
+) -> SavedCache:
     """See :meth:`LookaheadCache.from_pretrained`."""
     prepare_model_for_eviction(model)
     decoder = get_decoder(model)
@@ -112,7 +119,7 @@ def load_cache(
         )
     if input_ids is not None:
         _check_ids(directory, content, input_ids)
-    cache = _new_cache(content, scorer, options)
+    cache = _new_cache(kind, content, scorer, options)
     cache.build_layers(decoder.config)
     cache.remember_model(decoder)
     try:
@@ -170,7 +177,7 @@ def read_note(directory: Path) -> dict[str, Any]:
 # Saving
 
 
-def _check_savable(cache: LookaheadCache, decoder: Any) -> None:
+def _check_savable(cache: EvictedCache, decoder: Any) -> None:
     if decoder is None:
         raise ValueError(
             "this cache does not know which model filled it (it was unpickled, or the model is gone): pass the model, "
@@ -244,7 +251,7 @@ def _digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_of_text(cache: LookaheadCache, seen: int, input_ids: torch.Tensor | None) -> str | None:
+def _digest_of_text(cache: EvictedCache, seen: int, input_ids: torch.Tensor | None) -> str | None:
     if input_ids is None:
         return cache.text.digest(cache.batch, seen)
     return _digest_of_ids(input_ids, cache.batch, seen)
@@ -269,7 +276,9 @@ def _check_ids(directory: Path, content: dict[str, Any], input_ids: torch.Tensor
         raise ValueError(f"{directory} holds the cache of another text than these input_ids: read them anew")
 
 
-def _new_cache(content: dict[str, Any], scorer: str | Scorer | None, changes: dict[str, Any]) -> LookaheadCache:
+def _new_cache(
+    kind: type[SavedCache], content: dict[str, Any], scorer: str | Scorer | None, changes: dict[str, Any]
+) -> SavedCache:
     if unknown := changes.keys() - set(OPTIONS):
         raise TypeError(f"unknown arguments {sorted(unknown)}; expected some of {', '.join(OPTIONS)}")
     if scorer is None:
@@ -282,7 +291,7 @@ def _new_cache(content: dict[str, Any], scorer: str | Scorer | None, changes: di
         raise ValueError(
             f"park={park!r} needs everything that was read, and this cache was saved without its parked entries"
         )
-    return LookaheadCache(scorer=scorer, **saved | changes)
+    return kind(scorer=scorer, **saved | changes)
 
 
 def _saved_scorer(scorer: dict[str, Any]) -> Scorer:
@@ -388,7 +397,7 @@ class _Tensors:
         raise NotImplementedError(f"layer {index} of this model is on no device: move the model to one first")
 
 
-def _fill(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors) -> None:
+def _fill(cache: EvictedCache, content: dict[str, Any], tensors: _Tensors) -> None:
     batch, seen = content["batch"], content["tokens_seen"]
     prefixes = _prefixes(cache, content, tensors)
     for index, (layer, note) in enumerate(zip(cache.layers, content["layers"], strict=True)):
@@ -415,7 +424,7 @@ def _fill(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors) -> 
     cache.end_restoring()
 
 
-def _prefixes(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors) -> dict[int, Prefix]:
+def _prefixes(cache: EvictedCache, content: dict[str, Any], tensors: _Tensors) -> dict[int, Prefix]:
     """What each layer has kept, layers of one shape and device in one pool."""
     parts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     kinds: dict[Any, list[int]] = {}
@@ -443,7 +452,7 @@ def _prefixes(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors)
 
 def _one_pool(
     parts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-    cache: LookaheadCache,
+    cache: EvictedCache,
     source_length: int,
 ) -> dict[int, Prefix]:
     keys, values, _, lengths = next(iter(parts.values()))

@@ -9,11 +9,11 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lkq_hf.files import bytes_of
+from lkq_hf.formats import QUANT_METHOD
 from lkq_hf.quantization.activations import OFFLOADS
 from lkq_hf.quantization.calibration_data import CalibrationSource
 from lkq_hf.quantization.packing import checkpoint_format as format_for
 from lkq_hf.quantization.refinement import BlockRefinement
-from lkq_hf.quantization.registration import QUANT_METHOD
 from lkq_hf.quantization.solve import SolverSettings
 
 BITS = (2, 3, 4, 8)

@@ -238,7 +238,7 @@ def test_messages_are_in_words_of_the_options():
 def test_a_repository_that_is_not_there_is_asked_for_once(run, files, tmp_path, monkeypatch):
     from huggingface_hub import HfApi
 
-    from lkq_hf.hub.errors import HTTPError
+    from lkq_hf.sharing.errors import HTTPError
 
     asked = []
 

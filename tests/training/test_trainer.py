@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.cache.prepare import get_decoder
-from lkq_hf.hub.cards import has_card
+from lkq_hf.sharing.cards import has_card
 from lkq_hf.training import load_targets
 from lkq_hf.training.importance import (
     PromptCache,
