@@ -5,7 +5,6 @@ json names that file with its hash and is written last, so that a reader finds t
 """
 
 import hashlib
-import shutil
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import chain
@@ -24,7 +23,7 @@ from lkq_hf.cache.layers import EvictedLayer, LastQueries, UncompressedSlidingLa
 from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 from lkq_hf.cache.tensor_parallel import find_mesh
-from lkq_hf.files import SAVING, read_json, remove_partial, write_atomically, write_json
+from lkq_hf.files import read_json, remove_partial, staging, write_atomically, write_json
 from lkq_hf.scoring import SCORERS, Scorer
 
 NAME = "lookahead_cache.json"
@@ -79,18 +78,12 @@ def save_cache(
 
 def _write_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Adds a safetensors file to a directory, which appears there whole, and returns its hash."""
-    staging = directory / SAVING
-    if staging.exists():  # of a process that was killed
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    try:
-        path = staging / "tensors.safetensors"
+    with staging(directory) as temporary:
+        path = temporary / "tensors.safetensors"
         # safetensors has a temporary file of its own, which a killed process leaves.
         write_atomically(path, lambda partial: save_file(tensors, partial))
         digest = _digest_of_file(path)
         path.replace(directory / _file_name(digest))
-    finally:
-        shutil.rmtree(staging)
     return digest
 
 

@@ -12,12 +12,11 @@ import typer
 from lkq_hf.cli.checks import check_dtype, check_model_directory, check_writable
 from lkq_hf.cli.options import Device, Dtype, Model, check_model, find_device, load_model, model_config, model_note
 from lkq_hf.cli.output import AsJson, report
+from lkq_hf.runs import NOTE, Run
 
 LONGEST_PROMPT = 8192
 NEW_TOKENS = 128
 COUNT = 8000
-PROMPTS_NOTE = "prompts.json"
-"""Name of the file that says how the prompts beside it were made."""
 
 
 def generate_targets(
@@ -132,7 +131,7 @@ def make_targets(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"--validation-fraction must lie between 0 and 1, got {validation_fraction}")
     missing = [path for path in documents or [] if not path.exists()]
-    if missing and not (out / PROMPTS_NOTE).exists():  # of prompts that are built already nobody needs them
+    if missing and not (out / NOTE).exists():  # of prompts that are built already nobody needs them
         raise FileNotFoundError(f"there is no file {missing[0]}; expected documents")
     check_dtype(dtype)
     check_model_directory(model)
@@ -204,18 +203,12 @@ def _saved_prompts(out: Path, recipe: dict[str, Any], build: Callable[[], dict[s
     """
     from datasets import Dataset
 
-    from lkq_hf.files import check_note, keep_note, write_atomically
-
-    paths = {name: out / name / "prompts.parquet" for name in ("validation", "train")}
-    begun = any(path.exists() for path in paths.values())
-    check_note(out / PROMPTS_NOTE, recipe, begun)
-    if not all(path.exists() for path in paths.values()):
-        built = build()
-        keep_note(out / PROMPTS_NOTE, recipe, begun)
-        for name, rows in built.items():
-            paths[name].parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(paths[name], Dataset.from_list(rows).to_parquet)
-    return {name: Dataset.from_parquet(str(path)) for name, path in paths.items()}
+    files = {name: f"{name}/prompts.parquet" for name in ("validation", "train")}
+    run = Run(out, recipe, "*/prompts.parquet")
+    if not all(file in run for file in files.values()):
+        for name, rows in build().items():
+            run.write(files[name], Dataset.from_list(rows).to_parquet)
+    return {name: run.read(file, lambda path: Dataset.from_parquet(str(path))) for name, file in files.items()}
 
 
 def _digest(tokenizer: Any) -> str:

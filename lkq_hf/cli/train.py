@@ -137,8 +137,9 @@ def train(
     from lkq_hf.cache.allocation import MOST
     from lkq_hf.evaluation.judge import AnswerJudge
     from lkq_hf.evaluation.profile import measure_profile, write_profile
-    from lkq_hf.files import check_note, keep_note, naming
+    from lkq_hf.files import naming
     from lkq_hf.hub import write_draft, write_training_record
+    from lkq_hf.runs import Run
     from lkq_hf.training import LookaheadTrainer, LookaheadTrainingArguments, load_targets
     from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
     from lkq_hf.training.data import usable_targets
@@ -219,7 +220,7 @@ def train(
         "adapter": adapter and str(adapter),
         **model_note(model, causal_lm, dtype, *shards, adapter),
     }
-    check_note(checkpoints / "run.json", note, begun=last is not None)
+    run = Run(checkpoints, note, "checkpoint-*")
     # DeepSpeed's weights are whole only inside of its own forwards.
     judged = [] if deepspeed else list(eval_dataset.select(range(min(judge_prompts, len(eval_dataset)))))
     judge = AnswerJudge(judged, allocation=allocation)
@@ -254,7 +255,7 @@ def train(
         """Left after the first step, before any checkpoint: what fails until then may be tried with others."""
 
         def on_step_end(self, *states: Any, **rest: Any) -> None:
-            keep_note(checkpoints / "run.json", note, begun=last is not None)
+            run.begin()
 
     with naming(checkpoints):
         trainer = LookaheadTrainer(

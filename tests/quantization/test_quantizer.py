@@ -243,12 +243,13 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_same_call_gives_that_of_an_un
     # SIGKILL: no handler, no finally clause and no exit hook runs.
     program = f"""
 import json, os, signal, sys
-from lkq_hf.quantization import TwoStageQuantizer, journal
-write = journal.Journal.write
+from lkq_hf.quantization import TwoStageQuantizer
+from lkq_hf.quantization.finished_blocks import FinishedBlocks
+write = FinishedBlocks.write
 def write_and_die(*args):
     write(*args)
     os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal.write = write_and_die
+FinishedBlocks.write = write_and_die
 options = json.load(sys.stdin)
 TwoStageQuantizer.from_pretrained(sys.argv[1]).quantize(sys.argv[2], block_by_block={block_by_block}, **options)
 """
@@ -263,7 +264,7 @@ TwoStageQuantizer.from_pretrained(sys.argv[1]).quantize(sys.argv[2], block_by_bl
     assert not out.exists()
     assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [
         "block-00000.safetensors",
-        "walk.json",
+        "run.json",
     ]
     quantizer = TwoStageQuantizer.from_pretrained(base)
     quantizer.quantize(out, block_by_block=block_by_block, device="cpu", **options)

@@ -403,9 +403,9 @@ def test_a_killed_walk_resumes_to_the_same_result(make, tokens, tmp_path, change
 
 def test_resuming_something_else_is_refused(tokens, tmp_path):
     walk(built(gemma3), tokens, resume_dir=tmp_path)
-    with pytest.raises(ValueError, match="other settings, calibration tokens or model"):
+    with pytest.raises(ValueError, match="holds a run with other arguments"):
         walk(built(gemma3), tokens, config(bits=3), resume_dir=tmp_path)
-    with pytest.raises(ValueError, match="other settings, calibration tokens or model"):
+    with pytest.raises(ValueError, match="holds a run with other arguments"):
         walk(built(gemma3), tokens.flip(0), resume_dir=tmp_path)
     other = built(gemma3)
     with torch.no_grad():
