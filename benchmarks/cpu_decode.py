@@ -34,7 +34,7 @@ def packed(model: PreTrainedModel, group_size: int) -> PreTrainedModel:
     """A copy with 4-bit weights, rounded to nearest."""
     model = copy.deepcopy(model)
     config = TwoStageGPTQConfig(
-        bits=4, group_size=group_size, preset="paper", stages=(), alpha=0.0, round_to_nearest=True
+        bits=4, group_size=group_size, preset="paper", advanced={"stages": (), "alpha": 0.0, "round_to_nearest": True}
     )
     name, layers = find_layers(model, config)
     quantize_blocks(model, name, layers, torch.ones(1, 8, dtype=torch.int64), config.solver_settings())

@@ -282,12 +282,13 @@ def main() -> None:
         if start - begin + longest > 60 * arguments.minutes:
             print("the time is over; the same command continues", flush=True)
             break
+        switches = {"preset": "default", **METHODS[cell.method]}
         config = TwoStageGPTQConfig(
             bits=cell.bits,
             group_size=arguments.group_size,
             sym=cell.sym,
-            batch_size=arguments.batch_size,
-            **METHODS[cell.method],
+            preset=switches.pop("preset"),
+            advanced={"batch_size": arguments.batch_size, **switches},
         )
         tokens, recipe = calibration[cell.seed]
         approximation, report = quantized(model, config, tokens)

@@ -78,7 +78,7 @@ def main() -> None:
             tokenizer=tokenizer,
             num_samples=arguments.samples,
             model_seqlen=arguments.sample_length,
-            sweeps=arguments.sweeps,
+            advanced={"sweeps": arguments.sweeps},
             # The card names the base model by its id on the Hub, not by a directory of this computer.
             meta=None if arguments.model else {"base_model": SMOLLM2_NAME},
         )

@@ -64,11 +64,11 @@ def main() -> None:
             bits=4,
             group_size=arguments.group_size,
             sym=False,
-            sweeps=1,
             dataset=list(topics.values()),
             tokenizer=tokenizer,
             num_samples=8,
             model_seqlen=256,
+            advanced={"sweeps": 1},
         )
         quantized = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, quantization_config=recipe)
         print(f"Quantized in {time.perf_counter() - started:.0f} s")
