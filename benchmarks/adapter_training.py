@@ -21,13 +21,13 @@ from typing import Any
 import torch
 from hardware import describe
 from peft import PeftModel, get_peft_model
+from real_models import gemma3_directory, smollm2_directory
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments, shipped_adapter
 from lkq_hf.cli.generate_targets import make_targets
 from lkq_hf.evaluation.judge import AnswerJudge
-from lkq_hf.evaluation.models import gemma3_directory, smollm2_directory
 from lkq_hf.evaluation.profile import BUDGETS, measure_profile, write_profile
 from lkq_hf.hub import write_training_record
 from lkq_hf.training import load_targets

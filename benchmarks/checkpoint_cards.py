@@ -17,10 +17,10 @@ import torch
 from hardware import describe
 from huggingface_hub import EvalResult
 from quantization import load
+from real_models import SMOLLM2_NAME
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.evaluation.journal import Journal
-from lkq_hf.evaluation.models import SMOLLM2_NAME
 from lkq_hf.evaluation.perplexity import evaluate_perplexity, text_windows
 from lkq_hf.hub import check_complete, read_contents
 from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer

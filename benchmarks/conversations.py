@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import smollm2_directory
 from tables import table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -25,7 +26,6 @@ from transformers.cache_utils import Cache
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.evaluation.environment import environment
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.prefill import cache_bytes
 from lkq_hf.evaluation.tasks.base import Draft
 from lkq_hf.evaluation.tasks.needles import FRAME, ONE_VALUE, Needle

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from hardware import describe
+from real_models import smollm2_directory
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.files import write_json
 from lkq_hf.kernels import int4_cpu
 from lkq_hf.kernels.dispatch import ENVIRONMENT_VARIABLE

@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 import torch
 from gptq_checkpoint import load_gptq
 from hardware import describe
+from real_models import gemma3_directory, smollm2_directory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.evaluation.divergence import token_statistics
-from lkq_hf.evaluation.models import gemma3_directory, smollm2_directory
 from lkq_hf.files import write_json
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens

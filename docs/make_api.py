@@ -57,7 +57,6 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
         ("lkq_hf.evaluation.tasks.base", ["Task"]),
         ("lkq_hf.evaluation.tables", ["eviction_table"]),
         ("lkq_hf.evaluation.metrics", ["metric_path", "load_metric"]),
-        ("lkq_hf.evaluation.models", ["load_smollm2", "smollm2_directory", "load_gemma3", "gemma3_directory"]),
     ],
     "Looking inside": [
         ("lkq_hf.inspection.collect", ["inspect_eviction"]),

@@ -18,10 +18,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from real_models import SMOLLM2_NAME, smollm2_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import TwoStageQuantizer
-from lkq_hf.evaluation.models import SMOLLM2_NAME, smollm2_directory
 from lkq_hf.evaluation.perplexity import text_windows, token_nlls
 from lkq_hf.hub import push_to_hub
 

@@ -19,12 +19,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from real_models import smollm2_directory
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lkq_hf import LookaheadCache, TwoStageGPTQConfig
 from lkq_hf.compat import pass_cache
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.tasks import Corpus, build_task
 
 ADAPTER = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-lookahead"

@@ -523,7 +523,7 @@ def test_activations_that_overflow_are_refused_by_layer_name(tokens, tiny_llama)
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_on_smollm2_the_default_beats_the_paper_and_the_paper_beats_gptq():
-    from lkq_hf.evaluation.models import load_smollm2
+    from real_models import load_smollm2
 
     model, tokenizer = load_smollm2()
     model.model.layers = model.model.layers[:3]

@@ -281,9 +281,8 @@ def test_arguments_out_of_range_are_refused(tmp_path, values):
 
 def save_model_and_documents(directory, named=False):
     """Writes ``model`` (tiny, with SmolLM2's tokenizer) and ``documents.jsonl``; ``named`` says where each is from."""
+    from real_models import smollm2_directory
     from transformers import AutoTokenizer
-
-    from lkq_hf.evaluation.models import smollm2_directory
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_directory())
     model = tiny_model(vocab_size=len(tokenizer))
