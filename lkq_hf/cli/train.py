@@ -18,6 +18,7 @@ from lkq_hf.cli.dataclass_command import dataclass_command
 from lkq_hf.cli.generate_targets import make_targets
 from lkq_hf.cli.options import check_adapter, find_device, load_model, model_note
 from lkq_hf.cli.output import report
+from lkq_hf.cli.target_options import TargetOptions
 from lkq_hf.cli.train_options import TrainOptions
 
 # What a card says of a training.
@@ -79,14 +80,16 @@ def run(options: TrainOptions) -> None:
     if targets is None:
         targets = [out / "targets"]
         make_targets(
-            model=options.model,
-            out=targets[0],
-            documents=options.documents,
-            count=options.count,
-            max_length=options.max_length,
-            max_new_tokens=options.max_new_tokens,
-            dtype=options.dtype,
-            device=options.device,
+            TargetOptions(
+                model=options.model,
+                out=targets[0],
+                documents=options.documents,
+                count=options.count,
+                max_length=options.max_length,
+                max_new_tokens=options.max_new_tokens,
+                dtype=options.dtype,
+                device=options.device,
+            )
         )
     train_dataset = usable_targets(
         [load_targets(directory / "train") for directory in targets],

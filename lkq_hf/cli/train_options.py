@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 from lkq_hf.cli.dataclass_command import InFile, Shown
-from lkq_hf.cli.generate_targets import COUNT, NEW_TOKENS
 from lkq_hf.cli.options import Model
+from lkq_hf.cli.target_options import TargetOptions
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +33,14 @@ class TrainOptions:
             file_okay=False,
         ),
     ] = None
-    count: Annotated[int, Shown("With --documents: training prompts to make.", min=1)] = COUNT
+    count: Annotated[int, Shown("With --documents: training prompts to make.", min=1)] = TargetOptions.count
     max_length: Annotated[
         int | None,
         Shown("With --documents: longest prompt, in tokens. By default 8192, or the model's positions if fewer."),
     ] = None
-    max_new_tokens: Annotated[int, InFile("With --documents: longest response, in tokens.", min=1)] = NEW_TOKENS
+    max_new_tokens: Annotated[int, InFile("With --documents: longest response, in tokens.", min=1)] = (
+        TargetOptions.max_new_tokens
+    )
     adapter: Annotated[
         Path | None, Shown("Go on from this trained adapter, whose shape is kept.", exists=True, file_okay=False)
     ] = None
