@@ -39,6 +39,8 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/pylint --score n lkq_hf
 
 format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .

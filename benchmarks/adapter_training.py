@@ -21,13 +21,14 @@ from typing import Any
 import torch
 from hardware import describe
 from peft import PeftModel, get_peft_model
+from real_models import gemma3_directory, smollm2_directory
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments, shipped_adapter
 from lkq_hf.cli.generate_targets import make_targets
+from lkq_hf.cli.target_options import TargetOptions
 from lkq_hf.evaluation.judge import AnswerJudge
-from lkq_hf.evaluation.models import gemma3_directory, smollm2_directory
 from lkq_hf.evaluation.profile import BUDGETS, measure_profile, write_profile
 from lkq_hf.hub import write_training_record
 from lkq_hf.training import load_targets
@@ -161,21 +162,23 @@ def main() -> None:
     started = time.monotonic()
     # The recipe of prompts names the texts and does not read them again where prompts are there.
     make_targets(
-        model=str(directory),
-        out=options.out / "targets",
-        documents=options.texts,
-        count=options.count,
-        validation_count=options.validation_count,
-        min_length=options.min_length,
-        max_length=options.max_length,
-        mix=options.mix,
-        max_new_tokens=options.max_new_tokens,
-        batch_tokens=options.batch_tokens,
-        workers=options.workers,
-        seed=options.seed,
-        prompts_only=options.prompts_only,
-        dtype="float32" if options.device == "cpu" else "bfloat16",
-        device=options.device,
+        TargetOptions(
+            model=str(directory),
+            out=options.out / "targets",
+            documents=options.texts,
+            count=options.count,
+            validation_count=options.validation_count,
+            min_length=options.min_length,
+            max_length=options.max_length,
+            mix=options.mix,
+            max_new_tokens=options.max_new_tokens,
+            batch_tokens=options.batch_tokens,
+            workers=options.workers,
+            seed=options.seed,
+            prompts_only=options.prompts_only,
+            dtype="float32" if options.device == "cpu" else "bfloat16",
+            device=options.device,
+        )
     )
     if options.prompts_only:
         return

@@ -17,14 +17,14 @@ import torch
 from hardware import describe
 from huggingface_hub import EvalResult
 from quantization import load
+from real_models import SMOLLM2_NAME
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.evaluation.journal import Journal
-from lkq_hf.evaluation.models import SMOLLM2_NAME
 from lkq_hf.evaluation.perplexity import evaluate_perplexity, text_windows
-from lkq_hf.hub.cards import CARD, BaseModel, render_card
-from lkq_hf.hub.contents import check_complete, read_contents
+from lkq_hf.hub import check_complete, read_contents
 from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
+from lkq_hf.sharing.cards import CARD, BaseModel, render_card
 from lkq_hf.text.documents import read_documents
 
 BASE = BaseModel(SMOLLM2_NAME, {"license": "apache-2.0"}, "en")

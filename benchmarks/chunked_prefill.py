@@ -15,12 +15,12 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from real_models import load_smollm2
 from tables import table
 from tqdm import tqdm
 
 from lkq_hf import LookaheadCache, shipped_adapter
 from lkq_hf.evaluation.environment import environment
-from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.evaluation.tasks.needles import Needle
 from lkq_hf.text.documents import read_documents
 from lkq_hf.text.passages import Corpus

@@ -4,7 +4,8 @@
     python benchmarks/conversations.py --texts test.jsonl.gz \
         --adapter model_cards/smollm2-135m-instruct-lookahead --out benchmarks/results/conversations
 
-With ``--read-first`` the text is read, and evicted, before anything is asked. Methods: the full cache; LookaheadKV and SnapKV, each with entries parked in main memory and without; sinks + recent.
+With ``--read-first`` the text is read, and evicted, before anything is asked. Methods: the full cache; LookaheadKV and
+SnapKV, each with entries parked in main memory and without; sinks + recent.
 Each reports the share of right answers by turn, and the bytes of its cache on the model's device after each turn.
 Writes OUT.json and OUT.md. ``--small`` is a smoke test for a CPU.
 """
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import smollm2_directory
 from tables import table
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
@@ -27,7 +29,6 @@ from transformers.cache_utils import Cache
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.evaluation.environment import environment
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.prefill import cache_bytes
 from lkq_hf.evaluation.tasks.base import Draft
 from lkq_hf.evaluation.tasks.needles import FRAME, ONE_VALUE, Needle
@@ -216,9 +217,7 @@ def main() -> None:
             for start in range(0, len(made), arguments.batch_size):
                 batch = made[start : start + arguments.batch_size]
                 cache = empty(model.config)
-                found, bytes_by_turn = converse(
-                    model, tokenizer, batch, cache, arguments.turns, arguments.read_first
-                )
+                found, bytes_by_turn = converse(model, tokenizer, batch, cache, arguments.turns, arguments.read_first)
                 right = [total + sum(each) for total, each in zip(right, found, strict=True)]
                 sizes = [total + each for total, each in zip(sizes, bytes_by_turn, strict=True)]
             rows[name] = {"right": [value / len(made) for value in right], "bytes": sizes}

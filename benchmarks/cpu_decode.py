@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from hardware import describe
+from real_models import smollm2_directory
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.files import write_json
 from lkq_hf.kernels import int4_cpu
 from lkq_hf.kernels.dispatch import ENVIRONMENT_VARIABLE
@@ -34,7 +34,7 @@ def packed(model: PreTrainedModel, group_size: int) -> PreTrainedModel:
     """A copy with 4-bit weights, rounded to nearest."""
     model = copy.deepcopy(model)
     config = TwoStageGPTQConfig(
-        bits=4, group_size=group_size, preset="paper", stages=(), alpha=0.0, round_to_nearest=True
+        bits=4, group_size=group_size, preset="paper", advanced={"stages": (), "alpha": 0.0, "round_to_nearest": True}
     )
     name, layers = find_layers(model, config)
     quantize_blocks(model, name, layers, torch.ones(1, 8, dtype=torch.int64), config.solver_settings())

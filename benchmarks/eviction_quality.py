@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import smollm2_directory
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -31,7 +32,6 @@ from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.evaluation.decoding import Answers, answer_greedily, score_answers
 from lkq_hf.evaluation.environment import digests, environment
 from lkq_hf.evaluation.metrics import load_metric
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.prefill import (
     Prefill,
     ScoredAnswers,

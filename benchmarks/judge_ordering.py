@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from hardware import describe
+from real_models import load_smollm2
 
 from lkq_hf import shipped_adapter
 from lkq_hf.evaluation.decoding import answer_greedily
 from lkq_hf.evaluation.judge import AnswerJudge
-from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.evaluation.prefill import read_prompts, stack_caches
 from lkq_hf.evaluation.tasks import build_task
 from lkq_hf.hub import load_adapter

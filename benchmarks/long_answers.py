@@ -18,13 +18,13 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from lkq_hf.evaluation.models import load_smollm2
 from tables import table
 from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lkq_hf import LookaheadCache, shipped_adapter
 from lkq_hf.evaluation.environment import environment
-from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.text.documents import read_documents
 
 SCORERS = ("lookahead", "snapkv", "streaming")

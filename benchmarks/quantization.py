@@ -34,11 +34,11 @@ from typing import Any, NamedTuple
 import torch
 from gptq_checkpoint import load_gptq
 from hardware import describe
+from real_models import gemma3_directory, smollm2_directory
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.evaluation.divergence import token_statistics
-from lkq_hf.evaluation.models import gemma3_directory, smollm2_directory
 from lkq_hf.files import write_json
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens
@@ -282,12 +282,13 @@ def main() -> None:
         if start - begin + longest > 60 * arguments.minutes:
             print("the time is over; the same command continues", flush=True)
             break
+        switches = {"preset": "default", **METHODS[cell.method]}
         config = TwoStageGPTQConfig(
             bits=cell.bits,
             group_size=arguments.group_size,
             sym=cell.sym,
-            batch_size=arguments.batch_size,
-            **METHODS[cell.method],
+            preset=switches.pop("preset"),
+            advanced={"batch_size": arguments.batch_size, **switches},
         )
         tokens, recipe = calibration[cell.seed]
         approximation, report = quantized(model, config, tokens)

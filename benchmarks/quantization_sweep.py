@@ -90,8 +90,8 @@ def shortened(model: PreTrainedModel, blocks: int | None) -> PreTrainedModel:
 
 def ours(model: PreTrainedModel, experiment: Experiment, tokens: Tensor) -> tuple[PreTrainedModel, dict[str, Any]]:
     model = copy.deepcopy(model)
-    config = TwoStageGPTQConfig(
-        bits=experiment.bits, sym=experiment.sym, group_size=experiment.group_size, **experiment.config
+    config = TwoStageGPTQConfig.from_dict(
+        {"bits": experiment.bits, "sym": experiment.sym, "group_size": experiment.group_size, **experiment.config}
     )
     settings = replace(
         config.solver_settings(),

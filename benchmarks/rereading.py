@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from conversations import conversations, later_turn
+from lkq_hf.evaluation.models import load_smollm2
 from tables import table
 from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lkq_hf import LookaheadCache, shipped_adapter
 from lkq_hf.evaluation.environment import environment
-from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.text.passages import Corpus
 
 

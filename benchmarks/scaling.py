@@ -219,7 +219,8 @@ def _decoding(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
 def _calibration(sizes: dict[str, int], device: str, shrink: int) -> dict[str, float]:
     """Seconds of a walk that only rounds: what a calibration token costs in a layer, its passes and moments, and what
     a layer costs besides, `block`: its checksums, copies and packing, and the rounding, which is not worth a solve."""
-    config = TwoStageGPTQConfig(group_size=32, round_to_nearest=True, stages=(), column_order="stored")
+    switches = {"round_to_nearest": True, "stages": (), "column_order": "stored"}
+    config = TwoStageGPTQConfig(group_size=32, advanced=switches)
     length = 2048 // shrink
 
     def walk(windows: int) -> float:

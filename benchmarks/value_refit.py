@@ -31,12 +31,12 @@ from typing import Any
 
 import torch
 from hardware import describe
+from real_models import load_smollm2
 from transformers import PreTrainedModel
 
 from lkq_hf import LookaheadCache, shipped_adapter
 from lkq_hf.cache.prefix import Pool
 from lkq_hf.evaluation.decoding import Answers, answer_greedily, score_answers
-from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.evaluation.prefill import read_prompts, stack_caches
 from lkq_hf.evaluation.tasks import build_task
 from lkq_hf.hub import load_adapter

@@ -20,6 +20,7 @@ the tensor stores them. The names in the first section can be imported from `lkq
 SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
     "The main names": [
         ("lkq_hf.cache.cache", ["LookaheadCache"]),
+        ("lkq_hf.cache.evicted", ["EvictedCache"]),
         ("lkq_hf.cache.prepare", ["prepare_model_for_eviction"]),
         ("lkq_hf.adapter.config", ["LookaheadKVConfig"]),
         ("lkq_hf.adapter.model", ["LookaheadKVModel"]),
@@ -56,7 +57,6 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
         ("lkq_hf.evaluation.tasks.base", ["Task"]),
         ("lkq_hf.evaluation.tables", ["eviction_table"]),
         ("lkq_hf.evaluation.metrics", ["metric_path", "load_metric"]),
-        ("lkq_hf.evaluation.models", ["load_smollm2", "smollm2_directory", "load_gemma3", "gemma3_directory"]),
     ],
     "Looking inside": [
         ("lkq_hf.inspection.collect", ["inspect_eviction"]),
@@ -67,8 +67,8 @@ SECTIONS: dict[str, list[tuple[str, list[str]]]] = {
         ("lkq_hf.hub.push", ["push_to_hub"]),
         ("lkq_hf.hub.load", ["load_adapter"]),
         ("lkq_hf.adapter.injection", ["inject_adapter", "remove_adapter"]),
-        ("lkq_hf.hub.cards", ["write_card"]),
-        ("lkq_hf.hub.results", ["read_results"]),
+        ("lkq_hf.sharing.cards", ["write_card"]),
+        ("lkq_hf.sharing.results", ["read_results"]),
     ],
 }
 

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from real_models import smollm2_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
-from lkq_hf.evaluation.models import smollm2_directory
 
 ADAPTER = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-lookahead"
 MARK = "<<answer>>"

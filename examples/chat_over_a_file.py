@@ -18,11 +18,11 @@ import time
 from pathlib import Path
 
 import torch
+from real_models import smollm2_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.compat import pass_cache
-from lkq_hf.evaluation.models import smollm2_directory
 
 ROOT = Path(__file__).parents[1]
 ADAPTER = ROOT / "model_cards" / "smollm2-135m-instruct-lookahead"

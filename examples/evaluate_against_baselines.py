@@ -16,12 +16,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from real_models import smollm2_directory
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lkq_hf  # noqa: F401  # registers the adapter type
 from lkq_hf.evaluation.eviction import EvictionEvaluator, summarise
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.tables import eviction_table
 from lkq_hf.evaluation.tasks import Corpus, build_task
 from lkq_hf.text.documents import read_documents

@@ -18,10 +18,10 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from real_models import SMOLLM2_NAME, smollm2_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import TwoStageQuantizer
-from lkq_hf.evaluation.models import SMOLLM2_NAME, smollm2_directory
 from lkq_hf.evaluation.perplexity import text_windows, token_nlls
 from lkq_hf.hub import push_to_hub
 
@@ -78,7 +78,7 @@ def main() -> None:
             tokenizer=tokenizer,
             num_samples=arguments.samples,
             model_seqlen=arguments.sample_length,
-            sweeps=arguments.sweeps,
+            advanced={"sweeps": arguments.sweeps},
             # The card names the base model by its id on the Hub, not by a directory of this computer.
             meta=None if arguments.model else {"base_model": SMOLLM2_NAME},
         )

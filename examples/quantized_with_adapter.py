@@ -19,12 +19,12 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from real_models import smollm2_directory
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 from lkq_hf import LookaheadCache, TwoStageGPTQConfig
 from lkq_hf.compat import pass_cache
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.tasks import Corpus, build_task
 
 ADAPTER = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-lookahead"
@@ -64,11 +64,11 @@ def main() -> None:
             bits=4,
             group_size=arguments.group_size,
             sym=False,
-            sweeps=1,
             dataset=list(topics.values()),
             tokenizer=tokenizer,
             num_samples=8,
             model_seqlen=256,
+            advanced={"sweeps": 1},
         )
         quantized = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, quantization_config=recipe)
         print(f"Quantized in {time.perf_counter() - started:.0f} s")

@@ -12,11 +12,11 @@ from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
+from real_models import load_smollm2
 from transformers import DynamicCache, LogitsProcessor
 
 from lkq_hf import LookaheadCache
 from lkq_hf.compat import pass_cache
-from lkq_hf.evaluation.models import load_smollm2
 
 ADAPTER = Path(__file__).parents[1] / "model_cards" / "smollm2-135m-instruct-lookahead"
 

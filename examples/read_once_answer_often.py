@@ -22,10 +22,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from real_models import smollm2_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadCache
-from lkq_hf.evaluation.models import smollm2_directory
 
 ROOT = Path(__file__).parents[1]
 ADAPTER = ROOT / "model_cards" / "smollm2-135m-instruct-lookahead"

@@ -20,10 +20,10 @@ from pydoc_data.topics import topics
 
 import torch
 from peft import get_peft_model
+from real_models import smollm2_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.text.documents import read_documents
 from lkq_hf.training import PromptMix, build_prompts, generate_targets, split_documents
 

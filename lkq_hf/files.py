@@ -129,64 +129,6 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def keep_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, Any]:
-    """Leaves a note of all that a run's results depend on, or compares it with the note of an earlier run.
-
-    So a run that is started again goes on with what it finds, and no other run does. Leave the note right before the
-    first result: what fails before then, leaves nothing that a second attempt would have to agree with. See
-    `check_note` for its arguments and errors.
-    """
-    now = check_note(path, arguments, begun)
-    if not path.exists():
-        with naming(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, now)
-    return now
-
-
-def check_note(path: Path, arguments: dict[str, Any], begun: bool) -> dict[str, Any]:
-    """Compares what a run's results depend on with the note of an earlier run, if there is one.
-
-    Args:
-        path: the note.
-        arguments: what the results depend on, as JSON.
-        begun: whether results are there already, which an earlier run must have left a note of.
-
-    Returns:
-        The arguments, as JSON makes them: tuples become lists.
-
-    Raises:
-        ValueError: the earlier run had other arguments, or left no note.
-    """
-    now: dict[str, Any] = json.loads(json.dumps(arguments))
-    if path.exists():
-        if changes := note_changes(read_json(path), now):
-            raise ValueError(
-                f"{path.parent} holds a run with other arguments ({'; '.join(changes)}). The same arguments go on "
-                "with it; for others, name another directory, or delete this one"
-            )
-    elif begun:
-        raise ValueError(
-            f"{path.parent} holds results but no {path.name} that says how they were made: name another directory, or "
-            "delete this one"
-        )
-    return now
-
-
-def note_changes(found: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What differs between two notes, in words; of mappings in them only the keys that differ."""
-    changes = []
-    for name in {**found, **now}:
-        was, becomes = found.get(name, "not noted"), now.get(name, "not noted")
-        if isinstance(was, dict) and isinstance(becomes, dict):
-            was, becomes = (
-                {key: each[key] for key in each if was.get(key) != becomes.get(key)} for each in (was, becomes)
-            )
-        if was != becomes:
-            changes.append(f"{name} was {was!r}, now {becomes!r}")
-    return changes
-
-
 def remove_partial(directory: Path) -> None:
     """Removes what killed processes left in a directory where nobody writes any more."""
     for partial in directory.glob(f"{PARTIAL_PREFIX}*"):
@@ -203,14 +145,25 @@ def check_free(directory: Path) -> None:
         raise FileExistsError(f"{directory} exists and is not an empty directory; choose another one or remove it")
 
 
-def pieces_directory(target: Path) -> Path:
-    """Where a run keeps the finished pieces of a directory until all of them are there.
+def _begin_anew(directory: Path) -> None:
+    """Makes an empty directory in the place of one that a killed process may have left."""
+    if directory.exists():
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True)
 
-    That is beside it, or inside if the directory is there already: what is beside a mount point may be a small disk,
-    or be lost with a container.
+
+@contextmanager
+def staging(target: Path) -> Iterator[Path]:
+    """A directory inside of `target`, for files that move out of it when they are whole.
+
+    Both are made if there are none. At the end the inner one is removed with what is left in it.
     """
-    beside = target.with_name(target.name + PIECES)
-    return target / PIECES if target.is_dir() and not beside.exists() else beside
+    directory = target / SAVING
+    _begin_anew(directory)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory)
 
 
 @contextmanager
@@ -228,9 +181,7 @@ def new_directory(target: Path) -> Iterator[Path]:
     check_free(target)
     filled = target.is_dir()
     temporary = target / SAVING if filled else target.with_name(f".{target.name}{SAVING}")
-    if temporary.exists():
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
+    _begin_anew(temporary)
     moved: list[Path] = []
     try:
         with naming(target):

@@ -17,6 +17,7 @@ from lkq_hf.cache.modules import attention_modules, cross_attention_modules
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 from lkq_hf.scoring.base import PerLayerEmbedding
 from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
+from lkq_hf.sharing.pushes import add_card_to_pushes
 
 QUERY_AND_KEY_MODULES = (
     "q_proj", "k_proj", "qkv_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj",
@@ -149,8 +150,6 @@ class LookaheadKVModel(BaseTuner):
     @classmethod
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
         # Runs while `model` is being saved: the one place where a tuner meets the object that may be pushed next.
-        from lkq_hf.hub.push import add_card_to_pushes
-
         add_card_to_pushes(model)
         return super()._get_adapter_state_dict(model, *args, **kwargs)
 

@@ -2,7 +2,7 @@
 
 from peft import PeftType
 
-NAME = "LOOKAHEAD_KV"
+from lkq_hf.formats import PEFT_TYPE
 
 
 def _peft_type(name: str) -> PeftType:
@@ -23,4 +23,4 @@ def _peft_type(name: str) -> PeftType:
     return member
 
 
-LOOKAHEAD_KV = _peft_type(NAME)
+LOOKAHEAD_KV = _peft_type(PEFT_TYPE)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lkq_hf.attention import attending, implementation_of
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.reading import Decoding
 from lkq_hf.cache.static import StaticEvictedLayer
 
@@ -22,14 +22,14 @@ _OTHER_MASKS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 
 
 @contextmanager
-def decoding(decoder: PreTrainedModel, cache: LookaheadCache) -> Iterator[None]:
+def decoding(decoder: PreTrainedModel, cache: EvictedCache) -> Iterator[None]:
     """Inside, ``decoder`` attends over the prefix and the slots of ``cache``, compiled or not."""
     with attending(decoder, Decoding(decoder, cache, None).attend, compiles=True):
         yield
 
 
 def next_token_mask(
-    cache: LookaheadCache, /, config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, **others: Any
+    cache: EvictedCache, /, config: Any, inputs_embeds: torch.Tensor, attention_mask: Any, **others: Any
 ) -> torch.Tensor | dict[str, torch.Tensor] | None:
     """What transformers' ``create_masks_for_generate`` makes of the same arguments, in a tenth of the time.
 

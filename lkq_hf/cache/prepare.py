@@ -18,8 +18,8 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf.attention import implementation_of, thread_state
 from lkq_hf.cache.batching import refuse_cache
-from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.decode import decoding, next_token_mask
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
 from lkq_hf.cache.modules import (
     attention_modules,
@@ -104,7 +104,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
 
 def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Guards ``generate``, for what a LookaheadCache needs from the prompt's first to the answer's last token."""
-    cache = find_cache(kwargs, LookaheadCache)
+    cache = find_cache(kwargs, EvictedCache)
     if cache is None:
         return generate(*args, **kwargs)
     kwargs = rename_cache(kwargs, cache)
@@ -128,7 +128,7 @@ def _create_masks_for_generate(decoder: PreTrainedModel, create_masks: Callable[
     compiled, makes its masks by itself. That of a single token is made in fewer steps, where no model has masks of its
     own.
     """
-    cache = find_cache(kwargs, LookaheadCache)
+    cache = find_cache(kwargs, EvictedCache)
     if cache is not None:
         if cache.will_read(kwargs["inputs_embeds"].shape[1]) or not cache.has_prompt:
             return kwargs.get("attention_mask")
@@ -211,8 +211,8 @@ def _recur(module: nn.Module, forgets: bool, forward: Callable[..., Any], *args:
     return _recur_uncompiled(module, forward, args, kwargs)
 
 
-def _cache_among(*arguments: Any) -> LookaheadCache | None:
-    return next((each for each in arguments if isinstance(each, LookaheadCache)), None)
+def _cache_among(*arguments: Any) -> EvictedCache | None:
+    return next((each for each in arguments if isinstance(each, EvictedCache)), None)
 
 
 @torch.compiler.disable
@@ -252,7 +252,7 @@ def _abandon_forward() -> None:
 
 def _before_forward(decoder: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     named = _by_name(decoder, args, kwargs)
-    cache = find_cache(named, LookaheadCache)
+    cache = find_cache(named, EvictedCache)
     if cache is None and _thread.forward is None:
         return None
     in_decode = thread_state.attend_compiles and _thread.refresh is None
@@ -269,7 +269,7 @@ def _length(kwargs: dict[str, Any]) -> int:
 
 # torch 2.13 loses what a traced function writes to a threading.local.
 @torch.compiler.disable(reason="a compiled model fills a LookaheadCache inside of lkq_hf.cache.decoding(model, cache)")
-def _begin_forward(decoder: PreTrainedModel, cache: LookaheadCache | None, kwargs: dict[str, Any]) -> Any:
+def _begin_forward(decoder: PreTrainedModel, cache: EvictedCache | None, kwargs: dict[str, Any]) -> Any:
     """Decides whether a forward reads, and prepares it; returns its changed arguments, or None."""
     # An interrupt may also come between this function and the forward that it prepares.
     _abandon_forward()
@@ -322,7 +322,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(signature(forward).parameters)
 
 
-def refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: torch.Tensor | None = None) -> None:
+def refresh(decoder: PreTrainedModel, cache: EvictedCache, attention_mask: torch.Tensor | None = None) -> None:
     """Evicts what a long answer has added to ``cache``, but for its last ``refresh_every`` tokens.
 
     ``generate`` and the model's forwards do this by themselves, as often as ``refresh_every`` says.
@@ -344,7 +344,7 @@ def refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: tor
         decoder(**inputs)
 
 
-def _bind(decoder: PreTrainedModel, cache: LookaheadCache) -> Scorer | None:
+def _bind(decoder: PreTrainedModel, cache: EvictedCache) -> Scorer | None:
     """The cache's scorer for this model; None where a later turn cannot be scored and is kept whole instead.
 
     Raises:
@@ -364,7 +364,7 @@ def _bind(decoder: PreTrainedModel, cache: LookaheadCache) -> Scorer | None:
 
 
 def _begin_reading(
-    decoder: PreTrainedModel, cache: LookaheadCache, scorer: Scorer, kwargs: dict[str, Any], length: int
+    decoder: PreTrainedModel, cache: EvictedCache, scorer: Scorer, kwargs: dict[str, Any], length: int
 ) -> Any:
     seen = int(cache.get_seq_length())
     given_mask = kwargs.get("attention_mask")

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from lkq_hf.attention import AttentionCall, start_attending, thread_state
 from lkq_hf.cache.attend import attend_over
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, LastQueries
 from lkq_hf.cache.modules import attention_modules
@@ -23,7 +23,7 @@ from lkq_hf.cache.recurrent import read_apart
 from lkq_hf.scoring import PrefillAttention, Scorer
 
 
-def layer_of(cache: LookaheadCache, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> EvictedLayer | None:
+def layer_of(cache: EvictedCache, module: nn.Module, key: torch.Tensor, value: torch.Tensor) -> EvictedLayer | None:
     """The evicted layer that returned these keys and values: the module's own, or one whose entries it shares."""
     index = getattr(module, "layer_idx", None)
     layers = cache.layers
@@ -48,7 +48,7 @@ class Decoding:
     """A forward whose tokens are stored behind what there is."""
 
     decoder: PreTrainedModel
-    cache: LookaheadCache
+    cache: EvictedCache
     text_mask: torch.Tensor | None
     stop_attending: Callable[[], None] = field(init=False)
 
@@ -92,7 +92,7 @@ class Reading:
     """
 
     decoder: PreTrainedModel
-    cache: LookaheadCache
+    cache: EvictedCache
     scorer: Scorer
     batch: int
     new_length: int

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.reading import Reading
 from lkq_hf.cache.recorded import RecordedRefresh
 from lkq_hf.cache.static import StaticEvictedLayer
@@ -17,7 +17,7 @@ from lkq_hf.cache.steady import SteadyRefresh, is_steady
 from lkq_hf.compat import pass_cache
 
 
-def refresh_steadily(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> bool:
+def refresh_steadily(decoder: PreTrainedModel, cache: EvictedCache, attention_mask: Any) -> bool:
     """Carries out a refresh that leaves all shapes as they are; False if this one does not, and nothing was done.
 
     Args:
@@ -42,12 +42,12 @@ def refresh_steadily(decoder: PreTrainedModel, cache: LookaheadCache, attention_
     return True
 
 
-def is_on_gpu(cache: LookaheadCache) -> bool:
+def is_on_gpu(cache: EvictedCache) -> bool:
     """Whether kernels can be recorded."""
     return bool(cache.layers[0].keys.is_cuda) and not torch.cuda.is_current_stream_capturing()
 
 
-def begin_refresh(decoder: PreTrainedModel, cache: LookaheadCache, attention_mask: Any) -> tuple[Reading, Any]:
+def begin_refresh(decoder: PreTrainedModel, cache: EvictedCache, attention_mask: Any) -> tuple[Reading, Any]:
     """The reading of a refresh, not yet started, and the decoder's inputs; None if the scorer needs no forward.
 
     Args:

@@ -5,18 +5,17 @@ json names that file with its hash and is written last, so that a reader finds t
 """
 
 import hashlib
-import shutil
 from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.eviction import static_capacity, static_longest
 from lkq_hf.cache.fingerprint import differences, fingerprint, is_fingerprint
 from lkq_hf.cache.history import digest_of
@@ -24,7 +23,7 @@ from lkq_hf.cache.layers import EvictedLayer, LastQueries, UncompressedSlidingLa
 from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.cache.prepare import get_decoder, prepare_model_for_eviction
 from lkq_hf.cache.tensor_parallel import find_mesh
-from lkq_hf.files import SAVING, read_json, remove_partial, write_atomically, write_json
+from lkq_hf.files import read_json, remove_partial, staging, write_atomically, write_json
 from lkq_hf.scoring import SCORERS, Scorer
 
 NAME = "lookahead_cache.json"
@@ -34,6 +33,8 @@ MAX_TOKENS = 2**31 - 1
 OPTIONS = ("budget", "max_new_tokens", "allocation", "evict_later_turns", "refresh_every", "park")
 """Arguments of a cache that are saved, beside its scorer."""
 
+SavedCache = TypeVar("SavedCache", bound=EvictedCache)
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -42,7 +43,7 @@ class DamagedCacheError(ValueError):
 
 
 def save_cache(
-    cache: LookaheadCache,
+    cache: EvictedCache,
     directory: Path,
     model: Any = None,
     input_ids: torch.Tensor | None = None,
@@ -77,18 +78,12 @@ def save_cache(
 
 def _write_tensors(directory: Path, tensors: dict[str, torch.Tensor]) -> str:
     """Adds a safetensors file to a directory, which appears there whole, and returns its hash."""
-    staging = directory / SAVING
-    if staging.exists():  # of a process that was killed
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
-    try:
-        path = staging / "tensors.safetensors"
+    with staging(directory) as temporary:
+        path = temporary / "tensors.safetensors"
         # safetensors has a temporary file of its own, which a killed process leaves.
         write_atomically(path, lambda partial: save_file(tensors, partial))
         digest = _digest_of_file(path)
         path.replace(directory / _file_name(digest))
-    finally:
-        shutil.rmtree(staging)
     return digest
 
 
@@ -97,8 +92,13 @@ def _file_name(digest: str) -> str:
 
 
 def load_cache(
-    directory: Path, model: Any, scorer: str | Scorer | None, input_ids: torch.Tensor | None, options: dict[str, Any]
-) -> LookaheadCache:
+    kind: type[SavedCache],
+    directory: Path,
+    model: Any,
+    scorer: str | Scorer | None,
+    input_ids: torch.Tensor | None,
+    options: dict[str, Any],
+) -> SavedCache:
     """See :meth:`LookaheadCache.from_pretrained`."""
     prepare_model_for_eviction(model)
     decoder = get_decoder(model)
@@ -112,7 +112,7 @@ def load_cache(
         )
     if input_ids is not None:
         _check_ids(directory, content, input_ids)
-    cache = _new_cache(content, scorer, options)
+    cache = _new_cache(kind, content, scorer, options)
     cache.build_layers(decoder.config)
     cache.remember_model(decoder)
     try:
@@ -170,7 +170,7 @@ def read_note(directory: Path) -> dict[str, Any]:
 # Saving
 
 
-def _check_savable(cache: LookaheadCache, decoder: Any) -> None:
+def _check_savable(cache: EvictedCache, decoder: Any) -> None:
     if decoder is None:
         raise ValueError(
             "this cache does not know which model filled it (it was unpickled, or the model is gone): pass the model, "
@@ -244,7 +244,7 @@ def _digest_of_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_of_text(cache: LookaheadCache, seen: int, input_ids: torch.Tensor | None) -> str | None:
+def _digest_of_text(cache: EvictedCache, seen: int, input_ids: torch.Tensor | None) -> str | None:
     if input_ids is None:
         return cache.text.digest(cache.batch, seen)
     return _digest_of_ids(input_ids, cache.batch, seen)
@@ -269,7 +269,9 @@ def _check_ids(directory: Path, content: dict[str, Any], input_ids: torch.Tensor
         raise ValueError(f"{directory} holds the cache of another text than these input_ids: read them anew")
 
 
-def _new_cache(content: dict[str, Any], scorer: str | Scorer | None, changes: dict[str, Any]) -> LookaheadCache:
+def _new_cache(
+    kind: type[SavedCache], content: dict[str, Any], scorer: str | Scorer | None, changes: dict[str, Any]
+) -> SavedCache:
     if unknown := changes.keys() - set(OPTIONS):
         raise TypeError(f"unknown arguments {sorted(unknown)}; expected some of {', '.join(OPTIONS)}")
     if scorer is None:
@@ -282,7 +284,7 @@ def _new_cache(content: dict[str, Any], scorer: str | Scorer | None, changes: di
         raise ValueError(
             f"park={park!r} needs everything that was read, and this cache was saved without its parked entries"
         )
-    return LookaheadCache(scorer=scorer, **saved | changes)
+    return kind(scorer=scorer, **saved | changes)
 
 
 def _saved_scorer(scorer: dict[str, Any]) -> Scorer:
@@ -388,7 +390,7 @@ class _Tensors:
         raise NotImplementedError(f"layer {index} of this model is on no device: move the model to one first")
 
 
-def _fill(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors) -> None:
+def _fill(cache: EvictedCache, content: dict[str, Any], tensors: _Tensors) -> None:
     batch, seen = content["batch"], content["tokens_seen"]
     prefixes = _prefixes(cache, content, tensors)
     for index, (layer, note) in enumerate(zip(cache.layers, content["layers"], strict=True)):
@@ -415,7 +417,7 @@ def _fill(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors) -> 
     cache.end_restoring()
 
 
-def _prefixes(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors) -> dict[int, Prefix]:
+def _prefixes(cache: EvictedCache, content: dict[str, Any], tensors: _Tensors) -> dict[int, Prefix]:
     """What each layer has kept, layers of one shape and device in one pool."""
     parts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = {}
     kinds: dict[Any, list[int]] = {}
@@ -443,7 +445,7 @@ def _prefixes(cache: LookaheadCache, content: dict[str, Any], tensors: _Tensors)
 
 def _one_pool(
     parts: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-    cache: LookaheadCache,
+    cache: EvictedCache,
     source_length: int,
 ) -> dict[int, Prefix]:
     keys, values, _, lengths = next(iter(parts.values()))

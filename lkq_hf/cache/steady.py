@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 from lkq_hf.attention import AttentionCall, attending, lookahead_positions
 from lkq_hf.cache.allocation import most_of_a_head, share_out
 from lkq_hf.cache.attend import attend_over
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.eviction import Eviction, static_capacity, static_longest
 from lkq_hf.cache.layers import EvictedLayer, LastQueries
 from lkq_hf.cache.prefix import Pool, Prefix, places
@@ -27,7 +27,7 @@ from lkq_hf.kernels.ragged_attention import causal
 from lkq_hf.scoring import PrefillAttention, Scorer
 
 
-def is_steady(cache: LookaheadCache, eviction: Eviction) -> bool:
+def is_steady(cache: EvictedCache, eviction: Eviction) -> bool:
     """Whether a refresh of ``cache`` leaves all shapes as they are."""
     layers, every = cache.layers, cache.refresh_every
     kind, first = type(layers[0]), layers[0]
@@ -110,7 +110,7 @@ class SteadyRefresh:
     """
 
     decoder: PreTrainedModel
-    cache: LookaheadCache
+    cache: EvictedCache
     scorer: Scorer
     budget: int
     allocation: str
@@ -123,7 +123,7 @@ class SteadyRefresh:
 
     @classmethod
     def prepare(
-        cls, decoder: PreTrainedModel, cache: LookaheadCache, scorer: Scorer, eviction: Eviction, mask: Any
+        cls, decoder: PreTrainedModel, cache: EvictedCache, scorer: Scorer, eviction: Eviction, mask: Any
     ) -> "SteadyRefresh":
         """The refresh that is due.
 

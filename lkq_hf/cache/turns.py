@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.guards import generation_option
 
 
@@ -21,7 +21,7 @@ class Turn:
         rows_known: whether the rows of the result are those of the cache.
     """
 
-    cache: LookaheadCache
+    cache: EvictedCache
     start: int
     length: int
     rows_known: bool
@@ -36,9 +36,7 @@ class Turn:
             self.cache.text.record(self.start, sequences[:, : read - self.start], min(self.length, read))
 
 
-def begin_turn(
-    cache: LookaheadCache, defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Turn:
+def begin_turn(cache: EvictedCache, defaults: GenerationConfig, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Turn:
     """Compares the text that ``generate`` is called with to what the cache has read.
 
     Where the answer before differs, as after a chat template that trims it, the cache goes back to where it does.
@@ -77,7 +75,7 @@ def given_ids(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | N
     return next((ids for ids in given if ids is not None), None)
 
 
-def _continue(cache: LookaheadCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+def _continue(cache: EvictedCache, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
     seen, length = int(cache.get_seq_length()), ids.shape[1]
     agreeing = cache.text.agreeing(ids, mask, seen)
     keep = min(agreeing or 0, length - 1)  # one token at least is read

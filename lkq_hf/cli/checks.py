@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lkq_hf.files import bytes_of
+from lkq_hf.formats import TOKENIZER_FILES
 
 DTYPES = ("float32", "bfloat16", "float16")
 FILE_SUFFIXES = (".gz", ".json", ".jsonl", ".md", ".txt")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 # What the library offers, named here because importing the library takes seconds (tests compare both).
 ALLOCATIONS = ("global", "layer", "uniform", "profile")

@@ -102,7 +102,7 @@ def _check_repository(repo_id: str) -> None:
     """
     from huggingface_hub import HfApi, try_to_load_from_cache
 
-    from lkq_hf.hub.errors import explained
+    from lkq_hf.sharing.errors import explained
 
     if any(isinstance(try_to_load_from_cache(repo_id, name), str) for name in ("config.json", "adapter_config.json")):
         return

@@ -103,11 +103,10 @@ def quantize(
         dataset=dataset,
         num_samples=num_samples,
         model_seqlen=model_seqlen,
-        batch_size=batch_size,
-        seed=seed,
         text_column=text_column,
         modules_to_not_convert=modules_to_not_convert,
         device=place,
+        advanced={"batch_size": batch_size, "seed": seed},
         meta={"base_model": base_model_name} if base_model_name else None,
     )
     walk = quantizer.report

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.cache import prepare_model_for_eviction
-from lkq_hf.cache.cache import check_allocation, profile_of
+from lkq_hf.cache.evicted import check_allocation, profile_of
 from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.evaluation.decoding import Answers, answer_greedily, pad_left, score_answers
 from lkq_hf.evaluation.environment import environment

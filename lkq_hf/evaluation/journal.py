@@ -1,50 +1,44 @@
-"""Finished pieces of a run, on disk, so that a stopped run goes on where it was."""
+"""The run of an evaluation."""
 
 import json
 import os
-from pathlib import Path
 from typing import Any
 
-from lkq_hf.files import check_note, keep_note, write_json
+from lkq_hf.runs import Run
 
 
 class Journal:
-    """Finished pieces of work, one JSON file each, written whole or not at all.
-
-    Several processes may share a journal: all of them begin with the same arguments, and each writes its own pieces.
-    Nothing is written before the first piece, so that a run that ends without one can begin again with others.
+    """Finished pieces of an evaluation: JSON files in the folder `journal` of its output directory.
 
     Args:
-        directory: the run's output directory; created with the first piece.
-        arguments: everything the results depend on, as JSON.
+        directory: the output directory.
+        arguments: all that the results depend on, as JSON.
 
     Raises:
-        ValueError: the directory holds a run with other arguments, or files of something else.
+        ValueError: the directory holds a run with other arguments, or pieces without a note.
     """
 
     def __init__(self, directory: str | os.PathLike[str], arguments: dict[str, Any]) -> None:
-        self.directory = Path(directory)
-        self._pieces = self.directory / "journal"
-        self._note = self.directory / "run.json"
-        self.arguments = check_note(self._note, arguments, begun=self._pieces.exists())
-
-    def _path(self, name: str) -> Path:
-        return self._pieces / f"{name}.json"
+        self._run = Run(directory, arguments, "journal/*.json")
+        self.arguments = self._run.arguments
 
     def __contains__(self, name: str) -> bool:
-        return self._path(name).exists()
+        return _file(name) in self._run
 
     def write(self, name: str, piece: Any) -> None:
-        """Keeps a finished piece."""
-        if not self._pieces.exists():
-            keep_note(self._note, self.arguments, begun=False)
-            self._pieces.mkdir(exist_ok=True)
-        write_json(self._path(name), piece)
+        """Keeps a finished piece, as JSON."""
+        text = json.dumps(piece, ensure_ascii=False)
+        self._run.write(_file(name), lambda path: path.write_text(text, encoding="utf-8"))
 
     def read(self, name: str) -> Any:
         """A piece that was finished.
 
         Raises:
             FileNotFoundError: it was not.
+            ValueError: its file is damaged.
         """
-        return json.loads(self._path(name).read_text(encoding="utf-8"))
+        return self._run.read(_file(name), lambda path: json.loads(path.read_text(encoding="utf-8")))
+
+
+def _file(name: str) -> str:
+    return f"journal/{name}.json"

@@ -11,12 +11,12 @@ from tqdm.auto import tqdm
 
 from lkq_hf.adapter import LookaheadKVConfig
 from lkq_hf.adapter.layer import LookaheadTokens
-from lkq_hf.adapter.registration import NAME
 from lkq_hf.cache.allocation import MOST
 from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.cache.profile import check_profile
 from lkq_hf.evaluation.prefill import read_prompts
 from lkq_hf.files import read_json, write_atomically
+from lkq_hf.formats import PEFT_TYPE
 from lkq_hf.scoring import LookaheadScorer
 
 BUDGETS = (64, 128, 256, 512, 1024)
@@ -88,7 +88,9 @@ def write_profile(directory: Path, profile: dict[str, list[list[float]]] | None)
     if not path.is_file():
         raise FileNotFoundError(f"{directory} should be a directory with an adapter; found no {path.name} in it")
     config = read_json(path)
-    if config.get("peft_type") != NAME:
-        raise ValueError(f"{path} should be that of a {NAME} adapter; found one of type {config.get('peft_type')}")
+    if config.get("peft_type") != PEFT_TYPE:
+        raise ValueError(
+            f"{path} should be that of a {PEFT_TYPE} adapter; found one of type {config.get('peft_type')}"
+        )
     text = json.dumps(config | {"budget_profile": profile}, indent=2, sort_keys=True)
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))

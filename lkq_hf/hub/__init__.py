@@ -1,11 +1,12 @@
 """Sharing adapters and quantized checkpoints on the Hub: cards, pushing, and loading with clear errors."""
 
-from lkq_hf.hub.caches import push_cache
-from lkq_hf.hub.cards import render_card, write_card, write_draft, write_training_record
-from lkq_hf.hub.contents import Contents, check_complete, read_contents
+from lkq_hf.cache.sharing import push_cache
+from lkq_hf.hub.complete import check_complete
 from lkq_hf.hub.load import adapter_config, load_adapter
 from lkq_hf.hub.push import push_to_hub
-from lkq_hf.hub.results import read_results
+from lkq_hf.sharing.cards import render_card, write_card, write_draft, write_training_record
+from lkq_hf.sharing.contents import Contents, read_contents
+from lkq_hf.sharing.results import read_results
 
 __all__ = [
     "Contents",

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.adapter.injection import inject_trained_adapter
 from lkq_hf.files import check_safetensors, read_json
-from lkq_hf.hub.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, PEFT_TYPE
-from lkq_hf.hub.errors import explained
+from lkq_hf.formats import PEFT_TYPE
+from lkq_hf.sharing.contents import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG
+from lkq_hf.sharing.errors import explained
 
 
 def load_adapter(

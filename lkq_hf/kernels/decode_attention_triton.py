@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting, multiprocessors, next_power_of_2
+from lkq_hf.kernels.tiles_triton import load_keys_and_values
 
 _BLOCK_SLOTS = 64
 _BLOCKS_PER_MULTIPROCESSOR = 8
@@ -134,16 +135,17 @@ def _attend_kernel(
         slot = tile * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
         seen = tl.load(mask + slot, mask=slot < slots, other=0) != 0
         if tl.max(seen.to(tl.int32), 0) != 0:
-            place = slot.to(tl.int64)
-            keys = tl.load(
-                key + place[None, :] * key_stride_slot + feature[:, None],
-                mask=(slot < slots)[None, :] & (feature < HEAD_DIM)[:, None],
-                other=0.0,
-            )
-            values = tl.load(
-                value + place[:, None] * value_stride_slot + value_feature[None, :],
-                mask=(slot < slots)[:, None] & (value_feature < VALUE_DIM)[None, :],
-                other=0.0,
+            keys, values = load_keys_and_values(
+                key,
+                value,
+                slot,
+                slots,
+                key_stride_slot,
+                value_stride_slot,
+                HEAD_DIM,
+                VALUE_DIM,
+                BLOCK_HEAD_DIM,
+                BLOCK_VALUE_DIM,
             )
             logits = tl.dot(rows, keys, input_precision="ieee") * scaling
             logits = tl.where(seen[None, :], logits, float("-inf"))

@@ -1,12 +1,10 @@
 """Triton kernel of :mod:`lkq_hf.kernels.descend_columns`, built like that of :mod:`lkq_hf.kernels.round_columns`."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
-from lkq_hf.kernels.round_columns_triton import ROWS, nearest
+from lkq_hf.kernels.round_columns_triton import launch_on_columns, nearest
 
 
 @triton.jit
@@ -37,21 +35,4 @@ def descend_columns_triton(
     residual: Tensor, hessian: Tensor, integers: Tensor, scale: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lkq_hf.kernels.descend_columns.descend_columns`."""
-    columns, rows = residual.shape
-    residual, hessian, integers, scale = (t.contiguous() for t in (residual, hessian, integers, scale))
-    best, moved = torch.empty_like(integers), torch.empty_like(residual)
-    with torch.cuda.device_of(residual):
-        _descend_columns[(ceil_div(rows, ROWS),)](
-            residual,
-            hessian,
-            integers,
-            scale,
-            best,
-            moved,
-            rows,
-            columns,
-            float(largest),
-            COLUMNS=max(16, next_power_of_2(columns)),
-            ROWS=ROWS,
-        )
-    return best, moved
+    return launch_on_columns(_descend_columns, residual, hessian, integers, scale, largest=largest)

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting, multiprocessors, next_power_of_2
 from lkq_hf.kernels.softcap_triton import LOG2_E, base2_logits, logit_scales
+from lkq_hf.kernels.tiles_triton import load_keys_and_values
 
 _LOG2_E = tl.constexpr(LOG2_E)
 _LEAST_ROWS = 16  # of a tile that the tensor cores multiply
@@ -194,18 +195,8 @@ def _attend_tile(
     BLOCK_VALUE_DIM: tl.constexpr,
 ):
     """Adds entries to a softmax: those before ``stop`` that ``seen`` lets a row see."""
-    feature = tl.arange(0, BLOCK_HEAD_DIM)
-    value_feature = tl.arange(0, BLOCK_VALUE_DIM)
-    place = entry.to(tl.int64)
-    keys = tl.load(
-        key + place[None, :] * key_stride + feature[:, None],
-        mask=(entry < stop)[None, :] & (feature < HEAD_DIM)[:, None],
-        other=0.0,
-    )
-    values = tl.load(
-        value + place[:, None] * value_stride + value_feature[None, :],
-        mask=(entry < stop)[:, None] & (value_feature < VALUE_DIM)[None, :],
-        other=0.0,
+    keys, values = load_keys_and_values(
+        key, value, entry, stop, key_stride, value_stride, HEAD_DIM, VALUE_DIM, BLOCK_HEAD_DIM, BLOCK_VALUE_DIM
     )
     logits = base2_logits(tl.dot(rows, keys, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
     logits = tl.where(seen, logits, float("-inf"))

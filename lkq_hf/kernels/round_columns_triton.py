@@ -4,6 +4,8 @@ The torch loop launches half a dozen kernels a column. Here a program keeps all 
 walks through them without leaving it.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -47,21 +49,23 @@ def round_columns_triton(
     block: Tensor, scale: Tensor, zero: Tensor, unit: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
     """See :func:`lkq_hf.kernels.round_columns.round_columns`."""
-    columns, rows = block.shape
-    block, scale, zero, unit = (t.contiguous() for t in (block, scale, zero, unit))
-    integers, errors = torch.empty_like(block), torch.empty_like(block)
-    with torch.cuda.device_of(block):
-        _round_columns[(ceil_div(rows, ROWS),)](
-            block,
-            scale,
-            zero,
-            unit,
-            integers,
-            errors,
-            rows,
-            columns,
-            float(largest),
-            COLUMNS=max(16, next_power_of_2(columns)),
-            ROWS=ROWS,
+    return launch_on_columns(_round_columns, block, scale, zero, unit, largest=largest)
+
+
+def launch_on_columns(kernel: Any, first: Tensor, *others: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Launches a kernel that walks through columns, each program with all columns of :data:`ROWS` rows.
+
+    Args:
+        kernel: takes the tensors, its two results, the numbers of rows and of columns, and ``largest``.
+        first: float32 `[columns, rows]`, as the results are.
+        others: further tensors.
+        largest: integer of the grid.
+    """
+    columns, rows = first.shape
+    inputs = [tensor.contiguous() for tensor in (first, *others)]
+    results = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
+    with torch.cuda.device_of(first):
+        kernel[(ceil_div(rows, ROWS),)](
+            *inputs, *results, rows, columns, float(largest), COLUMNS=max(16, next_power_of_2(columns)), ROWS=ROWS
         )
-    return integers, errors
+    return results

@@ -67,7 +67,9 @@ def find_blocks(model: nn.Module, block_name: str | None = None) -> tuple[str, n
     }
     sizes = {name: _size(blocks) for name, blocks in outermost.items()}
     if not sizes or not max(sizes.values()):
-        raise ValueError("found no list of blocks with linear layers; name it with block_name_to_quantize")
+        raise ValueError(
+            "found no list of blocks with linear layers; name it with block_name_to_quantize of advanced="
+        )
     largest = max(sizes, key=lambda name: sizes[name])
     return largest, outermost[largest]
 

@@ -1,8 +1,6 @@
 """Calibration tokens: texts from wherever they are, packed to windows of one length with a seed."""
 
-import gzip
 import hashlib
-import json
 import random
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lkq_hf.text.documents import read_rows, read_text
 
 if TYPE_CHECKING:
     import datasets
@@ -194,28 +194,10 @@ def _is_file_name(source: str | Path) -> bool:
 
 
 def _read_file(path: Path, text_column: str) -> Iterator[str | list[int]]:
-    opener: Any = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8-sig") as lines:
-        try:
-            if {".jsonl", ".json"} & set(path.suffixes):
-                yield from _read_rows(path, lines, text_column)
-            else:
-                yield lines.read()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the calibration file {path} is not text: expected UTF-8 ({error})") from error
-
-
-def _read_rows(path: Path, lines: Iterable[str], text_column: str) -> Iterator[str | list[int]]:
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path.name}, line {number}: not JSON ({error.msg}); expected one object a line"
-            ) from None
-        yield _field(row, text_column)
+    if {".jsonl", ".json"} & set(path.suffixes):
+        yield from (_field(row, text_column) for _, row in read_rows(path))
+    else:
+        yield read_text(path)
 
 
 def _field(row: Any, text_column: str) -> str | list[int]:

@@ -1,7 +1,9 @@
 """`TwoStageGPTQConfig`: what a user says, and what a checkpoint's config.json says."""
 
 import copy
+import warnings
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -9,42 +11,57 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lkq_hf.files import bytes_of
+from lkq_hf.formats import QUANT_METHOD
 from lkq_hf.quantization.activations import OFFLOADS
 from lkq_hf.quantization.calibration_data import CalibrationSource
 from lkq_hf.quantization.packing import checkpoint_format as format_for
 from lkq_hf.quantization.refinement import BlockRefinement
-from lkq_hf.quantization.registration import QUANT_METHOD
-from lkq_hf.quantization.solve import SolverSettings
+from lkq_hf.quantization.solve import SolverSettings, SolverSwitches
 
 BITS = (2, 3, 4, 8)
 STAGES = ("stage1", "stage2", "descent")
 SCALE_SEARCHES = ("minmax", "mse")
 COLUMN_ORDERS = ("stored", "group_aware", "costliest_first")
 
-# What each preset sets; an explicit argument wins. The default is the strongest method measured
-# (benchmarks/quantization.py), "paper" the published two stages around plain GPTQ, "refined" the default and a
+# What each preset changes of the switches' defaults, which are the strongest method measured
+# (benchmarks/quantization.py). "paper" is the published two stages around plain GPTQ, "refined" the default and a
 # refinement of each block by gradient.
 PRESETS: dict[str, dict[str, Any]] = {
-    "default": {
-        "stages": ("stage1", "descent"),
-        "damp_percent": 0.1,
-        "column_order": "costliest_first",
-        "corrected_target": True,
-        "corrected_residual": True,
-        "alpha": 0.25,
-        "sweeps": 8,
-    },
+    "default": {},
     "paper": {
         "stages": ("stage1", "stage2"),
         "damp_percent": 0.01,
         "column_order": "stored",
         "corrected_target": False,
         "corrected_residual": False,
-        "alpha": 0.25,
         "sweeps": 1,
     },
+    "refined": {},
 }
-PRESETS["refined"] = PRESETS["default"] | {"refinement": BlockRefinement()}
+REFINEMENTS = {"refined": BlockRefinement()}
+"""How presets refine each block by gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdvancedOptions(SolverSwitches):
+    """What few users change: the switches of the solver, and how the calibration walks through the model.
+
+    Args:
+        true_sequential: quantize a block's layers in the order in which they run.
+        block_name_to_quantize: the list of blocks, where structure alone does not tell.
+        batch_size: windows that run through a block at once.
+        seed: draws the windows.
+        offload: where activations wait: `"auto"`, `"cpu"` or `"disk"`.
+    """
+
+    true_sequential: bool = True
+    block_name_to_quantize: str | None = None
+    batch_size: int = 8
+    seed: int = 0
+    offload: str = "auto"
+
+
+ADVANCED = tuple(field.name for field in fields(AdvancedOptions))
 
 
 class TwoStageGPTQConfig(QuantizationConfigMixin):
@@ -57,8 +74,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
     ```
 
     The names are those of `transformers.GPTQConfig` and `optimum.gptq.GPTQQuantizer` where the meaning is the same.
-    `dataset`, `tokenizer` and the fields after `meta` steer a calibration and are not part of a checkpoint; the recipe
-    of the calibration goes into `meta`.
+    `dataset`, `tokenizer` and all that only steers a calibration are not part of a checkpoint; `meta` has its recipe.
 
     Args:
         bits (`int` or `float`, defaults to 4): 2, 3, 4 or 8. A fraction between, such as 3.2, is a mean over all
@@ -68,47 +84,26 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
         group_size (`int`, *optional*): input features that share a scale, usually 32, 64 or 128; -1 for a whole row.
             By default the largest of 128, 64 and 32 that divides the inputs of all layers; the calibration sets it.
-        damp_percent (`float`, *optional*): damping of the Hessian, as a part of its mean diagonal; every step
-            minimizes the damped objective, which keeps it from fitting what is particular to the calibration data.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, `"paper"`, the
             method as published (arXiv 2602.02126), or `"refined"`, the default and a refinement of each block's
-            scales and integers by gradient (`BlockRefinement`). It sets `damp_percent` and those of the next six
-            fields, where they are not given.
-        stages (`tuple[str, ...]`, *optional*): what is done besides GPTQ, any of `"stage1"` (scales searched by their
-            effect on the output), `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined
-            together after GPTQ). `()` is plain GPTQ.
-        column_order (`str`, *optional*): the order in which GPTQ rounds columns: `"stored"`, `"group_aware"`
-            (important inputs first, one group after another) or `"costliest_first"` (first the columns whose error the
-            others can make up for least). The scales are fixed before, so every order gives the same format.
-        corrected_target (`bool`, *optional*): GPTQ aims at `w + alpha w R H^-1` instead of `w`.
-        corrected_residual (`bool`, *optional*): a layer whose output is added to the residual stream also answers for
-            what earlier layers have changed there: the deviation is that of the sum, not of the layer's input. Nothing
-            changes where an output is normalized before it is added (Gemma 3).
-        alpha (`float`, *optional*): weight of the deviation `R` between full-precision and quantized inputs; 0 to 1.
-        sweeps (`int`, *optional*): passes of stage 2 and of the descent.
-        scale_search (`str`, defaults to `"minmax"`): scales where stage 1 is off: `"minmax"`, or `"mse"` for the
-            range of least squared weight error.
-        round_to_nearest (`bool`, defaults to `False`): no GPTQ: each weight goes to the nearest grid point.
-        true_sequential (`bool`, defaults to `True`): quantize a block's layers in the order in which they run.
-        block_name_to_quantize (`str`, *optional*): the list of blocks, where structure alone does not tell.
-        modules_in_block_to_quantize (`list`, *optional*): only these layers of each block; a list, or Optimum's list
-            of lists. Their order is always the one in which they run.
-        modules_to_not_convert (`list[str]`, *optional*): names or parts of names that stay in full precision. The
-            language model head and embeddings always do.
-        layer_bits (`dict[str, int]`, *optional*): the layers that have other bits than `bits`, by their names inside
-            the list of blocks, such as `0.mlp.down_proj`. A calibration with a mean or a size sets it.
-        meta (`dict`, *optional*): where the checkpoint comes from; filled in by a calibration.
-        num_samples (`int`, defaults to 128): calibration windows.
-        model_seqlen (`int`, defaults to 2048): tokens in a window.
-        batch_size (`int`, defaults to 8): windows that run through a block at once.
-        seed (`int`, defaults to 0): draws the windows.
-        text_column (`str`, defaults to `"text"`): column or field of the texts.
-        device (`str`, *optional*): where a calibration computes, block by block; by default a GPU if there is one.
-        offload (`str`, defaults to `"auto"`): where activations wait: `"auto"`, `"cpu"` or `"disk"`.
+            scales and integers by gradient (`BlockRefinement`).
         target_size (`int` or `str`, *optional*): instead of `bits`, the largest size of the checkpoint's weights, all
             of them, in bytes or with a unit, as in `"4.5GiB"`: widths of layers are chosen as for a mean.
+        num_samples (`int`, defaults to 128): calibration windows.
+        model_seqlen (`int`, defaults to 2048): tokens in a window.
+        text_column (`str`, defaults to `"text"`): column or field of the texts.
+        modules_to_not_convert (`list[str]`, *optional*): names or parts of names that stay in full precision. The
+            language model head and embeddings always do.
+        modules_in_block_to_quantize (`list`, *optional*): only these layers of each block; a list, or Optimum's list
+            of lists. Their order is always the one in which they run.
+        device (`str`, *optional*): where a calibration computes, block by block; by default a GPU if there is one.
         resume_dir (`str`, *optional*): keeps finished blocks, so that a killed calibration goes on where it stopped.
+        advanced (`dict`, *optional*): fields of [`AdvancedOptions`], such as `{"alpha": 0.5}`; each replaces the
+            preset's. They are attributes of the configuration.
+        stored: what a checkpoint's config.json holds besides: `meta`, where it comes from; `layer_bits`, the layers
+            that have other bits than `bits`, by their names inside the list of blocks, such as `0.mlp.down_proj`; and
+            fields for other readers. Until the next release also the advanced options, with a `FutureWarning`.
 
     Raises:
         TypeError: a field of the wrong type, or an unknown one.
@@ -131,79 +126,71 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         "mean_bits",
     )
 
+    # The advanced options.
+    stages: tuple[str, ...]
+    damp_percent: float
+    column_order: str
+    corrected_target: bool
+    corrected_residual: bool
+    alpha: float
+    sweeps: int
+    scale_search: str
+    round_to_nearest: bool
+    true_sequential: bool
+    block_name_to_quantize: str | None
+    batch_size: int
+    seed: int
+    offload: str
+
     def __init__(
         self,
         bits: float = 4,
         dataset: CalibrationSource | None = None,
         tokenizer: PreTrainedTokenizerBase | str | None = None,
         group_size: int | None = None,
-        damp_percent: float | None = None,
+        *,
         sym: bool = True,
         preset: str = "default",
-        stages: Sequence[str] | None = None,
-        column_order: str | None = None,
-        corrected_target: bool | None = None,
-        corrected_residual: bool | None = None,
-        alpha: float | None = None,
-        sweeps: int | None = None,
-        scale_search: str = "minmax",
-        round_to_nearest: bool = False,
-        true_sequential: bool = True,
-        block_name_to_quantize: str | None = None,
-        modules_in_block_to_quantize: Sequence[str] | Sequence[Sequence[str]] | None = None,
-        modules_to_not_convert: Sequence[str] | None = None,
-        meta: dict[str, Any] | None = None,
+        target_size: int | str | None = None,
         num_samples: int = 128,
         model_seqlen: int = 2048,
-        batch_size: int = 8,
-        seed: int = 0,
         text_column: str = "text",
+        modules_to_not_convert: Sequence[str] | None = None,
+        modules_in_block_to_quantize: Sequence[str] | Sequence[Sequence[str]] | None = None,
         device: str | None = None,
-        offload: str = "auto",
         resume_dir: str | Path | None = None,
-        target_size: int | str | None = None,
-        layer_bits: Mapping[str, int] | None = None,
+        advanced: Mapping[str, Any] | None = None,
         **stored: Any,
     ) -> None:
         if not isinstance(preset, str) or preset not in PRESETS:
             _refuse("preset", preset, f"one of {list(PRESETS)}")
-        defaults = PRESETS[preset]
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # transformers' enumeration is closed to us
         self.mean_bits = _mean_bits(bits) if target_size is None else None
         # Where widths are yet to be chosen, the one below the mean.
         self.bits = int(bits) if self.mean_bits is None else max(width for width in BITS if width < self.mean_bits)
         self.target_size = None if target_size is None else bytes_of(target_size)
-        self.layer_bits = dict(layer_bits or {})
+        self.layer_bits = dict(stored.pop("layer_bits", None) or {})
         self.dataset = dataset
         self.tokenizer = tokenizer
         self.group_size: Any = group_size  # an int, once a calibration has chosen it
-        self.damp_percent = defaults["damp_percent"] if damp_percent is None else damp_percent
         self.sym = sym
         self.preset = preset
-        self.stages = _names("stages", defaults["stages"] if stages is None else stages)
-        self.column_order = defaults["column_order"] if column_order is None else column_order
-        self.corrected_target = defaults["corrected_target"] if corrected_target is None else corrected_target
-        self.corrected_residual = defaults["corrected_residual"] if corrected_residual is None else corrected_residual
-        self.alpha = defaults["alpha"] if alpha is None else alpha
-        self.sweeps = defaults["sweeps"] if sweeps is None else sweeps
-        self.scale_search = scale_search
-        self.round_to_nearest = round_to_nearest
-        self.true_sequential = true_sequential
-        self.block_name_to_quantize = block_name_to_quantize
+        options = PRESETS[preset] | _advanced(advanced) | _moved(stored)
+        for name, value in asdict(AdvancedOptions(**options)).items():
+            setattr(self, name, value)
+        self.stages = _names("stages", self.stages)
         self.modules_in_block_to_quantize = _flat(modules_in_block_to_quantize)
         self.modules_to_not_convert = None
         if modules_to_not_convert is not None:
             self.modules_to_not_convert = list(_names("modules_to_not_convert", modules_to_not_convert))
+        meta = stored.pop("meta", None)
         if not isinstance(meta, dict | None):
             raise TypeError(f"meta must be a dict, found {type(meta).__name__}")
         self.meta = dict(meta or {})
         self.num_samples = num_samples
         self.model_seqlen = model_seqlen
-        self.batch_size = batch_size
-        self.seed = seed
         self.text_column = text_column
         self.device = device
-        self.offload = offload
         self.resume_dir = resume_dir
         self.post_init()
         self._check_stored(stored)
@@ -269,6 +256,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         values = {"group_size": 128, **config_dict}
         if values["group_size"] is None:
             _refuse("group_size", None, "the number that the checkpoint was written with")
+        # A file has them beside the other fields.
+        values["advanced"] = {name: values.pop(name) for name in ADVANCED if name in values}
         return super().from_dict(values, return_unused_kwargs, **kwargs)
 
     def get_loading_attributes(self) -> dict[str, Any]:
@@ -300,16 +289,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             bits=self.bits,
             group_size=self.group_size,
             sym=self.sym,
-            stages=self.stages,
-            scale_search=self.scale_search,
-            round_to_nearest=self.round_to_nearest,
-            column_order=self.column_order,
-            damp_percent=self.damp_percent,
-            alpha=self.alpha,
-            corrected_target=self.corrected_target,
-            corrected_residual=self.corrected_residual,
-            sweeps=self.sweeps,
-            refinement=PRESETS[self.preset].get("refinement"),
+            **{field.name: getattr(self, field.name) for field in fields(SolverSwitches)},
+            refinement=REFINEMENTS.get(self.preset),
             layer_bits=self.layer_bits,
         )
 
@@ -329,6 +310,29 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         new = copy.copy(self)
         new.meta = copy.deepcopy(self.meta, memo)
         return new
+
+
+def _advanced(options: Any) -> dict[str, Any]:
+    if not isinstance(options, Mapping | None):
+        raise TypeError(f"advanced must be a dict, found {type(options).__name__}")
+    if unknown := sorted(set(options or {}) - set(ADVANCED)):
+        raise TypeError(f"advanced has no option {', '.join(map(repr, unknown))}; expected some of {list(ADVANCED)}")
+    return dict(options or {})
+
+
+def _moved(stored: dict[str, Any]) -> dict[str, Any]:
+    """Takes the advanced options out of further arguments, where they were until this release."""
+    moved = {name: stored.pop(name) for name in ADVANCED if name in stored}
+    if moved:
+        shown = ", ".join(f'"{name}": {value!r}' for name, value in moved.items())
+        warnings.warn(
+            f"TwoStageGPTQConfig takes advanced options together: pass advanced={{{shown}}}. The next release refuses "
+            f"{', '.join(f'{name}=' for name in moved)}",
+            FutureWarning,
+            stacklevel=3,
+        )
+    # None stood for the preset's.
+    return {name: value for name, value in moved.items() if value is not None}
 
 
 def _mean_bits(bits: Any) -> float | None:

@@ -23,17 +23,15 @@ from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_
 
 from lkq_hf import __version__
 from lkq_hf.files import check_free, new_directory, read_json
+from lkq_hf.formats import QUANT_METHOD, RECIPE
 from lkq_hf.quantization.checkpoint import Headers, names_in_model, packed_model, tensor_headers
-from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
+from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.expert_names import split_experts
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.packing import checkpoint_format
 
 FORMATS = ("gptq", "compressed-tensors")
-
-RECIPE = QUANT_METHOD
-"""Where in its config.json a compressed-tensors export records where it comes from."""
 
 # A model card of ours would tell the reader of an export to import lkq_hf, which it does not need.
 _NOT_COPIED = {"config.json", "quantize_config.json", "README.md", SAFE_WEIGHTS_INDEX_NAME}

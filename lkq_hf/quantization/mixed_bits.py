@@ -1,5 +1,6 @@
 """From a mean of bits or a size to a bit width for each layer, in the configuration."""
 
+import json
 import logging
 from collections import Counter
 from pathlib import Path
@@ -9,18 +10,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lkq_hf.files import read_json, write_json
+from lkq_hf.files import read_json
 from lkq_hf.quantization.blocks import weights_of
 from lkq_hf.quantization.config import TwoStageGPTQConfig
-from lkq_hf.quantization.journal import walk_fingerprint
+from lkq_hf.quantization.finished_blocks import walk_arguments
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.sensitivity import measure_sensitivity
 from lkq_hf.quantization.widths import Unit, choose_widths
+from lkq_hf.runs import Run
 
 logger = logging.getLogger(__name__)
 
-PLAN = "widths.json"
-"""Name of the file beside a run's finished blocks that holds the widths."""
+WIDTHS = "widths"
+"""Name of the folder beside a run's finished blocks that holds the chosen widths, and of the file in it."""
 
 # What a tensor takes in a file's header besides its name.
 HEADER = 128
@@ -48,24 +50,20 @@ def set_widths(
     """
     processes = Processes.current()
     settings = config.solver_settings()
-    fingerprint = walk_fingerprint(model, layers, tokens, settings, config.true_sequential, config.batch_size)
-    note = {
-        "fingerprint": fingerprint["fingerprint"],
-        "mean_bits": config.mean_bits,
-        "target_size": config.target_size,
-    }
-    path = None if config.resume_dir is None else Path(config.resume_dir) / PLAN
-    plan = read_json(path) if path is not None and path.exists() else {}
-    if {key: plan.get(key) for key in note} != note:
+    arguments = walk_arguments(model, layers, tokens, settings, config.true_sequential, config.batch_size)
+    arguments |= {"mean_bits": config.mean_bits, "target_size": config.target_size}
+    directory, name = None if config.resume_dir is None else Path(config.resume_dir) / WIDTHS, f"{WIDTHS}.json"
+    run = Run(directory, arguments, name, writes=processes.is_main)
+    if name in run:
+        plan = run.read(name, read_json)
+    else:
         units = measure_sensitivity(model, list_name, layers, tokens, settings, device)
         chosen = _choose(model, config, layers, units)
         bits = {layer: width for unit, width in zip(units, chosen, strict=True) for layer in unit.layers}
-        plan = {**note, "bits": bits, "loss": sum(u.losses[w] for u, w in zip(units, chosen, strict=True))}
+        plan = {"bits": bits, "loss": sum(u.losses[w] for u, w in zip(units, chosen, strict=True))}
         logger.info("widths of layers: %s; estimated divergence %.3g nats", Counter(chosen), plan["loss"])
-    plan = processes.first(plan)
-    if path is not None and processes.is_main:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, plan)
+        plan = processes.first(plan)
+        run.write(name, lambda path: path.write_text(json.dumps(plan), encoding="utf-8"))
     weights: Counter[int] = Counter()
     for name, layer in layers.items():
         weights[plan["bits"][name.removeprefix(f"{list_name}.")]] += _weights(name, layer)

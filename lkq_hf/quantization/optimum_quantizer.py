@@ -9,7 +9,7 @@ import torch
 from optimum.quantization_base import OptimumQuantizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lkq_hf.files import check_free, new_directory, pieces_directory
+from lkq_hf.files import check_free, new_directory
 from lkq_hf.quantization.base_weights import load_base, open_base
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.config import TwoStageGPTQConfig
@@ -17,6 +17,7 @@ from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer, torch_dtype
 from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.walk import WalkReport
+from lkq_hf.runs import pieces_directory
 
 
 class TwoStageQuantizer(OptimumQuantizer):
@@ -121,7 +122,7 @@ class TwoStageQuantizer(OptimumQuantizer):
         share_inputs(model)
         mark_quantized(model, run)
         processes = Processes.current()
-        # All have read what they need of the journal, and found the directory free.
+        # All have read what they need of the finished blocks, and found the directory free.
         processes.wait()
         if processes.is_main:
             with new_directory(target) as temporary:

@@ -15,6 +15,7 @@ from lkq_hf.quantization.install import replace_by_packed, restore_linear
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.shared_input import share_inputs
+from lkq_hf.sharing.pushes import add_card_to_pushes
 
 
 class TwoStageGPTQHfQuantizer(HfQuantizer):
@@ -82,8 +83,6 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, Any]]:
         # Runs while the model is being saved, which comes before every push.
-        from lkq_hf.hub.push import add_card_to_pushes
-
         add_card_to_pushes(model)
         return super().get_state_dict_and_metadata(model)
 

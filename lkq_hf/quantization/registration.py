@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers.quantizers import auto
 
+from lkq_hf.formats import QUANT_METHOD
+
 if TYPE_CHECKING:
     from lkq_hf.quantization.config import TwoStageGPTQConfig
     from lkq_hf.quantization.quantizer import TwoStageGPTQHfQuantizer
-
-QUANT_METHOD = "two_stage_gptq"
 
 _lists: Any = auto
 

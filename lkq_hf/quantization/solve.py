@@ -20,22 +20,47 @@ from lkq_hf.quantization.weight import QuantizedWeight
 EXTRA_DAMPING = (0.01, 0.1, 1.0)
 
 
-@dataclass(frozen=True)
-class SolverSettings:
-    """How one layer is quantized; `TwoStageGPTQConfig` documents the fields and checks their values."""
+@dataclass(frozen=True, kw_only=True)
+class SolverSwitches:
+    """The switches of the solver, for ablations. The defaults are the strongest method measured.
+
+    Args:
+        stages: what is done besides GPTQ, any of `"stage1"` (scales searched by their effect on the output),
+            `"stage2"` (scales refined after GPTQ) and `"descent"` (integers and scales refined together after GPTQ).
+            `()` is plain GPTQ.
+        damp_percent: damping of the Hessian, as a part of its mean diagonal. Every step minimizes the damped
+            objective, which keeps it from fitting what is particular to the calibration data.
+        column_order: the order in which GPTQ rounds columns: `"stored"`, `"group_aware"` (important inputs first, one
+            group after another) or `"costliest_first"` (first the columns whose error the others can make up for
+            least). The scales are fixed before, so every order gives the same format.
+        corrected_target: GPTQ aims at `w + alpha w R H^-1` instead of `w` (GPTAQ, arXiv 2504.02692).
+        corrected_residual: a layer whose output is added to the residual stream also answers for what earlier layers
+            have changed there: the deviation is that of the sum, not of the layer's input. Nothing changes where an
+            output is normalized before it is added (Gemma 3).
+        alpha: weight of the deviation `R` between full-precision and quantized inputs; 0 to 1.
+        sweeps: passes of stage 2 and of the descent.
+        scale_search: scales where stage 1 is off: `"minmax"`, or `"mse"` for the range of least squared weight error.
+        round_to_nearest: no GPTQ: each weight goes to the nearest grid point.
+    """
+
+    stages: tuple[str, ...] = ("stage1", "descent")
+    damp_percent: float = 0.1
+    column_order: str = "costliest_first"
+    corrected_target: bool = True
+    corrected_residual: bool = True
+    alpha: float = 0.25
+    sweeps: int = 8
+    scale_search: str = "minmax"
+    round_to_nearest: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverSettings(SolverSwitches):
+    """How one layer is quantized: the switches, and what `TwoStageGPTQConfig` says besides."""
 
     bits: int
     group_size: int
     sym: bool
-    stages: tuple[str, ...]
-    scale_search: str
-    round_to_nearest: bool
-    column_order: str
-    damp_percent: float
-    alpha: float
-    corrected_target: bool
-    corrected_residual: bool
-    sweeps: int
     refinement: BlockRefinement | None = None
     end_to_end: EndToEnd | None = None
     layer_bits: Mapping[str, int] = field(default_factory=dict)

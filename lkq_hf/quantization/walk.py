@@ -30,10 +30,10 @@ from lkq_hf.quantization.end_to_end import EndToEndReport, tune_end_to_end
 from lkq_hf.quantization.expert_inputs import ExpertInputs, calls_of_experts
 from lkq_hf.quantization.expert_solver import ExpertCounts, quantize_experts
 from lkq_hf.quantization.experts import is_experts, projections, use_packed_experts
+from lkq_hf.quantization.finished_blocks import FinishedBlocks, walk_arguments
 from lkq_hf.quantization.fisher import error_factor, output_fisher
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.install import install_packed
-from lkq_hf.quantization.journal import Journal, walk_fingerprint
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refine import BlockPaths, BlockReport, refine_block
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
@@ -93,8 +93,8 @@ def quantize_blocks(
     compute device are one block, its full-precision twin, and one group's moments.
 
     In a group of processes all must make the same call; they share the work (see `Processes`), and the first one keeps
-    the journal, in a directory that all of them see. With `load_block`, only the first one has the finished blocks in
-    the end: in the others they are on the meta device.
+    finished blocks, in a directory that all of them see. With `load_block`, only the first one has the blocks at the
+    end: in the others they are on the meta device.
 
     Args:
         model: on one device, usually the CPU; blocks may be on the meta device if `load_block` fills them.
@@ -121,8 +121,8 @@ def quantize_blocks(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     blocks = list(model.get_submodule(list_name).children())
-    fingerprint = walk_fingerprint(model, layers, tokens, settings, true_sequential, batch_size)
-    journal = Journal(resume_dir, fingerprint, settings, writes=processes.is_main)
+    arguments = walk_arguments(model, layers, tokens, settings, true_sequential, batch_size)
+    finished_blocks = FinishedBlocks(resume_dir, arguments, settings, writes=processes.is_main)
     loaded: set[int] = set()
 
     def ensure_loaded(index: int) -> None:
@@ -171,12 +171,12 @@ def quantize_blocks(
             for name in names
             for key in weights_of(name, block.get_submodule(name))
         }
-        checksums = journal.checksums(dense)
+        checksums = finished_blocks.checksums(dense)
         keep_extras = index < len(blocks) - 1 and calls[index + 1].takes_extras
         reason = _reason_against_refining(block, names, keep_extras)
         if settings.refinement is not None and reason is not None:
             report.unrefined[prefix.rstrip(".")] = reason
-        finished = journal.read(index, checksums, bits)
+        finished = finished_blocks.read(index, checksums, bits)
         if finished is None:
             paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload)
             block_report = None
@@ -196,7 +196,7 @@ def quantize_blocks(
                 weights.update(refined)
                 report.blocks.append(block_report)
                 del targets, block_paths
-            journal.write(index, checksums, weights, experts)
+            finished_blocks.write(index, checksums, weights, experts)
             report.layers.extend(reports)
             progress.set_postfix_str(_summary(reports, block_report))
         else:

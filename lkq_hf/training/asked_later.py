@@ -7,6 +7,7 @@ them looks at, and an eviction is judged by what all of them lose.
 
 import random
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
@@ -66,7 +67,7 @@ def read_first(
         messages = [*system, {"role": "user", "content": content}]
         if whole_message:
             messages += [{"role": "assistant", "content": ready}, {"role": "user", "content": turns[0].question}]
-        for turn, following in zip(turns, turns[1:], strict=False):
+        for turn, following in pairwise(turns):
             messages.append({"role": "assistant", "content": turn.answer})
             messages.append({"role": "user", "content": following.question})
         rendered = render_chat(messages, turns[-1].answer, tokenizer)

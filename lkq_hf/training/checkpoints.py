@@ -9,6 +9,8 @@ from peft import PeftModel
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from lkq_hf.files import staging
+
 CARD = "README.md"
 
 
@@ -40,15 +42,9 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str]) -> None:
     A model card that is there stays, as with PEFT.
     """
     target = Path(directory)
-    temporary = target / ".saving"
-    if temporary.exists():  # of a process that was killed
-        shutil.rmtree(temporary)
-    temporary.mkdir(parents=True)
-    try:
+    with staging(target) as temporary:
         if (target / CARD).exists():
             shutil.copy(target / CARD, temporary / CARD)
         model.save_pretrained(str(temporary))
         for file in sorted(temporary.iterdir()):
             file.replace(target / file.name)
-    finally:
-        shutil.rmtree(temporary)

@@ -13,8 +13,11 @@ from pyarrow import parquet
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lkq_hf.files import check_note, keep_note, remove_partial, write_atomically
+from lkq_hf.runs import Run, read_piece
 from lkq_hf.training.data import TargetCollator
+
+SHARDS = "shard-*.parquet"
+"""Pattern of the shards' names."""
 
 INDEX = "prompt_index"
 """Column of the shards that holds the place of a prompt among all of them."""
@@ -62,8 +65,7 @@ def generate_targets(
         revision = getattr(model.config, "_commit_hash", None)
         model_note = {"model": model.name_or_path, "revision": revision, "dtype": str(model.dtype)}
     recipe = {"prompts": len(prompts), "max_new_tokens": max_new_tokens, "shard_size": shard_size, **model_note}
-    begun = any(directory.glob("shard-*.parquet"))
-    check_note(directory / "recipe.json", recipe, begun)
+    run = Run(directory, recipe, SHARDS)
     starts = range(0, len(prompts), shard_size)
     mine = [start for index, start in enumerate(starts) if index % num_processes == process_index]
     lengths = [len(prompt["input_ids"]) for prompt in prompts]
@@ -71,19 +73,19 @@ def generate_targets(
     with tqdm(total=len(prompts), desc="responses", unit="prompt", disable=process_index > 0) as progress:
         for start in mine:
             rows = [{**prompts[index], INDEX: index} for index in by_length[start : start + shard_size]]
-            path = _shard_path(directory, start)
-            if path.exists():
-                _check_shard(path, rows)
-            else:
-                responses = _respond(model, rows, max_new_tokens, batch_tokens)
-                keep_note(directory / "recipe.json", recipe, begun)
-                _write_shard(path, responses)
+            name = f"shard-{start:08d}.parquet"
+            if name not in run:
+                run.write(name, Dataset.from_list(_respond(model, rows, max_new_tokens, batch_tokens)).to_parquet)
+            elif run.read(name, _read_prompts) != [list(row["input_ids"]) for row in rows]:
+                raise ValueError(
+                    f"{directory / name} holds responses to other prompts: name another directory, or delete this one"
+                )
             progress.update(len(rows))
     grouped = torch.distributed.is_initialized()
     if num_processes > 1 and grouped:
         PartialState().wait_for_everyone()
     if process_index == 0 and (num_processes == 1 or grouped):  # otherwise others may be at work still
-        remove_partial(directory)
+        run.remove_partial()
     return load_targets(directory)
 
 
@@ -94,38 +96,28 @@ def load_targets(output_dir: str | os.PathLike[str]) -> Dataset:
         FileNotFoundError: there are none.
         ValueError: one is damaged.
     """
-    shards = sorted(Path(output_dir).glob("shard-*.parquet"))
+    shards = sorted(Path(output_dir).glob(SHARDS))
     if not shards:
-        raise FileNotFoundError(f"{output_dir} holds no responses (shard-*.parquet); run generate_targets first")
+        raise FileNotFoundError(f"{output_dir} holds no responses ({SHARDS}); run generate_targets first")
     for shard in shards:
-        _check_whole(shard)
+        read_piece(shard, _check_whole)
     targets = concatenate_datasets([Dataset.from_parquet(str(shard)) for shard in shards])
     return targets.sort(INDEX).remove_columns(INDEX) if INDEX in targets.column_names else targets
-
-
-def _shard_path(directory: Path, start: int) -> Path:
-    return directory / f"shard-{start:08d}.parquet"
 
 
 def _check_whole(path: Path) -> None:
     """Raises ValueError for a shard that is not whole, as far as its last bytes tell."""
     try:
         parquet.read_metadata(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and generate-targets makes it again") from error
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
-def _check_shard(path: Path, rows: list[dict[str, Any]]) -> None:
+def _read_prompts(path: Path) -> list[list[int]]:
     try:
-        found = parquet.read_table(path, columns=["input_ids"]).column(0).to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it, and the run makes it again") from error
-    if found != [list(row["input_ids"]) for row in rows]:
-        raise ValueError(f"{path} holds responses to other prompts: choose another directory, or delete this one")
-
-
-def _write_shard(path: Path, rows: list[dict[str, Any]]) -> None:
-    write_atomically(path, Dataset.from_list(rows).to_parquet)
+        return parquet.read_table(path, columns=["input_ids"]).column(0).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(str(error)) from error
 
 
 def _respond(

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import evicted_logits, kept_entries, lookahead_attention, scores_of, top_entries
+from real_models import load_smollm2
 from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lkq_hf import LookaheadCache
-from lkq_hf.evaluation.models import load_smollm2
 
 pytestmark = pytest.mark.real_model
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from models import ARCHITECTURES, Graphs, compiled_by, left_padded, lookahead_model, prompt_ids, tiny_model
 from peft import get_peft_model
+from real_models import load_smollm2
 from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
 from lkq_hf.attention import PREFIX, _renamed
 from lkq_hf.cache import attend, decode, prepare
 from lkq_hf.cache.decode import next_token_mask
-from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.kernels.ragged_attention import ragged_attention
 
 NEW_TOKENS = 12

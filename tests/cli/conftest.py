@@ -8,9 +8,8 @@ from models import add_lookahead, save_adapter, tiny_model
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     """Directory of a tiny random model with SmolLM2's tokenizer, and of an adapter for it."""
+    from real_models import smollm2_directory
     from transformers import AutoTokenizer
-
-    from lkq_hf.evaluation.models import smollm2_directory
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_directory())
     directory = tmp_path_factory.mktemp("model")

@@ -97,7 +97,7 @@ def test_the_longest_prompt_is_by_default_one_that_the_model_has_positions_for(r
     options = ["--documents", files / "texts.jsonl", "--count", "2", "--validation-count", "1", "--prompts-only"]
     code, _, err = run("generate-targets", base, *options, "--length-step", "1", "--out", tmp_path / "out")
     assert code == 0, err
-    assert json.loads((tmp_path / "out" / "prompts.json").read_text())["mix"]["max_length"] == 600
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["mix"]["max_length"] == 600
 
 
 def test_train_leaves_nothing_of_a_refused_attempt(run, files, targets, tmp_path, monkeypatch):
@@ -136,16 +136,16 @@ def test_quantize_says_which_settings_differ_and_leaves_nothing_of_a_refused_att
     refused(run, out, "--group-size", *command, "--group-size", "48")
     refused(run, out, "--modules-to-not-convert names 'qproj'", *command, "--modules-to-not-convert", "qproj")
 
-    from lkq_hf.quantization import journal
+    from lkq_hf.quantization.finished_blocks import FinishedBlocks
 
-    write = journal.Journal.write
+    write = FinishedBlocks.write
 
     def stop_after_the_first(self, index, *rest):
         write(self, index, *rest)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(journal.Journal, "write", stop_after_the_first)
+        patch.setattr(FinishedBlocks, "write", stop_after_the_first)
         assert run(*command, "--out", out)[0] == 130
     code, _, err = run(*command, "--bits", "3", "--num-samples", "3", "--out", out)
     assert code == 1 and "(bits was 4, now 3; " in err and "--num-samples was 2, now 3" in err
@@ -238,7 +238,7 @@ def test_messages_are_in_words_of_the_options():
 def test_a_repository_that_is_not_there_is_asked_for_once(run, files, tmp_path, monkeypatch):
     from huggingface_hub import HfApi
 
-    from lkq_hf.hub.errors import HTTPError
+    from lkq_hf.sharing.errors import HTTPError
 
     asked = []
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from models import add_lookahead, kept_entries, left_padded, prompt_ids, tiny_model
+from real_models import gemma3_directory, load_gemma3, load_smollm2, smollm2_directory
 from reference import assert_as_masked, evicted_length, generate
 from torch.nn import functional as F
 from transformers import AutoTokenizer, TextStreamer
 
 from lkq_hf import LookaheadCache
-from lkq_hf.evaluation.models import gemma3_directory, load_gemma3, load_smollm2, smollm2_directory
 
 item = pytest.mark.item
 pytestmark = pytest.mark.real_model

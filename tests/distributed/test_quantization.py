@@ -61,14 +61,14 @@ def walk(architecture="llama", resume_dir=None, kill=None, device="cpu", **chang
     """The packed state of a walk over a tiny model, the reported errors, and the blocks that were found finished."""
     join(device)
     torch.set_num_threads(1)
-    sequential = changes.pop("true_sequential", True)
     if kill is not None and torch.distributed.get_rank() == kill:
         _kill_at("lkq_hf.quantization.walk", "_quantize_block", 2, resume_dir / "block-00001.safetensors")
     config = TwoStageGPTQConfig(**{"bits": 4, "group_size": 32, "sym": False, **changes})
     model = build(architecture)
     name, layers = find_layers(model, config)
     report = quantize_blocks(
-        model, name, layers, TOKENS, config.solver_settings(), batch_size=3, true_sequential=sequential,
+        model, name, layers, TOKENS, config.solver_settings(), batch_size=3,
+        true_sequential=config.true_sequential,
         resume_dir=resume_dir, device=device,
     )  # fmt: skip
     state = {
@@ -106,7 +106,9 @@ def assert_equal_states(found, expected):
     [
         ("llama", {}),
         pytest.param("llama", {"preset": "paper"}, marks=pytest.mark.slow),
-        pytest.param("llama", {"true_sequential": False, "bits": 3, "alpha": 0.0}, marks=pytest.mark.slow),
+        pytest.param(
+            "llama", {"bits": 3, "advanced": {"true_sequential": False, "alpha": 0.0}}, marks=pytest.mark.slow
+        ),
         ("gemma3", {"sym": True}),
         ("routed", {}),
         ("mixtral", {}),

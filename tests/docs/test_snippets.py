@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 import typer
+from real_models import smollm2_directory
 from small_checkpoint import save_small_checkpoint, save_texts
 
 import lkq_hf
 from lkq_hf.cli import app, main
-from lkq_hf.evaluation.models import smollm2_directory
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

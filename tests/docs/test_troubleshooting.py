@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lkq_hf.hub.contents import PEFT_TYPE
+from lkq_hf.formats import PEFT_TYPE
 
 ROOT = Path(__file__).parents[2]
 GAP = "\0"

@@ -8,9 +8,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from real_models import smollm2_directory
 
 import lkq_hf
-from lkq_hf.evaluation.models import smollm2_directory
 
 ROOT = Path(lkq_hf.__file__).parents[1]
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -9,8 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-
-from lkq_hf.evaluation.models import SMOLLM2_NAME, smollm2_directory
+from real_models import SMOLLM2_NAME, smollm2_directory
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "evaluating.md").read_text(encoding="utf-8")

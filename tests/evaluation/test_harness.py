@@ -30,9 +30,8 @@ def harness():
 
 @pytest.fixture(scope="module")
 def tokenizer():
+    from real_models import smollm2_directory
     from transformers import AutoTokenizer
-
-    from lkq_hf.evaluation.models import smollm2_directory
 
     return AutoTokenizer.from_pretrained(smollm2_directory())
 
@@ -110,7 +109,7 @@ def test_arguments_that_do_not_fit(harness):
 
 @pytest.mark.real_model
 def test_the_example_task_runs_from_the_command_line(harness):
-    from lkq_hf.evaluation.models import smollm2_directory
+    from real_models import smollm2_directory
 
     adapter = "model_cards/smollm2-135m-instruct-lookahead"
     arguments = f"pretrained={smollm2_directory()},dtype=float32,adapter={adapter},budget=64"

@@ -3,8 +3,8 @@ import json
 import random
 
 import pytest
+from real_models import smollm2_directory
 
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.evaluation.tasks import TASKS, Corpus, QuestionAnswering, build_task, needles, reading, tracking
 from lkq_hf.text.chat import encode_chat
 from lkq_hf.training import phrasings

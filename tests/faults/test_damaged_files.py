@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lkq_hf import LookaheadCache, LookaheadKVConfig, TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.hub import load_adapter, read_contents
-from lkq_hf.hub.cards import render_card
+from lkq_hf.sharing.cards import render_card
 from lkq_hf.text.chat import render_chat
 
 WEIGHTS = {"adapter": "adapter_model.safetensors", "checkpoint": "model.safetensors"}

@@ -12,12 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from lkq_hf.files import (
     check_free,
-    check_note,
-    keep_note,
     naming,
     new_directory,
-    pieces_directory,
-    read_json,
     remove_partial,
     write_atomically,
     write_json,
@@ -204,35 +200,9 @@ def test_a_directory_is_filled_or_empty_after_an_error(tmp_path, monkeypatch):
     assert contents(tmp_path) == []
 
 
-def test_pieces_are_kept_beside_a_new_directory_and_inside_one_that_is_there(tmp_path):
-    target = tmp_path / "target"
-    assert pieces_directory(target) == tmp_path / "target.partial"
-    target.mkdir()
-    assert pieces_directory(target) == target / ".partial"
-    (target / ".partial").mkdir()
-    check_free(target)
-    (tmp_path / "target.partial").mkdir()  # of a run that began before the directory was there
-    assert pieces_directory(target) == tmp_path / "target.partial"
-
-
 def test_a_directory_begun_by_a_killed_process_begins_anew(tmp_path):
     (tmp_path / ".target.saving").mkdir()
     (tmp_path / ".target.saving" / "half").touch()
     with new_directory(tmp_path / "target") as temporary:
         assert list(temporary.iterdir()) == []
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
-
-
-def test_a_note_is_compared_with_the_earlier_one(tmp_path):
-    note = tmp_path / "run" / "run.json"
-    arguments = {"seed": 0, "sizes": (1, 2), "files": {"a": "1", "b": "2"}}
-    check_note(note, arguments, begun=False)
-    assert not note.parent.exists()
-    made = keep_note(note, arguments, begun=False)
-    assert made == keep_note(note, arguments, begun=True) == read_json(note) == arguments | {"sizes": [1, 2]}
-    with pytest.raises(ValueError, match=r"files was \{'b': '2'\}, now \{'b': '3', 'c': '4'\}; model was 'not noted'"):
-        keep_note(note, arguments | {"files": {"a": "1", "b": "3", "c": "4"}, "model": "m"}, begun=True)
-    assert read_json(note) == made
-    note.unlink()
-    with pytest.raises(ValueError, match=r"run holds results but no run\.json"):
-        keep_note(note, arguments, begun=True)

@@ -78,8 +78,8 @@ def test_a_damaged_block(stopped, tmp_path):
 
 def test_blocks_of_nobody_knows_what(stopped):
     partial, quantize = stopped
-    (partial / "walk.json").unlink()
-    with pytest.raises(ValueError, match=r"holds blocks of a quantization but no walk\.json"):
+    (partial / "run.json").unlink()
+    with pytest.raises(ValueError, match=r"holds results but no run\.json"):
         quantize()
     shutil.rmtree(partial)
     assert quantize() == 0

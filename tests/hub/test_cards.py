@@ -13,8 +13,8 @@ from peft import PeftModel
 from sharing import BASE, base_model, edit_json
 
 from lkq_hf.hub import push_to_hub, read_contents, read_results, render_card, write_card, write_training_record
-from lkq_hf.hub.cards import BaseModel, is_unfilled
 from lkq_hf.quantization.export import export_checkpoint
+from lkq_hf.sharing.cards import BaseModel, is_unfilled
 
 
 def run_snippet(hub, tmp_path, repo_id):

@@ -12,6 +12,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from models import needs_adapter_methods, prompt_ids
 from peft import PeftModel
+from real_models import load_smollm2
 from safetensors.torch import load_file
 from sharing import BASE, base_model, edit_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lkq_hf import LookaheadCache
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.compat import adapter_methods_work
-from lkq_hf.evaluation.models import load_smollm2
 from lkq_hf.hub import load_adapter, push_to_hub
 from lkq_hf.quantization import QuantizedLinear
 

@@ -45,7 +45,7 @@ def checkpoint(tiny_llama, tokenizer, texts, tmp_path):
             tokenizer=tokenizer,
             num_samples=4,
             model_seqlen=32,
-            stages=stages,
+            advanced={"stages": stages},
             modules_to_not_convert=[KEPT_DENSE],
         )
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config).eval()

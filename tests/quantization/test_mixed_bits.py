@@ -13,8 +13,6 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
 from lkq_hf.files import bytes_of
-from lkq_hf.hub.cards import render_card
-from lkq_hf.hub.contents import read_contents
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer, mixed_bits
 from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.blocks import find_layers, linear_weight
@@ -23,6 +21,8 @@ from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.sensitivity import _quick, measure_sensitivity
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.widths import Unit, choose_widths
+from lkq_hf.sharing.cards import render_card
+from lkq_hf.sharing.contents import read_contents
 
 WIDTHS = (2, 3, 4, 8)
 

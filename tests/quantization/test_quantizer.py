@@ -35,7 +35,7 @@ def options(texts):
         "sym": False,
         "num_samples": 6,
         "model_seqlen": 32,
-        "batch_size": 4,
+        "advanced": {"batch_size": 4},
     }
 
 
@@ -243,12 +243,13 @@ def test_a_killed_run_leaves_no_checkpoint_and_the_same_call_gives_that_of_an_un
     # SIGKILL: no handler, no finally clause and no exit hook runs.
     program = f"""
 import json, os, signal, sys
-from lkq_hf.quantization import TwoStageQuantizer, journal
-write = journal.Journal.write
+from lkq_hf.quantization import TwoStageQuantizer
+from lkq_hf.quantization.finished_blocks import FinishedBlocks
+write = FinishedBlocks.write
 def write_and_die(*args):
     write(*args)
     os.kill(os.getpid(), signal.SIGKILL)
-journal.Journal.write = write_and_die
+FinishedBlocks.write = write_and_die
 options = json.load(sys.stdin)
 TwoStageQuantizer.from_pretrained(sys.argv[1]).quantize(sys.argv[2], block_by_block={block_by_block}, **options)
 """
@@ -263,7 +264,7 @@ TwoStageQuantizer.from_pretrained(sys.argv[1]).quantize(sys.argv[2], block_by_bl
     assert not out.exists()
     assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [
         "block-00000.safetensors",
-        "walk.json",
+        "run.json",
     ]
     quantizer = TwoStageQuantizer.from_pretrained(base)
     quantizer.quantize(out, block_by_block=block_by_block, device="cpu", **options)
@@ -329,16 +330,18 @@ def test_lora_trains_on_top(base, options, ids):
     [
         ({"bits": 5}, ValueError, r"bits must be one of \[2, 3, 4, 8\].*, found 5"),
         ({"group_size": 0}, ValueError, "group_size must be"),
-        ({"damp_percent": -1}, ValueError, "damp_percent must be a number from 0 to 1"),
-        ({"alpha": 2}, ValueError, "alpha must be a number from 0 to 1"),
-        ({"sweeps": 0}, ValueError, "sweeps must be a positive"),
-        ({"stages": ("stage3",)}, ValueError, "stages must be"),
+        ({"advanced": {"damp_percent": -1}}, ValueError, "damp_percent must be a number from 0 to 1"),
+        ({"advanced": {"alpha": 2}}, ValueError, "alpha must be a number from 0 to 1"),
+        ({"advanced": {"sweeps": 0}}, ValueError, "sweeps must be a positive"),
+        ({"advanced": {"stages": ("stage3",)}}, ValueError, "stages must be"),
         ({"preset": "best"}, ValueError, "preset must be"),
-        ({"scale_search": "max"}, ValueError, "scale_search must be"),
-        ({"offload": "tape"}, ValueError, "offload must be"),
+        ({"advanced": {"scale_search": "max"}}, ValueError, "scale_search must be"),
+        ({"advanced": {"offload": "tape"}}, ValueError, "offload must be"),
         ({"sym": "yes"}, TypeError, "sym must be True or False"),
         ({"desc_act": True}, ValueError, "desc_act must be False"),
         ({"bit": 4}, TypeError, "no field 'bit'"),
+        ({"advanced": {"beta": 1}}, TypeError, "advanced has no option 'beta'"),
+        ({"advanced": "alpha"}, TypeError, "advanced must be a dict"),
     ],
 )
 def test_configurations_that_cannot_be_are_refused(changes, error, message):
@@ -347,7 +350,9 @@ def test_configurations_that_cannot_be_are_refused(changes, error, message):
 
 
 def test_the_configuration_survives_its_own_json(options):
-    config = TwoStageGPTQConfig(**options, preset="paper", alpha=0.5, modules_to_not_convert=["lm_head"])
+    config = TwoStageGPTQConfig(
+        **options | {"preset": "paper", "advanced": {"alpha": 0.5}, "modules_to_not_convert": ["lm_head"]}
+    )
     again = TwoStageGPTQConfig.from_dict(json.loads(config.to_json_string()))
     assert again.to_dict() == config.to_dict() and again.stages == ("stage1", "stage2") and again.alpha == 0.5
     assert again.dataset is None
@@ -366,7 +371,7 @@ def test_the_configuration_survives_its_own_json(options):
         ),
         ({"modules_to_not_convert": ["gate"]}, "matches no module"),
         ({"modules_in_block_to_quantize": ["mlp.up_proj", "mlp.out"]}, "'mlp.out', which matches no module"),
-        ({"block_name_to_quantize": "model.blocks"}, "no module list"),
+        ({"advanced": {"block_name_to_quantize": "model.blocks"}}, "no module list"),
     ],
 )
 def test_what_cannot_be_quantized_is_said_before_anything_is_written(base, options, tmp_path, changes, message):

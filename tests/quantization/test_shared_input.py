@@ -10,7 +10,7 @@ from torch import nn
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.kernels.quantized_matmul import fixed_weights
-from lkq_hf.quantization import shared_input
+from lkq_hf.quantization import shared_product
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.shared_input import share_inputs, weights_fixed
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -49,13 +49,13 @@ def alone(model: nn.Module) -> nn.Module:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each product of several has served."""
     found: list[int] = []
-    original = shared_input.quantized_matmul_shared
+    original = shared_product.quantized_matmul_shared
 
     def counted(x: torch.Tensor, weights: list[torch.Tensor], *arguments: object) -> torch.Tensor:
         found.append(len(weights) // 3)
         return original(x, weights, *arguments)
 
-    monkeypatch.setattr(shared_input, "quantized_matmul_shared", counted)
+    monkeypatch.setattr(shared_product, "quantized_matmul_shared", counted)
     return found
 
 

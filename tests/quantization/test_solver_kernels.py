@@ -133,7 +133,7 @@ def test_moments_of_half_precision_inputs_are_those_of_float32(dtype):
         assert float((found - expected).norm() / expected.norm()) < 1e-5
 
 
-@pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"column_order": "stored", "sym": True}])
+@pytest.mark.parametrize("changes", [{}, {"preset": "paper"}, {"advanced": {"column_order": "stored"}, "sym": True}])
 def test_a_solved_layer_equals_the_reference(changes, monkeypatch):
     """Of several groups: kernels take for granted how their inputs lie in memory."""
     weight, x = randn(32, 64, seed=8), randn(400, 64, seed=9) @ randn(64, 64, seed=10) / 10

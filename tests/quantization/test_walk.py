@@ -363,7 +363,7 @@ def test_the_deviation_of_a_layer_that_writes_to_the_residual_stream_is_that_of_
 @pytest.mark.parametrize(("make", "corrected"), [(gemma3, False), (phi3, True)])
 def test_the_residual_stream_is_corrected_by_default_where_a_layer_writes_to_it(make, corrected, tokens):
     found = []
-    for changes in ({}, {"corrected_residual": False}):
+    for changes in ({}, {"advanced": {"corrected_residual": False}}):
         model = built(make)
         walk(model, tokens, config(bits=2, **changes))
         found.append(model.state_dict())
@@ -374,9 +374,8 @@ def test_the_residual_stream_is_corrected_by_default_where_a_layer_writes_to_it(
 @pytest.mark.parametrize("make", [gemma3, phi3])
 @pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"true_sequential": False}])
 def test_a_killed_walk_resumes_to_the_same_result(make, tokens, tmp_path, changes, monkeypatch):
-    changes = dict(changes)
-    sequential = changes.pop("true_sequential", True)
-    settings = config(**changes)
+    settings = config(advanced=changes)
+    sequential = settings.true_sequential
     whole = built(make)
     last = len(find_blocks(whole)[1])
     walk(whole, tokens, settings, true_sequential=sequential)
@@ -403,9 +402,9 @@ def test_a_killed_walk_resumes_to_the_same_result(make, tokens, tmp_path, change
 
 def test_resuming_something_else_is_refused(tokens, tmp_path):
     walk(built(gemma3), tokens, resume_dir=tmp_path)
-    with pytest.raises(ValueError, match="other settings, calibration tokens or model"):
+    with pytest.raises(ValueError, match="holds a run with other arguments"):
         walk(built(gemma3), tokens, config(bits=3), resume_dir=tmp_path)
-    with pytest.raises(ValueError, match="other settings, calibration tokens or model"):
+    with pytest.raises(ValueError, match="holds a run with other arguments"):
         walk(built(gemma3), tokens.flip(0), resume_dir=tmp_path)
     other = built(gemma3)
     with torch.no_grad():
@@ -524,7 +523,7 @@ def test_activations_that_overflow_are_refused_by_layer_name(tokens, tiny_llama)
 @pytest.mark.real_model
 @pytest.mark.slow
 def test_on_smollm2_the_default_beats_the_paper_and_the_paper_beats_gptq():
-    from lkq_hf.evaluation.models import load_smollm2
+    from real_models import load_smollm2
 
     model, tokenizer = load_smollm2()
     model.model.layers = model.model.layers[:3]
@@ -537,7 +536,7 @@ def test_on_smollm2_the_default_beats_the_paper_and_the_paper_beats_gptq():
     for name, changes in {
         "default": {},
         "paper": {"preset": "paper"},
-        "gptq": {"preset": "paper", "stages": ()},
+        "gptq": {"preset": "paper", "advanced": {"stages": ()}},
     }.items():
         quantized = copy.deepcopy(model)
         walk(quantized, tokens, config(bits=2, group_size=64, **changes), batch_size=8)

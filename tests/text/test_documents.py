@@ -3,9 +3,9 @@ import json
 from pathlib import Path
 
 import pytest
+from real_models import smollm2_directory
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.text.documents import read_documents, read_prompts
 
 

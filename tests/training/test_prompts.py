@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 from datasets import Dataset
+from real_models import smollm2_directory
 
-from lkq_hf.evaluation.models import smollm2_directory
 from lkq_hf.text.chat import encode_chat, render_chat
 from lkq_hf.text.passages import Contents
 from lkq_hf.training import phrasings

@@ -85,8 +85,8 @@ def test_another_model_in_the_same_directory_is_refused(tmp_path):
     model.name_or_path = "another"
     with pytest.raises(ValueError, match=r"model was 'tiny-llama', now 'another'"):
         generate_targets(model, rows, tmp_path, max_new_tokens=4, shard_size=2)
-    # As earlier versions left it.
-    (tmp_path / "recipe.json").write_text('{"prompts": 5, "max_new_tokens": 4, "shard_size": 2}')
+    # A note that says nothing of the model.
+    (tmp_path / "run.json").write_text('{"prompts": 5, "max_new_tokens": 4, "shard_size": 2}')
     with pytest.raises(ValueError, match=r"model was 'not noted', now 'another'"):
         generate_targets(model, rows, tmp_path, max_new_tokens=4, shard_size=2)
 

@@ -1,6 +1,6 @@
 import json
 import sys
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
 from lkq_hf.adapter.model import adapter_parameters
 from lkq_hf.cache.prepare import get_decoder
-from lkq_hf.hub.cards import has_card
+from lkq_hf.sharing.cards import has_card
 from lkq_hf.training import load_targets
 from lkq_hf.training.importance import (
     PromptCache,
@@ -281,9 +281,8 @@ def test_arguments_out_of_range_are_refused(tmp_path, values):
 
 def save_model_and_documents(directory, named=False):
     """Writes ``model`` (tiny, with SmolLM2's tokenizer) and ``documents.jsonl``; ``named`` says where each is from."""
+    from real_models import smollm2_directory
     from transformers import AutoTokenizer
-
-    from lkq_hf.evaluation.models import smollm2_directory
 
     tokenizer = AutoTokenizer.from_pretrained(smollm2_directory())
     model = tiny_model(vocab_size=len(tokenizer))
@@ -404,7 +403,9 @@ def test_one_command_does_all_from_documents(tmp_path, monkeypatch):
 
     save_model_and_documents(tmp_path)
     train = sys.modules["lkq_hf.cli.train"]
-    monkeypatch.setattr(train, "make_targets", partial(train.make_targets, validation_count=6))  # for speed
+    make_targets = train.make_targets
+    few = lambda options: make_targets(replace(options, validation_count=6))  # noqa: E731  # for speed
+    monkeypatch.setattr(train, "make_targets", few)
     out = tmp_path / "adapter"
     command = [
         "train", str(tmp_path / "model"), "--documents", str(tmp_path / "documents.jsonl"), "--out", str(out),

@@ -1,32 +1,23 @@
-"""What a directory holds that can be shared, and whether it is all there."""
+"""What a directory holds that can be shared."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.utils import filter_repo_objects
-from safetensors import SafetensorError, safe_open
 
-from lkq_hf.adapter.config import LookaheadKVConfig
-from lkq_hf.adapter.registration import NAME as PEFT_TYPE
 from lkq_hf.files import read_json
-from lkq_hf.quantization.checkpoint import packed_model, tensor_headers
-from lkq_hf.quantization.config import QUANT_METHOD, TwoStageGPTQConfig
-from lkq_hf.quantization.export import RECIPE
+from lkq_hf.formats import PEFT_TYPE, QUANT_METHOD, RECIPE
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS, MODEL_INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
 QUANT_METHODS = {QUANT_METHOD: "lkq-hf", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors"}
 """Formats of quantized checkpoints that we write, and their names."""
 
 NOT_SHARED = [".*", "*/.*", "checkpoints/*", "runs/*", "__pycache__/*"]
 """What stays at home: a trainer's state, logs, and hidden files."""
-
-PICKLES = (".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -117,54 +108,3 @@ def read_contents(directory: str | Path) -> Contents:
             f"({MODEL_CONFIG} with quant_method {', '.join(QUANT_METHODS)}); found {found}"
         )
     return Contents(directory, adapter, checkpoint)
-
-
-def check_complete(contents: Contents) -> None:
-    """Checks that others can load what the directory holds.
-
-    Raises:
-        FileNotFoundError: weights or a tokenizer are missing.
-        ValueError: a config has values that no version of ours writes, a weight file is damaged or disagrees with its
-            config, or there are files that are not safetensors.
-    """
-    if pickles := [name for name in contents.shared_files() if name.endswith(PICKLES)]:
-        raise ValueError(
-            f"{contents.directory} holds {', '.join(pickles)}: a pickle can run code on the computer that loads it, "
-            "and is not shared. Save the weights as safetensors, and remove it"
-        )
-    tensors = {name: shape for path in contents.weight_files for name, shape in _shapes(path)}
-    if contents.adapter is not None:
-        _check_adapter(contents, tensors)
-    if contents.checkpoint is not None:
-        if not any((contents.directory / name).is_file() for name in TOKENIZER_FILES):
-            raise FileNotFoundError(
-                f"{contents.directory} has no tokenizer; save the base model's there with tokenizer.save_pretrained"
-            )
-        _check_checkpoint(contents)
-
-
-def _check_adapter(contents: Contents, tensors: dict[str, list[int]]) -> None:
-    config = LookaheadKVConfig.from_pretrained(str(contents.directory))
-    tokens = [shape for name, shape in tensors.items() if name.endswith("lookahead_kv_tokens")]
-    if [shape[0] for shape in tokens] != [config.num_lookahead_tokens]:
-        raise ValueError(
-            f"{contents.directory / ADAPTER_WEIGHTS} should hold {config.num_lookahead_tokens} lookahead tokens, "
-            f"found tensors of shape {tokens}; the file is damaged, or belongs to another config"
-        )
-
-
-def _check_checkpoint(contents: Contents) -> None:
-    if contents.quantization["quant_method"] != QUANT_METHOD:
-        return  # exports: their own libraries know what belongs into them
-    settings = TwoStageGPTQConfig.from_dict(dict(contents.quantization))
-    files = [path for path in contents.weight_files if path.name != ADAPTER_WEIGHTS]
-    packed_model(contents.directory, settings, tensor_headers(files))
-
-
-def _shapes(path: Path) -> Iterator[tuple[str, list[int]]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  # not a dict
-                yield name, file.get_slice(name).get_shape()
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged or truncated ({error}); save it again") from error

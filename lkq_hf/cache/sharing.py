@@ -5,20 +5,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub import CommitInfo, ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
 
-from lkq_hf import __version__
-from lkq_hf.cache.cache import LookaheadCache
+from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.saving import NAME, read_note, save_cache
-from lkq_hf.hub.cards import CARD
-from lkq_hf.hub.errors import explained
-from lkq_hf.hub.push import commit, repository_has_card
+from lkq_hf.sharing.cards import CARD
+from lkq_hf.sharing.errors import explained
+from lkq_hf.sharing.repository import Repository
 
 
 def push_cache(
-    cache: LookaheadCache,
+    cache: EvictedCache,
     repo_id: str,
     *,
     private: bool | None = None,
@@ -47,22 +45,15 @@ def push_cache(
         ConnectionError: the Hub cannot be reached.
         ValueError: the cache cannot be saved.
     """
-    api = HfApi(token=token, library_name="lkq-hf", library_version=__version__)
     with TemporaryDirectory() as folder:
         directory = Path(folder)
         save_cache(cache, directory, **saving)
         with explained(repo_id, token, revision):
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            if revision is not None and not revision.startswith("refs/pr/") and not create_pr:
-                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            repository = Repository(repo_id, private=private, revision=revision, create_pr=create_pr, token=token)
             content: dict[str, Path | bytes] = {path.name: path for path in directory.iterdir()}
-            earlier = filter_repo_objects(
-                api.list_repo_files(repo_id, revision=revision), allow_patterns=["cache-*.safetensors"]
-            )
-            replaced = sorted(set(earlier) - set(content))
-            if not repository_has_card(api, repo_id, revision):
-                content[CARD] = str(render_cache_card(directory, repo_id)).encode()
-            return commit(api, repo_id, content, replaced, commit_message or "Upload cache", revision, create_pr)
+            if not repository.has_card():
+                content[CARD] = str(render_cache_card(directory, repository.id)).encode()
+            return repository.commit(content, commit_message or "Upload cache", ["cache-*.safetensors"])
 
 
 def render_cache_card(directory: Path, repo_id: str) -> ModelCard:
@@ -79,7 +70,7 @@ def render_cache_card(directory: Path, repo_id: str) -> ModelCard:
     )
     return ModelCard.from_template(
         data,
-        template_str=files("lkq_hf.hub").joinpath("templates", "cache.md").read_text(encoding="utf-8"),
+        template_str=files("lkq_hf.sharing").joinpath("templates", "cache.md").read_text(encoding="utf-8"),
         repo_id=repo_id,
         name=name,
         note=note,

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from yaml import YAMLError
 
 from lkq_hf.files import read_json, write_json
-from lkq_hf.hub.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents
-from lkq_hf.hub.results import find_results
-from lkq_hf.quantization.config import QUANT_METHOD
+from lkq_hf.formats import QUANT_METHOD
+from lkq_hf.sharing.contents import ADAPTER_WEIGHTS, QUANT_METHODS, Contents, read_contents
+from lkq_hf.sharing.results import find_results
 
 CARD = "README.md"
 TRAINING = "training.json"
@@ -96,7 +96,7 @@ def render_card(
     method = contents.quantization.get("quant_method")
     return ModelCard.from_template(
         data,
-        template_str=files("lkq_hf.hub").joinpath("templates", template).read_text(encoding="utf-8"),
+        template_str=files("lkq_hf.sharing").joinpath("templates", template).read_text(encoding="utf-8"),
         repo_id=repo_id,
         name=name,
         base_model=contents.base_model if contents.checkpoint is None else base_model and base_model.id,

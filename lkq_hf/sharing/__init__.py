@@ -1,0 +1,1 @@
+"""What adapters, checkpoints and caches need to be shared on the Hub: cards, commits, errors."""
