@@ -198,7 +198,7 @@ def build_prompts_in_parallel(
     mix: PromptMix | None = None,
     workers: int = 1,
 ) -> list[Prompt]:
-    """The prompts of :func:`build_prompts`, made by several processes."""
+    """The prompts of `build_prompts`, made by several processes."""
     # Documents are tokenized here, once, and not by every worker again.
     builder = PromptBuilder(documents, tokenizer, mix)
     if workers == 1:
