@@ -22,14 +22,14 @@ API = {
 
 PUBLIC = (
     "",
-    ".adapter",
-    ".cache",
-    ".evaluation.tasks",
-    ".hub",
-    ".inspection",
-    ".quantization",
-    ".scoring",
-    ".training",
+    "adapter",
+    "cache",
+    "evaluation.tasks",
+    "hub",
+    "inspection",
+    "quantization",
+    "scoring",
+    "training",
 )
 
 
