@@ -51,6 +51,14 @@ def test_the_wheel_holds_the_adapter(installed, tmp_path):
     assert shipped.read_bytes() == (Path(lkq_hf.shipped_adapter()) / shipped.name).read_bytes()
 
 
+def test_the_wheel_is_typed_and_says_its_version(installed):
+    archive = zipfile.ZipFile(installed[0])
+    assert "lkq_hf/py.typed" in archive.namelist()
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    assert f"Version: {lkq_hf.__version__}\n" in archive.read(metadata).decode()
+    assert f"\nversion: {lkq_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_an_adapter_that_does_not_come_with_the_package():
     with pytest.raises(FileNotFoundError, match="no adapter other comes with this installation"):
         lkq_hf.shipped_adapter("other")
