@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import describe
 from datasets import Dataset
-from hardware import describe
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import describe
 from huggingface_hub import EvalResult
 from quantization import load
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase

@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
-from timing import L2_BYTES, microseconds
+from common import L2_BYTES, describe, microseconds
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
