@@ -215,15 +215,16 @@ def all_options(command) -> set[str]:
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_first_snippets_run_on_the_real_model(name: str, furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (furnished / MODEL_NAME).unlink()
-    (furnished / MODEL_NAME).symlink_to(smollm2_directory())
+    for model in (MODEL_NAME, "MODEL"):
+        (furnished / model).unlink()
+        (furnished / model).symlink_to(smollm2_directory())
     (furnished / ADAPTER).unlink()
     (furnished / ADAPTER).symlink_to(ROOT / ADAPTER)
     names = {}
     for block in blocks(ROOT / name):
         if block.language == "python":
             run_python(block, name, names)
-        elif "lkq-hf" in block.text:
+        elif "lkq-hf quantize" in block.text:
             return  # what follows needs what this command makes, in minutes or hours
 
 
