@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
+from real_models import gemma3_directory, smollm2_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from lkq_hf import LookaheadKVConfig, prepare_model_for_eviction
-from lkq_hf.evaluation.models import gemma3_directory, smollm2_directory
 from lkq_hf.files import write_json
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

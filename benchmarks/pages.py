@@ -263,11 +263,14 @@ def later_turn() -> str:
     for title, name in (
         ("lookahead", "lookahead"),
         ('lookahead, `park="cpu"`', "lookahead, parked"),
+        ("lookahead, compiled", "lookahead, static"),
+        ('lookahead, `park="cpu"`, compiled', "lookahead, parked, static"),
         ('SnapKV, `park="cpu"`', "snapkv, parked"),
         ("DynamicCache", "dynamic"),
         ("transformers' offloaded cache", "offloaded"),
     ):
-        cell = found[name]
+        if (cell := found.get(name)) is None:
+            continue
         size = f"{cell['bytes'] / 2**20:,.0f}" if "bytes" in cell else ""
         refresh = f"{cell['refresh_ms']:.0f}" if "refresh_ms" in cell else ""
         rows.append([title, f"{cell['later_turn_ms']:.0f}", f"{cell['step_after_ms']:.0f}", refresh, size])
