@@ -41,11 +41,11 @@ def usable_targets(
     """One data set of the targets that teach something.
 
     Args:
-        targets: data sets of `generate_targets`.
-        max_repetition: responses of which a larger share repeats itself (`repetition`) are left out.
-        cut_loops: cut responses where they begin to repeat themselves (`before_loop`).
+        targets: data sets of :func:`~lkq_hf.training.generate_targets`.
+        max_repetition: responses of which a larger share repeats itself (:func:`repetition`) are left out.
+        cut_loops: cut responses where they begin to repeat themselves (:func:`before_loop`).
         inside_answer_share: share of the responses whose beginning is moved to the prompt, see
-            `inside_answer`.
+            :func:`inside_answer`.
         seed: of that draw.
 
     Raises:
