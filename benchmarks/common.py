@@ -5,6 +5,7 @@ import copy
 import gc
 import platform
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -181,3 +182,16 @@ def free_memory() -> None:
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
+
+
+def best_seconds(operation: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Seconds of the fastest of some runs after one that compiles and allocates, and the last result."""
+    operation()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        result = operation()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times), result
