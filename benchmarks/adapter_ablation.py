@@ -10,7 +10,6 @@ divergence of the importance, power 1), are there to show that they do not order
 """
 
 import argparse
-import json
 import tempfile
 import time
 from collections import Counter, defaultdict
@@ -19,17 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import DEVICE, describe, parser, save, settings
 from datasets import Dataset
-from hardware import describe
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 
-from lkq_hf import (
-    LookaheadKVConfig,
-    LookaheadTrainer,
-    LookaheadTrainingArguments,
-    prepare_model_for_eviction,
-)
+from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments, prepare_model_for_eviction
 from lkq_hf.evaluation.decoding import Answers, score_answers
 from lkq_hf.evaluation.prefill import read_prompts
 from lkq_hf.scoring import LookaheadScorer, Scorer, SnapKVScorer
@@ -151,78 +145,37 @@ def train_variant(
     parameters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     model.unload()
     recalls = {name.removeprefix("eval_"): value for name, value in metrics.items() if "recall" in name}
-    return {
-        "gap_closed": closed,
-        "kl": metrics["eval_loss"],
-        **recalls,
-        "parameters": parameters,
-        "seconds": seconds,
-    }
+    return {"gap_closed": closed, "kl": metrics["eval_loss"], **recalls, "parameters": parameters, "seconds": seconds}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--targets", type=Path, required=True, help="directory that generate-targets wrote")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--max-length", type=int, default=2048, help="longest training prompt, in tokens")
-    parser.add_argument("--validation-prompts", type=int, default=96)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    arguments = parser.parse_args()
-
-    dtype = torch.bfloat16 if arguments.device != "cpu" else torch.float32
-    base = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype).to(arguments.device).eval()
-    sets = {name: load_targets(arguments.targets / name) for name in ("train", "validation")}
-    train = sets["train"].filter(lambda row: len(row["input_ids"]) <= arguments.max_length)
-    validation = sets["validation"].filter(lambda row: len(row["input_ids"]) <= 2 * arguments.max_length)
+    options = parser(__doc__)
+    options.add_argument("model")
+    options.add_argument("--targets", type=Path, required=True, help="directory that generate-targets wrote")
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    options.add_argument("--steps", type=int, default=50)
+    options.add_argument("--batch-size", type=int, default=32)
+    options.add_argument("--max-length", type=int, default=2048, help="longest training prompt, in tokens")
+    options.add_argument("--validation-prompts", type=int, default=96)
+    options.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
+    options.add_argument("--device", default=DEVICE)
+    options.add_argument("--seed", type=int, default=0)
+    given = options.parse_args()
+    dtype = torch.bfloat16 if given.device != "cpu" else torch.float32
+    base = AutoModelForCausalLM.from_pretrained(given.model, dtype=dtype).to(given.device).eval()
+    sets = {name: load_targets(given.targets / name) for name in ("train", "validation")}
+    lengths = {"train": given.max_length, "validation": 2 * given.max_length}
     data = {
-        "train": train,
-        "validation": validation.select(range(min(arguments.validation_prompts, len(validation)))),
+        name: rows.filter(lambda row, most=lengths[name]: len(row["input_ids"]) <= most) for name, rows in sets.items()
     }
-    likelihood = Likelihood(base, data["validation"], arguments.budgets)
-    settings = {name: str(value) for name, value in vars(arguments).items() if name not in ("out", "model", "targets")}
-    results: dict[str, Any] = {"environment": describe(), "settings": settings, "variants": {}}
+    data["validation"] = data["validation"].select(range(min(given.validation_prompts, len(data["validation"]))))
+    likelihood = Likelihood(base, data["validation"], given.budgets)
+    results: dict[str, Any] = {"environment": describe(), "settings": settings(given, "model"), "variants": {}}
     results["nll"] = {"full cache": likelihood.full, "best SnapKV": likelihood.baseline}
-    for name in arguments.variants:
-        results["variants"][name] = train_variant(base, *VARIANTS[name], data, likelihood, arguments)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-        print(table(results, arguments.budgets).splitlines()[-1], flush=True)
-    arguments.out.with_suffix(".md").write_text(page(results, arguments.budgets))
-
-
-def page(results: dict[str, Any], budgets: list[int]) -> str:
-    """Markdown."""
-    settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in results["settings"].items())
-    hardware, full = results["environment"], results["nll"]["full cache"]
-    device = hardware.get("gpu") or hardware.get("cpu")
-    versions = ", ".join(f"{package} {version}" for package, version in hardware["versions"].items())
-    snapkv = ", ".join(f"{nll:.3f} at {budget}" for budget, nll in results["nll"]["best SnapKV"].items())
-    return f"""# What each part of a lookahead adapter brings
-
-Short trainings that differ from the first in one thing: {settings}. NLL of the responses: {snapkv} with the better of
-two SnapKVs, {full:.3f} with the full cache. {device}; {versions}.
-
-{table(results, budgets)}"""
-
-
-def table(results: dict[str, Any], budgets: list[int]) -> str:
-    """Markdown."""
-    titles = ["variant", "parameters"]
-    titles += [f"gap closed at {budget}, {name}" for name in POOLINGS for budget in budgets]
-    titles += [*(f"recall@{budget}" for budget in budgets), "KL", "seconds"]
-    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
-    for name, row in results["variants"].items():
-        cells = [name, f"{row['parameters']:,}"]
-        cells += [f"{row['gap_closed'][pooling][budget]:.3f}" for pooling in POOLINGS for budget in budgets]
-        cells += [f"{row[f'recall@{budget}']:.3f}" for budget in budgets]
-        lines.append(f"| {' | '.join(cells)} | {row['kl']:.4f} | {row['seconds']:.0f} |")
-    return "\n".join(lines) + "\n"
+    for name in given.variants:
+        results["variants"][name] = row = train_variant(base, *VARIANTS[name], data, likelihood, given)
+        save(given.out, results)
+        print(name, row, flush=True)
 
 
 if __name__ == "__main__":

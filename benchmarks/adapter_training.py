@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import describe
 from peft import PeftModel, get_peft_model
 from real_models import gemma3_directory, smollm2_directory
 from torch.optim.lr_scheduler import LambdaLR

@@ -7,17 +7,15 @@ The texts are those of quantization.py. Checkpoints, with their cards, land in `
 ``--cards``. The commands that a card names do the same without this script.
 """
 
-import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import describe, parser, save
 from huggingface_hub import EvalResult
 from quantization import load
-from real_models import SMOLLM2_NAME
+from tables import RESULTS
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.evaluation.journal import Journal
@@ -27,15 +25,16 @@ from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.sharing.cards import CARD, BaseModel, render_card
 from lkq_hf.text.documents import read_documents
 
-BASE = BaseModel(SMOLLM2_NAME, {"license": "apache-2.0"}, "en")
+BASE = BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", {"license": "apache-2.0"}, "en")
 WINDOW = 1024
 COMMANDS = """
+
 ## Made and measured with
 
 ```sh
-python benchmarks/texts.py python3.11-doc_*.deb --out {calibration}
+python benchmarks/texts.py python3.11-doc_*.deb --out {calibration.name}
 lkq-hf quantize {base} --bits {bits} --group-size {group_size} --no-sym --dtype bfloat16 \\
-    --dataset {calibration} --num-samples {samples} --model-seqlen {length} --out {name}
+    --dataset {calibration.name} --num-samples {samples} --model-seqlen {length} --out {name}
 lkq-hf evaluate perplexity {name} --text TEXT --window {window} --max-windows {windows} --out perplexity
 ```
 
@@ -61,90 +60,67 @@ def perplexity(
 def card_results(base: dict[str, Any], quantized: dict[str, Any]) -> list[EvalResult]:
     found = []
     for text, row in quantized.items():
-        values = {
-            "Perplexity": ("perplexity", row["perplexity"]),
-            "Perplexity of the base model": ("perplexity", base[text]["perplexity"]),
-            "NLL lost, nats per token": ("nll", row["nll"] - base[text]["nll"]),
-        }
-        for name, (kind, value) in values.items():
+        for name, kind, value in (
+            ("Perplexity", "perplexity", row["perplexity"]),
+            ("Perplexity of the base model", "perplexity", base[text]["perplexity"]),
+            ("NLL lost, nats per token", "nll", row["nll"] - base[text]["nll"]),
+        ):
             found.append(EvalResult("text-generation", "custom", text, kind, round(value, 4), metric_name=name))
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, its directory, or its .gguf file")
-    parser.add_argument("--calibration", required=True, type=Path)
-    parser.add_argument("--texts", required=True, nargs="+", type=Path)
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=128)
-    parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--windows", type=int, default=128, help="windows of 1,024 tokens from each text")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--checkpoints", type=Path, required=True)
-    parser.add_argument("--cards", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/checkpoint_cards.json"))
-    arguments = parser.parse_args()
-
-    hardware = describe()
-    results: dict[str, Any] = {
-        "environment": hardware,
-        "window": WINDOW,
-        "windows": arguments.windows,
-        "checkpoints": {},
-    }
-    for bits in arguments.bits:
-        model, tokenizer = load(arguments.model)
+    options = parser(__doc__, RESULTS / "checkpoint_cards.json")
+    options.add_argument("--model", default="smollm2", help="smollm2, its directory, or its .gguf file")
+    options.add_argument("--calibration", required=True, type=Path)
+    options.add_argument("--texts", required=True, nargs="+", type=Path)
+    options.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    options.add_argument("--group-size", type=int, default=64)
+    options.add_argument("--samples", type=int, default=128)
+    options.add_argument("--length", type=int, default=2048)
+    options.add_argument("--windows", type=int, default=128, help="windows of 1,024 tokens from each text")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--checkpoints", type=Path, required=True)
+    options.add_argument("--cards", type=Path, required=True)
+    given = options.parse_args()
+    machine = describe()
+    results: dict[str, Any] = {"environment": machine, "window": WINDOW, "windows": given.windows, "checkpoints": {}}
+    for bits in given.bits:
+        model, tokenizer = load(given.model)
         model = model.to(torch.bfloat16).eval()
-        tokenizer.name_or_path = SMOLLM2_NAME  # what the checkpoint records, wherever the weights were read from
+        tokenizer.name_or_path = BASE.id  # what the checkpoint records, wherever the weights were read from
         if "base" not in results:
-            results["base"] = perplexity(model.to(arguments.device), tokenizer, arguments.texts, arguments.windows)
+            results["base"] = perplexity(model.to(given.device), tokenizer, given.texts, given.windows)
             model.to("cpu")
-        name = f"smollm2-135m-instruct-w{bits}-g{arguments.group_size}"
-        directory = arguments.checkpoints / name
+        name = f"smollm2-135m-instruct-w{bits}-g{given.group_size}"
+        directory = given.checkpoints / name
         config = TwoStageGPTQConfig(
             bits=bits,
-            group_size=arguments.group_size,
+            group_size=given.group_size,
             sym=False,
-            dataset=arguments.calibration,
+            dataset=given.calibration,
             tokenizer=tokenizer,
-            num_samples=arguments.samples,
-            model_seqlen=arguments.length,
-            device=arguments.device,
-            meta={"base_model": SMOLLM2_NAME},
+            num_samples=given.samples,
+            model_seqlen=given.length,
+            device=given.device,
+            meta={"base_model": BASE.id},
         )
         quantizer = TwoStageQuantizer.from_pretrained(model)
         quantizer.quantize(directory, config=config)
-        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(arguments.device)
-        rows = perplexity(loaded, tokenizer, arguments.texts, arguments.windows)
-        results["checkpoints"][name] = {"quantization_seconds": round(quantizer.report.seconds, 1), "rows": rows}
-
+        loaded = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).to(given.device)
+        rows = perplexity(loaded, tokenizer, given.texts, given.windows)
+        seconds = quantizer.report.seconds
+        results["checkpoints"][name] = {"quantization_seconds": round(seconds, 1), "rows": rows}
         contents = read_contents(directory)
         check_complete(contents)
         card = render_card(contents, f"YOU/{name}", BASE, card_results(results["base"], rows))
-        card.text = (
-            card.text.rstrip()
-            + "\n"
-            + COMMANDS.format(
-                calibration=arguments.calibration.name,
-                base=SMOLLM2_NAME,
-                bits=bits,
-                group_size=arguments.group_size,
-                samples=arguments.samples,
-                length=arguments.length,
-                name=name,
-                window=WINDOW,
-                windows=arguments.windows,
-                hardware=hardware.get("gpu") or f"a CPU (threads: {hardware['threads']})",
-                seconds=quantizer.report.seconds,
-            )
-        )
-        for target in (directory, arguments.cards / name):
+        place = machine.get("gpu") or f"a CPU (threads: {machine['threads']})"
+        filled = vars(given) | {"bits": bits, "name": name, "base": BASE.id, "window": WINDOW, "seconds": seconds}
+        card.text = card.text.rstrip() + COMMANDS.format(hardware=place, **filled)
+        for target in (directory, given.cards / name):
             target.mkdir(parents=True, exist_ok=True)
             card.save(target / CARD)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+        save(given.out, results)
         print(name, rows, flush=True)
 
 

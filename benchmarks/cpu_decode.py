@@ -8,20 +8,16 @@ Weights are rounded to the nearest integers: how well a model is quantized does 
 turns, a token each, so that other work on the machine slows all of them; the median over tokens is reported.
 """
 
-import argparse
 import copy
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
-from real_models import smollm2_directory
+from common import MODELS, describe, parser, save
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
-from lkq_hf.files import write_json
 from lkq_hf.kernels import int4_cpu
 from lkq_hf.kernels.dispatch import ENVIRONMENT_VARIABLE
 from lkq_hf.quantization.calibrate import find_layers
@@ -43,16 +39,10 @@ def packed(model: PreTrainedModel, group_size: int) -> PreTrainedModel:
 
 
 class Decoding:
-    """One variant: a model with a cache of its own.
-
-    Args:
-        model: on the CPU.
-        reference: whether packed weights are unpacked at every product, as without torch's kernel.
-    """
+    """One variant: a model with a cache of its own; ``reference`` unpacks weights at every product."""
 
     def __init__(self, model: PreTrainedModel, prompt: int, reference: bool = False) -> None:
-        self.model = model
-        self.reference = reference
+        self.model, self.reference = model, reference
         self.cache = DynamicCache(config=model.config)
         self.milliseconds: list[float] = []
         self.token = torch.ones(1, 1, dtype=torch.int64)
@@ -67,68 +57,54 @@ class Decoding:
         self.milliseconds.append(1000 * (time.perf_counter() - start))
         self.token = logits[:, -1:].argmax(-1)
 
-
-def weight_bytes(model: PreTrainedModel) -> int:
-    return sum({tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}.values())
+    def row(self, name: str, repacked: int) -> dict[str, Any]:
+        median = statistics.median(self.milliseconds[1:])
+        sizes = {tensor.data_ptr(): tensor.nbytes for tensor in self.model.state_dict().values()}
+        speed = {"milliseconds": round(median, 2), "tokens_per_second": round(1000 / median, 2)}
+        return {"variant": name, **speed, "weight_bytes": sum(sizes.values()), "repacked_bytes": repacked}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, help="of a random Llama instead of SmolLM2-135M-Instruct")
-    parser.add_argument("--layers", type=int, default=4, help="of a random Llama")
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--prompt", type=int, default=64, help="tokens in the cache at the start")
-    parser.add_argument("--tokens", type=int, default=12, help="measured, after one that is not")
-    parser.add_argument("--out", required=True, type=Path)
-    arguments = parser.parse_args()
-
-    if arguments.hidden:
+    options = parser(__doc__)
+    options.add_argument("--hidden", type=int, help="of a random Llama instead of SmolLM2-135M-Instruct")
+    options.add_argument("--layers", type=int, default=4, help="of a random Llama")
+    options.add_argument("--group-size", type=int, default=64)
+    options.add_argument("--prompt", type=int, default=64, help="tokens in the cache at the start")
+    options.add_argument("--tokens", type=int, default=12, help="measured, after one that is not")
+    given = options.parse_args()
+    if given.hidden:
         config = LlamaConfig(
-            hidden_size=arguments.hidden,
-            intermediate_size=arguments.hidden * 11 // 4,
-            num_hidden_layers=arguments.layers,
-            num_attention_heads=arguments.hidden // 128,
-            num_key_value_heads=max(1, arguments.hidden // 512),
+            hidden_size=given.hidden,
+            intermediate_size=given.hidden * 11 // 4,
+            num_hidden_layers=given.layers,
+            num_attention_heads=given.hidden // 128,
+            num_key_value_heads=max(1, given.hidden // 512),
             vocab_size=32000,
         )
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else:
-        model = AutoModelForCausalLM.from_pretrained(smollm2_directory(), dtype=torch.float32)
-    model.eval()
-    half = copy.deepcopy(model).bfloat16()
-    w4 = {"float32": packed(model, arguments.group_size), "bfloat16": packed(half, arguments.group_size)}
-    variants = {"bfloat16": Decoding(half, arguments.prompt), "float32": Decoding(model, arguments.prompt)}
-    for dtype, each in w4.items():
-        variants[f"4 bits, {dtype}, unpacked at every product"] = Decoding(each, arguments.prompt, reference=True)
-        variants[f"4 bits, {dtype}"] = Decoding(each, arguments.prompt)
-    for _ in range(arguments.tokens + 1):
+        model = AutoModelForCausalLM.from_pretrained(MODELS["smollm2"](), dtype=torch.float32)
+    models = {"bfloat16": copy.deepcopy(model.eval()).bfloat16(), "float32": model}
+    variants = {dtype: Decoding(each, given.prompt) for dtype, each in models.items()}
+    for dtype, each in models.items():
+        small = packed(each, given.group_size)
+        variants[f"4 bits, {dtype}, unpacked at every product"] = Decoding(small, given.prompt, reference=True)
+        variants[f"4 bits, {dtype}"] = Decoding(small, given.prompt)
+    for _ in range(given.tokens + 1):
         for variant in variants.values():
             variant.step()
-    kept: dict[torch.dtype, int] = {}
+    kept = dict.fromkeys((torch.float32, torch.bfloat16), 0)
     for repacked in int4_cpu._repacked.values():
-        size = repacked.weight.nbytes + repacked.scales_and_zeros.nbytes
-        kept[repacked.scales_and_zeros.dtype] = kept.get(repacked.scales_and_zeros.dtype, 0) + size
-    rows: list[dict[str, Any]] = []
-    for name, variant in variants.items():
-        own = name.startswith("4 bits") and not variant.reference
-        rows.append(
-            {
-                "variant": name,
-                "milliseconds": round(statistics.median(variant.milliseconds[1:]), 2),
-                "tokens_per_second": round(1000 / statistics.median(variant.milliseconds[1:]), 2),
-                "weight_bytes": weight_bytes(variant.model),
-                "repacked_bytes": kept.get(variant.model.dtype, 0) if own else 0,
-            }
-        )
-        print(rows[-1], flush=True)
-    settings = {
-        "model": f"{model.config.model_type}, {model.num_parameters():,} parameters",
-        "group_size": arguments.group_size,
-        "prompt": arguments.prompt,
-        "tokens": arguments.tokens,
-        "threads": torch.get_num_threads(),
-    }
-    write_json(arguments.out, {"settings": settings, "environment": describe(), "rows": rows})
+        kept[repacked.scales_and_zeros.dtype] += repacked.weight.nbytes + repacked.scales_and_zeros.nbytes
+    rows = [
+        each.row(name, kept[each.model.dtype] if name.startswith("4 bits") and not each.reference else 0)
+        for name, each in variants.items()
+    ]
+    settings = {"model": f"{model.config.model_type}, {model.num_parameters():,} parameters"}
+    settings |= {name: getattr(given, name) for name in ("group_size", "prompt", "tokens")}
+    settings["threads"] = torch.get_num_threads()
+    save(given.out, {"settings": settings, "environment": describe(), "rows": rows})
+    print(*rows, sep="\n")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import describe
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache, StoppingCriteria

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import describe
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 

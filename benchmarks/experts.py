@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import describe
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3MoeConfig
 

@@ -8,23 +8,19 @@ and tested on planted facts in other words, for which it has to generate. The re
 rank correlation of each of the judge's with the share of facts found.
 """
 
-import argparse
-import json
 import tempfile
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
-from real_models import load_smollm2
+from common import describe, parser, real_model, save, settings
 
 from lkq_hf import shipped_adapter
 from lkq_hf.evaluation.decoding import answer_greedily
 from lkq_hf.evaluation.judge import AnswerJudge
 from lkq_hf.evaluation.prefill import read_prompts, stack_caches
 from lkq_hf.evaluation.tasks import build_task
-from lkq_hf.hub import load_adapter
 from lkq_hf.scoring import LookaheadScorer, SnapKVScorer
 from lkq_hf.text.documents import read_documents
 from lkq_hf.text.passages import Corpus
@@ -41,7 +37,6 @@ SCORERS = {
     "SnapKV, average-pool 3": SnapKVScorer(kernel_size=3, pooling="avg"),
     "SnapKV, no pooling": SnapKVScorer(kernel_size=1),
 }
-FACTS = ("needle", "needle_multi_key")
 
 
 def ranks(values: list[float]) -> torch.Tensor:
@@ -55,70 +50,56 @@ def correlation(one: list[float], other: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--length", type=int, default=768)
-    parser.add_argument("--judged", type=int, default=24, help="prompts that are judged")
-    parser.add_argument("--tested", type=int, default=12, help="prompts with planted facts of each kind")
-    parser.add_argument("--answer", type=int, default=24)
-    parser.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128])
-    options = parser.parse_args()
-    model, tokenizer = load_smollm2()
-    documents = read_documents([options.texts])
-    corpus = Corpus(documents, tokenizer)
-    mix = PromptMix(min_length=options.length, max_length=options.length, seed=5)
-    prompts = [
-        {"input_ids": prompt["input_ids"]} for prompt in build_prompts(documents, tokenizer, options.judged, mix)
-    ]
+    options = parser(__doc__)
+    options.add_argument("--texts", type=Path, required=True)
+    options.add_argument("--length", type=int, default=768)
+    options.add_argument("--judged", type=int, default=24, help="prompts that are judged")
+    options.add_argument("--tested", type=int, default=12, help="prompts with planted facts of each kind")
+    options.add_argument("--answer", type=int, default=24)
+    options.add_argument("--budgets", type=int, nargs="+", default=[32, 64, 128])
+    given = options.parse_args()
+    model, tokenizer = real_model(adapter=shipped_adapter())
+    documents = read_documents([given.texts])
+    mix = PromptMix(min_length=given.length, max_length=given.length, seed=5)
+    prompts = [{"input_ids": each["input_ids"]} for each in build_prompts(documents, tokenizer, given.judged, mix)]
     with tempfile.TemporaryDirectory() as directory:
-        targets = generate_targets(model, prompts, directory, options.answer, batch_tokens=8192)
+        targets = generate_targets(model, prompts, directory, given.answer, batch_tokens=8192)
         rows = list(usable_targets([targets], cut_loops=True))
-    load_adapter(model, shipped_adapter())
-    judged = AnswerJudge(rows, options.budgets, batch_tokens=2 * options.length).compare(model, SCORERS)
+    judged = AnswerJudge(rows, given.budgets, batch_tokens=2 * given.length).compare(model, SCORERS)
     found: dict[str, dict[int, list[bool]]] = {name: defaultdict(list) for name in SCORERS}
     full: list[bool] = []
-    for number in range(options.tested):
-        for kind in FACTS:
-            task = build_task(kind, corpus)
-            example = task.example(number, options.length)
-            ids = torch.tensor([example["input_ids"]])
+    for number in range(given.tested):
+        for kind in ("needle", "needle_multi_key"):
+            task = build_task(kind, Corpus(documents, tokenizer))
+            example = task.example(number, given.length)
+            ids = torch.tensor([example["input_ids"]], device=model.device)
             mask = torch.ones_like(ids)
-            prefill = read_prompts(model, ids, mask, SCORERS, options.budgets)
+            prefill = read_prompts(model, ids, mask, SCORERS, given.budgets)
             expected = example["reference"] or []
 
-            def right(tokens: list[int], expected: list[str] = expected) -> bool:
-                return all(part in tokenizer.decode(tokens) for part in expected)
+            def right(logits: Any, mask: Any, cache: Any, task: Any = task, expected: Any = expected) -> list[bool]:
+                answers = answer_greedily(model, logits, mask, cache, task.max_new_tokens).tokens()
+                return [all(part in tokenizer.decode(tokens) for part in expected) for tokens in answers]
 
-            for budget in options.budgets:
+            for budget in given.budgets:
                 caches = stack_caches([prefill.caches[name, budget] for name in SCORERS])
-                count = len(SCORERS)
-                own = answer_greedily(
-                    model, prefill.logits.repeat(count, 1), mask.repeat(count, 1), caches, task.max_new_tokens
-                )
-                for name, tokens in zip(SCORERS, own.tokens(), strict=True):
-                    found[name][budget].append(right(tokens))
-            own = answer_greedily(model, prefill.logits, mask, prefill.full, task.max_new_tokens)
-            full.append(right(own.tokens()[0]))
-            write(options, judged, found, full)
-
-
-def write(options: argparse.Namespace, judged: dict[str, Any], found: dict[str, Any], full: list[bool]) -> None:
-    settings = {name: value for name, value in vars(options).items() if name not in ("texts", "out")}
-    rows: dict[str, dict[str, float]] = {}
+                repeated = (each.repeat(len(SCORERS), 1) for each in (prefill.logits, mask))
+                for name, one in zip(SCORERS, right(*repeated, caches), strict=True):
+                    found[name][budget].append(one)
+            full += right(prefill.logits, mask, prefill.full)
+    scorers = {}
     for name, numbers in judged.items():
         shares = {f"found@{budget}": sum(each) / len(each) for budget, each in found[name].items()}
-        rows[name] = {**numbers, "found": sum(shares.values()) / len(shares), **shares}
-    tested = [row["found"] for row in rows.values()]
-    content = {
-        "environment": describe(), "settings": settings, "facts": len(full), "full cache": sum(full) / len(full),
-        "scorers": rows,
-        "correlation with facts found": {
-            measure: correlation([sign * row[measure] for row in rows.values()], tested)
-            for measure, sign in (("lost", -1), ("same", 1))
-        },
-    }  # fmt: skip
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+        scorers[name] = {**numbers, "found": sum(shares.values()) / len(shares), **shares}
+    tested = [row["found"] for row in scorers.values()]
+    agreement = {
+        measure: correlation([sign * row[measure] for row in scorers.values()], tested)
+        for measure, sign in (("lost", -1), ("same", 1))
+    }
+    results = {"environment": describe(), "settings": settings(given), "facts": len(full)}
+    results |= {"full cache": sum(full) / len(full), "scorers": scorers, "correlation with facts found": agreement}
+    save(given.out, results)
+    print(agreement)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import describe
 from decode_speed import DEVICE, LLAMA_8B, SMALL, StepClock, build_models, free_memory, synchronize
-from hardware import describe
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 

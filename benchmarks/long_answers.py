@@ -18,7 +18,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from lkq_hf.evaluation.models import load_smollm2
+from real_models import load_smollm2
 from tables import table
 from torch.nn import functional as F
 from transformers import DynamicCache

@@ -4,11 +4,11 @@
     python benchmarks/pages.py --check   # what `make test` asks
 
 A page has places between ``<!-- results: NAME -->`` and ``<!-- end -->``. Each is filled by the function NAME below,
-from the files in ``benchmarks/results``.
+from the files in ``benchmarks/results``. A number in a sentence stands between ``<!-- value: FILE KEY/KEY FORMAT -->``
+and ``<!-- end -->``; FORMAT is that of Python, as ``.0f``, and may have a factor, as ``60*.0f``.
 """
 
 import argparse
-import json
 import re
 import statistics
 import sys
@@ -16,20 +16,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from tables import table
+from tables import columns, load, table
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 PLACE = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+VALUE = re.compile(r"(<!-- value: (\w+) ([^<>]+?) (?:([\d.]+)\*)?(\S+) -->).*?(<!-- end -->)", re.DOTALL)
 
 BUDGETS = (64, 128, 256, 512)
 OURS = "lookahead, adapter's pooling"
 TURNS_BUDGET, TURNS_LENGTH = 256, "2048"
-
-
-def load(name: str) -> dict[str, Any]:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def hardware(name: str) -> str:
@@ -90,8 +86,33 @@ def _eviction(measured: Iterable[tuple[str, str, str]]) -> str:
     return table(header, rows)
 
 
-def eviction_short() -> str:
-    return _eviction([LIKELIHOOD, *FACTS[:3]])
+def headline() -> str:
+    """What the package does for a reader, in one table."""
+    likelihood = load(ALLOCATIONS[0])["measurements"][LIKELIHOOD[0]]["rows"]
+    facts = load(ALLOCATIONS[0])["measurements"][FACTS[0][0]]["rows"]
+    small = f"256/{OURS}"
+    turns = load("later_turns")
+    kept, whole = (turns["lookahead, parked"][key] for key in ("bytes", "bytes_parked"))
+    quick, short = (
+        _decode_cell("decode_speed", "bf16", 1, cache)["tokens_per_second"]
+        for cache in ("snapkv, static", "static, short prompt")
+    )
+    lost = {name: _nats_lost(runs, method, 3) for name, runs, method in _quantized()}
+    ours, theirs = (statistics.fmean(lost[name]) for name in lost)
+    rows = [
+        ["answers of SmolLM2-135M with 256 of 2,048 entries: tokens as with the full cache",
+         f"{100 * likelihood[small]['matched']:.0f} %",
+         f"SnapKV {100 * _best(LIKELIHOOD[0], 'matched', 256, 'snapkv'):.0f} %"],
+        ["one fact in these 2,048 tokens: found", f"{100 * facts[small]['accuracy']:.0f} %",
+         f"full cache {100 * facts['full']['accuracy']:.0f} %, "
+         f"SnapKV {100 * _best(FACTS[0][0], 'accuracy', 256, 'snapkv'):.0f} %"],
+        [f"KV cache of an 8B model after {turns['prompt']:,} tokens and some short turns, {turns['budget']:,} kept",
+         f"{kept / 2**20:,.0f} MiB", f"full cache {whole / 2**20:,.0f} MiB"],
+        ["decoding after such a prompt, compiled, on one H100", f"{quick:.0f} tokens/s",
+         f"StaticCache after {turns['budget']:,} tokens: {short:.0f} tokens/s"],
+        ["SmolLM2-135M with 3-bit weights: nats per token lost", f"{ours:.2f}", f"GPTQModel {theirs:.2f}"],
+    ]  # fmt: skip
+    return table(["", "lkq-hf", "for comparison"], rows)
 
 
 def eviction() -> str:
@@ -134,20 +155,82 @@ def _mebibytes(cache: dict[str, Any]) -> str:
     return f"{cache['bytes'][-1] / load('conversations')['conversations'] / 2**20:.1f}"
 
 
+def _quantized() -> list[tuple[str, list[dict[str, Any]], str]]:
+    own, peer = load("quantization_smollm2_gpu")["runs"], load("quantization_smollm2_gptqmodel")["runs"]
+    return [("this package", own, "default"), ("GPTQModel 7.7", peer, "GPTQModel")]
+
+
+def _nats_lost(runs: list[dict[str, Any]], method: str, bits: int) -> list[float]:
+    """Of each text, mean over windows and draws of the calibration; asymmetric."""
+    same = [run for run in runs if run["bits"] == bits and not run["sym"]]
+    chosen = [run for run in same if run["method"] == method or (method != "default" and method in run["method"])]
+    return [
+        statistics.fmean(statistics.fmean(run["increase"][text]) for run in chosen) for text in runs[0]["increase"]
+    ]
+
+
 def quantization() -> str:
-    own = load("quantization_smollm2_gpu")["runs"]
-    peer = load("quantization_smollm2_gptqmodel")["runs"]
-    texts = list(own[0]["increase"])
     rows = []
-    for title, runs, method in (("this package", own, "default"), ("GPTQModel 7.7", peer, "GPTQModel")):
-        cells = []
-        for bits in (4, 3, 2):
-            chosen = [r for r in runs if r["method"].split(" ")[0] == method and r["bits"] == bits and not r["sym"]]
-            chosen = [r for r in chosen if r["method"] == method or method != "default"]
-            means = [statistics.fmean(statistics.fmean(r["increase"][text]) for r in chosen) for text in texts]
-            cells.append(" / ".join(f"{mean:.3f}" for mean in means))
+    for title, runs, method in _quantized():
+        cells = (" / ".join(f"{lost:.3f}" for lost in _nats_lost(runs, method, bits)) for bits in (4, 3, 2))
         rows.append([title, *cells])
-    return table([f"nats lost, {' / '.join(texts)}", "4 bits", "3 bits", "2 bits"], rows)
+    return table([f"nats lost, {' / '.join(runs[0]['increase'])}", "4 bits", "3 bits", "2 bits"], rows)
+
+
+def _changes(base: str, named: dict[str, str]) -> str:
+    from report import changes_table
+
+    runs = [run for name in ("gpu", "gptqmodel") for run in load(f"quantization_smollm2_{name}")["runs"]]
+    text = changes_table(runs, base).replace(" (seed 0)", " ¹" if base == "default" else "")
+    for method, title in named.items():
+        text = text.replace(f"| {method} |", f"| {title} |")
+    return text
+
+
+def eviction_objective() -> str:
+    found = load("adapter_ablation")["variants"]
+    rows = [
+        [title, *(f"{100 * gap:.0f} %" for gap in found[name]["gap_closed"]["no pooling"].values())]
+        for title, name in (("without", "reference"), ("with", "eviction objective"))
+    ]
+    return table(["the objective, entries per KV head", *found["reference"]["gap_closed"]["no pooling"]], rows)
+
+
+def quantization_changes() -> str:
+    return _changes("default", {
+        "residual not corrected": "`corrected_residual=False`",
+        "alpha 0": "`alpha=0`: no account of the error of earlier layers", "alpha 0.5": "`alpha=0.5`",
+        "3 sweeps": "3 sweeps instead of 8", "damping 0.3": "damping 0.3 instead of 0.1",
+    })  # fmt: skip
+
+
+def quantization_uncorrected() -> str:
+    named = {"alpha 0.5": "`alpha=0.5`", "alpha 1": "`alpha=1`", "stored order": "columns in stored order"}
+    return _changes("residual not corrected", named)
+
+
+def cpu_decode() -> str:
+    found = {row["variant"]: row["milliseconds"] for row in load("cpu_decode")["rows"]}
+    rows = []
+    variants = {"dense": "{}", "4 bits": "4 bits, {}"}
+    variants["4 bits, unpacked at every product"] = "4 bits, {}, unpacked at every product"
+    for title, name in variants.items():
+        rows.append([title, *(f"{found[name.format(dtype)]:,.0f}" for dtype in ("bfloat16", "float32"))])
+    return table(["weights", "bfloat16 activations, ms", "float32 activations, ms"], rows)
+
+
+def training_memory() -> str:
+    return columns(
+        load("training_memory")["rows"],
+        "prompt={length:,} tokens | its cache={prompt's cache:.2f} | held in full={all held:.1f} | "
+        "with `--recompute`={recomputed:.1f} | and one layer at a time={one layer:.1f}",
+    )
+
+
+def chunked_prefill() -> str:
+    found = load("chunked_prefill")
+    rows = [[name, *map(str, each.values())] for name, each in found["found"].items()]
+    return table([f"facts found of {found['prompts']}, by entries per KV head", *map(str, found["budgets"])], rows)
 
 
 def _decode_cell(name: str, weights: str, batch: int, cache: str) -> dict[str, Any]:
@@ -239,8 +322,9 @@ def overhead() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
-        eviction_short, eviction, eviction_gap, conversations, quantization, decode, later_turn,
-        refreshes, peaks, overhead
+        headline, eviction, eviction_gap, conversations, chunked_prefill, training_memory, eviction_objective,
+        quantization, quantization_changes, quantization_uncorrected, cpu_decode, decode, later_turn, refreshes, peaks,
+        overhead,
     )
 }  # fmt: skip
 
@@ -249,9 +333,22 @@ def rendered(text: str) -> str:
     """A page with its places filled.
 
     Raises:
-        KeyError: a place has a name that no function here has.
+        KeyError: a place has a name that no function or file has.
     """
-    return PLACE.sub(lambda place: f"{place[1]}\n{BLOCKS[place[2]]()}\n\n{place[3]}", text)
+    text = PLACE.sub(lambda place: f"{place[1]}\n{BLOCKS[place[2]]()}\n\n{place[3]}", text)
+    return VALUE.sub(lambda place: f"{place[1]}{value(*place.groups()[1:5])}{place[6]}", text)
+
+
+def value(file: str, keys: str, factor: str | None, form: str) -> str:
+    """A number of a results file.
+
+    Raises:
+        KeyError: the file has no such key.
+    """
+    found = load(file)
+    for key in keys.split("/"):
+        found = found[int(key)] if isinstance(found, list) else found[key]
+    return format(float(factor or 1) * found, form)
 
 
 def main() -> None:

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import describe
 from decode_speed import DEVICE, LLAMA_8B, SMALL, build_models, free_memory, synchronize
-from hardware import describe
 
 from lkq_hf import LookaheadCache
 

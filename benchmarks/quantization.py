@@ -13,7 +13,8 @@ the share of tokens for which both models have the same most likely token.
 Every method sees the same calibration tokens and the same windows of text. The cells of the table run in the order of
 their importance; each is written when it is finished, and cells that are in the file already are not repeated, so a
 run may be stopped (``--minutes``) and continued. ``--part 1/2`` and ``--part 2/2``, with a file each, share the cells
-between two GPUs. ``quantization_report.py`` makes tables and the picture from one or several such files.
+between two GPUs. ``report.py`` makes tables and the picture. ``--checkpoints`` measures GPTQ checkpoints of
+other tools (`gptqmodel_baseline.py`) likewise.
 
 Versions of transformers convert the tokenizer of a GGUF file differently (5.17 and 5.23 do). For a run that is to
 continue or to be compared with one of another version, ``--tokenizer`` names the directory with the tokenizer that the
@@ -32,17 +33,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gptq_checkpoint import load_gptq
-from hardware import describe
-from real_models import gemma3_directory, smollm2_directory
+from common import MODELS, describe, parser, save
+from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lkq_hf.evaluation.divergence import token_statistics
-from lkq_hf.files import write_json
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.packing import group_index, unpack_weight
 from lkq_hf.quantization.quantizer import restore_linear
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
 
@@ -71,26 +78,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # The default of before the residual stream's deviation was part of it, and the same with one thing more changed.
 UNCORRECTED = "residual not corrected"
-UNCORRECTED_VARIANTS: dict[str, dict[str, Any]] = {
-    name: {"corrected_residual": False, **changes}
+UNCORRECTED_VARIANTS: dict[str, dict[str, Any]] = {UNCORRECTED: {"corrected_residual": False}} | {
+    f"{UNCORRECTED}, {name}": {"corrected_residual": False, **changes}
     for name, changes in {
-        UNCORRECTED: {},
-        f"{UNCORRECTED}, alpha 0.5": {"alpha": 0.5},
-        f"{UNCORRECTED}, alpha 1": {"alpha": 1.0},
-        f"{UNCORRECTED}, 1 sweep": {"sweeps": 1},
-        f"{UNCORRECTED}, 3 sweeps": {"sweeps": 3},
-        f"{UNCORRECTED}, 20 sweeps": {"sweeps": 20},
-        f"{UNCORRECTED}, group-aware order": {"column_order": "group_aware"},
-        f"{UNCORRECTED}, stored order": {"column_order": "stored"},
-        f"{UNCORRECTED}, damping 0.01": {"damp_percent": 0.01},
-        f"{UNCORRECTED}, damping 0.03": {"damp_percent": 0.03},
-        f"{UNCORRECTED}, damping 0.3": {"damp_percent": 0.3},
-        f"{UNCORRECTED}, stage 2 instead of descent": {"stages": ("stage1", "stage2")},
-        f"{UNCORRECTED}, no stage 1": {"stages": ("descent",)},
+        "alpha 0.5": {"alpha": 0.5},
+        "alpha 1": {"alpha": 1.0},
+        "1 sweep": {"sweeps": 1},
+        "3 sweeps": {"sweeps": 3},
+        "20 sweeps": {"sweeps": 20},
+        "group-aware order": {"column_order": "group_aware"},
+        "stored order": {"column_order": "stored"},
+        "damping 0.01": {"damp_percent": 0.01},
+        "damping 0.03": {"damp_percent": 0.03},
+        "damping 0.3": {"damp_percent": 0.3},
+        "stage 2 instead of descent": {"stages": ("stage1", "stage2")},
+        "no stage 1": {"stages": ("descent",)},
     }.items()
 }
 METHODS = {**DEFAULT, **STAGES, **VARIANTS, **UNCORRECTED_VARIANTS}
-MODELS = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}
 
 
 class Cell(NamedTuple):
@@ -131,6 +136,39 @@ def load(source: str, tokenizer: Path | None = None) -> tuple[PreTrainedModel, P
     return model, AutoTokenizer.from_pretrained(tokenizer or path)
 
 
+def load_gptq(directory: Path) -> PreTrainedModel:
+    """A GPTQ checkpoint of any tool, dequantized in float32.
+
+    Raises:
+        ValueError: groups that are not consecutive columns, or an asymmetric version 1 checkpoint.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    how = json.loads((directory / "config.json").read_text())["quantization_config"]
+    del config.quantization_config
+    version_1 = how.get("checkpoint_format", "gptq") == "gptq"
+    if version_1 and not how["sym"]:
+        raise ValueError("asymmetric zero points of version 1 cannot be told apart; write checkpoint_format gptq_v2")
+    tensors = {name: tensor for file in directory.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    state = {}
+    for name, tensor in tensors.items():
+        module, _, kind = name.rpartition(".")
+        if kind == "qweight":
+            scales, zeros = tensors[f"{module}.scales"], tensors[f"{module}.qzeros"]
+            in_features = tensor.shape[0] * 32 // how["bits"]
+            size = in_features // scales.shape[0]
+            if not torch.equal(tensors[f"{module}.g_idx"].int(), group_index(in_features, size)):
+                raise ValueError(f"{module}: groups are not consecutive columns")
+            weight = unpack_weight(tensor, zeros, scales, bits=how["bits"], group_size=size, sym=version_1)
+            state[f"{module}.weight"] = weight.dequantize(torch.float32)
+        elif kind not in ("qzeros", "scales", "g_idx"):
+            state[name] = tensor.float()
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if config.tie_word_embeddings:
+        state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
+    model.load_state_dict(state)
+    return model.eval()
+
+
 def statistics_of(
     model: PreTrainedModel, windows: Tensor, batch_size: int, reference: PreTrainedModel | None = None
 ) -> dict[str, list[list[float]]]:
@@ -148,15 +186,8 @@ def quantized(
     """A copy of `model` with dequantized weights in its linear layers, and the report of the walk."""
     model = copy.deepcopy(model)
     list_name, layers = find_layers(model, config)
-    report = quantize_blocks(
-        model,
-        list_name,
-        layers,
-        tokens,
-        config.solver_settings(),
-        device=model.device,
-        batch_size=config.batch_size,
-    )
+    how = {"device": model.device, "batch_size": config.batch_size}
+    report = quantize_blocks(model, list_name, layers, tokens, config.solver_settings(), **how)
     return restore_linear(model, model.dtype), report
 
 
@@ -201,16 +232,9 @@ class Measurement:
                 "kl_p99": round(kl.quantile(0.99).item(), 5),
                 "same_top": round(same.mean().item(), 5),
             }
-        run = {
-            **cell._asdict(),
-            "increase": increase,
-            "divergence": divergence,
-            **details,
-            "environment": self.environment,
-        }
-        self.results["runs"].append(run)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(self.path, self.results)
+        run = {**cell._asdict(), "increase": increase, "divergence": divergence, **details}
+        self.results["runs"].append(run | {"environment": self.environment})
+        save(self.path, self.results)
         return {name: round(statistics.fmean(values), 4) for name, values in increase.items()}
 
 
@@ -226,86 +250,67 @@ def part(text: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, gemma3, a model directory, or a .gguf file")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the model's own")
-    parser.add_argument("--calibration", required=True, type=Path, help="text or jsonl file, may be gzipped")
-    parser.add_argument("--texts", required=True, nargs="+", type=Path, help="texts to measure on, likewise")
-    parser.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4])
-    parser.add_argument("--schemes", nargs="+", choices=["asym", "sym"], default=["asym", "sym"])
-    parser.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration windows")
-    parser.add_argument("--part", type=part, default=(1, 1), metavar="I/N", help="only every N-th cell, from the I-th")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell that would end later")
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=32, help="calibration windows")
-    parser.add_argument("--length", type=int, default=512, help="tokens in a calibration window")
-    parser.add_argument("--windows", type=int, default=32, help="windows of 1,024 tokens from each text")
-    parser.add_argument(
-        "--batch-size", type=int, default=8, help="calibration windows that run through a block at once"
+    options = parser(__doc__)
+    options.add_argument("--model", default="smollm2", help="smollm2, gemma3, a model directory, or a .gguf file")
+    options.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the model's own")
+    options.add_argument("--calibration", required=True, type=Path, help="text or jsonl file, may be gzipped")
+    options.add_argument("--texts", required=True, nargs="+", type=Path, help="texts to measure on, likewise")
+    options.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4])
+    options.add_argument("--schemes", nargs="+", choices=["asym", "sym"], default=["asym", "sym"])
+    options.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
+    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration windows")
+    options.add_argument(
+        "--part", type=part, default=(1, 1), metavar="I/N", help="only every N-th cell, from the I-th"
     )
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument(
-        "--checkpoints", nargs="+", default=[], metavar="NAME=DIR", help="GPTQ checkpoints of other tools"
-    )
-    parser.add_argument("--out", required=True, type=Path)
-    arguments = parser.parse_args()
+    options.add_argument("--minutes", type=float, default=math.inf, help="begin no cell that would end later")
+    options.add_argument("--group-size", type=int, default=64)
+    options.add_argument("--samples", type=int, default=32, help="calibration windows")
+    options.add_argument("--length", type=int, default=512, help="tokens in a calibration window")
+    options.add_argument("--windows", type=int, default=32, help="windows of 1,024 tokens from each text")
+    options.add_argument("--batch-size", type=int, default=8, help="calibration windows in a block at once")
+    options.add_argument("--device", default="cpu")
+    options.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME=DIR", help="GPTQ, of other tools")
+    given = options.parse_args()
     begin = time.perf_counter()
 
-    model, tokenizer = load(arguments.model, arguments.tokenizer)
-    model = model.to(arguments.device).eval()
+    model, tokenizer = load(given.model, given.tokenizer)
+    model = model.to(given.device).eval()
     windows, digests = {}, {}
-    for path in arguments.texts:
+    for path in given.texts:
         name = path.name.split(".")[0]
-        windows[name], recipe = calibration_tokens(path, tokenizer, arguments.windows, 1024, seed=1234)
+        windows[name], recipe = calibration_tokens(path, tokenizer, given.windows, 1024, seed=1234)
         digests[name] = recipe.tokens_sha256
-    settings = {
-        # The same wherever it was read from.
-        "model": f"{model.config.model_type}, {model.num_parameters():,} parameters",
-        "group_size": arguments.group_size,
-        "samples": arguments.samples,
-        "length": arguments.length,
-        "windows_sha256": digests,
-    }
-    measurement = Measurement(arguments.out, settings, model, windows)
-
-    calibration = {
-        seed: calibration_tokens(arguments.calibration, tokenizer, arguments.samples, arguments.length, seed)
-        for seed in arguments.seeds
-    }
+    # The same wherever the model was read from.
+    settings = {"model": f"{model.config.model_type}, {model.num_parameters():,} parameters"}
+    settings |= {name: getattr(given, name) for name in ("group_size", "samples", "length")}
+    measurement = Measurement(given.out, settings | {"windows_sha256": digests}, model, windows)
+    size = given.samples, given.length
+    calibration = {seed: calibration_tokens(given.calibration, tokenizer, *size, seed) for seed in given.seeds}
     longest = 0.0
-    plan = list(cells(arguments.bits, arguments.schemes, arguments.seeds, arguments.methods))
-    for cell in plan[arguments.part[0] - 1 :: arguments.part[1]]:
+    plan = list(cells(given.bits, given.schemes, given.seeds, given.methods))
+    for cell in plan[given.part[0] - 1 :: given.part[1]]:
         if measurement.has(cell):
             continue
         start = time.perf_counter()
-        if start - begin + longest > 60 * arguments.minutes:
+        if start - begin + longest > 60 * given.minutes:
             print("the time is over; the same command continues", flush=True)
             break
-        switches = {"preset": "default", **METHODS[cell.method]}
-        config = TwoStageGPTQConfig(
-            bits=cell.bits,
-            group_size=arguments.group_size,
-            sym=cell.sym,
-            preset=switches.pop("preset"),
-            advanced={"batch_size": arguments.batch_size, **switches},
-        )
+        how = {"bits": cell.bits, "group_size": given.group_size, "sym": cell.sym}
+        switches = {"preset": "default", "batch_size": given.batch_size, **METHODS[cell.method]}
+        config = TwoStageGPTQConfig(**how, preset=switches.pop("preset"), advanced=switches)
         tokens, recipe = calibration[cell.seed]
         approximation, report = quantized(model, config, tokens)
-        increase = measurement.add(
-            cell, approximation, calibration=recipe.tokens_sha256, quantization_seconds=round(report.seconds, 2)
-        )
+        details = {"calibration": recipe.tokens_sha256, "quantization_seconds": round(report.seconds, 2)}
+        increase = measurement.add(cell, approximation, **details)
         seconds = time.perf_counter() - start
         longest = max(longest, seconds)
-        scheme = "sym" if cell.sym else "asym"
-        print(f"{cell.bits} bits {scheme} seed {cell.seed} {cell.method}: {increase} ({seconds:.1f} s)", flush=True)
-
-    for name, _, source in (checkpoint.partition("=") for checkpoint in arguments.checkpoints):
-        quantization = json.loads((Path(source) / "config.json").read_text())["quantization_config"]
+        print(f"{cell}: {increase} ({seconds:.1f} s)", flush=True)
+    for name, _, source in (checkpoint.partition("=") for checkpoint in given.checkpoints):
+        how = json.loads((Path(source) / "config.json").read_text())["quantization_config"]
         recipe = json.loads((Path(source) / "baseline.json").read_text())["calibration"]
-        cell = Cell(name, quantization["bits"], quantization["sym"], recipe["seed"])
+        cell = Cell(name, how["bits"], how["sym"], recipe["seed"])
         if not measurement.has(cell):
-            other = load_gptq(source, dtype=torch.float32).to(arguments.device)
+            other = load_gptq(Path(source)).to(given.device)
             print(cell, measurement.add(cell, other, calibration=recipe["tokens_sha256"]), flush=True)
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import describe
 from quantization import load
 from safetensors.torch import load_file, save_file
 from torch import Tensor, multiprocessing, nn

@@ -9,19 +9,16 @@ copy bandwidth is measured in the same run. Each variant is checked against the 
 import argparse
 import contextlib
 import importlib.util
-import json
+import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-from hardware import describe
-from timing import L2_BYTES, microseconds
+from common import L2_BYTES, check, describe, microseconds, parser, save
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -47,12 +44,6 @@ def copies(weight: tuple) -> list[tuple]:
     bytes_of_one = sum(tensor.numel() * tensor.element_size() for tensor in weight[:3])
     count = max(2, min(64, L2_BYTES // bytes_of_one + 1))
     return [(*(tensor.clone() for tensor in weight[:3]), *weight[3:]) for _ in range(count)]
-
-
-def check(name: str, actual: Tensor, expected: Tensor, tolerance: float = 0.02) -> None:
-    error = ((actual.double() - expected).abs().max() / expected.abs().max()).item()
-    if not error < tolerance:
-        raise ValueError(f"{name}: wrong result, largest error {error:.3g} of the largest value")
 
 
 def gemlite_layers(weight: tuple, count: int, dtype: torch.dtype) -> list[Layer]:
@@ -149,12 +140,7 @@ def measure(
             **{f"{name}_us": microseconds([partial(layer, x) for layer in peers[name]]) for name in peers},
         }
         results.append(result)
-        print(
-            f"W{bits} {out_features:>5}x{in_features:<5} M={rows:<3} {ours:7.1f} us  cuBLAS {cublas:6.1f} us  "
-            f"x{result['speedup']:4.2f} {result['share_of_copy_bandwidth']:4.0%} of copy"
-            + "".join(f"  {name} {result[f'{name}_us']:6.1f} us" for name in peers),
-            flush=True,
-        )
+        print(result, flush=True)
     return results
 
 
@@ -179,40 +165,27 @@ def compile_in_parallel(all_bits: list[int], all_rows: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4, 8))
-    parser.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="activation rows")
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    parser.add_argument("--compile", type=int, nargs=2, metavar=("BITS", "ROWS"), help="only compile these kernels")
-    arguments = parser.parse_args()
-    dtype = getattr(torch, arguments.dtype)
-    if arguments.compile:
-        compile_kernels(*arguments.compile, arguments.group_size, arguments.sym, dtype)
+    options = parser(__doc__, required=False)
+    options.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2], choices=(2, 3, 4, 8))
+    options.add_argument("--rows", type=int, nargs="+", default=list(ROWS), help="activation rows")
+    options.add_argument("--group-size", type=int, default=128)
+    options.add_argument("--sym", action=argparse.BooleanOptionalAction, default=False)
+    options.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
+    options.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True)
+    options.add_argument("--compile", type=int, nargs=2, metavar=("BITS", "ROWS"), help="only compile these kernels")
+    given = options.parse_args()
+    dtype = getattr(torch, given.dtype)
+    if given.compile:
+        compile_kernels(*given.compile, given.group_size, given.sym, dtype)
         return
-    compile_in_parallel(arguments.bits, arguments.rows)
+    compile_in_parallel(given.bits, given.rows)
     torch.manual_seed(0)
     hardware = describe()
-    print(json.dumps(hardware), flush=True)
     results: list[dict] = []
-    for bits in arguments.bits:
-        for shape in SHAPES:
-            results += measure(bits, arguments, dtype, hardware["copy_bandwidth_tb_s"] * 1e12, shape)
-            if arguments.out:
-                write(arguments.out, hardware, results)
-
-
-def write(path: Path, hardware: dict[str, Any], results: list[dict]) -> None:
-    report = {
-        "hardware": hardware,
-        "results": results,
-        "choices": {str(key): choice for key, choice in autotune.choices().items()},
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+    for bits, shape in itertools.product(given.bits, SHAPES):
+        results += measure(bits, given, dtype, hardware["copy_bandwidth_tb_s"] * 1e12, shape)
+        choices = {str(key): choice for key, choice in autotune.choices().items()}
+        save(given.out, {"hardware": hardware, "results": results, "choices": choices})
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hardware import describe
+from common import L2_BYTES, describe, microseconds
 from tables import table
-from timing import L2_BYTES, microseconds
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from triton.runtime.errors import OutOfResources

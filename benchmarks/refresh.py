@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import describe
 from decode_speed import DEVICE, LLAMA_8B, SMALL, StepClock, build_models
-from hardware import describe
 
 from lkq_hf import LookaheadCache
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from conversations import conversations, later_turn
-from lkq_hf.evaluation.models import load_smollm2
+from real_models import load_smollm2
 from tables import table
 from torch.nn import functional as F
 from transformers import DynamicCache

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from hardware import describe
+from common import describe
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 

@@ -7,12 +7,8 @@ that are read again in the backward pass (``--recompute``, the default of `lkq-h
 layer holds while it is read again. Weights, the prompt's cache, and what a kernel allocates for itself are told apart.
 """
 
-import argparse
-import json
-from pathlib import Path
-from typing import Any
-
 import torch
+from common import LLAMA_8B, parser, save
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -21,19 +17,14 @@ from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.training.eviction import eviction_gates, response_divergence, response_logits
 from lkq_hf.training.importance import PromptCache, lookahead_importance
 
-LLAMA_8B = {
-    "vocab_size": 128256,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 131072,
-}
 
+def held(layers: int, length: int, response: int, recompute: bool = False) -> dict[str, float]:
+    """GiB by kind, of one prompt.
 
-def held(layers: int, length: int, response: int, recompute: bool) -> dict[str, int]:
-    """Bytes by kind, of one prompt."""
-    config = AutoConfig.for_model("llama", num_hidden_layers=layers, **LLAMA_8B)
+    Raises:
+        RuntimeError: the step would train nothing.
+    """
+    config = AutoConfig.for_model("llama", **LLAMA_8B | {"num_hidden_layers": layers})
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model = get_peft_model(base, LookaheadKVConfig())
@@ -56,12 +47,10 @@ def held(layers: int, length: int, response: int, recompute: bool) -> dict[str, 
         gates = eviction_gates(scores, {layer: prompt.kv_heads(layer) for layer in scores}, 128, 0.1, 2.0)
         evicted = response_logits(base, decoder, prompt, answer, gates=gates, recompute=recompute)
         loss = response_divergence(full, evicted)
-    assert loss.requires_grad
-    return {
-        "weights": sum(parameter.nbytes for parameter in model.parameters()),
-        "prompt's cache": sum(tensor.nbytes for tensor in cache),
-        "held": sum(tensor.untyped_storage().nbytes() for tensor in kept.values()),
-    }
+    if not loss.requires_grad:
+        raise RuntimeError("the loss has no gradient: nothing of the adapter would be trained")
+    sizes = {"weights": model.parameters(), "prompt's cache": cache, "held": kept.values()}
+    return {name: sum(each.untyped_storage().nbytes() for each in found) / 2**30 for name, found in sizes.items()}
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -69,33 +58,22 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
-    parser.add_argument("--response", type=int, default=128)
-    arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    for length in arguments.lengths:
-        direct = held(arguments.layers, length, arguments.response, recompute=False)
-        again = held(arguments.layers, length, arguments.response, recompute=True)
+    options = parser(__doc__)
+    options.add_argument("--layers", type=int, default=32)
+    options.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
+    options.add_argument("--response", type=int, default=128)
+    given = options.parse_args()
+    rows = []
+    for length in given.lengths:
+        sizes = length, given.response
+        direct = held(given.layers, *sizes)
         # The difference between models of two and of one layers, without what both hold of the prompt as a whole.
-        two, one = (held(layers, length, arguments.response, recompute=False)["held"] for layers in (2, 1))
-        gib = {name: value / 2**30 for name, value in direct.items()}
-        rows.append(
-            {
-                "length": length,
-                "response": arguments.response,
-                "weights": gib["weights"],
-                "prompt's cache": gib["prompt's cache"],
-                "all held": gib["held"],
-                "recomputed": again["held"] / 2**30,
-                "one layer": (two - one) / 2**30,
-            }
-        )
-        print(json.dumps({name: round(value, 2) for name, value in rows[-1].items()}), flush=True)
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps({"unit": "GiB", "prompts": 1, "rows": rows}, indent=1) + "\n")
+        layer = held(2, *sizes)["held"] - held(1, *sizes)["held"]
+        row = {"length": length, "response": given.response, "weights": direct["weights"]}
+        row |= {"prompt's cache": direct["prompt's cache"], "all held": direct["held"]}
+        rows.append(row | {"recomputed": held(given.layers, *sizes, recompute=True)["held"], "one layer": layer})
+        print(rows[-1], flush=True)
+    save(given.out, {"unit": "GiB", "prompts": 1, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Taking part in the attention of a model while one forward runs, without changing the model.
 
-transformers models look their attention function up by the name in their config. :func:`start_attending` names one
-that is registered here by transformers' own :class:`~transformers.AttentionInterface`; it runs the original, and what
+transformers models look their attention function up by the name in their config. `start_attending` names one
+that is registered here by transformers' own `AttentionInterface`; it runs the original, and what
 the thread that called has asked for around it. The name is put back afterwards. Other threads, and other models in
 the same thread, pass through to the original.
 """
@@ -213,7 +213,7 @@ def start_attending(decoder: PreTrainedModel, attend: Attend, compiles: bool = F
 
 @contextmanager
 def attending(decoder: PreTrainedModel, attend: Attend, compiles: bool = False) -> Iterator[None]:
-    """Context manager over :func:`start_attending`."""
+    """Context manager over `start_attending`."""
     stop = start_attending(decoder, attend, compiles)
     try:
         yield

@@ -189,7 +189,7 @@ class LookaheadTokens(nn.Module, LookaheadKVLayer):
         return _available(self.lookahead_kv_rows, name)[None] if name in self.lookahead_kv_rows else None
 
     def pooling(self) -> dict[str, Any]:
-        """Arguments of :func:`~lkq_hf.scoring.pooling.pool_scores` that the active adapter's config recommends.
+        """Arguments of `pool_scores` that the active adapter's config recommends.
 
         Raises:
             ValueError: no adapter, or more than one, is active.

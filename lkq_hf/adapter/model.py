@@ -33,11 +33,11 @@ class LookaheadKVModel(BaseTuner):
 
     Usually made by ``peft.get_peft_model(model, LookaheadKVConfig())``, ``PeftModel.from_pretrained`` or
     ``model.load_adapter``. The model's outputs do not change: the adapter acts only where a
-    :class:`~lkq_hf.cache.LookaheadCache` reads a prompt.
+    `LookaheadCache` reads a prompt.
 
     Args:
         model: a decoder-only model of transformers.
-        config: a :class:`LookaheadKVConfig`.
+        config: a `LookaheadKVConfig`.
         adapter_name: name of the adapter.
         low_cpu_mem_usage: create the weights on the meta device, to be filled by loading.
 

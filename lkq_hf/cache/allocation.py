@@ -41,7 +41,7 @@ def share_out(
     Args:
         scores: for each layer float32 ``[batch, kv_heads, candidates]``; minus infinity for what is no candidate.
         budget: mean number of entries per KV head.
-        allocation: one of :data:`ALLOCATIONS`.
+        allocation: one of `ALLOCATIONS`.
         profile: for "profile", for each layer how many entries each head keeps, ``[kv_heads]``.
         most: where heads compete, none keeps more; None if there are no more candidates.
 

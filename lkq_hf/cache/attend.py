@@ -103,7 +103,7 @@ def _tail_mask(call: AttentionCall, tail: int, first: int, text_mask: torch.Tens
         call: of the model's attention.
         tail: entries that the model's mask is about.
         first: place of the first of them in the text.
-        text_mask: as for :func:`attend_over`.
+        text_mask: as for `attend_over`.
     """
     mask = call.mask
     if isinstance(mask, torch.Tensor) and mask.ndim == 4:

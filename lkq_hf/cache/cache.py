@@ -23,15 +23,15 @@ class LookaheadCache(EvictedCache):
     A cache serves one conversation, in one generation at a time. ``generate`` compares the text that it is called with
     to what the cache has read, and refuses another one.
 
-    Positions stay true: the cache reports the length of the text it has read (:meth:`get_seq_length`), not the number
+    Positions stay true: the cache reports the length of the text it has read (`get_seq_length`), not the number
     of entries it stores. Sliding windows and recurrent states, which are bounded already, are left as they are.
 
     Args:
         budget: entries to keep per layer and KV head on average: a number of tokens (int), or a fraction of the text's
             length (float above 0, at most 1), padding included.
         scorer: what decides: "lookahead" (needs a ``LOOKAHEAD_KV`` adapter on the model), "snapkv", "streaming",
-            "random", or a :class:`~lkq_hf.scoring.Scorer`. For the scorers that need no adapter, a model without one
-            is prepared once with :func:`~lkq_hf.cache.prepare_model_for_eviction`.
+            "random", or a `Scorer`. For the scorers that need no adapter, a model without one
+            is prepared once with `prepare_model_for_eviction`.
         max_new_tokens: asks for static shapes: storage is laid out once, for what the prompt keeps and this many
             tokens, and on a GPU ``generate`` then compiles the decode and replays it as a CUDA graph. The tokens are
             the same; the first call compiles. Pass what you pass to ``generate``; if more tokens come, the storage
@@ -67,7 +67,7 @@ class LookaheadCache(EvictedCache):
         input_ids: torch.Tensor | None = None,
         parked: bool = True,
     ) -> None:
-        """Writes the cache to a directory, for :meth:`from_pretrained` in another process.
+        """Writes the cache to a directory, for `from_pretrained` in another process.
 
         A cache that is there already is replaced; a process that is killed meanwhile leaves the old one. The text is
         not saved, but keys and values say much about it.
@@ -106,7 +106,7 @@ class LookaheadCache(EvictedCache):
         sample of the weights are compared. If it is in another dtype, the entries are cast.
 
         Args:
-            source: a directory that :meth:`save_pretrained` wrote, or the id of a repository.
+            source: a directory that `save_pretrained` wrote, or the id of a repository.
             model: the model.
             scorer: scorer of later turns; needed only if the saved one is not one of ours.
             input_ids: ids of a text that begins with what was read, to be compared with the saved hash.
@@ -130,5 +130,5 @@ class LookaheadCache(EvictedCache):
         return load_cache(cls, directory, model, scorer, input_ids, options)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> Any:
-        """Uploads the cache with a card; see :func:`lkq_hf.hub.push_cache`, which takes the same options."""
+        """Uploads the cache with a card; see `lkq_hf.hub.push_cache`, which takes the same options."""
         return push_cache(self, repo_id, **options)

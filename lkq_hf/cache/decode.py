@@ -2,7 +2,7 @@
 
 Slots that nothing was written to yet have to be hidden by a mask, and with a mask transformers' "sdpa" copies keys and
 values for every head of a group, each token anew. While ``generate`` fills such a cache, attention of one new token
-reads what is stored (:func:`~lkq_hf.cache.attend.attend_over`), inside the compiled graph as well.
+reads what is stored (`attend_over`), inside the compiled graph as well.
 """
 
 from collections.abc import Iterator

@@ -30,7 +30,7 @@ from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
 
 
 class EvictedCache(Cache):
-    """What a :class:`~lkq_hf.LookaheadCache` is while a model reads and answers; the arguments are described there."""
+    """What a `LookaheadCache` is while a model reads and answers; the arguments are described there."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class EvictedCache(Cache):
         """Whether a forward of ``length`` tokens reads, and then evicts, instead of adding to what there is.
 
         The first prompt is read, and what follows if it is a turn: more than one token, or announced by
-        :meth:`begin_turn`. Nothing is evicted while the whole text fits into the budget.
+        `begin_turn`. Nothing is evicted while the whole text fits into the budget.
         """
         if self.has_prompt:
             under_way = self._turn_is_under_way
@@ -372,7 +372,7 @@ class EvictedCache(Cache):
         seen: int,
         mask: torch.Tensor | None,
     ) -> None:
-        """Stores everything now and evicts at the next :meth:`crop`, which says what was only a draft.
+        """Stores everything now and evicts at the next `crop`, which says what was only a draft.
 
         Args:
             eviction: to be carried out then.

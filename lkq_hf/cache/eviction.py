@@ -32,12 +32,12 @@ class _Contender:
 class Eviction:
     """Cuts the layers of a cache to a budget.
 
-    A layer hands in no more than a few times its share (:func:`~lkq_hf.cache.allocation.most_of_a_head`), so that at
+    A layer hands in no more than a few times its share (`most_of_a_head`), so that at
     most one layer is ever held in full.
 
     Args:
         budget: mean number of entries to keep per KV head.
-        allocation: one of :data:`~lkq_hf.cache.allocation.ALLOCATIONS`.
+        allocation: one of `ALLOCATIONS`.
         profile: for "profile", how many entries each head keeps, ``{layer: [kv_heads]}``.
         static: whether prefixes get the same shapes whatever was read.
         processes: among which the KV heads are divided; None if this one holds all.

@@ -37,7 +37,7 @@ class ModelReference:
 
 
 def model_sizes(config: Any) -> dict[str, Any]:
-    """Those of :data:`SHAPE_FIELDS` that a model has; where layers differ in one, transformers names none."""
+    """Those of `SHAPE_FIELDS` that a model has; where layers differ in one, transformers names none."""
     sizes = {}
     for name in SHAPE_FIELDS:
         with suppress(AttributeError, RuntimeError):

@@ -56,8 +56,8 @@ class _Latent(_Layer):
 
 
 class LatentLayer(_Latent, EvictedLayer):
-    """An :class:`EvictedLayer` of latents."""
+    """An `EvictedLayer` of latents."""
 
 
 class StaticLatentLayer(_Latent, StaticEvictedLayer):
-    """A :class:`LatentLayer` with static shapes after the prefill."""
+    """A `LatentLayer` with static shapes after the prefill."""

@@ -92,7 +92,7 @@ class EvictedLayer(DynamicLayer):
         return None if self.is_reading and self.parked is not None else self.prefix
 
     def begin_reading(self, appended: int) -> None:
-        """From now until :meth:`end_reading`, ``update`` returns the tail, or with parking the whole text, with what
+        """From now until `end_reading`, ``update`` returns the tail, or with parking the whole text, with what
         is new, and stores nothing."""
         self.is_reading = True
         if self.parked is not None:
@@ -103,7 +103,7 @@ class EvictedLayer(DynamicLayer):
         self._returned = None, None
 
     def abandon_reading(self) -> None:
-        """Goes back to what was stored before :meth:`begin_reading`."""
+        """Goes back to what was stored before `begin_reading`."""
         if self.is_reading and self.parked is not None:
             self.parked.cut(self._parked_before)
         self.end_reading()
@@ -240,7 +240,7 @@ class EvictedLayer(DynamicLayer):
         self.last_queries = last_queries
 
     def kept(self) -> torch.Tensor | None:
-        """Which of the first :attr:`evicted_length` tokens each row and head has kept, bool ``[batch, kv_heads,
+        """Which of the first `evicted_length` tokens each row and head has kept, bool ``[batch, kv_heads,
         evicted_length]``; None before the first eviction."""
         if self.prefix is None:
             return None
@@ -268,7 +268,7 @@ class EvictedLayer(DynamicLayer):
         return self.tail_length + query_length, self.evicted_length
 
     def croppable(self, tokens_to_remove: int) -> int:
-        """How many tokens a :meth:`crop` removes.
+        """How many tokens a `crop` removes.
 
         Raises:
             ValueError: it cannot.
@@ -382,7 +382,7 @@ class UncompressedSlidingLayer(DynamicSlidingWindowLayer):
         self._before = None
 
     def abandon_reading(self) -> None:
-        """Goes back to what was stored before :meth:`begin_reading`."""
+        """Goes back to what was stored before `begin_reading`."""
         if self._before is not None:
             self.keys, self.values, self.cumulative_length = self._before  # type: ignore[assignment]
             self.is_initialized = self.keys is not None

@@ -45,7 +45,7 @@ class Pool:
 
 @dataclass(eq=False)
 class Prefix:
-    """One layer's part of a :class:`Pool`.
+    """One layer's part of a `Pool`.
 
     Attributes:
         pool: where the entries lie.

@@ -1,7 +1,7 @@
-"""Hooks that let a model fill a :class:`LookaheadCache`: what happens around its decoder and its ``generate``.
+"""Hooks that let a model fill a `LookaheadCache`: what happens around its decoder and its ``generate``.
 
-``generate`` -> decoder -> :func:`_before_forward` decides what kind of forward this is -> each attention goes through
-:mod:`lkq_hf.cache.reading` -> :func:`_after_forward` evicts. Nothing happens unless a LookaheadCache is passed.
+``generate`` -> decoder -> `_before_forward` decides what kind of forward this is -> each attention goes through
+`lkq_hf.cache.reading` -> `_after_forward` evicts. Nothing happens unless a LookaheadCache is passed.
 """
 
 import threading
@@ -42,7 +42,7 @@ MASKS_ATTRIBUTE = "create_masks_for_generate"
 
 
 class EvictionHandle:
-    """Undoes :func:`prepare_model_for_eviction`: call :meth:`remove`, or use as a context manager."""
+    """Undoes `prepare_model_for_eviction`: call `remove`, or use as a context manager."""
 
     def __init__(self, undo: list[Callable[[], object]]) -> None:
         self._undo = undo
@@ -60,7 +60,7 @@ class EvictionHandle:
 
 
 def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
-    """Lets a model read prompts into a :class:`LookaheadCache`; needed once, and only for models without an adapter.
+    """Lets a model read prompts into a `LookaheadCache`; needed once, and only for models without an adapter.
 
     Loading a ``LOOKAHEAD_KV`` adapter does the same. The hooks do nothing unless a LookaheadCache is passed.
 

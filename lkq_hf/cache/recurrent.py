@@ -29,14 +29,14 @@ class RecurrentLayer(LinearAttentionLayer):
     _states_before: tuple[dict[str, dict[int, torch.Tensor | None]], dict[int, bool]] | None = None
 
     def begin_reading(self, appended: int) -> None:
-        """Remembers the states, for :meth:`abandon_reading`."""
+        """Remembers the states, for `abandon_reading`."""
         self._states_before = self._copies(), dict(self.has_previous_state)
 
     def end_reading(self) -> None:
         self._states_before = None
 
     def abandon_reading(self) -> None:
-        """Goes back to the states before :meth:`begin_reading`."""
+        """Goes back to the states before `begin_reading`."""
         if self._states_before is not None:
             copies, self.has_previous_state = self._states_before
             for name, states in copies.items():
@@ -103,7 +103,7 @@ class RecurrentLayer(LinearAttentionLayer):
         return -remove
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens; see :meth:`croppable`.
+        """Removes the last tokens; see `croppable`.
 
         Raises:
             ValueError: the state cannot go back.
@@ -204,13 +204,13 @@ class MixedSlidingLayer(_MixedLayer, UncompressedSlidingLayer):
 
 
 class StaticMixedLayer(_MixedLayer, StaticEvictedLayer):
-    """A :class:`MixedLayer` with static shapes after the prefill."""
+    """A `MixedLayer` with static shapes after the prefill."""
 
     kind = StaticEvictedLayer
 
 
 class StaticMixedSlidingLayer(_MixedLayer, StaticSlidingLayer):
-    """A :class:`MixedSlidingLayer` with static shapes after the prefill."""
+    """A `MixedSlidingLayer` with static shapes after the prefill."""
 
     kind = StaticSlidingLayer
 

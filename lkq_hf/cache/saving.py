@@ -49,7 +49,7 @@ def save_cache(
     input_ids: torch.Tensor | None = None,
     parked: bool = True,
 ) -> None:
-    """See :meth:`LookaheadCache.save_pretrained`."""
+    """See `LookaheadCache.save_pretrained`."""
     decoder = cache.model() if model is None else get_decoder(model)
     _check_savable(cache, decoder)
     tensors: dict[str, torch.Tensor] = {}
@@ -99,7 +99,7 @@ def load_cache(
     input_ids: torch.Tensor | None,
     options: dict[str, Any],
 ) -> SavedCache:
-    """See :meth:`LookaheadCache.from_pretrained`."""
+    """See `LookaheadCache.from_pretrained`."""
     prepare_model_for_eviction(model)
     decoder = get_decoder(model)
     _refuse_tensor_parallel(decoder)

@@ -38,7 +38,7 @@ def push_cache(
         create_pr: open a pull request instead of committing.
         token: by default that of the login.
         commit_message: by default "Upload cache".
-        saving: as for :meth:`LookaheadCache.save_pretrained`.
+        saving: as for `LookaheadCache.save_pretrained`.
 
     Raises:
         PermissionError: a token is missing, not valid, or may not write.
@@ -60,7 +60,7 @@ def render_cache_card(directory: Path, repo_id: str) -> ModelCard:
     """The card of a saved cache.
 
     Args:
-        directory: what :meth:`LookaheadCache.save_pretrained` wrote.
+        directory: what `LookaheadCache.save_pretrained` wrote.
         repo_id: id of the repository that will hold it.
     """
     note = read_note(directory)

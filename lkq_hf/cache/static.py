@@ -121,7 +121,7 @@ class StaticStorage(_Layer):
         return self.keys.shape[-2], self._first
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes the last tokens; see :meth:`EvictedLayer.crop`.
+        """Removes the last tokens; see `EvictedLayer.crop`.
 
         Raises:
             ValueError: entries that the shorter text needs are gone.
@@ -137,7 +137,7 @@ class StaticStorage(_Layer):
         """Drops what a layer keeps of the last ``count`` tokens beside their entries."""
 
     def croppable(self, tokens_to_remove: int) -> int:
-        """How many tokens a :meth:`crop` removes.
+        """How many tokens a `crop` removes.
 
         Raises:
             ValueError: it cannot.
@@ -178,7 +178,7 @@ class StaticStorage(_Layer):
 
 
 class StaticEvictedLayer(StaticStorage, EvictedLayer):
-    """An :class:`EvictedLayer` whose tail and prefix have static shapes after the prefill."""
+    """An `EvictedLayer` whose tail and prefix have static shapes after the prefill."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -226,7 +226,7 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
     def drop_first(self, count: int) -> None:
         """Says on the device that the tokens behind the first ``count`` slots have moved to the front.
 
-        :meth:`note_prefix` says it on the host.
+        `note_prefix` says it on the host.
         """
         self._filled.sub_(count)
         self._offset.add_(count)
@@ -291,7 +291,7 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
 
 
 class StaticSlidingLayer(StaticStorage, UncompressedSlidingLayer):
-    """An :class:`UncompressedSlidingLayer` with static storage after the prefill."""
+    """An `UncompressedSlidingLayer` with static storage after the prefill."""
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs

@@ -3,7 +3,7 @@
 Once an answer has been refreshed, every layer holds a full prefix and, when the next refresh is due, a tail of twice
 ``refresh_every`` tokens, of which the first half is up for eviction. So nothing has to be asked of the device.
 Entries stay where they lie until all layers are scored. One comparison over all heads decides, and one gather for
-keys, one for values and one for positions writes the new prefixes. :mod:`lkq_hf.cache.recorded` replays that as a CUDA
+keys, one for values and one for positions writes the new prefixes. `lkq_hf.cache.recorded` replays that as a CUDA
 graph.
 """
 
@@ -98,14 +98,14 @@ class Inputs:
 
 @dataclass
 class SteadyRefresh:
-    """One refresh for whose cache :func:`is_steady` holds.
+    """One refresh for whose cache `is_steady` holds.
 
     Attributes:
         decoder: the stack of layers.
         cache: what has grown.
         scorer: bound to the decoder.
         budget: mean number of entries per KV head.
-        allocation: one of :data:`~lkq_hf.cache.allocation.ALLOCATIONS`.
+        allocation: one of `ALLOCATIONS`.
         inputs: what differs from the refresh before.
     """
 
@@ -129,7 +129,7 @@ class SteadyRefresh:
 
         Args:
             decoder: the stack of layers.
-            cache: for which :func:`is_steady` holds.
+            cache: for which `is_steady` holds.
             scorer: bound to the decoder.
             eviction: that ``cache`` has begun.
             mask: ``[batch, >= text]``, 1 for real tokens; None if there is no padding.
@@ -150,7 +150,7 @@ class SteadyRefresh:
         return cls(decoder, cache, scorer, eviction.budget, eviction.allocation, inputs)
 
     def storage(self) -> list[int]:
-        """Where everything lies that :meth:`run` reads and writes."""
+        """Where everything lies that `run` reads and writes."""
         layers = self.cache.layers
         pool = layers[0].prefix.pool
         tensors = [pool.keys, pool.values, pool.positions]
@@ -159,12 +159,12 @@ class SteadyRefresh:
         return [tensor.data_ptr() for tensor in tensors]
 
     def settings(self) -> Any:
-        """What else decides on what :meth:`run` does."""
+        """What else decides on what `run` does."""
         shapes = self.inputs.real.shape, self.inputs.positions.shape, self.cache.layers[0].keys.shape
         return id(self.decoder), self.scorer, self.budget, self.allocation, shapes
 
     def run(self) -> None:
-        """What the device does; waits for nothing. With static shapes, :meth:`note` has to follow."""
+        """What the device does; waits for nothing. With static shapes, `note` has to follow."""
         scores = self._score_all()
         keep = torch.stack(
             share_out(

@@ -13,7 +13,7 @@ _results: list[TextIO] = []
 
 @contextmanager
 def _diverted() -> Iterator[None]:
-    """Sends all that is printed to stderr, except what :func:`report` prints."""
+    """Sends all that is printed to stderr, except what `report` prints."""
     _results.append(sys.stdout)
     try:
         with redirect_stdout(sys.stderr):
@@ -34,7 +34,7 @@ AsJson = Annotated[
         "--json", callback=_divert, help="Print the result as one JSON object, and everything else to stderr."
     ),
 ]
-"""Type of the parameter of a subcommand that ends with :func:`report`."""
+"""Type of the parameter of a subcommand that ends with `report`."""
 
 
 def report(text: str, data: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ def score_answers(
     """How likely given answers are (teacher forcing).
 
     Args:
-        model, logits, prompt_mask, cache: see :func:`answer_greedily`. The answers are appended to the cache.
+        model, logits, prompt_mask, cache: see `answer_greedily`. The answers are appended to the cache.
         answers: what to score.
 
     Returns:

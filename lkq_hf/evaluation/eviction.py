@@ -37,7 +37,7 @@ ORACLE = "oracle"
 FULL = "full cache"
 
 Record = dict[str, Any]
-"""One prompt: its task, its reference, and what each cache made of it (``"caches"``, by :func:`cell_name`)."""
+"""One prompt: its task, its reference, and what each cache made of it (``"caches"``, by `cell_name`)."""
 
 Row = dict[str, Any]
 """One line of the results: a task, a length, a scorer, a budget, and their metrics."""
@@ -58,7 +58,7 @@ class EvictionEvaluator:
         budgets: entries to keep per KV head on average (int), or fractions of a prompt's length (float between 0 and
             1).
         allocation: how they are shared out among heads, the same for every scorer, as in
-            :class:`~lkq_hf.LookaheadCache`.
+            `LookaheadCache`.
 
     Raises:
         ValueError: an unknown scorer or allocation, no scorers or budgets, or "profile" and no adapter that has one.
@@ -238,7 +238,7 @@ def evaluate_eviction(
         batch_size: prompts in a batch.
 
     Returns:
-        ``{"arguments", "environment", "rows", "records"}``; see :func:`summarise` for the rows.
+        ``{"arguments", "environment", "rows", "records"}``; see `summarise` for the rows.
 
     Raises:
         ValueError: a budget is not below every length, a length is beyond the model's positions, a count below 1, or
@@ -364,7 +364,7 @@ def load_evaluator(
     """An evaluator of a model with its adapter.
 
     Raises:
-        ValueError: the lookahead scorer without an adapter; see also :class:`EvictionEvaluator`.
+        ValueError: the lookahead scorer without an adapter; see also `EvictionEvaluator`.
     """
     if "lookahead" in check_scorers(scorers) and adapter is None:
         raise ValueError("the lookahead scorer needs an adapter: pass one, or leave lookahead out of the scorers")

@@ -33,8 +33,8 @@ class LookaheadLM(HFLM):
     Args:
         pretrained: directory or Hub id of a model, quantized checkpoints included, or a model in memory.
         adapter: directory or Hub id of a lookahead adapter, which the lookahead scorer needs.
-        budget: see :class:`~lkq_hf.cache.LookaheadCache`; None for the full cache.
-        scorer: a name, as for :class:`~lkq_hf.cache.LookaheadCache`.
+        budget: see `LookaheadCache`; None for the full cache.
+        scorer: a name, as for `LookaheadCache`.
         arguments: those of lm-eval's ``HFLM``.
 
     Raises:

@@ -27,7 +27,7 @@ class AnswerJudge:
         targets: prompts that the adapter is not trained on, with the model's answers (``"input_ids"`` and
             ``"response_ids"``).
         budgets: entries per KV head.
-        allocation: how they are shared out among heads, as in :class:`~lkq_hf.LookaheadCache`.
+        allocation: how they are shared out among heads, as in `LookaheadCache`.
         batch_tokens: tokens of the prompts that are read together; prompts of one length share a batch.
         scorer: what chooses the entries.
     """
@@ -70,7 +70,7 @@ class AnswerJudge:
 
         Args:
             model: prepared for eviction.
-            scorers: by name, as in :func:`~lkq_hf.evaluation.prefill.read_prompts`.
+            scorers: by name, as in `read_prompts`.
 
         Returns:
             For each scorer its numbers by name.

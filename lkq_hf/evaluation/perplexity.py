@@ -80,7 +80,7 @@ def evaluate_perplexity(
 
     Args:
         model: a causal language model.
-        windows: ``[windows, window]`` token ids (:func:`text_windows`).
+        windows: ``[windows, window]`` token ids (`text_windows`).
         journal: of this run, in a directory that all processes see.
         batch_size: windows in a batch.
         reference: the model to compare with, such as the base model of a quantized one; on the same device.

@@ -60,8 +60,8 @@ def plot_by_budget(rows: Sequence[Row], metric: str | None = None) -> "Figure":
     """A metric against the budget, a panel for each task and length.
 
     Args:
-        rows: see :func:`~lkq_hf.evaluation.eviction.summarise`.
-        metric: one of their columns; None for each task's :func:`quality_metric`.
+        rows: see `summarise`.
+        metric: one of their columns; None for each task's `quality_metric`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -104,7 +104,7 @@ def plot_pareto(rows: Sequence[Row]) -> "Figure":
     shown and left out of it.
 
     Args:
-        rows: see :func:`~lkq_hf.evaluation.eviction.summarise`.
+        rows: see `summarise`.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -167,7 +167,7 @@ def plot_entries(rows: Sequence[Row]) -> "Figure":
     """Where the budget went: what each head of each layer keeps, a map for each scorer and budget (mean of all rows).
 
     Args:
-        rows: see :func:`~lkq_hf.evaluation.eviction.summarise`; those of the full cache are left out.
+        rows: see `summarise`; those of the full cache are left out.
 
     Raises:
         ImportError: matplotlib is not installed.

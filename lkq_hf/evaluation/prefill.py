@@ -125,13 +125,13 @@ def read_prompts(
     """Reads a batch of prompts once, into the full cache and one evicted cache for each scorer and budget.
 
     Args:
-        model: a causal language model, prepared for eviction (:func:`lkq_hf.prepare_model_for_eviction`, or by its
+        model: a causal language model, prepared for eviction (`lkq_hf.prepare_model_for_eviction`, or by its
             adapter).
         input_ids, mask: ``[batch, length]``, padded on the left.
         scorers: by name; those that append tokens to the prompt must append the same (so not the oracle: see
-            :func:`add_oracle`).
+            `add_oracle`).
         budgets: entries to keep per KV head, each below the length of the shortest prompt.
-        allocation: how they are shared out among heads, as in :class:`~lkq_hf.LookaheadCache`.
+        allocation: how they are shared out among heads, as in `LookaheadCache`.
 
     Raises:
         ValueError: no budget or one that is not below the length of the shortest prompt, or two scorers that append
@@ -164,7 +164,7 @@ class ScoredAnswers:
 
     Attributes:
         answers: the answers.
-        nll, chosen: see :func:`~lkq_hf.evaluation.decoding.score_answers`; both ``[batch, length]``.
+        nll, chosen: see `score_answers`; both ``[batch, length]``.
         attention: for each compressed layer the mean attention of the answer to each prompt entry, float32
             ``[batch, kv_heads, length]``, minus infinity on padding.
         oracle: for each budget what ``LookaheadCache(budget, OracleScorer(answers))`` holds after the prompts.

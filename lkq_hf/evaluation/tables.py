@@ -16,7 +16,7 @@ TITLES = {
     "entries_least": "least of a head",
     "entries_most": "most of a head",
 }
-"""Columns of :func:`eviction_table`, and their titles."""
+"""Columns of `eviction_table`, and their titles."""
 
 
 def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
@@ -44,7 +44,7 @@ def table(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str]) -> str:
 
 
 def eviction_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of :func:`~lkq_hf.evaluation.eviction.summarise`: a table for each task and length."""
+    """The rows of `summarise`: a table for each task and length."""
     parts = []
     for task, length in dict.fromkeys((row["task"], row["length"]) for row in rows):
         group = [row for row in rows if (row["task"], row["length"]) == (task, length)]
@@ -56,7 +56,7 @@ def eviction_table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def perplexity_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of :func:`~lkq_hf.evaluation.perplexity.evaluate_perplexity`."""
+    """The rows of `evaluate_perplexity`."""
     titles = {
         "windows": "windows",
         "tokens": "tokens",

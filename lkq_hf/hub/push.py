@@ -43,7 +43,7 @@ def push_to_hub(
         create_pr: open a pull request instead of committing.
         token: by default that of the login.
         commit_message: by default the directory's kind.
-        results: measured numbers for the card (:func:`~lkq_hf.hub.read_results`).
+        results: measured numbers for the card (`read_results`).
 
     Returns:
         The commit; its ``pr_url`` or ``commit_url`` say where it is.

@@ -46,7 +46,7 @@ def pack(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack(words: Tensor, bits: int) -> Tensor:
-    """The inverse of :func:`pack`: int32 words `[..., length * bits / 32]` to int32 values `[..., length]`.
+    """The inverse of `pack`: int32 words `[..., length * bits / 32]` to int32 values `[..., length]`.
 
     Raises:
         ValueError: ``bits`` is not supported, or the words end inside a value.

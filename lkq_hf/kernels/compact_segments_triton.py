@@ -1,4 +1,4 @@
-"""Triton kernel of :mod:`lkq_hf.kernels.compact_segments`: a thread block copies what is kept of a few entries."""
+"""Triton kernel of `lkq_hf.kernels.compact_segments`: a thread block copies what is kept of a few entries."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`lkq_hf.kernels.decode_attention`: one for parts of the entries, one that puts them together.
+"""Triton kernels of `lkq_hf.kernels.decode_attention`: one for parts of the entries, one that puts them together.
 
 Online softmax over tiles of entries (Dao et al., arXiv 2205.14135), each thread block with a share of the entries of
 one KV head, so that one token too keeps the whole GPU reading.

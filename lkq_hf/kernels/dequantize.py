@@ -10,7 +10,7 @@ from lkq_hf.kernels.dispatch import use_triton
 def dequantize_reference(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool, dtype: torch.dtype
 ) -> Tensor:
-    """The definition of :func:`dequantize`."""
+    """The definition of `dequantize`."""
     integers = unpack(qweight.t(), bits)
     levels = integers.unflatten(-1, (-1, group_size))
     if sym:

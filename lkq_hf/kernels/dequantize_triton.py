@@ -1,4 +1,4 @@
-"""The Triton kernel of :func:`lkq_hf.kernels.dequantize.dequantize`."""
+"""The Triton kernel of `lkq_hf.kernels.dequantize.dequantize`."""
 
 import torch
 import triton

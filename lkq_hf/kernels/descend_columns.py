@@ -9,7 +9,7 @@ from lkq_hf.kernels.dispatch import FLOAT32_ONLY, use_triton
 def descend_columns_reference(
     residual: Tensor, hessian: Tensor, integers: Tensor, scale: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """The definition of :func:`descend_columns`."""
+    """The definition of `descend_columns`."""
     residual, integers, moved = residual.clone(), integers.clone(), torch.zeros_like(residual)
     for j, curvature in enumerate(hessian.diagonal().tolist()):
         if curvature <= 0:  # an input that is always 0: no integer is better than another

@@ -1,4 +1,4 @@
-"""Triton kernel of :mod:`lkq_hf.kernels.descend_columns`, built like that of :mod:`lkq_hf.kernels.round_columns`."""
+"""Triton kernel of `lkq_hf.kernels.descend_columns`, built like that of `lkq_hf.kernels.round_columns`."""
 
 import triton
 import triton.language as tl
@@ -34,5 +34,5 @@ def _descend_columns(
 def descend_columns_triton(
     residual: Tensor, hessian: Tensor, integers: Tensor, scale: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lkq_hf.kernels.descend_columns.descend_columns`."""
+    """See `lkq_hf.kernels.descend_columns.descend_columns`."""
     return launch_on_columns(_descend_columns, residual, hessian, integers, scale, largest=largest)

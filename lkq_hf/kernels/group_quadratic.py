@@ -9,7 +9,7 @@ TRITON_GROUP_SIZES = (32, 64, 128)
 
 
 def group_quadratic_reference(levels: Tensor, hessian: Tensor) -> Tensor:
-    """The definition of :func:`group_quadratic`."""
+    """The definition of `group_quadratic`."""
     rows, groups, group_size = levels.shape
     quadratic = torch.empty(groups, groups, rows, device=levels.device)
     for i in range(groups):

@@ -1,4 +1,4 @@
-"""Triton kernel of :mod:`lkq_hf.kernels.group_quadratic`.
+"""Triton kernel of `lkq_hf.kernels.group_quadratic`.
 
 Levels are exact in bfloat16, and three bfloat16 numbers hold a float32, so that tensor cores compute the products at
 full float32 precision. The form is symmetric: one half is computed, both are written.
@@ -41,7 +41,7 @@ def _group_quadratic_kernel(
 
 
 def group_quadratic_triton(levels: Tensor, hessian: Tensor) -> Tensor:
-    """See :func:`lkq_hf.kernels.group_quadratic.group_quadratic`."""
+    """See `lkq_hf.kernels.group_quadratic.group_quadratic`."""
     rows, groups, group_size = levels.shape
     quadratic = torch.empty(groups, groups, rows, device=levels.device)
     tile = 64

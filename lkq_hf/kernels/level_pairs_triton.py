@@ -1,9 +1,9 @@
-"""Packed rows as pairs of half precision numbers for :mod:`~lkq_hf.kernels.mma_triton`, inside a Triton kernel.
+"""Packed rows as pairs of half precision numbers for `mma_triton`, inside a Triton kernel.
 
 A pair is two fields of one packed row, cut out of its words by one shift and one bit operation. The operation also
 puts the fields into the mantissas of a number *magic*, 2**7 in bfloat16 and 2**10 in float16, which makes the half
 ``magic + 2**position * q``, without a conversion from integers. The product with an activation divided by
-``2**position`` is then ``q x`` and a multiple of the activation, of which :func:`plain_pairs` gets the sum.
+``2**position`` is then ``q x`` and a multiple of the activation, of which `plain_pairs` gets the sum.
 
 At 8 bits, whose fields bfloat16's mantissa cannot hold, a field is taken as two fields of 4 bits.
 """

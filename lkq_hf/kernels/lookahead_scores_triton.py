@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`lkq_hf.kernels.lookahead_scores`.
+"""Triton kernels of `lkq_hf.kernels.lookahead_scores`.
 
 The keys are read twice. The first pass leaves each row's log-sum-exp over each split of the keys; the second combines
 the splits and sums exp(logit - log-sum-exp), or a power of it, down the columns. Keeping the logits instead of reading

@@ -76,7 +76,7 @@ def load_zeros(qzeros, group, column, mask, columns, BITS: tl.constexpr):
 
 @triton.jit
 def load_zero_words(qzeros, group, column, mask, columns, BITS: tl.constexpr):
-    """The words with the zero points of :func:`load_zeros`, and those above them, which are read only at 3 bits."""
+    """The words with the zero points of `load_zeros`, and those above them, which are read only at 3 bits."""
     bit = column * BITS
     pointers = qzeros + group * (columns * BITS // 32) + bit // 32
     word = tl.load(pointers, mask=mask, other=0)
@@ -88,7 +88,7 @@ def load_zero_words(qzeros, group, column, mask, columns, BITS: tl.constexpr):
 
 @triton.jit
 def zero_values(word, above, column, BITS: tl.constexpr):
-    """The zero points of :func:`load_zeros` from the words of :func:`load_zero_words`."""
+    """The zero points of `load_zeros` from the words of `load_zero_words`."""
     offset = column * BITS % 32
     value = word >> offset
     if BITS == 3:

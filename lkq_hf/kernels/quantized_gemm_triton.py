@@ -245,11 +245,11 @@ def quantized_gemm(
 ) -> Tensor:
     """``x`` `[..., in_features]`, contiguous, times the packed weight: `[..., out_features]`.
 
-    Weights are rounded to the dtype of ``x``, as :func:`~lkq_hf.kernels.dequantize.dequantize` does.
+    Weights are rounded to the dtype of ``x``, as `dequantize` does.
 
     Args:
         block_m: activation rows of a thread block, at least 16.
-        block_k: input features of a tile, what :func:`tile_features` says.
+        block_k: input features of a tile, what `tile_features` says.
         split_k: thread blocks that share the input features of an output tile.
         num_warps: warps of a thread block, 4 or a multiple of that; each has 16 output columns. With 32 of them, the
             assembler overwrote registers that the tensor cores had not read yet (seen with Triton 3.6's).
@@ -317,7 +317,7 @@ def quantized_grouped_gemm(
     Args:
         ends: int32 `[experts]`: where each expert's rows end. The result of rows from the last end on is undefined.
         qweight, qzeros, scales: of all experts, stacked.
-        block_m, block_k, num_warps, num_stages: as of :func:`quantized_gemm`.
+        block_m, block_k, num_warps, num_stages: as of `quantized_gemm`.
     """
     rows, in_features = x.shape
     experts, _, columns = qweight.shape

@@ -383,7 +383,7 @@ class QuantizedGemv:
         dtype, device: of the activations.
         in_features, bits, group_size, sym: of all weights.
         widths: output features of each weight.
-        chunk: what :func:`chunk_features` says.
+        chunk: what `chunk_features` says.
         num_warps: warps of a thread block.
         column_tiles: 32 columns each, of a thread block.
         prefetch: whether a warp loads its next chunk before it multiplies.

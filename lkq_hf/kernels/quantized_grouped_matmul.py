@@ -23,7 +23,7 @@ _TILES = {
 def quantized_grouped_matmul_reference(
     x: Tensor, ends: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool
 ) -> Tensor:
-    """The definition of :func:`quantized_grouped_matmul`."""
+    """The definition of `quantized_grouped_matmul`."""
     y = x.new_zeros(x.shape[0], qweight.shape[-1])
     for expert, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
         if start < end:

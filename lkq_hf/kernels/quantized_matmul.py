@@ -38,7 +38,7 @@ _GEMM_TILES = {
 def quantized_matmul_reference(
     x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor, bits: int, group_size: int, sym: bool
 ) -> Tensor:
-    """The definition of :func:`quantized_matmul`."""
+    """The definition of `quantized_matmul`."""
     return x @ dequantize_reference(qweight, qzeros, scales, bits, group_size, sym, x.dtype)
 
 
@@ -67,12 +67,12 @@ def quantized_matmul(
 def quantized_matmul_shared(x: Tensor, weights: list[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
     """Products of the same activations with several weights, side by side; not differentiable.
 
-    They are one kernel: of several, each has to start and to run dry. For more than :data:`SHARED_ROWS` rows it is not
+    They are one kernel: of several, each has to start and to run dry. For more than `SHARED_ROWS` rows it is not
     the fastest one.
 
     Args:
         x: `[..., in_features]`, floating point.
-        weights: qweight, qzeros and scales, as :func:`quantized_matmul` takes them, of one weight after the other.
+        weights: qweight, qzeros and scales, as `quantized_matmul` takes them, of one weight after the other.
         bits, group_size, sym: of all weights.
 
     Returns:
@@ -82,19 +82,19 @@ def quantized_matmul_shared(x: Tensor, weights: list[Tensor], bits: int, group_s
 
 
 fixed_weights: dict[int, list[tuple[list[Tensor], int, int, bool]]] = {}
-"""What :func:`quantized_matmul_fixed` knows, by handle and number: the arguments of :func:`quantized_matmul_shared`
+"""What `quantized_matmul_fixed` knows, by handle and number: the arguments of `quantized_matmul_shared`
 after the first. Whoever adds them takes them out again."""
 
 
 @operator("lkq_hf::quantized_matmul_fixed")
 def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: int) -> Tensor:
-    """:func:`quantized_matmul_shared` with weights that are no inputs of the operator.
+    """`quantized_matmul_shared` with weights that are no inputs of the operator.
 
     A CUDA graph that holds it reads the memory that was theirs when it was recorded: new weights need a new handle.
 
     Args:
         x: `[..., in_features]`, floating point.
-        handle, number: of :data:`fixed_weights`.
+        handle, number: of `fixed_weights`.
         out_features: of all weights together.
 
     Returns:

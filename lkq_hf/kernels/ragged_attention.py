@@ -35,11 +35,11 @@ def ragged_attention(
 
     - a GPU that Triton serves: a kernel that reads prefix and tail where they lie. (For 4 to 1,024 queries on an H200,
       it takes 0.02 to 0.5 times as long as torch's `varlen_attn`, which needs copies.)
-    - a CPU, at least :data:`SDPA_TOKENS` queries, no softcap or sinks: torch's `scaled_dot_product_attention` for each
+    - a CPU, at least `SDPA_TOKENS` queries, no softcap or sinks: torch's `scaled_dot_product_attention` for each
       segment, over copies of prefix and tail;
     - a CPU: products for each segment, which copy no keys and values, except to convert float16 and bfloat16 to
       float32;
-    - otherwise: the definition, :func:`ragged_attention_reference`.
+    - otherwise: the definition, `ragged_attention_reference`.
 
     Only a CPU needs the lengths on the host: nothing else waits for the device.
 
@@ -129,7 +129,7 @@ def ragged_attention_reference(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """The definition of :func:`ragged_attention`: segments padded to the longest, and a mask for each KV head."""
+    """The definition of `ragged_attention`: segments padded to the longest, and a mask for each KV head."""
     batch, heads, q, _ = query.shape
     kv_heads, slots = tail_key.shape[1:3]
     dtype = torch.promote_types(query.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`lkq_hf.kernels.ragged_attention`: one for parts of the segments, one that combines them.
+"""Triton kernels of `lkq_hf.kernels.ragged_attention`: one for parts of the segments, one that combines them.
 
 Online softmax over tiles of entries (Dao et al., arXiv 2205.14135). A thread block has some query rows of one (row,
 KV head) and a chunk of its prefix or of its tail. Chunks are equally long, so segments of different lengths keep the

@@ -9,7 +9,7 @@ from lkq_hf.kernels.dispatch import FLOAT32_ONLY, use_triton
 def round_columns_reference(
     block: Tensor, scale: Tensor, zero: Tensor, unit: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """The definition of :func:`round_columns`."""
+    """The definition of `round_columns`."""
     block = block.clone()
     integers, errors = torch.empty_like(block), torch.empty_like(block)
     for j in range(block.shape[0]):

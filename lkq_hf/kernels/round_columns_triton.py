@@ -1,4 +1,4 @@
-"""Triton kernel of :mod:`lkq_hf.kernels.round_columns`.
+"""Triton kernel of `lkq_hf.kernels.round_columns`.
 
 The torch loop launches half a dozen kernels a column. Here a program keeps all columns of a few rows on the chip and
 walks through them without leaving it.
@@ -48,12 +48,12 @@ def _round_columns(
 def round_columns_triton(
     block: Tensor, scale: Tensor, zero: Tensor, unit: Tensor, largest: int
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lkq_hf.kernels.round_columns.round_columns`."""
+    """See `lkq_hf.kernels.round_columns.round_columns`."""
     return launch_on_columns(_round_columns, block, scale, zero, unit, largest=largest)
 
 
 def launch_on_columns(kernel: Any, first: Tensor, *others: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Launches a kernel that walks through columns, each program with all columns of :data:`ROWS` rows.
+    """Launches a kernel that walks through columns, each program with all columns of `ROWS` rows.
 
     Args:
         kernel: takes the tensors, its two results, the numbers of rows and of columns, and ``largest``.

@@ -1,4 +1,4 @@
-"""Triton kernel of stage 1's search (:mod:`lkq_hf.quantization.stage1`).
+"""Triton kernel of stage 1's search (`lkq_hf.quantization.stage1`).
 
 The torch search writes an error matrix for every candidate. Here a program keeps one group of some rows, and the
 group's Hessian block, on the chip while it tries all of them.

@@ -1,4 +1,4 @@
-"""Triton kernels of :mod:`lkq_hf.kernels.select_compact`: one that selects, one that copies."""
+"""Triton kernels of `lkq_hf.kernels.select_compact`: one that selects, one that copies."""
 
 import torch
 import triton

@@ -9,7 +9,7 @@ LOG2_E = math.log2(math.e)
 
 
 def logit_scales(scaling: float, softcap: float | None) -> tuple[float, float]:
-    """``scale`` and ``softcap`` of :func:`base2_logits`."""
+    """``scale`` and ``softcap`` of `base2_logits`."""
     return scaling * LOG2_E * (1 if softcap is None else 2 / softcap), (softcap or 0.0) * LOG2_E
 
 

@@ -26,7 +26,7 @@ def split_buffer(x: Tensor, columns: int, splits: int) -> Tensor:
 
 
 def split_sum(x: Tensor, partial: Tensor, splits: int) -> Tensor:
-    """The product of ``x`` `[..., columns]` from what :func:`split_buffer` made."""
+    """The product of ``x`` `[..., columns]` from what `split_buffer` made."""
     if splits == 1:
         return partial
     _, rows, columns = partial.shape

@@ -14,7 +14,7 @@ from lkq_hf.quantization.weight import QuantizedWeight
 
 
 class QuantizedLinear(PackedModule, nn.Linear):
-    """`y = x w^T + bias` with a group-wise quantized `w` (see :mod:`lkq_hf.quantization.packing` for its tensors).
+    """`y = x w^T + bias` with a group-wise quantized `w` (see `lkq_hf.quantization.packing` for its tensors).
 
     It is an `nn.Linear` to whoever asks, so that PEFT puts LoRA on it with an ordinary `LoraConfig`; gradients reach
     the input. Its `weight` is None: LoRA cannot be merged into packed integers, and PEFT's `merge` fails rather than
@@ -110,7 +110,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
         return weight.t().contiguous()
 
     def quantized_weight(self) -> QuantizedWeight:
-        """The unpacked integers, scales and zero points: the inverse of :meth:`from_quantized_weight`."""
+        """The unpacked integers, scales and zero points: the inverse of `from_quantized_weight`."""
         return unpack_weight(
             self.qweight, self.qzeros, self.scales, bits=self.bits, group_size=self.group_size, sym=self.sym
         )

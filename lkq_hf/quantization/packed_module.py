@@ -10,7 +10,7 @@ from lkq_hf.kernels.bit_stream import unpack
 
 
 class PackedModule(nn.Module):
-    """A module with the packed weight of one matrix (see :mod:`lkq_hf.quantization.packing`) or of several of a size.
+    """A module with the packed weight of one matrix (see `lkq_hf.quantization.packing`) or of several of a size.
 
     Its float16 `scales` are a part of the stored format, and stay float16 under `.to(dtype)`.
     """

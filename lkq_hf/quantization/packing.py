@@ -10,7 +10,7 @@ For a Linear with `K` input features, `N` output features, `b` bits and `G` grou
 | `g_idx` | int32 `[K]` | `k // group_size` |
 
 so that `w[n, k] = scales[g, n] * (q[k, n] - z[g, n])`. Packing is a little-endian stream of bits
-(:mod:`lkq_hf.kernels.bit_stream`).
+(`lkq_hf.kernels.bit_stream`).
 
 Two versions of the layout differ in `qzeros`. Version 2 (`checkpoint_format: "gptq_v2"`) stores the zero points `z`.
 Version 1 (`"gptq"`) stores `z - 1`, for historical reasons, and a reader adds the one back; but a zero point 0 has no
@@ -86,7 +86,7 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
 def unpack_weight(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, *, bits: int, group_size: int, sym: bool
 ) -> QuantizedWeight:
-    """The inverse of :func:`pack_weight`; `sym` says which version of the layout `qzeros` has."""
+    """The inverse of `pack_weight`; `sym` says which version of the layout `qzeros` has."""
     return QuantizedWeight(
         integers=unpack(qweight.t(), bits),
         scales=scales.t().contiguous(),

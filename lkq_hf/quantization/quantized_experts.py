@@ -19,7 +19,7 @@ PACKED_TENSORS = ("qweight", "qzeros", "scales")
 class QuantizedExperts(PackedModule):
     """One projection of fused experts, `y = x w[e]^T` with a group-wise quantized `w[e]` for each expert `e`.
 
-    `qweight`, `qzeros` and `scales` are those of :mod:`lkq_hf.quantization.packing` for every expert, stacked in a
+    `qweight`, `qzeros` and `scales` are those of `lkq_hf.quantization.packing` for every expert, stacked in a
     first dimension. `g_idx`, which says nothing that `group_size` does not, is left out.
 
     Args:

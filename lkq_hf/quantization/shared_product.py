@@ -79,7 +79,7 @@ class SharedInput:
 
 
 class FixedInput(NamedTuple):
-    """A :class:`SharedInput` whose weights stay where they are, for graphs that do not take them as inputs.
+    """A `SharedInput` whose weights stay where they are, for graphs that do not take them as inputs.
 
     Before each call a compiled graph checks all that it has seen of a module. Where that is immutable, as it is here,
     torch 2.11 checks no more than whether an attribute was set.

@@ -21,7 +21,7 @@ def get_scorer(scorer: str | Scorer) -> Scorer:
 
     Raises:
         ValueError: no scorer has that name.
-        TypeError: neither a name nor a :class:`Scorer`.
+        TypeError: neither a name nor a `Scorer`.
     """
     if isinstance(scorer, Scorer):
         return scorer

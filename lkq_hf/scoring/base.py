@@ -31,7 +31,7 @@ class PrefillAttention:
             entries; None if all are real.
         layer_index: index of the layer in the model.
         new_length: the last tokens of ``length`` that there are queries of: those that this forward reads, and for a
-            scorer with :attr:`Scorer.observed_queries` some of the piece of the prompt before; None if of all.
+            scorer with `Scorer.observed_queries` some of the piece of the prompt before; None if of all.
         sinks: ``[heads]``, for each query head one logit more in its softmax, of no key (gpt-oss); None if there is
             none.
     """
@@ -51,7 +51,7 @@ class PrefillAttention:
 
     @property
     def head_mask(self) -> torch.Tensor | None:
-        """:attr:`mask` as ``[batch, 1 or kv_heads, length]``."""
+        """`mask` as ``[batch, 1 or kv_heads, length]``."""
         return self.mask[:, None] if self.mask is not None and self.mask.ndim == 2 else self.mask
 
 
@@ -81,8 +81,8 @@ class PerLayerEmbedding(NamedTuple):
 class Scorer(ABC):
     """Gives every prompt entry of every KV head a score; the entries with the highest scores stay in the cache.
 
-    A subclass implements :meth:`score`. One that takes parameters from the model also implements :meth:`bind`, and one
-    that needs tokens after the prompt (learned ones, or a response) :meth:`suffix`. A scorer holds no modules and no
+    A subclass implements `score`. One that takes parameters from the model also implements `bind`, and one
+    that needs tokens after the prompt (learned ones, or a response) `suffix`. A scorer holds no modules and no
     state of a forward, so that caches can be copied.
     """
 

@@ -7,7 +7,7 @@ POOLINGS = ("max", "avg", "sum")
 
 
 def check_pooling(kernel_size: int, pooling: str, neighbor_weight: float = 1.0) -> None:
-    """Raises ValueError for arguments that :func:`pool_scores` does not take."""
+    """Raises ValueError for arguments that `pool_scores` does not take."""
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size must be a positive odd number so that pooling is centred, got {kernel_size}")
     if pooling not in POOLINGS:

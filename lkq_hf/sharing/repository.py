@@ -13,7 +13,7 @@ from lkq_hf.sharing.cards import CARD, has_card
 class Repository:
     """A repository and its branch, which are made if there are none.
 
-    Use it inside of :func:`~lkq_hf.sharing.errors.explained`.
+    Use it inside of `explained`.
 
     Args:
         repo_id: the repository.

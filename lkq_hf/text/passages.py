@@ -36,7 +36,7 @@ def token_ends(text: str, tokenizer: PreTrainedTokenizerBase) -> array:
 
 
 def _ends_of_all(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> list[array]:
-    """:func:`token_ends` of several texts, which the tokenizer reads in parallel."""
+    """`token_ends` of several texts, which the tokenizer reads in parallel."""
     if not tokenizer.is_fast:
         raise ValueError(
             f"cutting documents by tokens needs a fast tokenizer, got {type(tokenizer).__name__}; "

@@ -18,13 +18,13 @@ class LookaheadTrainingArguments(TrainingArguments):
             over the query heads of each KV head, which is what eviction ranks by.
         importance_power: importance is raised to this power before it is compared; 1 is the paper's objective.
         eviction_weight: weight of a second objective: how far the model's predictions over the evicted cache are from
-            those over the full one (:mod:`lkq_hf.training.eviction`). 0, as in the paper, leaves it out; it needs the
+            those over the full one (`lkq_hf.training.eviction`). 0, as in the paper, leaves it out; it needs the
             attention implementation "sdpa" or "eager".
         eviction_budgets: smallest and largest budget of that objective; each step draws one, log-uniformly.
         eviction_temperature: softness of that objective's choice of entries, see
-            :func:`~lkq_hf.training.soft_allocation.soft_top_k`.
+            `soft_top_k`.
         eviction_allocation: how that objective shares a budget out among heads, as the adapter will be used:
-            "global", "layer" or "uniform", see :class:`~lkq_hf.LookaheadCache`. "profile" follows from "global".
+            "global", "layer" or "uniform", see `LookaheadCache`. "profile" follows from "global".
         recompute: read each layer again in the backward pass, instead of holding what it computed. Needs a fraction
             of the memory and takes one more pass of the response and of the lookahead tokens.
         recall_budgets: budgets for which the evaluation reports the recall of the most important entries.

@@ -43,12 +43,12 @@ def usable_targets(
     """One data set of the targets that teach something.
 
     Args:
-        targets: data sets of :func:`~lkq_hf.training.generate_targets`.
-        max_repetition: responses of which a larger share repeats itself (:func:`repetition`) are left out.
-        cut_loops: cut responses where they begin to repeat themselves (:func:`before_loop`). Responses that are not
+        targets: data sets of `generate_targets`.
+        max_repetition: responses of which a larger share repeats itself (`repetition`) are left out.
+        cut_loops: cut responses where they begin to repeat themselves (`before_loop`). Responses that are not
             the model's own (prompts of the kind "asked_later") stay as they are.
         inside_answer_share: share of the responses whose beginning is moved to the prompt, see
-            :func:`inside_answer`.
+            `inside_answer`.
         seed: of that draw.
 
     Raises:

@@ -26,16 +26,16 @@ def eviction_gates(
     allocation: str = "global",
     pooling: Mapping[str, Any] | None = None,
 ) -> dict[int, torch.Tensor]:
-    """Log-gates (:func:`~lkq_hf.training.soft_allocation.soft_share_out`) of the entries that a cache would keep.
+    """Log-gates (`soft_share_out`) of the entries that a cache would keep.
 
     Args:
         scores: by layer, ``[batch, heads, length]``: of each query head, as in training.
         kv_heads: of each of these layers, over whose query heads scores are averaged, as at eviction.
         budget: mean number of entries per KV head.
-        temperature: see :func:`~lkq_hf.training.soft_allocation.soft_top_k`.
+        temperature: see `soft_top_k`.
         row_power: exponent of the power mean that the scores were made with.
         allocation: how the budget is shared out among heads.
-        pooling: arguments of :func:`~lkq_hf.scoring.pooling.pool_scores`; None for no pooling.
+        pooling: arguments of `pool_scores`; None for no pooling.
 
     Returns:
         By layer, ``[batch, kv_heads, length]``.

@@ -148,7 +148,7 @@ def response_importance(
         response_ids: ``[batch, response_length]``, padded on the right.
         response_mask: ``[batch, response_length]`` bool, True for real tokens; None if there is no padding.
         row_power: exponent of the power mean over the response's tokens.
-        model: what to call instead of the decoder, see :class:`PromptCache`.
+        model: what to call instead of the decoder, see `PromptCache`.
 
     Returns:
         For each compressed layer, float32 ``[batch, heads, length]``; minus infinity on padding.
@@ -167,7 +167,7 @@ def read_response(
     response_mask: torch.Tensor | None = None,
     row_power: float = 1.0,
 ) -> tuple[dict[int, torch.Tensor], torch.Tensor]:
-    """:func:`response_importance`, and the logits of the same forward, ``[batch, response_length, vocabulary]``."""
+    """`response_importance`, and the logits of the same forward, ``[batch, response_length, vocabulary]``."""
     scores, observe = _recorder(decoder, prompt, response_mask, row_power)
     inputs = prompt.inputs(response_ids, response_mask)
     with torch.no_grad(), observe_attention(decoder, observe):

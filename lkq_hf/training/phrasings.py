@@ -1,7 +1,7 @@
 """The wordings from which training prompts are put together.
 
 An adapter generalises to the wordings of its users only when it was trained on many, so every list here is meant to be
-long and uneven. None of them may use the wordings of :mod:`lkq_hf.evaluation.tasks`: evaluation measures wordings that
+long and uneven. None of them may use the wordings of `lkq_hf.evaluation.tasks`: evaluation measures wordings that
 were not trained on.
 """
 

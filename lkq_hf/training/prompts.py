@@ -66,7 +66,7 @@ class PromptMix:
         later_turn_share: share of prompts whose task comes in a later turn, after one to three other questions about
             the text and their answers.
         asked_later_share: share of prompts that end before anything is asked
-            (:func:`~lkq_hf.training.asked_later.read_first`). 1 trains an adapter for texts that are read once and
+            (`read_first`). 1 trains an adapter for texts that are read once and
             asked about later; such prompts come with their responses.
         seed: the same seed, documents and tokenizer give the same prompts.
 
@@ -209,7 +209,7 @@ def build_prompts_in_parallel(
     mix: PromptMix | None = None,
     workers: int = 1,
 ) -> list[Prompt]:
-    """The prompts of :func:`build_prompts`, made by several processes."""
+    """The prompts of `build_prompts`, made by several processes."""
     # Documents are tokenized here, once, and not by every worker again.
     builder = PromptBuilder(documents, tokenizer, mix)
     if workers == 1:

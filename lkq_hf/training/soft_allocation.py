@@ -1,4 +1,4 @@
-"""Which entries stay, as :func:`~lkq_hf.cache.allocation.share_out` decides, but differentiable in the scores."""
+"""Which entries stay, as `share_out` decides, but differentiable in the scores."""
 
 from collections.abc import Sequence
 
@@ -31,7 +31,7 @@ def soft_top_k(scores: torch.Tensor, budget: int, temperature: float) -> torch.T
 def soft_share_out(
     scores: Sequence[torch.Tensor], budget: int, allocation: str, temperature: float
 ) -> list[torch.Tensor]:
-    """:func:`soft_top_k` under an allocation: the open gates are those of the entries that ``share_out`` keeps.
+    """`soft_top_k` under an allocation: the open gates are those of the entries that ``share_out`` keeps.
 
     Where heads compete, an entry's rank among all of their entries decides, within two limits of its own head: the
     entries that each head keeps for itself are open, and those beyond the most that a head may keep are closed. The
@@ -41,8 +41,8 @@ def soft_share_out(
         scores: for each layer ``[batch, kv_heads, length]``, all of one length and on one device; minus infinity on
             padding.
         budget: mean number of entries per KV head.
-        allocation: one of :data:`SOFT_ALLOCATIONS`.
-        temperature: see :func:`soft_top_k`.
+        allocation: one of `SOFT_ALLOCATIONS`.
+        temperature: see `soft_top_k`.
 
     Returns:
         For each layer the logarithms of its gates, ``[batch, kv_heads, length]``.

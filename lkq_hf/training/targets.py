@@ -48,7 +48,8 @@ def generate_targets(
         max_new_tokens: longest response, in tokens.
         batch_tokens: prompt and response tokens in one batch; prompts of similar length share one.
         shard_size: prompts per shard.
-        process_index, num_processes: which share of the shards this process makes.
+        process_index: which share of the shards this process makes.
+        num_processes: the number of shares.
         model_note: what tells the model from others, as JSON; by default its name, its revision and its data type.
 
     Returns:

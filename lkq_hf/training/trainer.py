@@ -61,7 +61,7 @@ class LookaheadTrainer(Trainer):
 
     The base model is frozen and read without gradients; gradients flow through the lookahead tokens alone. Data sets
     hold ``"input_ids"`` (a prompt) and ``"response_ids"`` (the model's own answer), as made by
-    :func:`~lkq_hf.training.generate_targets`. The evaluation reports the loss and, for each of
+    `generate_targets`. The evaluation reports the loss and, for each of
     ``args.recall_budgets``, the share of the response's most important entries that the adapter finds in prompts
     longer than the budget.
 
@@ -71,9 +71,9 @@ class LookaheadTrainer(Trainer):
 
     Args:
         model: a model with an active adapter, such as ``get_peft_model(model, LookaheadKVConfig())``.
-        args: :class:`LookaheadTrainingArguments`.
+        args: `LookaheadTrainingArguments`.
         judge: called with the model in every evaluation; returns metrics by name that are added to the evaluation's
-            (:class:`~lkq_hf.evaluation.judge.AnswerJudge`). With ``args.metric_for_best_model`` one of them chooses
+            (`AnswerJudge`). With ``args.metric_for_best_model`` one of them chooses
             the checkpoint. Each process calls it with the same prompts.
         kwargs: as for ``transformers.Trainer``.
 

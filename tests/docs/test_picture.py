@@ -12,12 +12,12 @@ RESULTS = ROOT / "benchmarks" / "results" / "eviction_quality.json"
 
 def test_the_lines_are_the_results():
     pytest.importorskip("matplotlib")
-    script = ROOT / "benchmarks" / "plot_eviction_quality.py"
-    spec = importlib.util.spec_from_file_location("plot_eviction_quality", script)
+    script = ROOT / "benchmarks" / "report.py"
+    spec = importlib.util.spec_from_file_location("report", script)
     plot = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(plot)
     results = json.loads(RESULTS.read_text())
-    figure = plot.draw(results, 2048)
+    figure = plot.draw_eviction(results, 2048)
     rows = results["measurements"]["needle, 2048 tokens"]["rows"]
     lines = {line.get_label(): line for line in figure.axes[1].get_lines()}
     budgets = sorted({int(name.partition("/")[0]) for name in rows if "/" in name})

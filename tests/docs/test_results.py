@@ -31,8 +31,28 @@ def test_a_stale_page_is_found(tmp_path):
     assert pages.rendered(filled) == filled
 
 
+def test_a_number_in_a_sentence_is_written(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        import pages
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+    text = "It took <!-- value: quantization_speed summary_seconds/default method .0f -->1<!-- end --> s."
+    seconds = pages.load("quantization_speed")["summary_seconds"]["default method"]
+    assert pages.rendered(text) == text.replace("-->1<", f"-->{seconds:.0f}<")
+    assert pages.value("quantization_speed", "summary_seconds/default method", "60", ".0f") == f"{60 * seconds:.0f}"
+
+
+def test_scripts_that_pages_name_exist():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    pages += [*(ROOT / "model_cards").rglob("*.md"), *(ROOT / "benchmarks").glob("*.py")]
+    for page in pages:
+        for name in re.findall(r"benchmarks/([\w/]+\.(?:py|sh))", page.read_text(encoding="utf-8")):
+            assert (ROOT / "benchmarks" / name).is_file(), f"{page.name} names benchmarks/{name}"
+
+
 def test_the_readme_has_no_measured_numbers_of_its_own():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    own = re.sub(r"<!-- results: .*?<!-- end -->|```.*?```", "", text, flags=re.DOTALL)
+    own = re.sub(r"<!-- (?:results|value): .*?<!-- end -->|```.*?```", "", text, flags=re.DOTALL)
     assert MEASURED.findall(own) == []
     assert text.count("\n") < 130

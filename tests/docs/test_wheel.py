@@ -1,6 +1,7 @@
-"""What is installed is whole: the README's first snippet needs no clone."""
+"""What is installed is whole: the README's snippets need no clone."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,17 +52,28 @@ def test_the_wheel_holds_the_adapter(installed, tmp_path):
     assert shipped.read_bytes() == (Path(lkq_hf.shipped_adapter()) / shipped.name).read_bytes()
 
 
+def test_the_wheel_is_typed_and_says_its_version(installed):
+    archive = zipfile.ZipFile(installed[0])
+    assert "lkq_hf/py.typed" in archive.namelist()
+    (metadata,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    assert f"Version: {lkq_hf.__version__}\n" in archive.read(metadata).decode()
+    assert f"\nversion: {lkq_hf.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
 def test_an_adapter_that_does_not_come_with_the_package():
     with pytest.raises(FileNotFoundError, match="no adapter other comes with this installation"):
         lkq_hf.shipped_adapter("other")
 
 
 @pytest.mark.real_model
-def test_the_first_snippet_of_the_readme_runs_outside_of_a_clone(installed, tmp_path):
-    snippet = (ROOT / "README.md").read_text(encoding="utf-8").partition("```python\n")[2].partition("```")[0]
-    assert "shipped_adapter()" in snippet and "model_cards" not in snippet
-    (tmp_path / MODEL_NAME).parent.mkdir(parents=True)
-    (tmp_path / MODEL_NAME).symlink_to(smollm2_directory())
-    process = run(installed, snippet, tmp_path)
+def test_the_snippets_of_the_readme_run_outside_of_a_clone(installed, tmp_path):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    code = "".join(snippets)
+    assert "shipped_adapter()" in code and "model_cards" not in code
+    for name in ("MODEL", MODEL_NAME):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(smollm2_directory())
+    (tmp_path / "book.txt").write_text((ROOT / "LICENSE").read_text())
+    process = run(installed, code + "print(cache)", tmp_path)
     assert process.returncode == 0, process.stderr
-    assert "LookaheadCache" in process.stdout
+    assert process.stdout.count("LookaheadCache(") == 2

@@ -25,7 +25,7 @@ TASKS: dict[str, type[Task]] = {
         Continue,
     )
 }
-"""Tasks that need nothing but text, by name; :class:`QuestionAnswering` also needs questions."""
+"""Tasks that need nothing but text, by name; `QuestionAnswering` also needs questions."""
 
 
 def build_task(name: str, corpus: Corpus, seed: int = 0) -> Task:

@@ -18,7 +18,7 @@ class QuestionAnswering(Task):
     Args:
         corpus: the documents from which the other paragraphs are taken.
         questions: mappings with ``"question"``, ``"context"`` (a string) and ``"answers"`` (a string or a list).
-        seed: see :class:`Task`.
+        seed: see `Task`.
 
     Raises:
         ValueError: no questions, or one without these fields.

@@ -1,0 +1,197 @@
+"""What measuring scripts share: arguments, results files, models, the description of the machine, timing."""
+
+import argparse
+import copy
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from real_models import gemma3_directory, smollm2_directory
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from lkq_hf import LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.files import write_json
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PACKAGES = ("lkq-hf", "torch", "triton", "transformers", "peft")
+MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}
+"""Real models from PyPI packages, by short name."""
+
+LLAMA_8B: dict[str, Any] = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 262144,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}  # fmt: skip
+SMALL = LLAMA_8B | {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 256,
+}  # fmt: skip
+"""For smoke runs on any machine."""
+
+L2_BYTES = 256 * 2**20
+"""What the data of timed calls together should exceed: five times the L2 cache of an H200."""
+
+
+# Arguments and results
+
+
+def parser(doc: str | None, out: Path | None = None, required: bool = True) -> argparse.ArgumentParser:
+    """With the script's docstring as help, and ``--out``: required where there is no default."""
+    made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=out, required=required and out is None)
+    return made
+
+
+def settings(arguments: argparse.Namespace, *without: str) -> dict[str, Any]:
+    """Arguments for a results file: no paths, which say nothing elsewhere."""
+    found = {name: value for name, value in vars(arguments).items() if name not in without}
+    return {name: value for name, value in found.items() if isinstance(value, bool | int | float | str | list)
+            and not (isinstance(value, list) and any(isinstance(each, Path) for each in value))}  # fmt: skip
+
+
+def save(path: Path | None, results: Any) -> None:
+    """Writes a results file, whole; None writes nothing."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path.with_suffix(".json"), results)
+
+
+# Models
+
+
+def real_model(
+    name: str = "smollm2", adapter: str | Path | None = None, device: str = DEVICE, dtype: torch.dtype | None = None
+) -> tuple[Any, Any]:
+    """A model and its tokenizer, ready for eviction: bfloat16 on a GPU and float32 on a CPU unless it is said.
+
+    Args:
+        name: a short name, or a directory.
+        adapter: directory of a LOOKAHEAD_KV adapter.
+    """
+    directory = MODELS[name]() if name in MODELS else Path(name)
+    dtype = dtype or (torch.float32 if device == "cpu" else torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    if adapter is not None:
+        model.load_adapter(str(adapter))
+    prepare_model_for_eviction(model)
+    return model, AutoTokenizer.from_pretrained(directory)
+
+
+def random_models(sizes: Mapping[str, Any], **adapter: Any) -> tuple[Any, Any]:
+    """A Llama with random weights, and the same weights under an adapter; both in bfloat16, ready for eviction."""
+    torch.manual_seed(0)
+    with torch.inference_mode(False), torch.device(DEVICE):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16).eval()
+        shared = {id(parameter): parameter for parameter in model.parameters()}
+        adapted = copy.deepcopy(model, shared)  # type: ignore[arg-type]
+        get_peft_model(adapted, LookaheadKVConfig(**adapter))
+    for each in (model, adapted):
+        each.generation_config.eos_token_id = None
+        each.generation_config.pad_token_id = 0
+        each.requires_grad_(False)
+        prepare_model_for_eviction(each)
+    return model, adapted.eval()
+
+
+# The machine, and time
+
+
+def describe() -> dict[str, Any]:
+    """What a script runs on, for its results file."""
+    versions = {"python": platform.python_version(), "cuda": torch.version.cuda}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "source tree"
+    if not torch.cuda.is_available():
+        return {"cpu": platform.machine(), "threads": torch.get_num_threads(), "versions": versions}
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "gpu_memory_gib": round(properties.total_memory / 2**30, 1),
+        "copy_bandwidth_tb_s": round(copy_bandwidth() / 1e12, 3),
+        "versions": versions,
+    }
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """Of one call on the GPU, by events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a copy of 1 GiB."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    times = [milliseconds(lambda: target.copy_(source)) for _ in range(10)]
+    return 2 * source.numel() / (sorted(times)[5] / 1e3)
+
+
+def microseconds(calls: list[Callable[[], object]], repeats: int = 7, graph: bool = True) -> float:
+    """Median time of one call, with all calls captured in one CUDA graph; without, the host launches each."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    for call in calls[:2]:
+        call()
+    synchronize()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            run()
+        run = captured.replay
+    run()
+    return statistics.median(milliseconds(run) for _ in range(repeats)) * 1e3 / len(calls)
+
+
+def synchronize() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def check(name: str, found: torch.Tensor, expected: torch.Tensor, tolerance: float = 0.02) -> None:
+    """A wrong result is not worth timing.
+
+    Raises:
+        ValueError: the largest error exceeds ``tolerance`` times the largest value.
+    """
+    error = ((found.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+    if not error < tolerance:
+        raise ValueError(f"{name}: wrong result, largest error {error:.3g} of the largest value")
+
+
+def free_memory() -> None:
+    """Also forgets what was compiled: each cell compiles for its own shapes, as in a process of its own."""
+    gc.collect()
+    torch.compiler.reset()
+    gc.collect()
+    if DEVICE == "cuda":
+        torch.cuda.empty_cache()
+
+
+def best_seconds(operation: Callable[[], Any], repeats: int) -> tuple[float, Any]:
+    """Seconds of the fastest of some runs after one that compiles and allocates, and the last result."""
+    operation()
+    times = []
+    for _ in range(repeats):
+        synchronize()
+        start = time.perf_counter()
+        result = operation()
+        synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times), result
