@@ -21,10 +21,11 @@ from lkq_hf.cache.recurrent import RecurrentLayer
 
 FAMILIES = [
     "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "granitemoehybrid", "lfm2", "lfm2_moe", "nemotron_h", "jamba",
-    "bamba", "falcon_h1", "olmo_hybrid",
+    "bamba", "falcon_h1", "olmo_hybrid", "kimi_linear", "zamba", "zamba2",
 ]  # fmt: skip
-# Of each kind of state one: gated delta rule, Mamba 2, Mamba 1, convolution, and both in one layer.
-KINDS = ["qwen3_5_text", "granitemoehybrid", "jamba", "lfm2", "falcon_h1"]
+# Of each kind of state one: gated delta rule, Mamba 2, Mamba 1, convolution, and both in one layer, the last with
+# attention whose weights several layers share.
+KINDS = ["qwen3_5_text", "granitemoehybrid", "jamba", "lfm2", "falcon_h1", "zamba2"]
 
 
 def _has_experts(model):
@@ -125,7 +126,7 @@ def test_an_answer_that_is_evicted_again_and_again(family, scorer, monkeypatch):
     tokens, logits = generate(model, ids, LookaheadCache(7, scorer, refresh_every=4), mask, 20)
     assert len(stages) == 4
     expected = masked_logits(base, torch.cat([ids, tokens], 1), mask, stages)[:, 39:-1]
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(logits, expected, atol=5e-4, rtol=5e-4)
     assert torch.equal(expected.argmax(-1), tokens)
 
 
