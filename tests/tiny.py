@@ -6,6 +6,9 @@ import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+CAUSAL_MODELS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 FULL, LINEAR, CONV, SLIDING = "full_attention", "linear_attention", "conv", "sliding_attention"
 
@@ -54,8 +57,8 @@ TEXT = {
     "mamba_dt_rank": 4,
     # latent attention
     "kv_lora_rank": 32,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     # embeddings for each layer
@@ -172,7 +175,7 @@ PARTICULAR = {
     "longcat_flash": {
         "num_hidden_layers": LEFT_OUT,
         "num_layers": 2,
-        "head_dim": 8,
+        "head_dim": 32,
         "num_key_value_heads": LEFT_OUT,
         "zero_expert_num": 2,
     },

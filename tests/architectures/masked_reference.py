@@ -131,9 +131,9 @@ def _full_layers(model):
     return [index for index, kind in enumerate(kinds[: _first_shared(config)]) if kind in ("full_attention", "hybrid")]
 
 
-def models(family, scorer, attention="sdpa"):
+def models(family, scorer, attention="sdpa", **changes):
     """The untouched model, and one that is ready for the scorer."""
-    base = tiny_model(family)
+    base = tiny_model(family, **changes)
     model = copy.deepcopy(base)
     if scorer == "lookahead":
         add_lookahead(model)

@@ -26,6 +26,11 @@ FAMILIES = [
 # Of each kind of state one: gated delta rule, Mamba 2, Mamba 1, convolution, and both in one layer, the last with
 # attention whose weights several layers share.
 KINDS = ["qwen3_5_text", "granitemoehybrid", "jamba", "lfm2", "falcon_h1", "zamba2"]
+# Those that also come without experts.
+DENSE = {
+    "qwen3_next": {"mlp_only_layers": [0, 1, 2, 3]},
+    "granitemoehybrid": {"num_local_experts": 0},
+}
 
 
 def _has_experts(model):
@@ -53,12 +58,22 @@ def test_turns_of_a_padded_batch(family, scorer, attention, static):
     assert_turns_equal_masked_attention(base, model, cache, *padded_prompts())
 
 
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("scorer", ["snapkv", "lookahead"])
+@pytest.mark.parametrize("family", DENSE)
+def test_turns_of_models_without_experts(family, scorer, static):
+    base, model = models(family, scorer, **DENSE[family])
+    assert not _has_experts(base)
+    cache = LookaheadCache(7, scorer, max_new_tokens=20 if static else None)
+    assert_turns_equal_masked_attention(base, model, cache, *padded_prompts())
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_lookahead_tokens_leave_no_trace_in_logits_and_states(family, attention):
+@pytest.mark.parametrize(("family", "changes"), [*((family, {}) for family in FAMILIES), *DENSE.items()])
+def test_lookahead_tokens_leave_no_trace_in_logits_and_states(family, changes, attention):
     """To the last bit for a prompt under sdpa, unless experts share out the tokens. Longer sums and larger products
     may round otherwise."""
-    _, model = models(family, "lookahead", attention)
+    _, model = models(family, "lookahead", attention, **changes)
     ids, mask = padded_prompts()
     question = prompt_ids(2, 6, seed=4)
     results = []
