@@ -2,10 +2,12 @@
 
     pytest tests/compat --junit-xml=results.xml
     pytest tests/architectures/test_families.py --junit-xml=families.xml
-    python docs/make_support.py results.xml families.xml
+    pytest tests/quantization/test_causal_models.py --junit-xml=quantization.xml
+    python docs/make_support.py results.xml families.xml quantization.xml
 
-Takes several files, from runs with several versions of transformers or on several machines. Without results of
-tests/compat the page keeps its first part, without those of tests/architectures its second one, from "Families" on.
+Takes several files, from runs with several versions of transformers or on several machines. A part for whose tests
+there are no results stays as it is: the first is from tests/compat, "Families" from tests/architectures, and
+"Quantization" from tests/quantization.
 """
 
 import re
@@ -55,7 +57,35 @@ model could be made, or it did not run without a LookaheadCache.
 |---|---|
 {others}
 """
+QUANTIZATION = """## Quantization of causal language models
+
+All {count} types that transformers {versions} maps to a causal language model.
+`tests/quantization/test_causal_models.py` quantizes a tiny random model of each to 4 bits, saves it, and loads it
+again. The logits must be the same.
+
+The share is of all matrices but embeddings, the language model head and convolutions. It is that of a model with the
+sizes of its configuration by default, and of the tiny one where these make no model (*). `lkq-hf quantize`
+prints it for your model. Layers that cannot be packed are left out with `modules_to_not_convert`, as the error about
+them says.
+
+### Everything is quantized
+
+{whole}
+
+### A part stays in full precision
+
+| in full precision | share that is quantized |
+|---|---|
+{parts}
+
+### These are refused, or were not tried
+
+| why | |
+|---|---|
+{others}
+"""
 BETWEEN = "## Families of causal language models"
+LAST = "## Quantization of causal language models"
 SCORERS = {"snapkv": "without an adapter", "lookahead": "with an adapter"}
 
 # For parameters of tests that say nothing to a reader.
@@ -118,12 +148,15 @@ def notes(tests: list[Test]) -> str:
 
 def page(results: list[Path], before: str) -> str:
     """The page, with the parts of ``before`` for which there are no results."""
+    before, _, quantization = before.partition(LAST)
     items, _, families = before.partition(BETWEEN)
     tests = [found for path in results for found in read(path)]
     outcomes = [found for path in results for found in read_outcomes(path)]
+    shares = [found for path in results for found in read_quantized(path)]
     items = items_part(tests) if tests else items.rstrip() + "\n"
-    families = families_part(outcomes) if outcomes else BETWEEN + families
-    return f"{items}\n{families}"
+    families = families_part(outcomes) if outcomes else BETWEEN + families.rstrip() + "\n"
+    quantization = quantization_part(shares) if shares else LAST + quantization
+    return f"{items}\n{families}\n{quantization}"
 
 
 def items_part(results: list[tuple[str, Test]]) -> str:
@@ -204,6 +237,92 @@ def families_part(outcomes: list[Outcome]) -> str:
         works="\n\n".join(lists),
         others="\n".join(f"| {why} | {', '.join(names)} |" for why, names in rows),
     )
+
+
+@dataclass(frozen=True)
+class Quantized:
+    quantized: str
+    transformers: str
+    state: str
+    reason: str
+    share: str
+    stays: str
+
+    def __str__(self) -> str:
+        """With its share, if that is not everything."""
+        percent = f" {100 * float(self.share):.1f} %" if self.stays else ""
+        return f"`{self.quantized}`{percent}{'*' if self.reason == TINY else ''}"
+
+
+TINY = "tiny"
+"""Written by tests/quantization: the share is that of a tiny model."""
+
+
+def read_quantized(path: Path) -> list[Quantized]:
+    """What became of the types in a junit file when they were quantized."""
+    found = []
+    for case in ElementTree.parse(path).iter("testcase"):
+        properties = {each.get("name", ""): each.get("value", "") for each in case.iter("property")}
+        if "quantized" not in properties:
+            continue
+        if any(case.find(kind) is not None for kind in ("failure", "error")):
+            raise SystemExit(f"{case.get('name')} fails in {path}")
+        found.append(Quantized(**{name: properties[name] for name in Quantized.__dataclass_fields__}))
+    return found
+
+
+def quantization_part(outcomes: list[Quantized]) -> str:
+    """Of each type what the newest of the versions made of it."""
+    newest = {each.quantized: each for each in sorted(outcomes, key=lambda each: version(each.transformers))}
+    whole, parts, others = [], defaultdict(list), defaultdict(list)
+    for name in sorted(newest):
+        found = newest[name]
+        if found.state != "works":
+            others[why_not_quantized(found)].append(f"`{name}`")
+        elif found.stays:
+            parts[held_back(found.stays.split())].append(found)
+        else:
+            whole.append(str(found))
+    rows = sorted(parts.items(), key=lambda row: (-len(row[1]), row[0]))
+    return QUANTIZATION.format(
+        count=len(newest),
+        versions=listed({each.transformers for each in outcomes}),
+        whole=", ".join(whole) + ".",
+        parts="\n".join(f"| {names} | {', '.join(map(str, found))} |" for names, found in rows),
+        others="\n".join(
+            f"| {why} | {', '.join(names)} |" for why, names in sorted(others.items(), key=lambda row: -len(row[1]))
+        ),
+    )
+
+
+def version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text))
+
+
+MOST_NAMES = 4
+
+
+def held_back(names: list[str]) -> str:
+    """The largest of what stays in full precision: a whole stack by its name, other modules by the end of theirs."""
+    stacks: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        stacks[name.partition(".*.")[0] if ".*." in name else name].append(name)
+    shown = []
+    for stack, members in stacks.items():
+        several = (len(members) > MOST_NAMES and len(stacks) > 1) or not members[0].startswith(stack + ".*.")
+        shown += [f"`{stack}`"] if several else [f"`{'.'.join(each.split('.')[-2:])}`" for each in members]
+    shown = list(dict.fromkeys(shown))
+    more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
+    return ", ".join(shown[:MOST_NAMES]) + more
+
+
+def why_not_quantized(found: Quantized) -> str:
+    """The reason without names that only one type has, and without what to do instead."""
+    text = found.reason.replace("|", "\\|").partition("\n")[0]
+    if found.state != "refused":
+        return f"not tried: {text}"
+    text = re.sub(r"\b\w+For\w+|\b\w+Model\b", "…", text)
+    return re.sub(r"; (name|look at) .*|\. Leave .*|, so it is not quantized.*", "", text)
 
 
 def differences(found: list[Outcome]) -> str:

@@ -9,7 +9,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from torch import nn
-from transformers import Cache
+from transformers import Cache, PreTrainedModel
 
 # By one of these names a module computes the weights of attention itself.
 _OWN_ATTENTION = frozenset({"softmax", "scaled_dot_product_attention"})
@@ -30,13 +30,31 @@ def forgets(module: nn.Module) -> bool:
     return "mamba_selective_scan" in named_in(module)
 
 
-def attention_modules(decoder: nn.Module) -> list[nn.Module]:
+def number_attention(decoder: nn.Module) -> None:
+    """Tells attention modules which layer of the cache they fill, where only their forward is told (Zamba, Zamba2).
+
+    Such decoders share the weights of their attention among layers, but have a module for each of them. The index of
+    the layer is written to ``layer_idx``, as others have it.
+    """
+    for index, layer in enumerate(getattr(decoder, "layers", ())):
+        module: Any
+        for module in modules_calling(layer, "update"):
+            if "layer_idx" in signature(type(module).forward).parameters and hasattr(module, "layer_idx"):
+                module.layer_idx = index
+
+
+def attention_modules(decoder: PreTrainedModel) -> list[nn.Module]:
     """Modules that keep entries of tokens in the cache, without those that attend to what an encoder has read.
 
     Raises:
         NotImplementedError: there are none, or what they compute cannot be observed.
     """
     kind = type(decoder).__name__
+    if getattr(decoder.config, "num_hidden_layers", None) is None:
+        raise NotImplementedError(
+            f"the config of {kind} has no num_hidden_layers, by which transformers lays out any cache. Generate with "
+            "use_cache=False for this model."
+        )
     caching = modules_calling(decoder, "update")
     crossing = cross_attention_modules(decoder)
     found = [module for module in caching if hasattr(module, "layer_idx") and module not in crossing]
@@ -97,7 +115,7 @@ def refuse_own_cache(decoder: nn.Module) -> None:
             )
 
 
-def refuse_other_layers(decoder: nn.Module, layers: Collection[int]) -> None:
+def refuse_other_layers(decoder: PreTrainedModel, layers: Collection[int]) -> None:
     """Refuses a decoder whose attention modules and layers of a cache do not correspond.
 
     Args:

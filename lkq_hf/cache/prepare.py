@@ -24,6 +24,7 @@ from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, 
 from lkq_hf.cache.modules import (
     attention_modules,
     forgets,
+    number_attention,
     recurrent_modules,
     refuse_other_layers,
     refuse_own_cache,
@@ -78,6 +79,7 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
     """
     require_cache_support()
     decoder = get_decoder(model)
+    number_attention(decoder)
     attention_modules(decoder)  # raises where they cannot be observed
     refuse_own_cache(decoder)
     if any(hook is _before_forward for hook in decoder._forward_pre_hooks.values()):

@@ -118,11 +118,13 @@ def quantize(
         widths = f"{mean:.2f} bits on average ({by_layer} layers)" if by_layer else f"{mean} bits"
         peak = f"peak memory {walk.peak_memory / 2**30:.2f} GiB"
         report(
-            f"{out}: {widths}, group size {used}; {walk.seconds:.0f} s on {walk.device}, {peak}",
+            f"{out}: {widths}, group size {used}; {walk.coverage}; {walk.seconds:.0f} s on {walk.device}, {peak}",
             {
                 "checkpoint": out,
                 "bits": mean,
                 "group_size": used,
+                "quantized_share": walk.coverage.share,
+                "in_full_precision": walk.coverage.dense,
                 "seconds": walk.seconds,
                 "device": walk.device,
                 "peak_memory_bytes": walk.peak_memory,

@@ -1,6 +1,5 @@
 """What in a model is quantized: its repeated decoder blocks, the linear layers and the fused experts inside them."""
 
-import logging
 from collections.abc import Iterable
 
 from torch import Tensor, nn
@@ -11,8 +10,6 @@ from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.experts import expert_weights, is_experts, projections
 from lkq_hf.quantization.packing import packed_shapes
 from lkq_hf.quantization.solve import resolve_group_size
-
-logger = logging.getLogger(__name__)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -209,8 +206,8 @@ def _unknown_matrices(
 ) -> dict[str, str]:
     """Matrices in plain parameters that would silently stay in full precision, by their names inside a block.
 
-    A router's matrix is a plain parameter too: those of two dimensions are only logged, unless they are most of the
-    weights, as DBRX's experts are.
+    A router's matrix is a plain parameter too: those of two dimensions are left alone, unless they are most of the
+    weights, as DBRX's experts are. `coverage` counts them.
     """
     several: dict[str, int] = {}
     single: dict[str, int] = {}
@@ -227,14 +224,14 @@ def _unknown_matrices(
             (several if parameter.dim() > 2 else single)[full_name] = parameter.numel()
     quantized = sum(weight.numel() for name, layer in layers.items() for weight in weights_of(name, layer).values())
     if sum(single.values()) <= quantized:
-        if single:
-            names = sorted({inside_block(list_name, name) for name in single})
-            logger.info("in full precision, as plain parameters, stay %s of each block", ", ".join(names))
         single = {}
     problems: dict[str, str] = {}
     for name, size in {**several, **single}.items():
+        holder = name.rpartition(".")[0]
+        # All that a module holds, unless it has layers that can be quantized.
+        left_out = name if any(layer.startswith(f"{holder}.") for layer in layers) else holder
         problems.setdefault(
-            inside_block(list_name, name.rpartition(".")[0]),
+            inside_block(list_name, left_out),
             f"{name} ({size} weights) holds several matrices in one tensor, as experts do, but does not run through "
             "transformers' registry of experts implementations.",
         )

@@ -1,6 +1,7 @@
 """From a model in memory and a configuration to the quantized model: what every front end calls."""
 
 import copy
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
 from lkq_hf.quantization.packing import MULTIPLE
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
+
+logger = logging.getLogger(__name__)
+
+SMALL_SHARE = 0.9
+"""A smaller share of the linear weights is warned of before the work."""
 
 GROUP_SIZES = (128, 64, MULTIPLE)
 """What is tried, in this order, where no group size is given."""
@@ -66,7 +72,8 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     if config.group_size is None:
         config.group_size = default_group_size(model, config)
     list_name, layers = find_layers(model, config)
-    check_that_it_loads(model, config)
+    covered = check_that_it_loads(model, config)
+    logger.log(logging.INFO if covered.share > SMALL_SHARE else logging.WARNING, "%s", covered)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     # Models without a limit have None or -1.
     if longest is not None and 0 < longest < config.model_seqlen:
@@ -100,6 +107,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         resume_dir=config.resume_dir,
         load_block=load_block,
     )
+    report.coverage = covered
     model.train(training)
     config.block_name_to_quantize = list_name
     config.meta = {

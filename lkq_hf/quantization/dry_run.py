@@ -17,6 +17,7 @@ from lkq_hf.quantization.blocks import find_blocks, weights_of
 from lkq_hf.quantization.capture import PROBE_TOKENS, BlockCall, probe_block_calls
 from lkq_hf.quantization.checkpoint import SAFETENSORS_DTYPES, Headers, check_checkpoint
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.coverage import Coverage, coverage
 from lkq_hf.quantization.experts import use_packed_experts
 from lkq_hf.quantization.grid import SCALE_DTYPE, minmax_grid, nearest
 from lkq_hf.quantization.install import install_packed, replace_by_packed
@@ -27,12 +28,15 @@ from lkq_hf.quantization.weight import QuantizedWeight
 TOLERANCE = 0.1
 
 
-def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> None:
+def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> Coverage:
     """Goes through saving and loading without weights: on the meta device, with transformers' own functions.
 
     Args:
         model: in full precision. It must be what its class makes of its configuration, since that is what is loaded.
         config: what it is to be quantized with.
+
+    Returns:
+        How much of the model would be quantized.
 
     Raises:
         ValueError: what would be saved could not be loaded.
@@ -44,8 +48,10 @@ def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> N
             f"tensors, {_some(sorted(dict(own - made)))} are not what its config makes, which would be "
             f"{_some(sorted(dict(made - own)))}"
         )
+    # Packed blocks have no weights to be found by.
+    list_name, _ = find_blocks(model, config.block_name_to_quantize)
     # Of a model of its own, since a first forward may change weights.
-    runs_dense = _forward_error(_empty_twin(model), config) is None
+    runs_dense = _forward_error(_empty_twin(model), list_name) is None
     twin = _empty_twin(model)
     try:
         headers, missing, unexpected = _reload(model, config)
@@ -62,16 +68,17 @@ def check_that_it_loads(model: PreTrainedModel, config: TwoStageGPTQConfig) -> N
             f"transformers would miss {_some(missing)} in the file, and not know {_some(unexpected)}"
         )
     # Not every model runs without numbers.
-    if runs_dense and (problem := _forward_error(twin, config)) is not None:
+    if runs_dense and (problem := _forward_error(twin, list_name)) is not None:
         raise ValueError(
             f"{type(model).__name__} does not run with packed layers ({type(problem).__name__}: {problem}): its code "
             "uses the weights of some other than by calling the layer. Leave these out with modules_to_not_convert"
         )
+    return coverage(twin)
 
 
-def _forward_error(twin: PreTrainedModel, config: TwoStageGPTQConfig) -> Exception | None:
+def _forward_error(twin: PreTrainedModel, list_name: str) -> Exception | None:
     """What goes wrong where a model without weights is run up to its last block."""
-    _, blocks = find_blocks(twin, config.block_name_to_quantize)
+    _, blocks = find_blocks(twin, list_name)
     tokens = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
     try:
         probe_block_calls(twin.eval(), list(blocks), tokens)

@@ -25,6 +25,7 @@ from lkq_hf.quantization.capture import (
     layer_inputs,
     observe_order,
 )
+from lkq_hf.quantization.coverage import Coverage
 from lkq_hf.quantization.dry_run import check_that_blocks_run_packed, first_of_each_kind
 from lkq_hf.quantization.end_to_end import EndToEndReport, tune_end_to_end
 from lkq_hf.quantization.expert_inputs import ExpertInputs, calls_of_experts
@@ -57,6 +58,7 @@ class WalkReport:
 
     `experts` says of every module of fused experts on how many tokens they were calibrated, also of resumed blocks.
     `blocks` are the refined blocks of this run; `unrefined` says of others, by name, why they are not refined.
+    `coverage` is set by `calibrate`, which knows the whole model.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -64,6 +66,7 @@ class WalkReport:
     blocks: list[BlockReport] = field(default_factory=list)
     unrefined: dict[str, str] = field(default_factory=dict)
     end_to_end: EndToEndReport | None = None
+    coverage: Coverage = field(default_factory=lambda: Coverage(0, {}))
     device: str = "cpu"
     resumed_blocks: int = 0
     seconds: float = 0.0

@@ -11,14 +11,12 @@ import torch
 from masked_reference import assert_turns_equal_masked_attention
 from models import add_lookahead, left_padded, prompt_ids
 from tiny import tiny_model
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lkq_hf
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.cache.modules import attention_modules
 from lkq_hf.cache.prepare import get_decoder
 
-CAUSAL_MODELS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 SCORERS = ("snapkv", "lookahead")
 PACKAGE = Path(lkq_hf.__file__).parent
 

@@ -54,6 +54,14 @@ def _source(module, kept):
     return index if index in kept else None
 
 
+def _number_attention(base):
+    """Zamba's modules do not know which layer they stand in; their forward is told."""
+    for index, layer in enumerate(getattr(get_decoder(base), "layers", ())):
+        for module in layer.modules():
+            if getattr(module, "layer_idx", index) in (None, -1):
+                module.layer_idx = index
+
+
 def _first_shared(config):
     """The first layer that attends to the entries of an earlier one."""
     return config.num_hidden_layers - (getattr(config, "num_kv_shared_layers", None) or 0)
@@ -69,6 +77,7 @@ def masked_logits(base, ids, mask, stages):
     """
     mask = F.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
     before = base.config._attn_implementation
+    _number_attention(base)
     base.set_attn_implementation(NAME)
     _stages.extend(stages)
     # Others count the padding too, in generate as well.
@@ -122,9 +131,9 @@ def _full_layers(model):
     return [index for index, kind in enumerate(kinds[: _first_shared(config)]) if kind in ("full_attention", "hybrid")]
 
 
-def models(family, scorer, attention="sdpa"):
+def models(family, scorer, attention="sdpa", **changes):
     """The untouched model, and one that is ready for the scorer."""
-    base = tiny_model(family)
+    base = tiny_model(family, **changes)
     model = copy.deepcopy(base)
     if scorer == "lookahead":
         add_lookahead(model)

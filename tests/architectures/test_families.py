@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import transformers
-from families import CAUSAL_MODELS, NOT_TRIED, REFUSED, SCORERS, WORKS, try_family
+from families import NOT_TRIED, REFUSED, SCORERS, WORKS, try_family
+from tiny import CAUSAL_MODELS
 from transformers import CONFIG_MAPPING
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
@@ -14,7 +15,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 WORKING = [
     "qwen3_5_text", "qwen3_next", "granitemoehybrid", "lfm2", "nemotron_h", "jamba", "kimi_linear", "deepseek_v3",
     "glm4_moe_lite", "mistral4", "gpt_oss", "gemma3n_text", "gemma4_text", "gpt2", "bert", "bart", "stablelm",
-    "modernbert-decoder", "whisper",
+    "modernbert-decoder", "whisper", "zamba", "zamba2",
 ]  # fmt: skip
 REASONS = {
     "bloom": "computes attention by itself",
@@ -32,7 +33,7 @@ REASONS = {
     "minimax": "works with a cache of its own",
     "mllama": "keeps what pictures were made of",
     "dory": "runs its layers in loops",
-    "zamba2": "among several layers of the cache",
+    "blt": "no num_hidden_layers, by which transformers lays out any cache",
 }
 
 
@@ -63,6 +64,11 @@ def test_refusals_say_why(model_type, scorer):
     assert found.state == REFUSED
     assert re.search(REASONS[model_type], found.reason)
     assert re.search("Generate (with|without) ", found.reason), "what to do instead"
+
+
+def test_modules_that_run_for_several_layers_are_refused():
+    found = outcome("hrm_text", "snapkv")
+    assert found.state == REFUSED and "among several layers of the cache" in found.reason
 
 
 @pytest.mark.slow

@@ -111,7 +111,7 @@ def test_bytes_are_those_of_latents():
     cache = LookaheadCache(7)
     with torch.no_grad():
         model(prompt_ids(2, 40), past_key_values=cache)
-    entry, position = 4 * (32 + 8), 4
+    entry, position = 4 * (32 + 32), 4
     summary = cache.summary()
     assert summary["bytes"] == cache.nbytes == 4 * 2 * 7 * (entry + position)
     assert summary["bytes_without_eviction"] == 4 * 2 * 40 * entry

@@ -2,14 +2,19 @@
 
 import ast
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from causal_models import CAUSAL_MODELS, tiny_causal_model
+import transformers
+from tiny import CAUSAL_MODELS, tiny_model
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from lkq_hf.quantization import TwoStageQuantizer
-
-pytestmark = pytest.mark.slow
+from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
+from lkq_hf.quantization.calibrate import default_group_size
+from lkq_hf.quantization.coverage import Coverage, coverage
+from lkq_hf.quantization.install import replace_by_packed
 
 ROWS = [
     {"input_ids": row} for row in torch.randint(3, 120, (4, 50), generator=torch.Generator().manual_seed(0)).tolist()
@@ -24,27 +29,25 @@ REFUSALS = (
     "is left to quantize",
 )
 
+# Sizes that checkpoints have and the configuration of their type has not: those do not pack.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"moe_intermediate_size": 1408},
+    "nemotron_h": {"moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712},
+    "zamba2": {"n_mamba_heads": 64, "hidden_size": 2048},
+}
+
 
 def logits(model):
     with torch.no_grad():
         return model(input_ids=IDS, use_cache=False).logits
 
 
-def quantized(model, directory):
-    """The model, quantized without the layers that the refusals name; or the message of one that names none."""
+def without_what_is_refused(attempt: Callable[[list[str]], Any]) -> Any:
+    """What ``attempt`` returns once it is given the names that its refusals name; or the message of the last one."""
     exclude: set[str] = set()
     while True:
         try:
-            return TwoStageQuantizer.from_pretrained(model).quantize(
-                directory,
-                bits=4,
-                group_size=32,
-                sym=False,
-                dataset=ROWS,
-                num_samples=4,
-                model_seqlen=16,
-                modules_to_not_convert=sorted(exclude),
-            )
+            return attempt(sorted(exclude))
         except ValueError as error:
             advice = re.search(r"modules_to_not_convert[=:] ?(\[.*?\])", str(error))
             named = set(ast.literal_eval(advice[1])) if advice else set()
@@ -53,20 +56,68 @@ def quantized(model, directory):
             exclude |= named
 
 
-@pytest.mark.parametrize("name", CAUSAL_MODELS)
-def test_a_model_comes_back_as_it_was_quantized_or_is_refused(name, tmp_path):
+def settings(exclude, **changes):
+    return {
+        "bits": 4, "sym": False, "dataset": ROWS, "num_samples": 4, "model_seqlen": 16,
+        "modules_to_not_convert": exclude,
+    } | changes  # fmt: skip
+
+
+def coverage_at_full_size(name: str) -> Coverage | None:
+    """Of the model that the type's configuration makes without arguments, on the meta device; None where it makes
+    none."""
+    config = CONFIG_MAPPING[name](**PUBLISHED.get(name, {}))
     try:
-        model = tiny_causal_model(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (AttributeError, ImportError, KeyError, TypeError, ValueError, AssertionError):
+        return None
+
+    def attempt(exclude):
+        own = TwoStageGPTQConfig(**settings(exclude))
+        own.group_size = default_group_size(model, own)
+        replace_by_packed(model, own)
+        return coverage(model)
+
+    found = without_what_is_refused(attempt)
+    return found if isinstance(found, Coverage) else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CAUSAL_MODELS)
+def test_a_model_comes_back_as_it_was_quantized_or_is_refused(name, tmp_path, record_property):
+    """Writes what `docs/make_support.py` makes its table of quantization from."""
+
+    def record(**values):
+        for key, value in ({"quantized": name, "transformers": transformers.__version__} | values).items():
+            record_property(key, value)
+
+    try:
+        model = tiny_model(name)
         before = logits(model)
-    except Exception as error:
-        pytest.skip(f"no tiny model: {type(error).__name__}: {str(error)[:200]}")
+    except (Exception, pytest.skip.Exception) as error:
+        reason = f"{type(error).__name__}: {str(error)[:160]}"
+        record(state="not tried", reason=reason, share="", stays="")
+        pytest.skip(reason)
     assert torch.isfinite(before).all()
-    result = quantized(model, tmp_path / "out")
+    quantizer = TwoStageQuantizer.from_pretrained(model)
+    result = without_what_is_refused(
+        lambda exclude: quantizer.quantize(tmp_path / "out", **settings(exclude, group_size=32))
+    )
     if isinstance(result, str):
         assert any(refusal in result for refusal in REFUSALS), result
         assert not (tmp_path / "out").exists()
+        record(state="refused", reason=result, share="", stays="")
         return
     after = logits(result)
     assert torch.isfinite(after).all() and not torch.equal(after, before)
     again = type(result).from_pretrained(tmp_path / "out", attn_implementation=result.config._attn_implementation)
     torch.testing.assert_close(logits(again), after, rtol=1e-4, atol=1e-4)
+    assert quantizer.report.coverage == coverage(again), "what is said before the work is what is done"
+    covered = coverage_at_full_size(name)
+    record(
+        state="works",
+        reason="" if covered else "tiny",
+        share=(covered or coverage(again)).share,
+        stays=" ".join((covered or coverage(again)).dense),
+    )

@@ -4,8 +4,8 @@ import ast
 import re
 
 import pytest
+import tiny
 import torch
-from causal_models import tiny_causal_model
 from models import tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -82,7 +82,8 @@ def test_layers_that_a_model_reads_itself_are_named_before_the_work(wrapper, cul
 
 
 def test_blocks_of_each_kind_are_told_by_their_modules_and_layers():
-    model = tiny_causal_model("deepseek_v3")  # a dense block, then one with experts
+    # A dense block, then one with experts.
+    model = tiny.tiny_model("deepseek_v3", num_hidden_layers=2, first_k_dense_replace=1)
     list_name, layers = find_layers(model, config(modules_to_not_convert=["kv_a_proj_with_mqa"]))
     assert first_of_each_kind(list_name, list(model.model.layers), layers) == [0, 1]
     model = nameless()
@@ -93,7 +94,7 @@ def test_blocks_of_each_kind_are_told_by_their_modules_and_layers():
 
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss", "gpt2", "gemma3_text"])
 def test_what_can_be_loaded_passes(name):
-    check_that_it_loads(tiny_causal_model(name), config())
+    check_that_it_loads(tiny.tiny_model(name), config())
 
 
 def test_what_could_not_be_loaded_is_refused_before_the_work(no_work, tmp_path):
@@ -111,7 +112,7 @@ def test_what_could_not_be_loaded_is_refused_before_the_work(no_work, tmp_path):
 
 def test_a_model_that_changes_weights_outside_of_its_blocks_is_refused(no_work):
     """RWKV divides some by powers of 2 before its first forward in eval mode."""
-    model = tiny_causal_model("rwkv")
+    model = tiny.tiny_model("rwkv")
     with pytest.raises(ValueError, match=r"RwkvForCausalLM does not run with packed layers \(AttributeError"):
         calibrate(model, config())
 

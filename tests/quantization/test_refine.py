@@ -5,8 +5,8 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import tiny
 import torch
-from causal_models import tiny_causal_model
 from models import tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
@@ -180,7 +180,7 @@ def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
 
 
 def test_tuning_end_to_end_where_blocks_return_tuples():
-    model = tiny_causal_model("gpt_neo")
+    model = tiny.tiny_model("gpt_neo")
     _, report = quantized(model, random_tokens(32).clamp(max=127), bits=3, end_to_end=EndToEnd(steps=16))
     assert report.end_to_end.accepted
 
@@ -202,7 +202,7 @@ def test_linear_layers_beside_fused_experts_are_refined_and_the_experts_stay():
 
 def test_a_block_whose_other_results_are_used_stays_as_it_was_solved():
     # The next block takes this one's choice of keys.
-    model, tokens = tiny_causal_model("glm_moe_dsa"), random_tokens(16, length=32).clamp(max=127)
+    model, tokens = tiny.tiny_model("glm_moe_dsa", num_hidden_layers=2), random_tokens(16, length=32).clamp(max=127)
     exclude = ["indexer", "mlp.gate", "kv_a_proj_with_mqa"]
     plain, _ = quantized(model, tokens, exclude=exclude)
     refined, report = quantized(model, tokens, exclude=exclude, refinement=BlockRefinement(steps=4))

@@ -4,8 +4,8 @@ import ast
 import copy
 
 import pytest
+import tiny
 import torch
-from causal_models import CAUSAL_MODELS, tiny_causal_model
 from models import tiny_model
 from torch import nn
 from transformers import (
@@ -143,9 +143,9 @@ def test_captured_calls_reproduce_the_models_own_hidden_states(make, tokens):
 @pytest.mark.parametrize("name", ["openai-gpt", "cpmant", "bamba", "zaya", "glm_moe_dsa"])
 def test_what_blocks_return_besides_hidden_states_reaches_the_next_one(name, tokens):
     """Lists, attention weights that nobody takes, a router's states, and an indexer's indices, which the next does."""
-    if name not in CAUSAL_MODELS:
+    if name not in tiny.CAUSAL_MODELS:
         pytest.skip(f"this transformers has no {name}")
-    model = tiny_causal_model(name)
+    model = tiny.tiny_model(name)
     blocks = list(find_blocks(model)[1])
     hidden, calls = capture_block_calls(model, blocks, tokens.split(3))
     expected = []
@@ -465,7 +465,7 @@ def test_experts_of_an_unknown_kind_are_refused_by_name_unless_left_out(make, fi
 
 def test_decays_of_state_space_models_are_not_taken_for_experts():
     """Kimi Linear's `A_log` has four dimensions, three of them of size 1."""
-    model = tiny_causal_model("kimi_linear") if "kimi_linear" in CAUSAL_MODELS else tiny_model()
+    model = tiny.tiny_model("kimi_linear") if "kimi_linear" in tiny.CAUSAL_MODELS else tiny_model()
     model.model.layers[1].decay = nn.Parameter(torch.zeros(1, 1, 4, 1))
     model.model.layers[1].kernel = nn.Parameter(torch.zeros(64, 1, 4))
     refused = ["b_proj", "f_a_proj", "f_b_proj", "g_a_proj", "g_b_proj"]  # do not pack at these sizes

@@ -6,6 +6,9 @@ import pytest
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+CAUSAL_MODELS = sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 FULL, LINEAR, CONV, SLIDING = "full_attention", "linear_attention", "conv", "sliding_attention"
 
@@ -54,8 +57,8 @@ TEXT = {
     "mamba_dt_rank": 4,
     # latent attention
     "kv_lora_rank": 32,
-    "q_lora_rank": 24,
-    "qk_rope_head_dim": 8,
+    "q_lora_rank": 32,
+    "qk_rope_head_dim": 32,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
     # embeddings for each layer
@@ -103,6 +106,7 @@ SHARED = {
     "sliding_window": 8,
     "global_head_dim": 16,
 }
+BYTES = {"hidden_size": 32, "hidden_size_global": 64, "num_key_value_heads": 2, "num_attention_heads": 2}
 NGRAM = {
     "ngram_vocab_size_base": 160,
     "ple_layer_ids": [1],
@@ -117,8 +121,12 @@ PARTICULAR = {
     "bailing_hybrid": {"layer_group_size": 2, "layer_types": [LINEAR, FULL, LINEAR, FULL]} | HEADS,
     "bamba": {"attn_layer_indices": [1, 3], "num_logits_to_keep": LEFT_OUT},
     "blt": {"encoder_hash_byte_group_vocab": 160},
+    "blt_local_encoder": BYTES,
+    "blt_local_decoder": BYTES,
+    "blt_global_transformer": {"hidden_size": 64},
     "codegen": {"rotary_dim": 8},
-    "cohere_compass_text": WINDOWS | {"rope_parameters": {SLIDING: ROPE, FULL: ROPE}},
+    "cohere_compass_text": WINDOWS
+    | {"rope_parameters": dict.fromkeys((SLIDING, FULL), ROPE | {"mrope_section": [3, 3, 2]})},
     "cpmant": {"dim_head": 16, "dim_ff": 96},
     "ctrl": {"dff": 96},
     "dbrx": {
@@ -137,6 +145,8 @@ PARTICULAR = {
         "index_head_dim": 16,
     },
     "dots1": {"n_shared_experts": 1},
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 64},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 64},
     "dots3_note_text": HEADS | {"index_n_heads": 2, "index_head_dim": 16},
     "falcon_h1": {"num_logits_to_keep": LEFT_OUT},
     "gemma3_text": WINDOWS,
@@ -165,7 +175,7 @@ PARTICULAR = {
     "longcat_flash": {
         "num_hidden_layers": LEFT_OUT,
         "num_layers": 2,
-        "head_dim": 8,
+        "head_dim": 32,
         "num_key_value_heads": LEFT_OUT,
         "zero_expert_num": 2,
     },
@@ -202,6 +212,7 @@ PARTICULAR = {
     | NGRAM,
     "reformer": {"axial_pos_embds": False, "attention_head_size": 16, "feed_forward_size": 96},
     "roc_bert": {"pronunciation_embed_dim": 16, "shape_embed_dim": 16},
+    "sarvam_mla": HEADS,
     "xlnet": {"d_head": 16},
     "xlstm": {"num_heads": 4},
     "xmod": {"default_language": "en_XX"},
@@ -211,6 +222,8 @@ PARTICULAR = {
         "layers_block_type": [LINEAR, "hybrid", LINEAR, "hybrid"],
         "n_mamba_heads": 4,
         "num_key_value_heads": 4,
+        # transformers' pass over single tokens does without this bound, that over several does not.
+        "time_step_min": 1e-6,
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }
@@ -231,7 +244,7 @@ def _small(kind, sizes, changes=()):
     """A config of this class, and those within it, with the fields that it has."""
     known = set(getattr(kind, "__dataclass_fields__", {})) | set(kind.attribute_map)
     values = {name: value for name, value in sizes.items() if name in known}
-    if sizes is TEXT:
+    if sizes is TEXT or kind.model_type in PARTICULAR:
         values |= PARTICULAR.get(kind.model_type, {})
     for name, part in kind.sub_configs.items():
         if not hasattr(part, "model_type"):  # an automatic class: the config says which by itself
