@@ -19,7 +19,12 @@ from typing import Any
 from tables import columns, load, table
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = [ROOT / "README.md"]
+PAGES += [page for folder in ("docs/*.md", "model_cards/*/README.md") for page in sorted(ROOT.glob(folder))]
+    ROOT / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "model_cards").glob("*/README.md")),
+)
 PLACE = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (\w+) ([^<>]+?) (?:([\d.]+)\*)?(\S+) -->).*?(<!-- end -->)", re.DOTALL)
 
@@ -39,6 +44,7 @@ LIKELIHOOD = ("likelihood, 2048 tokens", "matched", "the full cache's answers: t
 FACTS = (
     ("needle, 2048 tokens", "accuracy", "one fact in 2,048 tokens: found, %"),
     ("needle, 4096 tokens", "accuracy", "one fact in 4,096 tokens: found, %"),
+    ("needle, 8192 tokens", "accuracy", "one fact in 8,192 tokens: found, %"),
     ("needle_multi_key, 2048 tokens", "accuracy", "one of four facts in 2,048 tokens: found, %"),
     ("needle_multi_key, 4096 tokens", "accuracy", "one of four facts in 4,096 tokens: found, %"),
 )
@@ -50,46 +56,46 @@ WORDS = (
     ),
     ("agreement: summarise, 2048 tokens", "word_f1", "summaries: word F1 to the full cache, %"),
 )
-ALLOCATIONS = ("eviction_quality", "eviction_quality_layer", "eviction_quality_uniform")
+QUALITY = ("eviction_quality",)
+# Of the adapter before its last round of training, by allocation.
+ROUND_3 = ("eviction_quality_round_3", "eviction_quality_layer", "eviction_quality_uniform")
 
 
 def _best(
-    measurement: str, metric: str, budget: int, scorer: str, files: Iterable[str] = ALLOCATIONS, sign: int = 1
+    measurement: str, metric: str, budget: int, scorer: str, files: Iterable[str] = QUALITY, sign: int = 1
 ) -> float:
     """A scorer's best row, whatever its pooling and allocation; times ``sign``, where less is better."""
     return max(
         sign * row[metric]
         for name in files
-        for key, row in load(name)["measurements"][measurement]["rows"].items()
+        for key, row in load(name)["measurements"].get(measurement, {"rows": {}})["rows"].items()
         if key.startswith(f"{budget}/{scorer}")
     )
 
 
-def _eviction(measured: Iterable[tuple[str, str, str]]) -> str:
-    header = ["entries per KV head: 64 / 128 / 256 / 512", "full cache", "lookahead", "lookahead, uniform", "SnapKV",
-              "sinks + recent", "oracle"]  # fmt: skip
+def _eviction(
+    measured: Iterable[tuple[str, str, str]],
+    scorers: dict[str, tuple[str, tuple[str, ...]]],
+    budgets: tuple[int, ...] = BUDGETS,
+) -> str:
+    """Of each measurement the scorers' best rows; a scorer's title, its name and its files."""
     rows = []
     for measurement, metric, title in measured:
-        columns = [
-            [_best(measurement, metric, budget, scorer, files) for budget in BUDGETS]
-            for scorer, files in (
-                (OURS, ALLOCATIONS[:1]),
-                (OURS, ALLOCATIONS[2:]),
-                ("snapkv", ALLOCATIONS),
-                ("sinks + recent", ALLOCATIONS),
-                ("oracle", ALLOCATIONS[:1]),
-            )
-        ]
-        full = load(ALLOCATIONS[0])["measurements"][measurement]["rows"]["full"].get(metric, 1.0)
-        cells = [" / ".join(f"{100 * value:.0f}" for value in column) for column in columns]
+        cells = []
+        for scorer, files in scorers.values():
+            there = [name for name in files if measurement in load(name)["measurements"]]
+            shares = [f"{100 * _best(measurement, metric, budget, scorer, there):.0f}" for budget in budgets if there]
+            cells.append(" / ".join(shares))
+        first = next(iter(scorers.values()))[1][0]
+        full = load(first)["measurements"][measurement]["rows"]["full"].get(metric, 1.0)
         rows.append([title, f"{100 * full:.0f}", *cells])
-    return table(header, rows)
+    return table([f"entries per KV head: {' / '.join(map(str, budgets))}", "full cache", *scorers], rows)
 
 
 def headline() -> str:
     """What the package does for a reader, in one table."""
-    likelihood = load(ALLOCATIONS[0])["measurements"][LIKELIHOOD[0]]["rows"]
-    facts = load(ALLOCATIONS[0])["measurements"][FACTS[0][0]]["rows"]
+    likelihood = load(QUALITY[0])["measurements"][LIKELIHOOD[0]]["rows"]
+    facts = load(QUALITY[0])["measurements"][FACTS[0][0]]["rows"]
     small = f"256/{OURS}"
     turns = load("later_turns")
     kept, whole = (turns["lookahead, parked"][key] for key in ("bytes", "bytes_parked"))
@@ -116,22 +122,69 @@ def headline() -> str:
 
 
 def eviction() -> str:
-    return _eviction([LIKELIHOOD, *FACTS, *WORDS])
+    return _eviction(
+        [LIKELIHOOD, *FACTS],
+        {
+            "lookahead": (OURS, QUALITY),
+            "before the last round": (OURS, ROUND_3[:1]),
+            "SnapKV": ("snapkv", QUALITY),
+            "sinks + recent": ("sinks + recent", QUALITY),
+            "oracle": ("oracle", QUALITY),
+        },
+    )
+
+
+def eviction_before() -> str:
+    """What was not measured again after the adapter's last round of training."""
+    return _eviction(
+        [LIKELIHOOD, *FACTS[:2], *WORDS],
+        {
+            "lookahead": (OURS, ROUND_3[:1]),
+            "lookahead, uniform": (OURS, ROUND_3[2:]),
+            "SnapKV": ("snapkv", ROUND_3),
+            "sinks + recent": ("sinks + recent", ROUND_3),
+            "oracle": ("oracle", ROUND_3[:1]),
+        },
+    )
 
 
 def eviction_gap() -> str:
     """How much of the distance from the best SnapKV to the full cache is closed, in nats."""
-    measurement = LIKELIHOOD[0]
-    full = load(ALLOCATIONS[0])["measurements"][measurement]["rows"]["full"]["nll"]
     rows = []
-    for name, title in ((ALLOCATIONS[0], "global"), (ALLOCATIONS[1], "layer"), (ALLOCATIONS[2], "uniform")):
+    titles = {QUALITY[0]: "global"} | dict(
+        zip(ROUND_3, (f"{each}, before the last round" for each in ("global", "layer", "uniform")), strict=True)
+    )
+    for name, title in titles.items():
+        rivals = QUALITY if name in QUALITY else ROUND_3
+        measured = load(name)["measurements"][LIKELIHOOD[0]]["rows"]
+        full = load(rivals[0])["measurements"][LIKELIHOOD[0]]["rows"]["full"]["nll"]
         cells = []
         for budget in BUDGETS:
-            snapkv = -_best(measurement, "nll", budget, "snapkv", sign=-1)
-            own = load(name)["measurements"][measurement]["rows"][f"{budget}/{OURS}"]["nll"]
-            cells.append(f"{100 * (snapkv - own) / (snapkv - full):.0f} %")
+            snapkv = -_best(LIKELIHOOD[0], "nll", budget, "snapkv", rivals, sign=-1)
+            cells.append(f"{100 * (snapkv - measured[f'{budget}/{OURS}']['nll']) / (snapkv - full):.0f} %")
         rows.append([title, *cells])
     return table(["entries per KV head", *map(str, BUDGETS)], rows)
+
+
+def gemma3() -> str:
+    """The adapter of Gemma-3-270M."""
+    name = "eviction_quality_gemma3"
+    scorers = {"lookahead": OURS, "SnapKV": "snapkv", "sinks + recent": "sinks + recent", "oracle": "oracle"}
+    measured = [LIKELIHOOD, *(each for each in FACTS if "2048" in each[0])]
+    return _eviction(measured, {title: (scorer, (name,)) for title, scorer in scorers.items()}, (64, 128, 256))
+
+
+def later_questions() -> str:
+    """A text is read before anything is asked, and facts in it are asked for afterwards."""
+    found = load("later_questions")
+    rows = []
+    for length, caches in found["lengths"].items():
+        full = sum(caches["full cache"]["right"])
+        for title, name in (("the adapter for later questions", "lookahead"), ("SnapKV", "snapkv"),
+                            ("sinks + recent", "streaming")):  # fmt: skip
+            shares = (f"{100 * sum(caches[f'{budget}/{name}']['right']) / full:.0f} %" for budget in BUDGETS)
+            rows.append([f"{title}, {int(length):,} tokens", *shares])
+    return table(["of the facts that the full cache finds", *map(str, BUDGETS)], rows)
 
 
 def conversations() -> str:
@@ -175,6 +228,27 @@ def quantization() -> str:
         cells = (" / ".join(f"{lost:.3f}" for lost in _nats_lost(runs, method, bits)) for bits in (4, 3, 2))
         rows.append([title, *cells])
     return table([f"nats lost, {' / '.join(runs[0]['increase'])}", "4 bits", "3 bits", "2 bits"], rows)
+
+
+def quantization_refined() -> str:
+    """The refined preset beside AutoRound, with 128 calibration windows of 2,048 tokens."""
+    found = load("quantization_refined")["rows"]
+    rows = []
+    for title, named, sym in (
+        ('this package, `preset="refined"`', ("refined",), False),
+        ("AutoRound, 200 steps", ("autoround 200",), False),
+        ("AutoRound, 1,000 steps", ("autoround 1000",), False),
+        ('this package, `preset="refined"`, symmetric', ("refined",), True),
+        ("AutoRound, 200 steps and its extension, symmetric", ("autoround 200 alg_ext",), True),
+    ):
+        cells = []
+        for bits in (4, 3, 2):
+            same = [row for row in found if row["name"] in named and row["bits"] == bits and row["sym"] == sym]
+            cells.append(
+                f"{statistics.fmean(same[0]['mean'].values()):.3f} ({same[0]['seconds']:.0f} s)" if same else ""
+            )
+        rows.append([title, *cells])
+    return table(["nats lost, mean of both texts (seconds)", "4 bits", "3 bits", "2 bits"], rows)
 
 
 def _changes(base: str, named: dict[str, str]) -> str:
@@ -294,16 +368,6 @@ def refreshes() -> str:
     )  # fmt: skip
 
 
-def peaks() -> str:
-    """Memory of one long prompt; of ``prefill_peaks.json``."""
-    rows = [
-        [name, f"{cell['seconds']:.1f}", f"{cell['peak_gib']:.2f}", f"{cell['gib_after']:.2f}",
-         f"{cell['bytes_parked'] / 2**30:.1f}"]
-        for name, cell in load("prefill_peaks")["rows"].items()
-    ]  # fmt: skip
-    return table(["prompt read", "seconds", "peak, GiB", "after it, GiB", "parked, GiB"], rows)
-
-
 def overhead() -> str:
     rows = []
     for cell in load("eviction_overhead")["prefill"]:
@@ -322,9 +386,9 @@ def overhead() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
-        headline, eviction, eviction_gap, conversations, chunked_prefill, training_memory, eviction_objective,
-        quantization, quantization_changes, quantization_uncorrected, cpu_decode, decode, later_turn, refreshes, peaks,
-        overhead,
+        headline, eviction, eviction_before, eviction_gap, gemma3, conversations, later_questions, chunked_prefill,
+        training_memory, eviction_objective, quantization, quantization_refined, quantization_changes,
+        quantization_uncorrected, cpu_decode, decode, later_turn, refreshes, overhead,
     )
 }  # fmt: skip
 

@@ -58,10 +58,11 @@ def eviction_quality(name: str = "eviction_quality") -> None:
     write(name, *parts)
 
 
-def conversations() -> None:
-    results = load("conversations")
+def conversations(file: str = "conversations") -> None:
+    results = load(file)
     parts = [
-        "# Conversations of several turns over one text",
+        "# Conversations of several turns over one text"
+        + (", read before the first question" if results.get("read_first") else ""),
         f"{machine(results['about'])}; {results['seconds']:.0f} s.",
     ]
     for length, caches in results["lengths"].items():
@@ -78,7 +79,7 @@ def conversations() -> None:
             "Right answers of the full cache; of the others the share of the full cache's.",
             table(["cache", *turns, "bytes, turn 1", f"bytes, {turns[-1]}"], rows),
         ]
-    write("conversations", *parts)
+    write(file, *parts)
 
 
 def chunked_prefill() -> None:
@@ -457,10 +458,13 @@ def quantization_smollm2() -> None:
 
 REPORTS: dict[str, Callable[[], object]] = {
     "eviction_quality": eviction_quality,
+    "eviction_quality_round_3": lambda: eviction_quality("eviction_quality_round_3"),
     "eviction_quality_layer": lambda: eviction_quality("eviction_quality_layer"),
     "eviction_quality_uniform": lambda: eviction_quality("eviction_quality_uniform"),
     "eviction_picture": eviction_picture,
+    "eviction_quality_gemma3": lambda: eviction_quality("eviction_quality_gemma3"),
     "conversations": conversations,
+    "later_questions": lambda: conversations("later_questions"),
     "chunked_prefill": chunked_prefill,
     "adapter_ablation": adapter_ablation,
     "speed": speed,

@@ -12,7 +12,9 @@ def shipped_adapter(name: str = "smollm2-135m-instruct-lookahead") -> str:
     """The directory of an adapter that comes with the package, in a clone or installed.
 
     Args:
-        name: by default the only one, for HuggingFaceTB/SmolLM2-135M-Instruct.
+        name: by default the one for HuggingFaceTB/SmolLM2-135M-Instruct. Also
+            "smollm2-135m-instruct-lookahead-later", for texts that are read before anything is asked, and
+            "gemma-3-270m-lookahead".
 
     Raises:
         FileNotFoundError: there is none of that name, or the installation has left its files out.

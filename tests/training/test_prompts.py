@@ -19,6 +19,7 @@ from lkq_hf.training.prompts import (
     build_prompts,
     split_documents,
 )
+from lkq_hf.training.targets import generate_targets
 
 
 @pytest.fixture(scope="module")
@@ -232,3 +233,38 @@ def test_answers_go_on_from_a_place_inside():
     assert usable_targets([whole], inside_answer_share=0.0)["input_ids"] == whole["input_ids"]
     half = usable_targets([Dataset.from_list(rows * 40)], inside_answer_share=0.5)
     assert 0.3 < sum(len(ids) > 3 for ids in half["input_ids"]) / 160 < 0.7
+
+
+@pytest.mark.real_model
+def test_prompts_that_end_before_anything_is_asked(documents, tokenizer):
+    mix = PromptMix(asked_later_share=1.0, min_length=512, max_length=1024)
+    builder = PromptBuilder(documents, tokenizer, mix)
+    ends = set()
+    for index in range(12):
+        prompt = builder.prompt(index, length=700)
+        assert prompt["kind"] == "asked_later" and len(prompt["input_ids"]) == 700
+        read, following = (tokenizer.decode(prompt[name]) for name in ("input_ids", "response_ids"))
+        questions = [message["content"] for message in prompt["messages"] if message["role"] == "user"]
+        answers = [message["content"] for message in prompt["messages"] if message["role"] == "assistant"]
+        # What was read holds none of the questions and of the answers but as the text has them; what follows, all.
+        assert all(question not in read for question in questions[1:])
+        assert all(text in following for text in questions[1:] + answers)
+        ends.add(read.endswith("<|im_start|>assistant\n"))
+    assert ends == {True, False}
+
+
+@pytest.mark.real_model
+def test_given_responses_stay_as_they_are(documents, tokenizer, tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                         num_attention_heads=2, max_position_embeddings=2048)  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    mix = PromptMix(asked_later_share=0.5, min_length=300, max_length=400)
+    prompts = list(build_prompts(documents, tokenizer, 6, mix))
+    rows = [{name: prompt[name] for name in ("input_ids", "kind", "response_ids")} for prompt in prompts]
+    given = [row["response_ids"] for row in rows]
+    assert any(given) and not all(given)
+    made = usable_targets([generate_targets(model, rows, tmp_path, max_new_tokens=4)], cut_loops=True)
+    for expected, found in zip(given, made["response_ids"], strict=True):
+        assert found == expected if expected else 0 < len(found) <= 4
