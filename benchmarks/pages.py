@@ -5,8 +5,8 @@
 
 A page has places between ``<!-- results: NAME -->`` and ``<!-- end -->``. Each is filled by the function NAME below,
 from the files in ``benchmarks/results``. A number in a sentence stands between
-``<!-- value: FILE KEY::KEY FORMAT -->`` and ``<!-- end -->``, not at the beginning of a line. FORMAT is as ``.0f``, and
-may have a factor, as ``60*.0f``.
+``<!-- value: FILE KEY::KEY FORMAT -->`` and ``<!-- end -->``, not at the beginning of a line. FORMAT is as ``.0f``,
+and may have a factor, as ``60*.0f``.
 """
 
 import argparse
@@ -214,7 +214,8 @@ def quantization_methods() -> str:
     for method, title in {
         "round to nearest": "round to nearest", "GPTQ": "plain GPTQ", "stage 1 only": "stage 1 alone",
         "stage 2 only": "stage 2 alone", "both stages": "both stages",
-        "both stages, alpha 0.25 (preset paper)": "`--preset paper`: both, with `alpha=0.25`", "default": "the default",
+        "both stages, alpha 0.25 (preset paper)": "`--preset paper`: both, with `alpha=0.25`",
+        "default": "the default",
     }.items():  # fmt: skip
         cells = []
         for runs, sym in ((smollm2, False), (smollm2, True), (load("quantization_gemma3")["runs"], False)):
@@ -318,7 +319,8 @@ BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
         headline, eviction, eviction_gap, conversations, chunked_prefill, training_memory, eviction_objective,
-        quantization, quantization_methods, quantization_changes, quantization_uncorrected, cpu_decode, decode, later_turn, overhead,
+        quantization, quantization_methods, quantization_changes, quantization_uncorrected, cpu_decode,
+        decode, later_turn, overhead,
     )
 }  # fmt: skip
 
