@@ -318,9 +318,9 @@ def overhead() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
+        quantization_methods,
         headline, eviction, eviction_gap, conversations, chunked_prefill, training_memory, eviction_objective,
-        quantization, quantization_methods, quantization_changes, quantization_uncorrected, cpu_decode,
-        decode, later_turn, overhead,
+        quantization, quantization_changes, quantization_uncorrected, cpu_decode, decode, later_turn, overhead,
     )
 }  # fmt: skip
 
