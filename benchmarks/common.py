@@ -184,9 +184,10 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def best_seconds(operation: Callable[[], Any], repeats: int) -> tuple[float, Any]:
-    """Seconds of the fastest of some runs after one that compiles and allocates, and the last result."""
-    operation()
+def seconds_of(operation: Callable[[], Any], repeats: int, warm_up: int = 1) -> tuple[list[float], Any]:
+    """Seconds of each run, after some that compile and allocate, and the last result."""
+    for _ in range(warm_up):
+        operation()
     times = []
     for _ in range(repeats):
         synchronize()
@@ -194,4 +195,4 @@ def best_seconds(operation: Callable[[], Any], repeats: int) -> tuple[float, Any
         result = operation()
         synchronize()
         times.append(time.perf_counter() - start)
-    return min(times), result
+    return times, result

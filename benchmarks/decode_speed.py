@@ -25,7 +25,6 @@ named; --batches and --cells choose some.
 """
 
 import argparse
-import copy
 import gc
 import json
 import statistics
@@ -33,43 +32,26 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
-from common import describe
-from peft import get_peft_model
+from common import DEVICE, LLAMA_8B, SMALL, describe, free_memory, parser, save, synchronize
+from common import random_models as build_models
+from tables import RESULTS
 from torch import nn
-from transformers import AutoModelForCausalLM, Cache, DynamicCache, LlamaConfig, StaticCache, StoppingCriteria
+from transformers import Cache, DynamicCache, StaticCache, StoppingCriteria
 
-from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
+from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.evaluation.prefill import cache_bytes
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.packing import group_index, pack_zeros
 from lkq_hf.quantization.shared_input import share_inputs
 
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "max_position_embeddings": 262144,
-}
-SMALL = LLAMA_8B | {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 256,
-}
 GROUP_SIZE = 128
 TOKENS_TO_WARM_UP = 8  # two steps compile and record, the others show that nothing is compiled any more
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -89,39 +71,34 @@ class Method:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true", help="a tiny model and short prompts, on any device")
-    parser.add_argument("--quantized", type=int, choices=(2, 3, 4, 8), metavar="BITS", help="also packed weights")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16, 4], help="in the order in which to run")
-    parser.add_argument("--cells", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
-    parser.add_argument("--prompt", type=int, default=32_768, help="tokens")
-    parser.add_argument("--budget", type=int, default=1024, help="entries kept")
-    parser.add_argument("--minutes", type=float, default=4.0, help="after which no cell is begun")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "decode_speed.json")
-    options = parser.parse_args()
+    made = parser(__doc__, RESULTS / "decode_speed.json")
+    made.add_argument("--small", action="store_true", help="a tiny model and short prompts, on any device")
+    made.add_argument("--quantized", type=int, choices=(2, 3, 4, 8), metavar="BITS", help="also packed weights")
+    made.add_argument("--batches", type=int, nargs="+", default=[1, 16, 4], help="in the order in which to run")
+    made.add_argument("--cells", nargs="+", choices=list(METHODS), default=list(METHODS), metavar="NAME")
+    made.add_argument("--prompt", type=int, default=32_768, help="tokens")
+    made.add_argument("--budget", type=int, default=1024, help="entries kept")
+    made.add_argument("--minutes", type=float, default=4.0, help="after which no cell is begun")
+    options = made.parse_args()
     if DEVICE == "cpu" and not options.small:
-        parser.error("this benchmark needs a CUDA GPU, and torch finds none; --small runs anywhere")
+        made.error("this benchmark needs a CUDA GPU, and torch finds none; --small runs anywhere")
 
     started = time.perf_counter()
     sizes = Sizes(options.prompt, options.budget, 128, 32)
     if options.small:
         sizes = Sizes(256, 32, 12, 12)
     results: dict[str, Any] = {"hardware": describe(), "sizes": vars(sizes), "cells": [], "skipped": []}
-    print(json.dumps(results["hardware"]), flush=True)
-
     model, adapted = build_models(SMALL if options.small else LLAMA_8B)
     for batch in options.batches:
         for name in options.cells:
-            run_cell(
-                results, options, started, "bf16", name, adapted if METHODS[name].adapted else model, batch, sizes
-            )
+            chosen = adapted if METHODS[name].adapted else model
+            run_cell(results, options, started, "bf16", name, chosen, batch, sizes)
     if options.quantized is not None:
         del adapted
         quantize_at_random(model, options.quantized)
         for batch in options.batches:
             for name in ("snapkv", "snapkv, static"):
                 run_cell(results, options, started, f"W{options.quantized}", name, model, batch, sizes)
-    print(f"written to {options.output}; {time.perf_counter() - started:.0f} s")
 
 
 def run_cell(
@@ -148,8 +125,7 @@ def run_cell(
         print(json.dumps(cell), flush=True)
         free_memory()
     results["ratios"] = ratios(results["cells"])
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(results, indent=1) + "\n")
+    save(options.out, results)
 
 
 def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,20 +229,6 @@ def generate(
     return ids, clock.milliseconds(), time.perf_counter() - start
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
-def free_memory() -> None:
-    """Also forgets what was compiled: each cell compiles for its own shapes, as in a process of its own."""
-    gc.collect()
-    torch.compiler.reset()
-    gc.collect()
-    if DEVICE == "cuda":
-        torch.cuda.empty_cache()
-
-
 # Caches as a prefill leaves them
 
 
@@ -279,7 +241,7 @@ def filled_cache(model: Any, method: Method, batch: int, sizes: Sizes) -> Cache:
     shape = (batch, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
     if isinstance(cache, LookaheadCache):
         cache.build_layers(config)
-        eviction = cache.begin_eviction(None, length)
+        eviction = cache.begin_eviction(get_decoder(model), length)
     for index in range(config.num_hidden_layers):
         key, value = (torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
         if isinstance(cache, LookaheadCache):
@@ -303,17 +265,13 @@ def lookahead_cache(scorer: str, static: bool, allocation: str = "global") -> Ca
     )
 
 
-def static_cache(config: Any, sizes: Sizes) -> Cache:
-    return StaticCache(config=config, max_cache_len=sizes.prompt + sizes.tokens)
-
-
-def short_static_cache(config: Any, sizes: Sizes) -> Cache:
-    return StaticCache(config=config, max_cache_len=sizes.budget + sizes.tokens)
+def static_cache(config: Any, sizes: Sizes, short: bool = False) -> Cache:
+    return StaticCache(config=config, max_cache_len=(sizes.budget if short else sizes.prompt) + sizes.tokens)
 
 
 METHODS = {
     "dynamic": Method(lambda config, sizes: DynamicCache(config=config), compiled=False),
-    "static, short prompt": Method(short_static_cache, compiled=True, short=True),
+    "static, short prompt": Method(partial(static_cache, short=True), compiled=True, short=True),
     "snapkv": Method(lookahead_cache("snapkv", static=False), compiled=False),
     "snapkv, static": Method(lookahead_cache("snapkv", static=True), compiled=True),
     "snapkv, static, uniform": Method(lookahead_cache("snapkv", static=True, allocation="uniform"), compiled=True),
@@ -324,22 +282,6 @@ METHODS = {
 
 
 # Models
-
-
-def build_models(sizes: dict[str, Any]) -> tuple[Any, Any]:
-    """A model with random weights, and the same weights under an adapter."""
-    torch.manual_seed(0)
-    with torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16).eval()
-        shared = {id(parameter): parameter for parameter in model.parameters()}
-        adapted = copy.deepcopy(model, shared)  # type: ignore[arg-type]
-        get_peft_model(adapted, LookaheadKVConfig())
-    for each in (model, adapted):
-        each.generation_config.eos_token_id = None
-        each.generation_config.pad_token_id = 0
-        each.requires_grad_(False)
-        prepare_model_for_eviction(each)
-    return model, adapted
 
 
 def quantize_at_random(model: Any, bits: int) -> None:

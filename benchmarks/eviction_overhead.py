@@ -15,21 +15,18 @@ GPU's copy bandwidth. Then whole prefills, in rounds that run each of these once
 An overhead is the median over the rounds of the difference to the same round's full prefill.
 """
 
-import argparse
-import copy
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe
-from peft import get_peft_model
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+from common import LLAMA_8B, describe, milliseconds, parser, random_models, save
+from tables import RESULTS
+from transformers import DynamicCache
 
-from lkq_hf import LookaheadCache, LookaheadKVConfig
+from lkq_hf import LookaheadCache
 from lkq_hf.attention import observe_attention
 from lkq_hf.compat import pass_cache
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
@@ -40,29 +37,12 @@ BUDGET = 128
 LOOKAHEAD_TOKENS = 32
 LONGEST_IN_ROUNDS = 65_536  # longer prefills are run once, and without the two slowest comparisons
 
-MODELS = {
-    "Llama-3.1-8B": {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 128256,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "max_position_embeddings": 262144,
-    },
-    "SmolLM2-135M": {
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "vocab_size": 49152,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-        "max_position_embeddings": 262144,
-        "tie_word_embeddings": True,
-    },
-}
+SMOLLM2 = LLAMA_8B | {
+    "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+}  # fmt: skip
+MODELS = {"Llama-3.1-8B": LLAMA_8B, "SmolLM2-135M": SMOLLM2}
 PREFILLS = {  # model: (batch, prompt length)
     "SmolLM2-135M": [(1, 8192), (8, 8192)],
     "Llama-3.1-8B": [(1, 4096), (1, 8192), (1, 32_768), (1, 131_072)],
@@ -70,41 +50,27 @@ PREFILLS = {  # model: (batch, prompt length)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "eviction_overhead.json")
-    parser.add_argument(
-        "--prefill",
-        nargs="+",
-        metavar="MODEL:BATCH:LENGTH",
-        default=[f"{name}:{batch}:{length}" for name, shapes in PREFILLS.items() for batch, length in shapes],
-        help="whole prefills to measure (default: %(default)s)",
-    )
-    arguments = parser.parse_args()
-    output = arguments.output
+    options = parser(__doc__, RESULTS / "eviction_overhead.json")
+    shapes = [f"{name}:{batch}:{length}" for name, sizes in PREFILLS.items() for batch, length in sizes]
+    options.add_argument("--prefill", nargs="+", metavar="MODEL:BATCH:LENGTH", default=shapes, help="whole prefills")
+    given = options.parse_args()
     if not torch.cuda.is_available():
-        parser.error("this benchmark needs a CUDA GPU, and torch finds none")
-
-    results: dict[str, Any] = {"hardware": describe()}
-    print(json.dumps(results["hardware"]))
+        options.error("this benchmark needs a CUDA GPU, and torch finds none")
+    results: dict[str, Any] = {"hardware": describe(), "prefill": []}
     with torch.inference_mode():
-        results["kernels"] = [
-            benchmark_kernels(length, results["hardware"]) for length in (4096, 8192, 32_768, 131_072)
-        ]
-        print_table(results["kernels"])
-        results["prefill"] = []
+        lengths = (4096, 8192, 32_768, 131_072)
+        results["kernels"] = [benchmark_kernels(length, results["hardware"]) for length in lengths]
         built = ""
-        for shape in arguments.prefill:
+        for shape in given.prefill:
             name, batch, length = shape.split(":")
             if name != built:
                 model = adapted = None  # frees the memory of the last ones
-                model, adapted = build_models(name)
+                model, adapted = random_models(MODELS[name], num_lookahead_tokens=LOOKAHEAD_TOKENS)
                 built = name
             rows = benchmark_prefill(name, model, adapted, int(batch), int(length))
-            print_table(rows)
+            print(*map(json.dumps, rows), sep="\n", flush=True)
             results["prefill"] += rows
-            output.parent.mkdir(parents=True, exist_ok=True)
-            output.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"written to {output}")
+            save(given.out, results)
 
 
 # The kernels alone
@@ -167,16 +133,11 @@ def gpu_microseconds(function: Callable[[], Any], repeats: int = 30) -> float:
     with torch.cuda.graph(graph):
         function()
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    events = []
+    times = []
     for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-        events.append((start, end))
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) * 1e3 for start, end in events)
+        times.append(milliseconds(graph.replay))
+    return 1e3 * statistics.median(times)
 
 
 def host_microseconds(function: Callable[[], Any], repeats: int = 100) -> float:
@@ -192,20 +153,6 @@ def host_microseconds(function: Callable[[], Any], repeats: int = 100) -> float:
 
 
 # Whole prefills
-
-
-def build_models(name: str) -> tuple[Any, Any]:
-    """A model with random weights, and the same weights under an adapter."""
-    torch.manual_seed(0)
-    config = LlamaConfig(**MODELS[name])
-    with torch.inference_mode(False), torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
-        shared = {id(parameter): parameter for parameter in model.parameters()}
-        adapted = get_peft_model(
-            copy.deepcopy(model, shared),  # type: ignore[arg-type]
-            LookaheadKVConfig(num_lookahead_tokens=LOOKAHEAD_TOKENS),
-        ).eval()
-    return model, adapted
 
 
 def benchmark_prefill(name: str, model: Any, adapted: Any, batch: int, length: int) -> list[dict[str, Any]]:
@@ -269,14 +216,9 @@ def measure(function: Callable[[], Any]) -> tuple[float, int]:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    result = function()
-    end.record()
-    end.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del result
-    return start.elapsed_time(end), peak
+    kept: list[Any] = []  # what was computed is held until the peak is read
+    took = milliseconds(lambda: kept.append(function()))
+    return took, torch.cuda.max_memory_allocated() - before
 
 
 def kv_bytes_per_token(config: Any) -> int:
@@ -312,18 +254,6 @@ def lookahead_q_cache(model: Any, prompt: torch.Tensor, draft_tokens: int = 32, 
         scores = lookahead_scores(torch.cat(queries[index], dim=2), key, scaling)
         kept.update(*select_compact(scores, layer.keys, layer.values, BUDGET)[:2], index)
     return kept
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    print(" | ".join(columns))
-    for row in rows:
-        print(" | ".join(_format(row.get(column, "")) for column in columns))
-    print(flush=True)
-
-
-def _format(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -12,23 +12,22 @@ Three measurements, each with the full cache beside it:
 3. *Agreement*: answers to questions over several paragraphs and summaries are generated and compared with the full
    cache's by word F1.
 
-Writes OUT.json and OUT.md. ``--small`` is a smoke test for a CPU.
+Writes OUT.json; report.py makes the table and the picture. ``--small`` is a smoke test for a CPU.
 """
 
 import argparse
 import copy
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import smollm2_directory
+from common import DEVICE, parser, real_model, save
+from quality import AGREEMENT_TASKS, FACT_TASKS, Prompts, answer_rows
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lkq_hf import LookaheadCache, prepare_model_for_eviction
+from lkq_hf import LookaheadCache
 from lkq_hf.evaluation.decoding import Answers, answer_greedily, score_answers
 from lkq_hf.evaluation.environment import digests, environment
 from lkq_hf.evaluation.metrics import load_metric
@@ -40,13 +39,10 @@ from lkq_hf.evaluation.prefill import (
     read_prompts,
     stack_caches,
 )
-from lkq_hf.evaluation.tasks import Corpus, Example, build_task
+from lkq_hf.evaluation.tasks import Example
 from lkq_hf.scoring import LookaheadScorer, RandomScorer, Scorer, SnapKVScorer, StreamingScorer
-from lkq_hf.text.documents import read_documents
 
 LIKELIHOOD_TASKS = ("explain", "summarise", "continue")
-FACT_TASKS = ("needle", "needle_multi_key")
-AGREEMENT_TASKS = ("paragraph_question", "summarise")
 ORACLE = "oracle"
 SUMS: dict[str, dict[str, Any]] = {
     f"sum-pool {width} (0.2)": {"kernel_size": width, "pooling": "sum", "neighbor_weight": 0.2} for width in (3, 5)
@@ -78,13 +74,8 @@ class Bench:
     """One model and its scorers. Every batch of prompts is read once, for all scorers and budgets."""
 
     def __init__(self, arguments: argparse.Namespace):
-        directory = arguments.model or smollm2_directory()
         dtype = getattr(torch, arguments.dtype)
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
-        self.model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(arguments.device).eval()
-        if arguments.adapter:
-            self.model.load_adapter(arguments.adapter)
-        prepare_model_for_eviction(self.model)
+        self.model, self.tokenizer = real_model(arguments.model, arguments.adapter, arguments.device, dtype)
         self.budgets = arguments.budgets
         self.allocation = arguments.allocation
         self.batch_size = arguments.batch_size
@@ -182,16 +173,7 @@ def generated(bench: Bench, examples: list[Example], new_tokens: int, descriptio
             for index, name in enumerate(caches):
                 size = len(prefill.logits)
                 record(f"{budget}/{name}", own[index * size : (index + 1) * size])
-    match, f1 = load_metric("answer_match"), load_metric("word_f1")
-    references = [example["reference"] for example in examples]
-    rows: dict[str, dict[str, float]] = {}
-    for row, found in texts.items():
-        rows[row] = f1.compute(predictions=found, references=texts["full"])
-        if all(references):
-            accuracy = match.compute(predictions=found, references=references)["answer_match"]
-            rows[row]["accuracy"] = accuracy
-            if rows["full"]["accuracy"]:
-                rows[row]["kept"] = accuracy / rows["full"]["accuracy"]
+    rows = answer_rows(texts, [example["reference"] for example in examples])
     return {"prompts": len(examples), "rows": rows}
 
 
@@ -199,7 +181,7 @@ def describe(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     files = [*arguments.texts, *([arguments.adapter] if arguments.adapter else [])]
     return {
         **environment(bench.model.device),
-        "model": bench.model.config._name_or_path if arguments.model else "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "model": "HuggingFaceTB/SmolLM2-135M-Instruct" if arguments.model == "smollm2" else Path(arguments.model).name,
         "adapter": Path(arguments.adapter).name if arguments.adapter else None,
         "dtype": arguments.dtype,
         "allocation": arguments.allocation,
@@ -208,129 +190,66 @@ def describe(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
     }
 
 
-def table(budgets: list[int], methods: list[str], rows: dict[str, dict[str, float]], columns: dict[str, str]) -> str:
-    columns = {key: title for key, title in columns.items() if any(key in row for row in rows.values())}
-    lines = [
-        "| budget | method | " + " | ".join(columns.values()) + " |",
-        "|---|---|" + "---|" * len(columns),
-    ]
-    keys = [("full", "none", "full cache")]
-    keys += [(f"{budget}/{name}", str(budget), name) for budget in budgets for name in methods]
-    keys = [key for key in keys if key[0] in rows]
-    for key, budget, name in keys:
-        values = (f"{rows[key][column]:.3f}" if column in rows[key] else "" for column in columns)
-        lines.append(f"| {budget} | {name} | " + " | ".join(values) + " |")
-    return "\n".join(lines)
-
-
-def report(results: dict[str, Any], bench: Bench) -> str:
-    about = results["about"]
-    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    hardware = about["hardware"]["name"]
-    parts = [
-        "# Quality of answers over an evicted cache",
-        f"{about['model']}, adapter: {about['adapter']}. {hardware}, {about['dtype']}; {versions}. "
-        f"Allocation of the budget, of all scorers: {about['allocation']}. "
-        f"{results['seconds']:.0f} s.",
-    ]
-    titles = {
-        "nll": "NLL of the full cache's answer",
-        "matched": "tokens matched",
-        "recall": "recall of the oracle's top-k",
-        "closes_gap": "gap closed from the best SnapKV to the full cache",
-        "accuracy": "right answers",
-        "kept": "share of the full cache's right answers",
-        "word_f1": "word F1 against the full cache's answer",
-    }
-    for name, measured in results["measurements"].items():
-        parts.append(f"## {name} ({measured['prompts']} prompts)")
-        parts.append(table(bench.budgets, [*bench.methods, ORACLE], measured["rows"], titles))
-    return "\n\n".join(parts) + "\n"
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", type=Path, required=True, help="documents as written by texts.py")
-    parser.add_argument("--source", default="debian-handbook", help="source of the texts of measurements 1 and 3")
-    parser.add_argument("--adapter", help="directory of a LOOKAHEAD_KV adapter; without it, only the others")
-    parser.add_argument("--model", help="directory of another model than SmolLM2-135M-Instruct")
-    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--allocation", choices=("global", "layer", "uniform"), default="global")
-    parser.add_argument("--prompts", type=int, default=192, help="prompts of measurement 1")
-    parser.add_argument("--fact-prompts", type=int, default=64, help="prompts of each cell of measurement 2")
-    parser.add_argument("--agreement-prompts", type=int, default=64, help="prompts of each task of measurement 3")
-    parser.add_argument("--length", type=int, default=2048, help="tokens of the prompts of measurements 1 and 3")
-    parser.add_argument("--fact-lengths", nargs="+", type=int, default=[2048, 4096])
-    parser.add_argument("--answer-tokens", type=int, default=64)
-    parser.add_argument("--lookahead-kernels", nargs="+", type=int, default=[1, 3, 5, 7])
-    parser.add_argument("--snapkv-kernels", nargs="+", type=int, default=[1, 3, 5, 7])
-    parser.add_argument("--only", choices=("likelihood", "facts", "agreement"), nargs="+", help="leave the others out")
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, required=True, help="where to write, without extension")
-    parser.add_argument("--small", action="store_true", help="a few short prompts, to see that everything runs")
-    arguments = parser.parse_args()
-    arguments.dtype = arguments.dtype or ("bfloat16" if arguments.device.startswith("cuda") else "float32")
-    if arguments.small:
-        arguments.prompts, arguments.fact_prompts, arguments.agreement_prompts = 3, 2, 2
-        arguments.length, arguments.fact_lengths, arguments.budgets = 512, [512], [64]
-        arguments.answer_tokens, arguments.lookahead_kernels, arguments.snapkv_kernels = 12, [1], [1, 7]
-    arguments.only = arguments.only or ["likelihood", "facts", "agreement"]
-    return arguments
+    options = parser(__doc__)
+    options.add_argument("--texts", nargs="+", type=Path, required=True, help="documents as written by texts.py")
+    options.add_argument("--source", default="debian-handbook", help="source of the texts of measurements 1 and 3")
+    options.add_argument("--adapter", help="directory of a LOOKAHEAD_KV adapter; without it, only the others")
+    options.add_argument("--model", default="smollm2", help="smollm2, gemma3, or a directory")
+    options.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
+    options.add_argument("--allocation", choices=("global", "layer", "uniform"), default="global")
+    options.add_argument("--prompts", type=int, default=192, help="prompts of measurement 1")
+    options.add_argument("--fact-prompts", type=int, default=64, help="prompts of each cell of measurement 2")
+    options.add_argument("--agreement-prompts", type=int, default=64, help="prompts of each task of measurement 3")
+    options.add_argument("--length", type=int, default=2048, help="tokens of the prompts of measurements 1 and 3")
+    options.add_argument("--fact-lengths", nargs="+", type=int, default=[2048, 4096])
+    options.add_argument("--answer-tokens", type=int, default=64)
+    options.add_argument("--lookahead-kernels", nargs="+", type=int, default=[1, 3, 5, 7])
+    options.add_argument("--snapkv-kernels", nargs="+", type=int, default=[1, 3, 5, 7])
+    options.add_argument(
+        "--only", choices=("likelihood", "facts", "agreement"), nargs="+", help="leave the others out"
+    )
+    options.add_argument("--batch-size", type=int, default=64)
+    options.add_argument("--device", default=DEVICE)
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--small", action="store_true", help="a few short prompts, to see that everything runs")
+    given = options.parse_args()
+    given.dtype = given.dtype or ("bfloat16" if given.device.startswith("cuda") else "float32")
+    if given.small:
+        given.prompts, given.fact_prompts, given.agreement_prompts = 3, 2, 2
+        given.length, given.fact_lengths, given.budgets = 512, [512], [64]
+        given.answer_tokens, given.lookahead_kernels, given.snapkv_kernels = 12, [1], [1, 7]
+    given.only = given.only or ["likelihood", "facts", "agreement"]
+    return given
 
 
 def main() -> None:
-    arguments = parse()
+    given = parse()
     started = time.monotonic()
-    bench = Bench(arguments)
-    documents = read_documents(arguments.texts)
-    everything = Corpus(documents, bench.tokenizer)
-    chosen = [document for document in documents if document.get("source") == arguments.source]
-    if not chosen:
-        sources = sorted({document["source"] for document in documents})
-        raise SystemExit(f"no document has the source {arguments.source!r}: choose one of {sources}")
-    book = Corpus(chosen, bench.tokenizer)
-    measurements: dict[str, Any] = {}
+    bench = Bench(given)
+    prompts = Prompts(given.texts, bench.tokenizer, given.source, given.seed)
+    results: dict[str, Any] = {"about": describe(given, bench), "seconds": 0.0, "measurements": {}}
 
-    def save() -> str:
-        """Writes what there is: a run that is cut short keeps its finished measurements."""
-        results = {
-            "about": describe(arguments, bench),
-            "seconds": time.monotonic() - started,
-            "measurements": measurements,
-        }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        text = report(results, bench)
-        arguments.out.with_suffix(".md").write_text(text)
-        return text
+    def keep(name: str, found: dict[str, Any]) -> None:
+        """A run that is cut short keeps its finished measurements."""
+        results["measurements"][name] = found
+        results["seconds"] = time.monotonic() - started
+        save(given.out, results)
 
-    if "likelihood" in arguments.only:
-        examples = [
-            example
-            for kind in LIKELIHOOD_TASKS
-            for example in build_task(kind, book, arguments.seed).examples(arguments.prompts // 3, arguments.length)
-        ]
-        measurements[f"likelihood, {arguments.length} tokens"] = likelihood(bench, examples, arguments.answer_tokens)
-        save()
-    if "facts" in arguments.only:
-        for length in arguments.fact_lengths:
-            for kind in FACT_TASKS:
-                task = build_task(kind, everything, arguments.seed)
-                examples = list(task.examples(arguments.fact_prompts, length))
-                name = f"{kind}, {length} tokens"
-                measurements[name] = generated(bench, examples, task.max_new_tokens, name)
-                save()
-    if "agreement" in arguments.only:
-        for kind in AGREEMENT_TASKS:
-            # Other prompts than those of the first measurement.
-            task = build_task(kind, book, arguments.seed + 1)
-            examples = list(task.examples(arguments.agreement_prompts, arguments.length))
-            name = f"agreement: {kind}, {arguments.length} tokens"
-            measurements[name] = generated(bench, examples, arguments.answer_tokens, name)
-    print(save())
+    if "likelihood" in given.only:
+        count = given.prompts // len(LIKELIHOOD_TASKS)
+        examples = [each for kind in LIKELIHOOD_TASKS for each in prompts.open(kind, count, given.length)]
+        keep(f"likelihood, {given.length} tokens", likelihood(bench, examples, given.answer_tokens))
+    for length in given.fact_lengths if "facts" in given.only else ():
+        for kind in FACT_TASKS:
+            examples, tokens = prompts.facts(kind, given.fact_prompts, length)
+            keep(f"{kind}, {length} tokens", generated(bench, examples, tokens, f"{kind}, {length} tokens"))
+    for kind in AGREEMENT_TASKS if "agreement" in given.only else ():
+        name = f"agreement: {kind}, {given.length} tokens"
+        # Other prompts than those of the first measurement.
+        examples = prompts.open(kind, given.agreement_prompts, given.length, shift=1)
+        keep(name, generated(bench, examples, given.answer_tokens, name))
 
 
 if __name__ == "__main__":

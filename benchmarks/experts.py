@@ -19,13 +19,13 @@ import argparse
 import copy
 import gc
 import json
-import time
+import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe
+from common import DEVICE, describe, parser, save, seconds_of, settings, synchronize
+from tables import table
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, Qwen3MoeConfig
 
@@ -36,31 +36,16 @@ from lkq_hf.quantization.install import restore_linear
 from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.walk import quantize_blocks
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS = ("grouped_mm", "batched_mm")
 SHAPE = {
-    "hidden_size": 2048,
-    "moe_intermediate_size": 768,
-    "num_experts": 128,
-    "num_experts_per_tok": 8,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "head_dim": 128,
-    "vocab_size": 32768,
-    "max_position_embeddings": 32768,
-}
+    "hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8,
+    "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+    "vocab_size": 32768, "max_position_embeddings": 32768,
+}  # fmt: skip
 SMALL = SHAPE | {
-    "hidden_size": 128,
-    "moe_intermediate_size": 64,
-    "num_experts": 16,
-    "num_experts_per_tok": 4,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "head_dim": 32,
-    "num_key_value_heads": 2,
-    "vocab_size": 512,
-}
+    "hidden_size": 128, "moe_intermediate_size": 64, "num_experts": 16, "num_experts_per_tok": 4,
+    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 512,
+}  # fmt: skip
 
 
 def build(shape: dict[str, int]) -> PreTrainedModel:
@@ -74,23 +59,9 @@ def bytes_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in {*module.parameters(), *module.buffers()})
 
 
-def synchronize() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-
-
 def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Of the median of `repeats` runs, after two that compile and choose kernels."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeats):
-        synchronize()
-        start = time.perf_counter()
-        run()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2]
+    """Of the median run, after two that compile and choose kernels."""
+    return statistics.median(seconds_of(run, repeats, warm_up=2)[0])
 
 
 def graph_seconds(run: Callable[[], Any], repeats: int) -> float:
@@ -160,12 +131,11 @@ def report(result: dict[str, Any]) -> str:
         f"{result['experts']['rare']} were rare and {result['experts']['unseen']} unseen at most.",
         f"Against dequantized weights the logits differ by {result['difference_to_dequantized']:.1e}.",
         "",
-        "| | bfloat16 | packed | factor |",
-        "|---|---|---|---|",
     ]
+    rows = []
 
     def row(name: str, before: float, after: float, faster: float) -> None:
-        lines.append(f"| {name} | {before:.4g} | {after:.4g} | {faster:.2f} |")
+        rows.append([name, f"{before:.4g}", f"{after:.4g}", f"{faster:.2f}"])
 
     for count, after in packed["experts_microseconds"].items():
         before = min(each["experts_microseconds"][count] for each in dense.values())
@@ -175,23 +145,22 @@ def report(result: dict[str, Any]) -> str:
     for batch, after in packed["decode"].items():
         before = max(each["decode"][batch] for each in dense.values())
         row(f"decode, batch {batch}, tokens/s", before, after, after / before)
-    return "\n".join(lines)
+    return "\n".join([*lines, table(["", "bfloat16", "packed", "factor"], rows)])
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a window")
-    parser.add_argument("--prompt", type=int, default=4096)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024, 4096])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--steps", type=int, default=32, help="tokens that are decoded in one run")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="tiny sizes, for a check of this script")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
+    options = parser(__doc__, required=False)
+    options.add_argument("--bits", type=int, default=4)
+    options.add_argument("--group-size", type=int, default=128)
+    options.add_argument("--samples", type=int, default=128, help="calibration windows")
+    options.add_argument("--length", type=int, default=2048, help="tokens in a window")
+    options.add_argument("--prompt", type=int, default=4096)
+    options.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 64, 256, 1024, 4096])
+    options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
+    options.add_argument("--steps", type=int, default=32, help="tokens that are decoded in one run")
+    options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--small", action="store_true", help="tiny sizes, for a check of this script")
+    arguments = options.parse_args()
     shape = SHAPE
     if arguments.small:
         shape = SMALL
@@ -201,7 +170,7 @@ def main() -> None:
 
     model = build(shape)
     result: dict[str, Any] = {
-        "settings": {key: value for key, value in vars(arguments).items() if key != "out"},
+        "settings": settings(arguments),
         "shape": shape,
         "hardware": describe(),
         "bytes": {"bfloat16": bytes_of(model.model.layers)},
@@ -218,14 +187,15 @@ def main() -> None:
         for count in set(arguments.tokens) - set(few):
             result["bfloat16"][implementation]["experts_microseconds"][count] = float("inf")
 
-    settings = TwoStageGPTQConfig(bits=arguments.bits, group_size=arguments.group_size, sym=True)
-    list_name, layers = find_layers(model, settings)
+    config = TwoStageGPTQConfig(bits=arguments.bits, group_size=arguments.group_size, sym=True)
+    list_name, layers = find_layers(model, config)
     tokens = torch.randint(shape["vocab_size"], (arguments.samples, arguments.length))
     model.set_experts_implementation("grouped_mm")
-    walk = quantize_blocks(model, list_name, layers, tokens, settings.solver_settings(), device=DEVICE, batch_size=8)
+    walk = quantize_blocks(model, list_name, layers, tokens, config.solver_settings(), device=DEVICE, batch_size=8)
     share_inputs(model)
     gc.collect()
-    assert model.config._experts_implementation == PACKED_EXPERTS
+    if model.config._experts_implementation != PACKED_EXPERTS:
+        raise RuntimeError(f"expected packed experts, found {model.config._experts_implementation}")
     result["quantize_seconds"] = walk.seconds
     result["peak_memory_bytes"] = walk.peak_memory
     counts = list(walk.experts.values())
@@ -247,9 +217,7 @@ def main() -> None:
         del dense
     result["packed"] = measure(model, arguments)
     print(report(result))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1).replace("Infinity", "null") + "\n")
+    save(arguments.out, json.loads(json.dumps(result).replace("Infinity", "null")))
 
 
 if __name__ == "__main__":

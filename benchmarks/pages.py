@@ -4,8 +4,9 @@
     python benchmarks/pages.py --check   # what `make test` asks
 
 A page has places between ``<!-- results: NAME -->`` and ``<!-- end -->``. Each is filled by the function NAME below,
-from the files in ``benchmarks/results``. A number in a sentence stands between ``<!-- value: FILE KEY/KEY FORMAT -->``
-and ``<!-- end -->``; FORMAT is that of Python, as ``.0f``, and may have a factor, as ``60*.0f``.
+from the files in ``benchmarks/results``. A number in a sentence stands between
+``<!-- value: FILE KEY::KEY FORMAT -->`` and ``<!-- end -->``, not at the beginning of a line. FORMAT is as ``.0f``,
+and may have a factor, as ``60*.0f``.
 """
 
 import argparse
@@ -278,6 +279,26 @@ def quantization_changes() -> str:
     })  # fmt: skip
 
 
+def quantization_methods() -> str:
+    """What the published stages and the default lose, on two models."""
+    from report import mean_and_error, select
+
+    smollm2 = [run for name in ("gpu", "gptqmodel") for run in load(f"quantization_smollm2_{name}")["runs"]]
+    rows = []
+    for method, title in {
+        "round to nearest": "round to nearest", "GPTQ": "plain GPTQ", "stage 1 only": "stage 1 alone",
+        "stage 2 only": "stage 2 alone", "both stages": "both stages",
+        "both stages, alpha 0.25 (preset paper)": "`--preset paper`: both, with `alpha=0.25`",
+        "default": "the default",
+    }.items():  # fmt: skip
+        cells = []
+        for runs, sym in ((smollm2, False), (smollm2, True), (load("quantization_gemma3")["runs"], False)):
+            found = (select(runs, method, bits, sym) for bits in (4, 3, 2))
+            cells.append(" / ".join(f"{mean_and_error(each)[0]:.3f}" if each else "" for each in found))
+        rows.append([title, *cells])
+    return table(["4 / 3 / 2 bits", "SmolLM2, asymmetric", "SmolLM2, symmetric", "Gemma-3-270M, asymmetric"], rows)
+
+
 def quantization_uncorrected() -> str:
     named = {"alpha 0.5": "`alpha=0.5`", "alpha 1": "`alpha=1`", "stored order": "columns in stored order"}
     return _changes("residual not corrected", named)
@@ -386,7 +407,8 @@ def overhead() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     block.__name__: block
     for block in (
-        headline, eviction, eviction_before, eviction_gap, gemma3, conversations, later_questions, chunked_prefill,
+        quantization_methods, headline, eviction, eviction_before, eviction_gap, gemma3, conversations,
+        later_questions, chunked_prefill,
         training_memory, eviction_objective, quantization, quantization_refined, quantization_changes,
         quantization_uncorrected, cpu_decode, decode, later_turn, refreshes, overhead,
     )
@@ -410,7 +432,7 @@ def value(file: str, keys: str, factor: str | None, form: str) -> str:
         KeyError: the file has no such key.
     """
     found = load(file)
-    for key in keys.split("/"):
+    for key in keys.split("::"):
         found = found[int(key)] if isinstance(found, list) else found[key]
     return format(float(factor or 1) * found, form)
 

@@ -7,15 +7,13 @@ moments, GPTQ, the two stages of the paper, and the joint descent of the default
 (q, k, v; gate, up) are solved together, as the calibration walk does. Forward passes and loading are not included.
 """
 
-import argparse
-import json
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from common import parser, save, seconds_of, settings
+from tables import columns
 
 import lkq_hf
 from lkq_hf.quantization.descent import joint_descent
@@ -32,36 +30,14 @@ BLOCKS = 32
 SHAPES = (("q, k, v", 6144, 4096), ("o", 4096, 4096), ("gate, up", 28672, 4096), ("down", 4096, 14336))
 
 
-def timed(operation: Callable[[], Any], device: str, repeats: int) -> tuple[float, Any]:
-    """Seconds of the fastest of `repeats` runs after one that compiles and allocates, and the last result."""
-    operation()
-    best = float("inf")
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        result = operation()
-        _synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best, result
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
-def time_layer(
-    rows: int,
-    columns: int,
-    bits: int,
-    group_size: int,
-    device: str,
-    batch: int,
-    tokens: int,
-    sweeps: int,
-    repeats: int,
-) -> dict[str, float]:
+def time_layer(rows: int, columns: int, batch: int, tokens: int, given: Any) -> dict[str, float]:
     """Seconds of each step for one layer, `[rows, columns]`."""
+    bits, group_size, device = given.bits, given.group_size, given.device
+
+    def timed(operation: Callable[[], Any]) -> tuple[float, Any]:
+        times, result = seconds_of(operation, given.repeats)
+        return min(times), result
+
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator, device=device) * 0.02
     x = torch.randn(batch, columns, generator=generator, device=device)
@@ -77,91 +53,62 @@ def time_layer(
     seconds = {}
     passes = tokens / batch
     plain = InputMoments(columns, device, deviation=False)
-    seconds["hessian"] = timed(lambda: plain.add(x_tilde), device, repeats)[0] * passes
+    seconds["hessian"] = timed(lambda: plain.add(x_tilde))[0] * passes
     both = InputMoments(columns, device)
-    seconds["deviation"] = timed(lambda: both.add(x_tilde, x), device, repeats)[0] * passes - seconds["hessian"]
+    seconds["deviation"] = timed(lambda: both.add(x_tilde, x))[0] * passes - seconds["hessian"]
 
-    seconds["order"], order = timed(
-        lambda: costliest_first_order(inverse_factor(damped(hessian, 0.01))), device, repeats
-    )
+    seconds["order"], order = timed(lambda: costliest_first_order(inverse_factor(damped(hessian, 0.01))))
     grid = minmax_grid(weight, bits, group_size, False)
 
     def plain_gptq() -> tuple[torch.Tensor, torch.Tensor]:
         factor = inverse_factor(damped(hessian, 0.01), order)
         return gptq(weight, factor, *grid, bits, group_size, order), factor
 
-    seconds["gptq"], (integers, factor) = timed(plain_gptq, device, repeats)
-    seconds["stage 1"], (scales, zeros) = timed(
-        lambda: search_scales(weight, bits, group_size, False, hessian), device, repeats
-    )
+    seconds["gptq"], (integers, factor) = timed(plain_gptq)
+    seconds["stage 1"], (scales, zeros) = timed(lambda: search_scales(weight, bits, group_size, False, hessian))
     integers = gptq(weight, factor, scales, zeros, bits, group_size, order)
-    seconds["stage 2"], _ = timed(
-        lambda: refine_scales(weight, hessian, integers, scales, zeros, group_size, 1), device, repeats
-    )
-    seconds["corrected target"], _ = timed(
-        lambda: corrected_target(weight, weight @ deviation, factor, order, 0.25), device, repeats
-    )
-    seconds["descent"], _ = timed(
-        lambda: joint_descent(weight, hessian, integers, scales, zeros, bits, group_size, sweeps), device, repeats
-    )
+    chosen = integers, scales, zeros
+    seconds["stage 2"], _ = timed(lambda: refine_scales(weight, hessian, *chosen, group_size, 1))
+    seconds["corrected target"], _ = timed(lambda: corrected_target(weight, weight @ deviation, factor, order, 0.25))
+    seconds["descent"], _ = timed(lambda: joint_descent(weight, hessian, *chosen, bits, group_size, given.sweeps))
     return seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--sweeps", type=int, default=8, help="of the joint descent")
-    parser.add_argument("--tokens", type=int, default=128 * 2048, help="calibration tokens")
-    parser.add_argument("--batch", type=int, default=8 * 2048, help="calibration tokens in one forward pass")
-    parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--shrink", type=int, default=1, help="divides all sizes: a quick check without a GPU")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args()
-
-    layers = {}
-    steps: list[str] = []
+    options = parser(__doc__, required=False)
+    options.add_argument("--bits", type=int, default=4)
+    options.add_argument("--group-size", type=int, default=128)
+    options.add_argument("--sweeps", type=int, default=8, help="of the joint descent")
+    options.add_argument("--tokens", type=int, default=128 * 2048, help="calibration tokens")
+    options.add_argument("--batch", type=int, default=8 * 2048, help="calibration tokens in one forward pass")
+    options.add_argument("--repeats", type=int, default=2)
+    options.add_argument("--device", default="cuda")
+    options.add_argument("--shrink", type=int, default=1, help="divides all sizes: a quick check without a GPU")
+    given = options.parse_args()
+    by = given.shrink
     with full_float32():
-        for name, rows, columns in SHAPES:
-            layers[name] = time_layer(
-                rows // arguments.shrink,
-                columns // arguments.shrink,
-                arguments.bits,
-                arguments.group_size,
-                arguments.device,
-                arguments.batch // arguments.shrink,
-                arguments.tokens // arguments.shrink,
-                arguments.sweeps,
-                arguments.repeats,
-            )
-            steps = list(layers[name])
-    print("| layer | " + " | ".join(f"{step}, ms" for step in steps) + " |\n" + "|---" * (len(steps) + 1) + "|")
-    for name, seconds in layers.items():
-        print(f"| {name} | " + " | ".join(f"{1000 * seconds[step]:.0f}" for step in steps) + " |")
-    model = {step: BLOCKS * sum(seconds[step] for seconds in layers.values()) for step in steps}
-    print("| whole model, s | " + " | ".join(f"{model[step]:.1f}" for step in steps) + " |")
-    plain = model["hessian"] + model["gptq"]
-    stages = model["stage 1"] + model["stage 2"]
-    default = sum(model.values()) - model["stage 2"]
-    print(f"plain GPTQ {plain:.0f} s (without the Hessians {model['gptq']:.0f} s)")
-    print(f"the two stages add {stages:.0f} s, {100 * stages / plain:.1f} %")
-    print(f"the default method, all arithmetic: {default:.0f} s")
-    if arguments.out:
-        result = {
-            "settings": {key: value for key, value in vars(arguments).items() if key != "out"},
-            "hardware": torch.cuda.get_device_name() if arguments.device.startswith("cuda") else "CPU",
-            "versions": {
-                "torch": torch.__version__,
-                "transformers": transformers.__version__,
-                "lkq_hf": lkq_hf.__version__,
-            },
-            "layers_seconds": layers,
-            "model_seconds": model,
-            "summary_seconds": {"plain GPTQ": plain, "two stages": stages, "default method": default},
+        layers = {
+            name: time_layer(rows // by, width // by, given.batch // by, given.tokens // by, given)
+            for name, rows, width in SHAPES
         }
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    model = {step: BLOCKS * sum(each[step] for each in layers.values()) for step in layers["o"]}
+    summary = {
+        "plain GPTQ": model["hessian"] + model["gptq"],
+        "two stages": model["stage 1"] + model["stage 2"],
+        "default method": sum(model.values()) - model["stage 2"],
+    }
+    rows = [{"layer": name} | each for name, each in (layers | {"whole model": model}).items()]
+    print(columns(rows, "layer={layer} | " + " | ".join(f"{step}, s={{{step}:.3f}}" for step in model)), summary)
+    versions = {each.__name__: each.__version__ for each in (torch, transformers, lkq_hf)}
+    result = {
+        "settings": settings(given),
+        "hardware": torch.cuda.get_device_name() if given.device.startswith("cuda") else "CPU",
+        "versions": versions,
+        "layers_seconds": layers,
+        "model_seconds": model,
+        "summary_seconds": summary,
+    }
+    save(given.out, result)
 
 
 if __name__ == "__main__":

@@ -31,10 +31,9 @@ from typing import Any
 
 import torch
 from common import describe
-from quantization import load
+from quantization import load, statistics_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor, multiprocessing, nn
-from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -141,25 +140,19 @@ def autoround(
     return model, {"peer_version": auto_round.__version__, "layers": changed}
 
 
-@torch.no_grad()
 def measure(model: PreTrainedModel, original: PreTrainedModel, texts: dict[str, Tensor]) -> dict[str, Any]:
     """Losses over full precision by window, and how the two models' predictions differ by token."""
     increase: dict[str, list[float]] = {}
     divergences, equal = [], []
+    size = 4 if model.device.type == "cuda" else 1
     for name, windows in texts.items():
-        increase[name] = []
-        for batch in windows.split(4 if model.device.type == "cuda" else 1):
-            batch = batch.to(model.device).long()
-            log_probabilities = []
-            for each in (model, original):
-                logits = each(input_ids=batch, use_cache=False).logits[:, :-1].float()
-                log_probabilities.append(logits.log_softmax(-1))
-            found, wanted = log_probabilities
-            gap = (wanted - found).gather(-1, batch[:, 1:, None]).squeeze(-1)
-            increase[name] += [round(value, 5) for value in gap.mean(1).tolist()]
-            divergences.append(F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1).flatten())
-            equal.append((found.argmax(-1) == wanted.argmax(-1)).flatten())
-    divergence = torch.cat(divergences).cpu()
+        found = statistics_of(model, windows.long(), size, original)
+        base = statistics_of(original, windows.long(), size)["nll"]
+        pairs = zip(found["nll"], base, strict=True)
+        increase[name] = [round(statistics.fmean(own) - statistics.fmean(full), 5) for own, full in pairs]
+        divergences.append(torch.tensor(found["kl"]).flatten())
+        equal.append(torch.tensor(found["same_top"]).flatten())
+    divergence = torch.cat(divergences)
     return {
         "mean": {name: round(statistics.fmean(values), 4) for name, values in increase.items()},
         "worst_window": max(max(values) - statistics.fmean(values) for values in increase.values()),

@@ -35,8 +35,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from common import describe
+from common import describe, save, seconds_of, synchronize
 from peft import get_peft_model
+from tables import machine, table
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
 
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
@@ -144,22 +145,9 @@ def _per_layer(run: Callable[[int], dict[str, float]]) -> dict[str, dict[str, fl
     return {key: {"layer": (three[key] - one[key]) / 2, "rest": (3 * one[key] - three[key]) / 2} for key in one}
 
 
-def _seconds(operation: Callable[[], Any], device: str, repeats: int = 3) -> float:
+def _seconds(operation: Callable[[], Any], repeats: int = 3) -> float:
     """Median over runs after one that compiles and allocates."""
-    operation()
-    times = []
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        operation()
-        _synchronize(device)
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    return statistics.median(seconds_of(operation, repeats)[0])
 
 
 def _collect(device: str) -> None:
@@ -192,7 +180,7 @@ def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
 
-        return {"seconds": _seconds(step, device), "bytes": _peak(device)}
+        return {"seconds": _seconds(step), "bytes": _peak(device)}
 
 
 def _row(tokens: int, shrink: int) -> dict[str, list[int]]:
@@ -210,7 +198,7 @@ def _decoding(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
     ids = torch.randint(3, 1000 // shrink, (batch, tokens), device=device)
     with torch.no_grad():
         first, more = (
-            _seconds(lambda count=count: model.generate(ids, max_new_tokens=count, do_sample=False), device, 2)  # type: ignore[misc]
+            _seconds(lambda count=count: model.generate(ids, max_new_tokens=count, do_sample=False), 2)  # type: ignore[misc]
             for count in (1, 1 + few)
         )
     return {"prompt": first / batch, "token": (more - first) / few / batch}
@@ -251,10 +239,10 @@ def _solving(sizes: dict[str, int], device: str) -> dict[str, float]:
         quantize_weight(weight[:128], moments, settings)  # compiles
 
         def solve(weight: torch.Tensor = weight, moments: InputMoments = moments) -> float:
-            _synchronize(device)
+            synchronize()
             start = time.perf_counter()
             quantize_weight(weight, moments, settings)
-            _synchronize(device)
+            synchronize()
             return time.perf_counter() - start
 
         half = solve()
@@ -286,11 +274,11 @@ class _Clock(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == 2 and self.device.startswith("cuda"):
             torch.cuda.reset_peak_memory_stats()
-        _synchronize(self.device)
+        synchronize()
         self._start = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        _synchronize(self.device)
+        synchronize()
         self.seconds.append(time.perf_counter() - self._start)
 
 
@@ -331,8 +319,8 @@ def _bandwidth(device: str, shrink: int) -> float:
     part = torch.ones(2**28 // shrink**4 // processes, device=device)
     whole = part.repeat(processes)
     sent = whole.numel() * whole.element_size() * (processes - 1) / processes
-    reducing = _seconds(lambda: torch.distributed.all_reduce(whole), device)
-    gathering = _seconds(lambda: torch.distributed.all_gather_into_tensor(whole, part), device)
+    reducing = _seconds(lambda: torch.distributed.all_reduce(whole))
+    gathering = _seconds(lambda: torch.distributed.all_gather_into_tensor(whole, part))
     return min(2 * sent / reducing, sent / gathering) / 1e9
 
 
@@ -502,41 +490,33 @@ def predicted(run: dict[str, Any], results: dict[str, Any]) -> tuple[float, floa
 def tables(results: dict[str, Any]) -> str:
     if not results["models"]:
         return NOT_MEASURED
-    lines = []
+    parts = []
+    links = results.get("links", {})
     for title, cost in (("An adapter", training_cost), ("A quantized checkpoint", quantization_cost)):
-        lines += [f"### {title}", "", "| GPUs | " + " | ".join(MODELS) + " |", "|---" * (len(MODELS) + 1) + "|"]
-        links = results.get("links", {})
-        for gpus in GPUS:
-            cells = [_cell(cost(name, results["models"].get(name, {}), gpus, links)) for name in MODELS]
-            lines.append(f"| {gpus} | " + " | ".join(cells) + " |")
-        lines.append("")
-    hardware = results.get("hardware", {})
-    versions = ", ".join(f"{package} {version}" for package, version in hardware.get("versions", {}).items())
-    measured = f"Measured on: {hardware.get('gpu') or hardware.get('cpu')}; {versions}."
+        rows = [
+            [str(gpus), *(_cell(cost(name, results["models"].get(name, {}), gpus, links)) for name in MODELS)]
+            for gpus in GPUS
+        ]
+        parts += [f"### {title}", table(["GPUs", *MODELS], rows)]
+    hardware = results.get("hardware") or {"versions": {}}
+    measured = f"Measured on: {machine(hardware)}."
     if results.get("shrink", 1) != 1:
         measured += f" **A check of the script, with models shrunk by {results['shrink']}: the figures mean nothing.**"
-    return "\n".join([measured, "", *lines, *_checks(results)]).rstrip()
+    return "\n\n".join([measured, *parts, *_checks(results)])
 
 
 def _checks(results: dict[str, Any]) -> list[str]:
-    runs = results.get("checks", [])
-    if not runs:
-        return []
-    lines = [
-        "### Runs of whole models, and what is computed for them",
-        "",
-        "| run | GPUs | seconds | computed | GiB of each GPU | computed |",
-        "|---" * 6 + "|",
-    ]
-    for run in runs:
+    rows = []
+    for run in results.get("checks", []):
         what = f"{run['layers']} layers of the {run['model']} model, {run['tokens']:,} tokens"
         work = "a training step" if run["work"] == "training" else "quantizing"
         found = predicted(run, results)
         seconds, size = ("", "") if found is None else (f"{found[0]:.2f}", f"{found[1] / GIB:.1f}")
         gpus = f"{run['gpus']} ({run['plan']})" if run["gpus"] > 1 else "1"
-        cells = [f"{work}: {what}", gpus, f"{run['seconds']:.2f}", seconds, f"{run['bytes'] / GIB:.1f}", size]
-        lines.append("| " + " | ".join(cells) + " |")
-    return [*lines, ""]
+        measured = f"{run['seconds']:.2f}", f"{run['bytes'] / GIB:.1f}"
+        rows.append([f"{work}: {what}", gpus, measured[0], seconds, measured[1], size])
+    header = ["run", "GPUs", "seconds", "computed", "GiB of each GPU", "computed"]
+    return ["### Runs of whole models, and what is computed for them", table(header, rows)] if rows else []
 
 
 NOT_MEASURED = (
@@ -553,11 +533,11 @@ def _cell(cost: Cost | str) -> str:
 
 
 def assumptions(links: dict[str, float]) -> str:
+    found = {**RECIPE, **ASSUMED, **links}
     rows = [
-        f"| {name.replace('_', ' ')} | {value:,}{' (measured)' if name in links else ''} |"
-        for name, value in {**RECIPE, **ASSUMED, **links}.items()
+        [name.replace("_", " "), f"{value:,}{' (measured)' if name in links else ''}"] for name, value in found.items()
     ]
-    return "\n".join(["| assumed | |", "|---|---|", *rows])
+    return table(["assumed", ""], rows)
 
 
 def generated(results: dict[str, Any]) -> str:
@@ -606,8 +586,7 @@ def main(arguments: list[str] | None = None) -> None:
     results = merged(results, options.merge)
 
     def write() -> None:
-        options.results.parent.mkdir(parents=True, exist_ok=True)
-        options.results.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.results, results)
 
     def save_check(found: dict[str, Any]) -> None:
         results["links"] |= found["links"]

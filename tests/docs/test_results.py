@@ -37,10 +37,10 @@ def test_a_number_in_a_sentence_is_written(tmp_path):
         import pages
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-    text = "It took <!-- value: quantization_speed summary_seconds/default method .0f -->1<!-- end --> s."
+    text = "It took <!-- value: quantization_speed summary_seconds::default method .0f -->1<!-- end --> s."
     seconds = pages.load("quantization_speed")["summary_seconds"]["default method"]
     assert pages.rendered(text) == text.replace("-->1<", f"-->{seconds:.0f}<")
-    assert pages.value("quantization_speed", "summary_seconds/default method", "60", ".0f") == f"{60 * seconds:.0f}"
+    assert pages.value("quantization_speed", "summary_seconds::default method", "60", ".0f") == f"{60 * seconds:.0f}"
 
 
 def test_scripts_that_pages_name_exist():
@@ -49,6 +49,12 @@ def test_scripts_that_pages_name_exist():
     for page in pages:
         for name in re.findall(r"benchmarks/([\w/]+\.(?:py|sh))", page.read_text(encoding="utf-8")):
             assert (ROOT / "benchmarks" / name).is_file(), f"{page.name} names benchmarks/{name}"
+
+
+def test_no_number_begins_a_line():
+    """A comment at the beginning of a line ends the paragraph."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        assert not re.search(r"^\s*<!-- value", page.read_text(encoding="utf-8"), re.MULTILINE), page.name
 
 
 def test_the_readme_has_no_measured_numbers_of_its_own():

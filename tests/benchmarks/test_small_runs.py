@@ -1,0 +1,48 @@
+"""The benchmarks' small runs: every cell of theirs is measured, without an error."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(tmp_path, script, *options):
+    out = tmp_path / "results.json"
+    command = [sys.executable, str(BENCHMARKS / script), *options, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert not done.returncode, done.stderr
+    return json.loads(out.read_text())
+
+
+def test_decode_speed(tmp_path):
+    cells = ("dynamic", "snapkv", "snapkv, static", "lookahead")
+    options = ("--small", "--batches", "1", "--quantized", "4", "--minutes", "9", "--cells", *cells)
+    found = run(tmp_path, "decode_speed.py", *options)
+    assert [cell.get("error") for cell in found["cells"]] == [None] * (len(cells) + 2)
+    assert all(cell["tokens_per_second"] > 0 for cell in found["cells"]) and not found["skipped"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "options", "key"),
+    [
+        ("quantization_speed.py", ("--device", "cpu", "--shrink", "32", "--group-size", "32"), "summary_seconds"),
+        ("training_memory.py", ("--layers", "2", "--lengths", "256"), "rows"),
+        ("cpu_decode.py", ("--hidden", "256", "--layers", "1", "--tokens", "1"), "rows"),
+        ("experts.py", ("--small",), "packed"),
+    ],
+)
+def test_it_measures(tmp_path, script, options, key):
+    assert run(tmp_path, script, *options)[key]
+
+
+def test_results_of_pages_have_reports(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import report
+
+    pages = {path.stem for path in report.RESULTS.glob("*.md")} - {"README", "quantization_look_further"}
+    assert pages - {"method_comparison"} <= report.REPORTS.keys()
