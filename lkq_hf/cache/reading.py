@@ -61,7 +61,7 @@ class Decoding:
             return attend_over(call, None, self.text_mask)
         count = self.cache.observed_queries or self.cache.queries_of_pieces
         if count and not torch.compiler.is_compiling():
-            if not self.cache.observed_queries and not self.cache.continues_pieces:
+            if self.cache.queries_of_pieces and not self.cache.continues_pieces:
                 layer.last_queries = None  # of the turn before
             layer.observe(_queries(call), count)
         return attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
