@@ -22,10 +22,6 @@ from tables import columns, load, table
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md"]
 PAGES += [page for folder in ("docs/*.md", "model_cards/*/README.md") for page in sorted(ROOT.glob(folder))]
-    ROOT / "README.md",
-    *sorted((ROOT / "docs").glob("*.md")),
-    *sorted((ROOT / "model_cards").glob("*/README.md")),
-)
 PLACE = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 VALUE = re.compile(r"(<!-- value: (\w+) ([^<>]+?) (?:([\d.]+)\*)?(\S+) -->).*?(<!-- end -->)", re.DOTALL)
 
