@@ -40,9 +40,17 @@ def test_it_measures(tmp_path, script, options, key):
     assert run(tmp_path, script, *options)[key]
 
 
-def test_results_of_pages_have_reports(monkeypatch):
+def test_reports_write_what_is_recorded(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import report
 
-    pages = {path.stem for path in report.RESULTS.glob("*.md")} - {"README", "quantization_look_further"}
-    assert pages - {"method_comparison"} <= report.REPORTS.keys()
+    written = {}
+    monkeypatch.setattr(report, "write", lambda name, *parts: written.update({name: "\n\n".join(parts) + "\n"}))
+    monkeypatch.setattr(report, "IMAGES", tmp_path)
+    for make in report.REPORTS.values():
+        make()
+    for name, text in written.items():
+        assert text == (report.RESULTS / f"{name}.md").read_text(encoding="utf-8"), "run: python benchmarks/report.py"
+    assert len(written) > 8 and {path.name for path in tmp_path.iterdir()} == {
+        "eviction_quality.png", "quantization.png", "speed.png"
+    }  # fmt: skip
