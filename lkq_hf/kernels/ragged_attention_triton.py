@@ -45,8 +45,8 @@ class Tile(NamedTuple):
     programs: int
 
 
-def default_tile(query_rows: int, head_dim: int, element_size: int) -> Tile:
-    """The tile for so many query rows of a KV head.
+def default_tile(query_rows: int, head_dim: int, element_size: int, entries: int) -> Tile:
+    """The tile for so many query rows of a KV head, over at most ``entries`` entries of all heads and rows of a batch.
 
     It fits into the 100 kB of shared memory and the registers of the smallest GPUs that are supported.
     """
@@ -56,6 +56,10 @@ def default_tile(query_rows: int, head_dim: int, element_size: int) -> Tile:
         rows = min(rows, 32 if block_dim <= 64 else 16)
         return Tile(rows, entries=16, warps=4 if block_dim <= 64 else 8, stages=2, programs=32)
     rows = min(rows, 64 if block_dim <= 128 else 32)
+    if rows == _LEAST_ROWS and block_dim <= 128:
+        # Few entries are not worth many parts, whose sums have to be combined.
+        programs = min(max(next_power_of_2(max(entries // 32_768, 1)), 8), 64)
+        return Tile(rows, entries=min(128, 4096 // block_dim), warps=4, stages=3, programs=programs)
     return Tile(
         rows,
         entries=min(128, 8192 // block_dim),
@@ -89,7 +93,9 @@ def ragged_attention_triton(
             tensor.float() for tensor in (query, keys, values, tail_key, tail_value)
         )
     query, keys, values, tail_key, tail_value = map(_unit_stride, (query, keys, values, tail_key, tail_value))
-    tile = tile or default_tile(groups * q, max(head_dim, value_dim), query.element_size())
+    if tile is None:
+        widest = max(head_dim, value_dim)
+        tile = default_tile(groups * q, widest, query.element_size(), batch * kv_heads * longest)
 
     row_blocks = ceil_div(groups * q, tile.rows)
     blocks = batch * kv_heads * row_blocks

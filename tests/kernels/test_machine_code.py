@@ -61,7 +61,7 @@ pointers = {
     **dict.fromkeys(("query", "keys", "values", "tail_key", "tail_value", "output"), "*bf16"),
     **{"starts": "*i64", "lengths": "*i32", "partial": "*fp32", "statistics": "*fp32", "tail_mask": "*u8"},
 }
-tile = default_tile(query_rows, head_dim, 2)
+tile = default_tile(query_rows, head_dim, 2, 2**17)
 constants = {
     "sinks": None, "GROUPS": 4, "HEAD_DIM": head_dim, "VALUE_DIM": head_dim, "HAS_SOFTCAP": False,
     "WHOLE": bool(whole), "BLOCK_ROWS": tile.rows, "BLOCK_ENTRIES": tile.entries, "BLOCK_HEAD_DIM": head_dim,
