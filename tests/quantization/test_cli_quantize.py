@@ -57,6 +57,26 @@ def test_an_export_says_which_readers_were_tested(files):
     assert "no reader was tested that loads this export" in result.output and "docs/serving.md" in result.output
 
 
+@pytest.mark.parametrize(
+    ("options", "format", "readers"),
+    [
+        (["--sym"], "gptq", ["GPTQModel", "transformers with GPTQModel", "vLLM"]),
+        (["--no-sym"], "gptq", ["GPTQModel", "transformers with GPTQModel"]),
+        (["--bits", "3"], "gptq", ["GPTQModel", "transformers with GPTQModel"]),
+        (["--no-sym"], "compressed-tensors", ["compressed-tensors", "transformers with compressed-tensors", "vLLM"]),
+        (["--bits", "8"], "compressed-tensors", ["compressed-tensors", "transformers with compressed-tensors"]),
+    ],
+)
+def test_an_export_names_its_readers(files, options, format, readers):
+    pytest.importorskip("compressed_tensors")
+    assert run(files, "--preset", "paper", *options).exit_code == 0
+    app = typer.Typer()
+    app.command()(export)
+    arguments = [str(files / "out"), "--out", str(files / "export"), "--format", format, "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert json.loads(result.stdout)["tested_readers"] == readers
+
+
 def test_bits_by_layer(files):
     result = run(files, "--bits", "3.3", "--preset", "paper")
     assert result.exit_code == 0, result.output
