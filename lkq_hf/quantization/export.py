@@ -142,7 +142,12 @@ def known_readers(out: str | Path) -> list[str]:
             return []
         # vLLM, tested on a CPU, takes 4 bits only, and of gptq symmetric ones.
         by_vllm = settings["bits"] == 4 and settings["sym"]
-        return ["GPTQModel", "transformers with GPTQModel", *(["vLLM"] if by_vllm else [])]
+        by_transformers = settings["bits"] == 4 or (settings["bits"] == 3 and not settings["sym"])
+        return [
+            "GPTQModel",
+            *(["transformers with GPTQModel"] if by_transformers else []),
+            *(["vLLM"] if by_vllm else []),
+        ]
     groups = settings["config_groups"].values()
     # transformers fuses experts in memory and finds none in full precision to fuse. It unpacks asymmetric weights only
     # while it loads them, and takes all for those of one group then.

@@ -62,7 +62,8 @@ def test_an_export_says_which_readers_were_tested(files):
     [
         (["--sym"], "gptq", ["GPTQModel", "transformers with GPTQModel", "vLLM"]),
         (["--no-sym"], "gptq", ["GPTQModel", "transformers with GPTQModel"]),
-        (["--bits", "3"], "gptq", ["GPTQModel", "transformers with GPTQModel"]),
+        (["--bits", "8"], "gptq", ["GPTQModel"]),
+        (["--bits", "3", "--no-sym"], "gptq", ["GPTQModel", "transformers with GPTQModel"]),
         (["--no-sym"], "compressed-tensors", ["compressed-tensors", "transformers with compressed-tensors", "vLLM"]),
         (["--bits", "8"], "compressed-tensors", ["compressed-tensors", "transformers with compressed-tensors"]),
     ],
