@@ -314,7 +314,7 @@ def training_memory() -> str:
     return columns(
         load("training_memory")["rows"],
         "prompt={length:,} tokens | its cache={prompt's cache:.2f} | held in full={all held:.1f} | "
-        "with `--recompute`={recomputed:.1f} | and one layer at a time={one layer:.1f}",
+        "with `recompute`={recomputed:.1f} | and one layer at a time={one layer:.1f}",
     )
 
 

@@ -250,7 +250,7 @@ class Quantized:
 
     def __str__(self) -> str:
         """With its share, if that is not everything."""
-        percent = f" {100 * float(self.share):.1f} %" if self.stays else ""
+        percent = f" {100 * float(self.share):.2f} %" if self.stays else ""
         return f"`{self.quantized}`{percent}{'*' if self.reason == TINY else ''}"
 
 
@@ -303,22 +303,15 @@ MOST_NAMES = 4
 
 
 def held_back(names: list[str]) -> str:
-    """The largest of what stays in full precision: a whole stack by its name, other modules by the end of theirs."""
-    stacks: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        stacks[name.partition(".*.")[0] if ".*." in name else name].append(name)
-    shown = []
-    for stack, members in stacks.items():
-        several = (len(members) > MOST_NAMES and len(stacks) > 1) or not members[0].startswith(stack + ".*.")
-        shown += [f"`{stack}`"] if several else [f"`{'.'.join(each.split('.')[-2:])}`" for each in members]
-    shown = list(dict.fromkeys(shown))
+    """The largest of what stays in full precision; of other stacks than the one that is quantized, their names."""
+    shown = list(dict.fromkeys(f"`{name.partition('.*')[0]}`" for name in names))
     more = f" and {len(shown) - MOST_NAMES} more" if len(shown) > MOST_NAMES else ""
     return ", ".join(shown[:MOST_NAMES]) + more
 
 
 def why_not_quantized(found: Quantized) -> str:
     """The reason without names that only one type has, and without what to do instead."""
-    text = found.reason.replace("|", "\\|").partition("\n")[0]
+    text = found.reason.replace("|", "\\|")
     if found.state != "refused":
         return f"not tried: {text}"
     text = re.sub(r"\b\w+For\w+|\b\w+Model\b", "…", text)

@@ -147,7 +147,7 @@ PARTICULAR = {
     "dots1": {"n_shared_experts": 1},
     "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"], "adapter_in_dim": 32, "adapter_out_dim": 64},
     "dots3_note_audio_encoder": {"adapter_input_size": 32, "adapter_out_dim": 64},
-    "dots3_note_text": HEADS | {"index_n_heads": 2, "index_head_dim": 16},
+    "dots3_note_text": HEADS | {"index_n_heads": 2, "index_head_dim": 32},
     "falcon_h1": {"num_logits_to_keep": LEFT_OUT},
     "gemma3_text": WINDOWS,
     "gemma3n_text": SHARED | {"laurel_rank": 8},

@@ -136,12 +136,26 @@ def known_readers(out: str | Path) -> list[str]:
     experts = any(re.search(r"\.experts\.\d+\..*\.(qweight|weight_packed)$", name) for name in names)
     if settings["quant_method"] == "gptq":
         mixed = any("bits" in rule for rule in settings.get("dynamic", {}).values())
-        return [] if experts or mixed else ["GPTQModel"]
+        if experts or mixed:
+            return []
+        # vLLM, tested on a CPU, takes 4 bits only, and of gptq symmetric ones.
+        by_vllm = settings["bits"] == 4 and settings["sym"]
+        by_transformers = settings["bits"] == 4 or (settings["bits"] == 3 and not settings["sym"])
+        return [
+            "GPTQModel",
+            *(["transformers with GPTQModel"] if by_transformers else []),
+            *(["vLLM"] if by_vllm else []),
+        ]
     groups = settings["config_groups"].values()
     # transformers fuses experts in memory and finds none in full precision to fuse. It unpacks asymmetric weights only
     # while it loads them, and takes all for those of one group then.
     by_transformers = not experts and (len(groups) == 1 or all(group["weights"]["symmetric"] for group in groups))
-    return ["compressed-tensors", *(["transformers with compressed-tensors"] if by_transformers else [])]
+    by_vllm = not experts and {group["weights"]["num_bits"] for group in groups} == {4}
+    return [
+        "compressed-tensors",
+        *(["transformers with compressed-tensors"] if by_transformers else []),
+        *(["vLLM"] if by_vllm else []),
+    ]
 
 
 def _refuse_conv1d(model: PreTrainedModel) -> None:

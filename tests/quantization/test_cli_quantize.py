@@ -32,7 +32,7 @@ def run(files, *options):
 def test_a_checkpoint_comes_out(files, extra):
     result = run(files, "--bits", "3", "--group-size", "64", "--no-sym", "--preset", "paper", *extra)
     assert result.exit_code == 0, result.output
-    assert "peak memory" in result.output
+    assert "peak memory" in result.output and "100.0 % of the linear weights are quantized" in result.output
     model = AutoModelForCausalLM.from_pretrained(files / "out")
     assert any(isinstance(module, QuantizedLinear) for module in model.modules())
     stored = json.loads((files / "out" / "config.json").read_text())["quantization_config"]
@@ -55,6 +55,27 @@ def test_an_export_says_which_readers_were_tested(files):
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert "no reader was tested that loads this export" in result.output and "docs/serving.md" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "format", "readers"),
+    [
+        (["--sym"], "gptq", ["GPTQModel", "transformers with GPTQModel", "vLLM"]),
+        (["--no-sym"], "gptq", ["GPTQModel", "transformers with GPTQModel"]),
+        (["--bits", "8"], "gptq", ["GPTQModel"]),
+        (["--bits", "3", "--no-sym"], "gptq", ["GPTQModel", "transformers with GPTQModel"]),
+        (["--no-sym"], "compressed-tensors", ["compressed-tensors", "transformers with compressed-tensors", "vLLM"]),
+        (["--bits", "8"], "compressed-tensors", ["compressed-tensors", "transformers with compressed-tensors"]),
+    ],
+)
+def test_an_export_names_its_readers(files, options, format, readers):
+    pytest.importorskip("compressed_tensors")
+    assert run(files, "--preset", "paper", *options).exit_code == 0
+    app = typer.Typer()
+    app.command()(export)
+    arguments = [str(files / "out"), "--out", str(files / "export"), "--format", format, "--json"]
+    result = CliRunner().invoke(app, arguments)
+    assert json.loads(result.stdout)["tested_readers"] == readers
 
 
 def test_bits_by_layer(files):
