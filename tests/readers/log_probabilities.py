@@ -1,9 +1,8 @@
 """Log-probabilities of tokens, by which engines are compared with this package."""
 
 import torch
-from transformers import AutoModelForCausalLM
-
 from lkq_hf.evaluation.models import smollm2_directory
+from transformers import AutoModelForCausalLM
 
 
 def log_probabilities(path, rows, dtype):
