@@ -281,6 +281,14 @@ def test_decoders_of_other_construction_are_quantized_and_stay_close(make, token
     assert all(entry.losses["descent"] <= entry.losses["gptq"] * 1.001 for entry in report.layers)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_that_lies_on_a_gpu_is_quantized_there(tokens, tiny_llama):
+    model = copy.deepcopy(tiny_llama).cuda()
+    walk(model, tokens, config(bits=8), device="cuda")
+    assert all(buffer.is_cuda for layer in packed(model).values() for buffer in layer.buffers())
+
+
 def test_the_deviation_is_zero_before_anything_is_quantized_and_not_after(tokens, monkeypatch, tiny_llama):
     seen = []
     original = walk_module.quantize_weight
