@@ -195,7 +195,11 @@ def test_quantize_and_export_as_json(run, base, texts, tmp_path):
     assert stored["meta"]["base_model"] == "alice/base"
 
     code, out, _ = run("export", tmp_path / "w4", "--format", "gptq", "--out", tmp_path / "gptq", "--json")
-    exported = {"checkpoint": str(tmp_path / "gptq"), "format": "gptq", "tested_readers": ["GPTQModel"]}
+    exported = {
+        "checkpoint": str(tmp_path / "gptq"),
+        "format": "gptq",
+        "tested_readers": ["GPTQModel", "transformers with GPTQModel", "vLLM"],
+    }
     assert (code, json.loads(out)) == (0, exported)
 
 

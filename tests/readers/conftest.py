@@ -1,7 +1,7 @@
 """Checkpoints for the readers."""
 
 import pytest
-from lkq_hf.evaluation.models import smollm2_directory
+from real_models import smollm2_directory
 from transformers import AutoTokenizer
 
 from lkq_hf.quantization import TwoStageQuantizer

@@ -1,7 +1,7 @@
 """Log-probabilities of tokens, by which engines are compared with this package."""
 
 import torch
-from lkq_hf.evaluation.models import smollm2_directory
+from real_models import smollm2_directory
 from transformers import AutoModelForCausalLM
 
 
