@@ -16,15 +16,18 @@ LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[#)])")
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Adds what pages link to. mkdocs itself warns of links to nothing."""
+    """Adds what pages link to, and what these link to. mkdocs itself warns of links to nothing."""
     root = Path(config.docs_dir).parent
-    for page in list(files.documentation_pages()):
+    pages = list(files.documentation_pages())
+    for page in pages:  # grows
         for link in LINK.findall(page.content_string):
             path = target(page.src_uri, link, config)
             if files.get_file_from_path(path) is None and (root / path).is_file():
                 file = File.generated(config, path, abs_src_path=str(root / path))
                 file.inclusion = InclusionLevel.NOT_IN_NAV
                 files.append(file)
+                if file.is_documentation_page():
+                    pages.append(file)
     return files
 
 
