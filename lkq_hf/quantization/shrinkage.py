@@ -9,7 +9,7 @@ def common_share(tokens: int, in_features: int) -> float:
     """The part of common moments in the mixture for something that saw `tokens` tokens of its own.
 
     The common moments count as much as `in_features` own tokens would, the number below which the moments of own
-    tokens alone are singular. `benchmarks/expert_moments.py` compares this with other rules on a real model.
+    tokens alone are singular.
 
     Returns:
         From 0 (many tokens) to 1 (none).
