@@ -7,12 +7,10 @@
 With ``--read-first`` the text is read, and evicted, before anything is asked. Methods: the full cache; LookaheadKV and
 SnapKV, each with entries parked in main memory and without; sinks + recent.
 Each reports the share of right answers by turn, and the bytes of its cache on the model's device after each turn.
-Writes OUT.json and OUT.md. ``--small`` is a smoke test for a CPU.
+Writes OUT.json; report.py makes the table. ``--small`` is a smoke test for a CPU.
 """
 
-import argparse
 import itertools
-import json
 import random
 import time
 from collections.abc import Callable
@@ -21,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from real_models import smollm2_directory
-from tables import table
+from common import DEVICE, parser, real_model, save
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
-from lkq_hf import LookaheadCache, prepare_model_for_eviction
+from lkq_hf import LookaheadCache
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.prefill import cache_bytes
 from lkq_hf.evaluation.tasks.base import Draft
@@ -153,52 +150,24 @@ def methods(budgets: list[int], with_adapter: bool, with_parked: bool) -> dict[s
     return found
 
 
-def report(results: dict[str, Any]) -> str:
-    about = results["about"]
-    parts = [
-        "# Conversations of several turns over one text",
-        f"{about['hardware']['name']}; {results['seconds']:.0f} s.",
-    ]
-    for length, rows in results["lengths"].items():
-        turns = len(next(iter(rows.values()))["right"])
-        full = rows["full cache"]["right"]
-        cells = []
-        for name, row in rows.items():
-            share = [value / whole if whole else 0.0 for value, whole in zip(row["right"], full, strict=True)]
-            shown = row["right"] if name == "full cache" else share
-            cells.append([name, *(f"{value:.2f}" for value in shown), f"{row['bytes'][0]:,}", f"{row['bytes'][-1]:,}"])
-        header = ["cache", *(f"turn {turn + 1}" for turn in range(turns)), "bytes, turn 1", f"bytes, turn {turns}"]
-        parts.append(f"## {length} tokens, {results['conversations']} conversations")
-        parts.append("Right answers of the full cache; of the others the share of the full cache's.")
-        parts.append(table(header, cells))
-    return "\n\n".join(parts) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", type=Path, required=True)
-    parser.add_argument("--adapter")
-    parser.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096])
-    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--conversations", type=int, default=64)
-    parser.add_argument("--turns", type=int, default=8)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--read-first", action="store_true", help="read the text before the first question")
-    parser.add_argument("--not-parked", action="store_true", help="leave out what is parked")
-    parser.add_argument("--small", action="store_true")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--texts", nargs="+", type=Path, required=True)
+    options.add_argument("--adapter")
+    options.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096])
+    options.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
+    options.add_argument("--conversations", type=int, default=64)
+    options.add_argument("--turns", type=int, default=8)
+    options.add_argument("--batch-size", type=int, default=64)
+    options.add_argument("--device", default=DEVICE)
+    options.add_argument("--read-first", action="store_true", help="read the text before the first question")
+    options.add_argument("--not-parked", action="store_true", help="leave out what is parked")
+    options.add_argument("--small", action="store_true")
+    arguments = options.parse_args()
     if arguments.small:
         arguments.lengths, arguments.budgets, arguments.conversations, arguments.turns = [512], [64], 2, 3
     started = time.monotonic()
-    directory = smollm2_directory()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
-    dtype = torch.bfloat16 if arguments.device.startswith("cuda") else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(arguments.device).eval()
-    if arguments.adapter:
-        model.load_adapter(arguments.adapter)
-    prepare_model_for_eviction(model)
+    model, tokenizer = real_model(adapter=arguments.adapter, device=arguments.device)
     corpus = Corpus(read_documents(arguments.texts), tokenizer)
     caches = methods(arguments.budgets, bool(arguments.adapter), not arguments.not_parked)
     results: dict[str, Any] = {
@@ -222,10 +191,7 @@ def main() -> None:
                 sizes = [total + each for total, each in zip(sizes, bytes_by_turn, strict=True)]
             rows[name] = {"right": [value / len(made) for value in right], "bytes": sizes}
             results["seconds"] = time.monotonic() - started
-            arguments.out.parent.mkdir(parents=True, exist_ok=True)
-            arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(report(results))
-    print(report(results))
+            save(arguments.out, results)
 
 
 if __name__ == "__main__":

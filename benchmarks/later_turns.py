@@ -8,17 +8,16 @@ all through ``generate``: milliseconds until a turn's first token, and of a deco
 turns. With entries parked in main memory and without, growing and static (compiled), beside transformers' own caches.
 """
 
-import argparse
 import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe
+from common import describe, parser, save
 from decode_speed import DEVICE, LLAMA_8B, SMALL, StepClock, build_models, free_memory, synchronize
+from tables import RESULTS
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
@@ -73,10 +72,9 @@ class FirstToken(StepClock):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "later_turns.json")
-    options = parser.parse_args()
+    arguments = parser(__doc__, RESULTS / "later_turns.json")
+    arguments.add_argument("--small", action="store_true")
+    options = arguments.parse_args()
     prompt, budget, tokens = (512, 32, 8) if options.small else (32_768, 1024, 24)
     plain, adapted = build_models(SMALL if options.small else LLAMA_8B)
     rows: dict[str, tuple[Any, Callable[[], Cache]]] = {
@@ -93,7 +91,7 @@ def main() -> None:
             continue
         results[name] = converse(model, empty(), prompt, tokens)
         print(name, json.dumps(results[name]), flush=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.out, results)
     free_memory()
 
 

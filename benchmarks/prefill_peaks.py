@@ -8,16 +8,15 @@ keeps the same), in chunks of 8,192, and in chunks with everything parked in mai
 what is allocated beyond the weights (activations and cache), and what stays allocated (the cache).
 """
 
-import argparse
 import json
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe
+from common import describe, parser, save
 from decode_speed import DEVICE, LLAMA_8B, SMALL, build_models, free_memory, synchronize
+from tables import RESULTS
 
 from lkq_hf import LookaheadCache
 
@@ -44,10 +43,9 @@ def read(model: Any, length: int, chunk: int, cache: LookaheadCache) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "prefill_peaks.json")
-    options = parser.parse_args()
+    arguments = parser(__doc__, RESULTS / "prefill_peaks.json")
+    arguments.add_argument("--small", action="store_true")
+    options = arguments.parse_args()
     length, budget, chunk = (1024, 32, 128) if options.small else (131_072, 1024, 8192)
     _, model = build_models(SMALL if options.small else LLAMA_8B)
     ways: dict[str, tuple[int, Callable[[], LookaheadCache]]] = {
@@ -62,7 +60,7 @@ def main() -> None:
     for name, (piece, empty) in ways.items():
         rows[name] = read(model, length, piece, empty())
         print(name, json.dumps(rows[name]), flush=True)
-        options.output.write_text(json.dumps(results, indent=1) + "\n")
+        save(options.out, results)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,15 @@ storage that grows and with static shapes (compiled). A pass takes what its step
 first two passes, which compile and record, are listed apart. The slow-down is one pass for every 256 steps.
 """
 
-import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from common import describe
+from common import describe, parser, save
 from decode_speed import DEVICE, LLAMA_8B, SMALL, StepClock, build_models
+from tables import RESULTS
 
 from lkq_hf import LookaheadCache
 
@@ -68,11 +67,10 @@ def measure(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", action="store_true")
-    parser.add_argument("--scorers", nargs="+", default=["lookahead", "snapkv"])
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "refresh.json")
-    options = parser.parse_args()
+    arguments = parser(__doc__, RESULTS / "refresh.json")
+    arguments.add_argument("--small", action="store_true")
+    arguments.add_argument("--scorers", nargs="+", default=["lookahead", "snapkv"])
+    options = arguments.parse_args()
     prompt, budget, every = (512, 32, 16) if options.small else (32_768, 1024, 256)
     _, model = build_models(SMALL if options.small else LLAMA_8B)
     results: dict[str, Any] = {"hardware": describe(), "prompt": prompt, "budget": budget, "refresh_every": every}
@@ -81,7 +79,7 @@ def main() -> None:
             name = f"{scorer}, {'static' if static else 'growing'}"
             results[name] = measure(model, scorer, prompt, budget, every, 5 if static else 3, static)
             print(name, json.dumps(results[name]), flush=True)
-            options.output.write_text(json.dumps(results, indent=1) + "\n")
+            save(options.out, results)
 
 
 if __name__ == "__main__":

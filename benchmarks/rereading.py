@@ -8,14 +8,12 @@ answers questions about planted facts; other caches are given its answers (teach
 divergence of their next tokens from the full cache's, in nats a token, and seconds of reading the turn.
 """
 
-import argparse
-import json
 import time
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 import torch
+from common import parser, save
 from conversations import conversations, later_turn
 from real_models import load_smollm2
 from tables import table
@@ -77,24 +75,21 @@ def report(results: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--conversations", type=int, default=6)
-    parser.add_argument("--turns", type=int, default=5)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--budget", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=48)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--conversations", type=int, default=6)
+    arguments.add_argument("--turns", type=int, default=5)
+    arguments.add_argument("--length", type=int, default=1024)
+    arguments.add_argument("--budget", type=int, default=64)
+    arguments.add_argument("--tokens", type=int, default=48)
+    options = arguments.parse_args()
     model, tokenizer = load_smollm2()
     model.to("cuda" if torch.cuda.is_available() else "cpu").load_adapter(shipped_adapter())  # type: ignore[arg-type]
     corpus = Corpus([{"document": name, "text": text} for name, text in topics.items()], tokenizer)
     rows: dict[str, Any] = {name: {"kl": [], "seconds": []} for name in ("parked", "parked, answers read again")}
     results: dict[str, Any] = {"about": environment(model.device), **vars(options), "rows": rows}
     del results["out"]
-    for count, (first, facts) in enumerate(
-        conversations(corpus, options.conversations, options.length, options.turns)
-    ):
-        texts = [first, *(later_turn(tokenizer, key) for key, _ in facts[1:])]
+    for count, talk in enumerate(conversations(corpus, options.conversations, options.length, options.turns)):
+        texts = [talk.text + talk.question, *(later_turn(tokenizer, key) for key, _ in talk.facts[1:])]
         turns = [torch.tensor([ids], device=model.device) for ids in texts]
         answers = answers_of(model, turns, options.tokens)
         turns = [turns[0], *(torch.cat([a[:, -1:], t], 1) for a, t in zip(answers, turns[1:], strict=False))]
@@ -106,8 +101,7 @@ def main() -> None:
             row["kl"].append(kl)
             row["seconds"].append(seconds)
         results["conversations"] = count + 1
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        save(options.out, results)
         options.out.with_suffix(".md").write_text(report(results))
     print(report(results))
 
