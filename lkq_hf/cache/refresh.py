@@ -14,6 +14,7 @@ from lkq_hf.cache.reading import Reading
 from lkq_hf.cache.recorded import RecordedRefresh
 from lkq_hf.cache.static import StaticEvictedLayer
 from lkq_hf.cache.steady import SteadyRefresh, is_steady
+from lkq_hf.cache.suffix import suffix_inputs
 from lkq_hf.compat import pass_cache
 
 
@@ -76,12 +77,10 @@ def begin_refresh(decoder: PreTrainedModel, cache: EvictedCache, attention_mask:
         positions = mask.sum(-1, keepdim=True).to(device) + following
         whole = torch.cat([mask.to(device), mask.new_ones(batch, length).to(device)], dim=1).long()
     inputs: dict[str, Any] = {
-        "inputs_embeds": suffix.to(decoder.dtype).expand(batch, -1, -1),
+        **suffix_inputs(decoder, suffix, scorer.suffix_per_layer(decoder), batch),
         "attention_mask": whole,
         "position_ids": positions.expand(batch, -1),
         "use_cache": True,
         **pass_cache(cache),
     }
-    if (rows := scorer.suffix_per_layer(decoder)) is not None:
-        inputs["per_layer_inputs"] = rows.to(decoder.dtype).expand(batch, -1, -1, -1)
     return reading, inputs

@@ -22,6 +22,7 @@ from lkq_hf.cache.eviction import Eviction, static_capacity, static_longest
 from lkq_hf.cache.layers import EvictedLayer, LastQueries
 from lkq_hf.cache.prefix import Pool, Prefix, places
 from lkq_hf.cache.static import StaticEvictedLayer
+from lkq_hf.cache.suffix import suffix_inputs
 from lkq_hf.compat import pass_cache
 from lkq_hf.kernels.ragged_attention import causal
 from lkq_hf.scoring import PrefillAttention, Scorer
@@ -34,21 +35,12 @@ def is_steady(cache: EvictedCache, eviction: Eviction) -> bool:
     if kind not in (EvictedLayer, StaticEvictedLayer) or any(type(layer) is not kind for layer in layers):
         return False  # windows and recurrent states
     prefixes = [layer.prefix for layer in layers]
-    if (
-        every is None
-        or not isinstance(cache.budget, int)
-        or cache.park is not None
-        or eviction.processes is not None
-        or None in prefixes
-        or len(
-            {
-                (prefix.pool, prefix.starts.shape, layer.keys.device)
-                for prefix, layer in zip(prefixes, layers, strict=True)
-            }
-        )
-        > 1
-        or first.tail_length != 2 * every
-    ):
+    if every is None or not isinstance(cache.budget, int) or cache.park is not None or eviction.processes is not None:
+        return False
+    if None in prefixes or first.tail_length != 2 * every:
+        return False
+    pairs = zip(prefixes, layers, strict=True)
+    if len({(prefix.pool, prefix.starts.shape, layer.keys.device) for prefix, layer in pairs}) > 1:
         return False
     batch, heads = first.prefix.starts.shape
     capacity = first.prefix.pool.keys.shape[0]
@@ -209,14 +201,12 @@ class SteadyRefresh:
         seen = torch.cat([self.inputs.real, self.inputs.real.new_ones(batch, count)], dim=1)
         self._mask = seen[:, None, None] & causal(count, seen.shape[1], seen.device)
         inputs: dict[str, Any] = {
-            "inputs_embeds": suffix.to(self.decoder.dtype).expand(batch, -1, -1),
+            **suffix_inputs(self.decoder, suffix, self.scorer.suffix_per_layer(self.decoder), batch),
             "attention_mask": self._mask,
             "position_ids": self.inputs.positions,
             "use_cache": True,
             **pass_cache(AppendedTokens()),
         }
-        if (rows := self.scorer.suffix_per_layer(self.decoder)) is not None:
-            inputs["per_layer_inputs"] = rows.to(self.decoder.dtype).expand(batch, -1, -1, -1)
         active = count if self.scorer.uses_adapter else 0
         with attending(self.decoder, self._attend), lookahead_positions(active, (batch, count)):
             self.decoder(**inputs)

@@ -16,6 +16,23 @@ from lkq_hf.scoring.base import PerLayerEmbedding
 _EXTENDED = ("attention_mask", "position_ids")
 
 
+def suffix_inputs(
+    decoder: PreTrainedModel, suffix: torch.Tensor, rows: torch.Tensor | None, batch: int
+) -> dict[str, torch.Tensor]:
+    """What a decoder embeds in a forward of the suffix alone.
+
+    Args:
+        decoder: the stack of layers.
+        suffix: embeddings, ``[1, suffix_length, hidden]``.
+        rows: its embeddings for each layer, ``[1, suffix_length, layers, hidden_per_layer]``, if the model has such.
+        batch: rows of the forward.
+    """
+    inputs = {"inputs_embeds": suffix.to(decoder.dtype).expand(batch, -1, -1)}
+    if rows is not None:
+        inputs["per_layer_inputs"] = rows.to(decoder.dtype).expand(batch, -1, -1, -1)
+    return inputs
+
+
 def append_suffix(
     decoder: PreTrainedModel, kwargs: dict[str, Any], scorer: Scorer, suffix: torch.Tensor, length: int, seen: int
 ) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from lkq_hf.attention import Observer, lookahead_positions, observe_attention
 from lkq_hf.cache.cache import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
 from lkq_hf.cache.modules import forgets, recurrent_modules
+from lkq_hf.cache.suffix import suffix_inputs
 from lkq_hf.compat import pass_cache
 from lkq_hf.kernels.lookahead_scores import lookahead_scores
 from lkq_hf.training.recompute import recomputing_layers
@@ -202,10 +203,7 @@ def lookahead_importance(
     count = tokens.shape[1]
     keys = (getattr(layer, "keys", None) for layer in prompt.layers)
     batch = next(tensor.shape[0] for tensor in keys if tensor is not None)
-    embeds = tokens.to(decoder.dtype).expand(batch, -1, -1)
-    inputs: dict[str, Any] = {"inputs_embeds": embeds}
-    if rows is not None:
-        inputs["per_layer_inputs"] = rows.to(decoder.dtype).expand(batch, -1, -1, -1)
+    inputs = suffix_inputs(decoder, tokens, rows, batch)
 
     @contextmanager
     def looking_ahead(observer: Observer) -> Iterator[None]:
@@ -217,7 +215,7 @@ def lookahead_importance(
 
     layers = recomputing_layers(decoder, again) if recompute else nullcontext()
     with looking_ahead(observe), layers:
-        logits = _read(decoder, model, count, **prompt.inputs(embeds), **inputs)
+        logits = _read(decoder, model, count, **prompt.inputs(inputs["inputs_embeds"]), **inputs)
     if torch.is_grad_enabled():
         # Wrappers learn from the gradient of the model's output that a backward pass begins, and wait for one of every
         # parameter, also of those behind the last scored attention.
