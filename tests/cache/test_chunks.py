@@ -55,17 +55,21 @@ def test_snapkv_observes_the_last_tokens_in_whichever_pieces_they_are(chunk, pad
         assert torch.equal(kept_entries(pieces)[layer], kept)
 
 
+def later_turns(scorer, budget, question, chunk, **first_options):
+    """Tokens and logits of a turn after one of 40 tokens, read at once and in chunks, and the entries stored."""
+    model = lookahead_model("llama", "sdpa")
+    for options in ({}, {"prefill_chunk_size": chunk}):
+        cache = LookaheadCache(budget, scorer, park="cpu")
+        text, _ = generate(model, prompt_ids(1, 40), cache, **first_options)
+        yield *generate(model, torch.cat([text, question], 1), cache, **options), cache.summary()["entries_stored"]
+
+
 @needs_chunked_turns
 def test_pieces_of_a_later_turn_do_not_observe_the_turn_before():
-    model = lookahead_model("llama", "sdpa")
-    first, question = prompt_ids(1, 40), prompt_ids(1, 5, seed=4)
-    results = []
-    for options in ({}, {"prefill_chunk_size": 2}):
-        cache = LookaheadCache(9, SnapKVScorer(window=8), park="cpu")
-        text, _ = generate(model, first, cache, max_new_tokens=1, prefill_chunk_size=30)
-        results.append(generate(model, torch.cat([text, question], 1), cache, **options))
-    assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+    question, options = prompt_ids(1, 5, seed=4), {"max_new_tokens": 1, "prefill_chunk_size": 30}
+    (expected, expected_logits, _), (found, logits, _) = later_turns(SnapKVScorer(window=8), 9, question, 2, **options)
+    assert torch.equal(expected, found)
+    torch.testing.assert_close(expected_logits, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_window_that_spans_pieces_is_kept_without_parking():
@@ -116,16 +120,11 @@ def test_forwards_of_ones_own():
 
 @needs_chunked_turns
 def test_a_later_turn_in_chunks():
-    model = lookahead_model("llama", "sdpa")
-    first, question = prompt_ids(1, 40), prompt_ids(1, 50, seed=4)
-    results = []
-    for options in ({}, {"prefill_chunk_size": 20}):
-        cache = LookaheadCache(7, park="cpu")
-        text, _ = generate(model, first, cache)
-        results.append(generate(model, torch.cat([text, question], 1), cache, **options))
-        assert cache.summary()["entries_stored"] == 7 + 5
-    assert torch.equal(results[0][0], results[1][0])
-    torch.testing.assert_close(results[0][1], results[1][1], atol=1e-4, rtol=1e-4)
+    results = list(later_turns("lookahead", 7, prompt_ids(1, 50, seed=4), 20))
+    (expected, expected_logits, _), (found, logits, _) = results
+    assert [stored for *_, stored in results] == [7 + 5] * 2
+    assert torch.equal(expected, found)
+    torch.testing.assert_close(expected_logits, logits, atol=1e-4, rtol=1e-4)
 
 
 def test_a_later_turn_in_chunks_is_refused_where_transformers_cannot(monkeypatch):
