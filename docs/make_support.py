@@ -213,6 +213,14 @@ def read_outcomes(path: Path) -> list[Outcome]:
     return found
 
 
+def by_letter(names: list[str]) -> str:
+    """A line for each first letter, in which a name is found at a glance; names in backticks, sorted."""
+    lines: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        lines[name[1]].append(name)
+    return "\n".join(f"- {', '.join(each)}" for each in lines.values())
+
+
 def families_part(outcomes: list[Outcome]) -> str:
     families: dict[str, list[Outcome]] = defaultdict(list)
     for outcome in outcomes:
@@ -227,7 +235,7 @@ def families_part(outcomes: list[Outcome]) -> str:
         else:
             others[differences(found)].append(f"`{family}`")
     lists = [
-        (f"Known to transformers {listed(known)} only: " if known else "") + ", ".join(names) + "."
+        (f"Known to transformers {listed(known)} only:\n\n" if known else "") + by_letter(names)
         for known, names in sorted(works.items())
     ]
     rows = sorted(others.items(), key=lambda row: (-len(row[1]), row[0]))
@@ -287,7 +295,7 @@ def quantization_part(outcomes: list[Quantized]) -> str:
     return QUANTIZATION.format(
         count=len(newest),
         versions=listed({each.transformers for each in outcomes}),
-        whole=", ".join(whole) + ".",
+        whole=by_letter(whole),
         parts="\n".join(f"| {names} | {', '.join(map(str, found))} |" for names, found in rows),
         others="\n".join(
             f"| {why} | {', '.join(names)} |" for why, names in sorted(others.items(), key=lambda row: -len(row[1]))
