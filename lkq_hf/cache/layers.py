@@ -1,5 +1,6 @@
 """What a LookaheadCache holds of one layer: a prefix that was evicted to, and an ordinary tail of later tokens."""
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -79,7 +80,8 @@ class EvictedLayer(DynamicLayer):
         self._parked_before = 0
         self.last_queries: LastQueries | None = None
         self.is_reading = False
-        self._returned: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
+        # Weak: what a layer reads is not held until the others have read theirs.
+        self._returned: tuple[weakref.ref[torch.Tensor], ...] = ()
 
     @property
     def evicted_length(self) -> int:
@@ -100,7 +102,7 @@ class EvictedLayer(DynamicLayer):
 
     def end_reading(self) -> None:
         self.is_reading = False
-        self._returned = None, None
+        self._returned = ()
 
     def abandon_reading(self) -> None:
         """Goes back to what was stored before `begin_reading`."""
@@ -115,8 +117,9 @@ class EvictedLayer(DynamicLayer):
 
     def returned(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether they are what the last ``update`` returned, and not made of it by the model."""
-        keys, values = self._returned if self.is_reading else (self.keys, self.values)
-        return keys is key and values is value
+        if not self.is_reading:
+            return self.keys is key and self.values is value
+        return bool(self._returned) and self._returned[0]() is key and self._returned[1]() is value
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
@@ -126,7 +129,7 @@ class EvictedLayer(DynamicLayer):
             if len(parts) > 1:
                 key_states = torch.cat([keys for keys, _ in parts], dim=-2)
                 value_states = torch.cat([values for _, values in parts], dim=-2)
-            self._returned = key_states, value_states
+            self._returned = weakref.ref(key_states), weakref.ref(value_states)
             return key_states, value_states
         self.tokens_seen += key_states.shape[-2]
         return self.append(key_states, value_states)

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import pytest
 import torch
@@ -110,6 +111,23 @@ def test_no_layer_keeps_the_prompt_alive():
     for layer in cache.layers:
         for tensor in (layer.keys, layer.values):
             assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_while_a_prompt_is_read_no_layer_but_one_is_held_in_full(architecture):
+    class NotingScorer(LookaheadScorer):
+        def score(self, attention):
+            read.append(weakref.ref(attention.key))
+            return super().score(attention)
+
+    read, held = [], []
+    model = lookahead_model(architecture)
+    for layer in model.get_decoder().layers:
+        layer.register_forward_hook(lambda *_: held.append(sum(key() is not None for key in read)))
+    with torch.no_grad():
+        model(prompt_ids(2, 40), past_key_values=LookaheadCache(budget=4, scorer=NotingScorer()))
+    assert read
+    assert held == [0] * len(held)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
