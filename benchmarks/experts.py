@@ -105,7 +105,7 @@ def time_model(model: PreTrainedModel, prompt: int, batches: list[int], steps: i
     decode = {}
     for batch in batches:
         cache = DynamicCache(config=model.config)
-        model(input_ids=torch.randint(vocabulary, (batch, 64), device=DEVICE), past_key_values=cache)
+        model(input_ids=torch.randint(vocabulary, (batch, 16), device=DEVICE), past_key_values=cache)
 
         def run(batch: int = batch, cache: DynamicCache = cache) -> None:
             for _ in range(steps):
