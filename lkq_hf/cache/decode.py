@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from lkq_hf.attention import attending, implementation_of
 from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.reading import Decoding
-from lkq_hf.cache.static import StaticEvictedLayer
+from lkq_hf.cache.static import StaticEvictedLayer, StaticSlidingLayer, StaticStorage
+
+# The layers of a cache by the names that configs give to attention.
+_KINDS = {"full_attention": StaticEvictedLayer, "sliding_attention": StaticSlidingLayer}
 
 # Arguments of create_masks_for_generate that add to causality and padding.
 _OTHER_MASKS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
@@ -56,3 +59,54 @@ def next_token_mask(
     mask = mask[:, None, None]
     layer_types = getattr(text_config, "layer_types", None)
     return mask if layer_types is None else dict.fromkeys(layer_types, mask)
+
+
+def masks_are_known(layers: list[Any], config: Any) -> bool:
+    """Whether `masks_on_device` makes the masks that a model with this config needs for a token.
+
+    Args:
+        layers: of a cache.
+        config: of the model.
+    """
+    text_config = config.get_text_config()
+    layer_types = getattr(text_config, "layer_types", None) or ["full_attention"]
+    windows = {layer.sliding_window for layer in layers if isinstance(layer, StaticSlidingLayer)}
+    kinds = {type(layer) for layer in layers}
+    return (
+        implementation_of(text_config) == "sdpa"
+        and len(windows) <= 1
+        and kinds <= set(_KINDS.values())
+        and {_KINDS.get(name) for name in layer_types} == kinds
+    )
+
+
+def masks_on_device(cache: EvictedCache, config: Any, real: torch.Tensor | None) -> Any:
+    """Masks for the next token from numbers that are on the device, so that a graph makes new ones at each replay.
+
+    Args:
+        cache: of which `masks_are_known`.
+        config: of the model.
+        real: ``[batch, prompt + 1]`` bool, False for padding of the text so far, and a last column of True for the
+            tokens to come; None if there is no padding.
+
+    Returns:
+        As `next_token_mask`.
+    """
+    layer_types = getattr(config.get_text_config(), "layer_types", None)
+    masks = {}
+    for name, kind in _KINDS.items():
+        layer = next((layer for layer in cache.layers if type(layer) is kind), None)
+        if layer is not None:
+            masks[name] = _mask_on_device(layer, cache.batch, real)
+    return masks if layer_types is not None else masks["full_attention"]
+
+
+def _mask_on_device(layer: StaticStorage, batch: int, real: torch.Tensor | None) -> torch.Tensor:
+    slots = torch.arange(layer.keys.shape[2], device=layer.keys.device)
+    seen = slots <= layer.filled  # the new token goes into the next slot
+    if isinstance(layer, StaticSlidingLayer):
+        seen &= slots > layer.filled - layer.sliding_window
+    if real is None:
+        return seen.expand(batch, 1, 1, -1).contiguous()
+    columns = (slots + layer.offset).clamp(max=real.shape[1] - 1)
+    return (real.index_select(1, columns) & seen)[:, None, None]

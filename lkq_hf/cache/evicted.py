@@ -298,6 +298,35 @@ class EvictedCache(Cache):
             self._reserve(query_length)
         return super().get_mask_sizes(query_length, layer_idx)
 
+    @property
+    def next_token_fits(self) -> bool:
+        """Whether the next token goes into a free slot and needs no refresh before it, as far as the host knows."""
+        refreshes = self.refresh_every is not None and self._since_reading >= 2 * self.refresh_every
+        return self._free_slots > 0 and not refreshes
+
+    def note_token(self) -> None:
+        """Says that a token is written of which `next_token_fits`. Waits for nothing."""
+        self._free_slots -= 1
+        self._since_reading += 1
+
+    def take_back(self, count: int) -> None:
+        """Removes the last ``count`` tokens, written since storage last moved. Waits for nothing, unlike `crop`."""
+        if count:
+            torch._foreach_sub_([layer.filled for layer in self.layers], count)
+            self._free_slots += count
+            self._since_reading -= count
+
+    def static_storage(self) -> list[int]:
+        """Where everything lies that a decode with static shapes reads and writes, and the longest prefixes."""
+        found = []
+        for layer in self.layers:
+            tensors = [layer.keys, layer.values, layer.filled, layer.offset]
+            if (prefix := getattr(layer, "prefix", None)) is not None:
+                tensors += [prefix.starts, prefix.lengths, prefix.pool.keys, prefix.pool.values]
+                found.append(prefix.longest)
+            found += [tensor.data_ptr() for tensor in tensors]
+        return found
+
     def _reserve(self, query_length: int) -> None:
         """Makes room for a forward of ``query_length`` tokens, and, if that is a later prompt, for its answer."""
         tokens = query_length if query_length == 1 else query_length + (self.max_new_tokens or 0)

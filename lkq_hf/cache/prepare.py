@@ -21,6 +21,7 @@ from lkq_hf.cache.batching import refuse_cache
 from lkq_hf.cache.decode import decoding, next_token_mask
 from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
+from lkq_hf.cache.loop import DecodingLoop, with_decoding_loop
 from lkq_hf.cache.modules import (
     attention_modules,
     forgets,
@@ -115,7 +116,9 @@ def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         turn = begin_turn(cache, model.generation_config, args, kwargs)
         cache.begin_turn(length_read_in_chunks(model.generation_config, int(cache.get_seq_length()), args, kwargs))
         if cache.is_compileable:
-            with decoding(get_decoder(model), cache), weights_fixed(model):
+            decoder = get_decoder(model)
+            kwargs = with_decoding_loop(DecodingLoop(model, decoder, cache, refresh), args, kwargs)
+            with decoding(decoder, cache), weights_fixed(model):
                 output = generate(*args, **kwargs)
         else:
             output = generate(*args, **kwargs)

@@ -4,6 +4,7 @@ The host then launches one graph in the place of some two thousand kernels. What
 lay when it was recorded, so it serves one cache with static shapes, as long as storage and weights stay in place.
 """
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,8 @@ import torch
 from torch import nn
 
 from lkq_hf.cache.steady import Inputs, SteadyRefresh
+
+_lock = threading.Lock()
 
 
 class RecordedRefresh:
@@ -42,7 +45,7 @@ class RecordedRefresh:
         if self._replay is None and not self._fails:
             self._inputs = due.inputs
             try:
-                self._replay = record(due.run)
+                self._replay = record(due.run, due.inputs.positions.device)
             except RuntimeError as error:
                 self._fails = True
                 warnings.warn(
@@ -73,13 +76,20 @@ def _weights(decoder: nn.Module) -> list[tuple[int, int]]:
     ]
 
 
-def record(run: Callable[[], None]) -> Callable[[], None]:
-    """Records what ``run`` asks of the GPU, without doing it; returns what does it.
+def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Records what ``run`` asks of a GPU, without doing it; returns what does it.
 
     Raises:
-        RuntimeError: it waits for the GPU, or a recording is under way.
+        RuntimeError: it waits for the GPU.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads go on
-        run()
+    # One recording at a time, as others may ask for memory of all streams. Other threads go on.
+    with _lock, torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # the graph has memory of its own
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
     return graph.replay

@@ -87,6 +87,16 @@ class StaticStorage(_Layer):
             torch._dynamo.mark_static_address(storage)
             setattr(self, name, storage)
 
+    @property
+    def filled(self) -> torch.Tensor:
+        """Slots that are written, a scalar on the device."""
+        return self._filled
+
+    @property
+    def offset(self) -> torch.Tensor:
+        """Position of the token in the first slot, a scalar on the device."""
+        return self._offset
+
     def free_slots(self) -> int:
         """How many tokens still fit. Waits for the device."""
         return self.keys.shape[-2] - int(self._filled)
@@ -217,11 +227,6 @@ class StaticEvictedLayer(StaticStorage, EvictedLayer):
             if self.has_static_storage
             else EvictedLayer.append(self, key, value)
         )
-
-    @property
-    def offset(self) -> torch.Tensor:
-        """Position of the token in the first slot, a scalar on the device."""
-        return self._offset
 
     def drop_first(self, count: int) -> None:
         """Says on the device that the tokens behind the first ``count`` slots have moved to the front.

@@ -106,7 +106,7 @@ def as_on_a_gpu(monkeypatch):
     recordings = []
     monkeypatch.setattr(ragged_attention, "_attend", ragged_attention.ragged_attention_reference)
 
-    def record(run):
+    def record(run, device):
         before = {}
 
         def traced():
@@ -175,7 +175,7 @@ def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(as_on_a_gpu, monke
     model = lookahead_model("llama", "sdpa")
     expected, _ = generate(model, prompt_ids(1, 40), LookaheadCache(7, "lookahead", 30, refresh_every=4))
 
-    def record(run):
+    def record(run, device):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(recorded, "record", record)
