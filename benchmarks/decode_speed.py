@@ -10,15 +10,17 @@ Each cell is a cache and a batch size:
     static                    StaticCache, compiled
     static, short prompt      StaticCache, compiled, after a prompt of as many tokens as the budget keeps
     snapkv                    LookaheadCache, storage that grows
-    snapkv, static            LookaheadCache(max_new_tokens=...), compiled
-    snapkv, static, uniform   the same with as many entries in every head
+    snapkv, static            LookaheadCache(max_new_tokens=...), compiled, by the decoding loop of lkq_hf.cache.loop
+    snapkv, static, generate's loop     the same, compiled and replayed by transformers' own loop
+    snapkv, static, uniform   as the first of both with as many entries in every head
     lookahead                 the same two on a model with a LOOKAHEAD_KV adapter, which is idle while decoding
     lookahead, static
 
 A cache is filled with random entries, as a prefill would leave it, so that the prompt need not be read for every cell;
-``generate`` then goes on from it. Its steps are timed by CUDA events, the median counts. A run before that compiles
-(first_call_s, less where the compiler remembers an earlier cell or run). With batch 1 the whole is timed too: a random
-prompt read and answered, by what is compiled already.
+``generate`` then goes on from it. A streamer takes the time when each token has come to the host. The median of the
+intervals counts; beginning_ms is what the first three take beyond it, such as the recording of a graph. A run before
+that compiles (first_call_s, less where the compiler remembers an earlier cell or run). With batch 1 the whole is timed
+too: a random prompt read and answered, by what is compiled already.
 
 Every finished cell is written at once. When the time given by --minutes is over, the remaining cells are skipped and
 named; --batches and --cells choose some.
@@ -26,6 +28,7 @@ named; --batches and --cells choose some.
 
 import argparse
 import gc
+import itertools
 import json
 import statistics
 import time
@@ -40,7 +43,8 @@ from common import DEVICE, LLAMA_8B, SMALL, describe, free_memory, parser, save,
 from common import random_models as build_models
 from tables import RESULTS
 from torch import nn
-from transformers import Cache, DynamicCache, StaticCache, StoppingCriteria
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.generation.streamers import BaseStreamer
 
 from lkq_hf import LookaheadCache
 from lkq_hf.cache.layers import EvictedLayer
@@ -52,6 +56,8 @@ from lkq_hf.quantization.shared_input import share_inputs
 
 GROUP_SIZE = 128
 TOKENS_TO_WARM_UP = 8  # two steps compile and record, the others show that nothing is compiled any more
+BEGINNING = 3  # steps
+QUANTIZED = ("snapkv", "snapkv, static", "snapkv, static, generate's loop")  # with packed weights
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,7 @@ class Method:
     compiled: bool
     adapted: bool = False
     short: bool = False  # the prompt is as long as the budget
+    own_loop: bool = False  # transformers' own
 
 
 def main() -> None:
@@ -97,7 +104,7 @@ def main() -> None:
         del adapted
         quantize_at_random(model, options.quantized)
         for batch in options.batches:
-            for name in ("snapkv", "snapkv, static"):
+            for name in [name for name in QUANTIZED if name in options.cells]:
                 run_cell(results, options, started, f"W{options.quantized}", name, model, batch, sizes)
 
 
@@ -144,6 +151,7 @@ def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
             ("bf16", batch, "static, short prompt"),
             ("bf16", batch, name.removesuffix(", static")),
             ("bf16", batch, name),
+            (weights, batch, f"{name}, generate's loop"),
         )
         if other in speed and other != (weights, batch, name)
     ]
@@ -152,27 +160,24 @@ def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
 # One cell
 
 
-class StepClock(StoppingCriteria):
-    """Never stops; takes the time whenever ``generate`` has chosen a token."""
+class StepClock(BaseStreamer):
+    """Takes the time when each token has come to the host; ``generate`` hands in the prompt first."""
 
     def __init__(self) -> None:
-        self.marks: list[Any] = []
+        self.marks: list[float] = []
+        self._has_prompt = False
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if DEVICE == "cuda":
-            self.marks.append(torch.cuda.Event(enable_timing=True))
-            self.marks[-1].record()
-        else:
+    def put(self, value: torch.Tensor) -> None:
+        if self._has_prompt:
             self.marks.append(time.perf_counter())
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+        self._has_prompt = True
+
+    def end(self) -> None:
+        pass
 
     def milliseconds(self) -> list[float]:
         """Of each token but the first."""
-        synchronize()
-        pairs = list(zip(self.marks, self.marks[1:], strict=False))
-        if DEVICE == "cuda":
-            return [start.elapsed_time(end) for start, end in pairs]
-        return [1e3 * (end - start) for start, end in pairs]
+        return [1e3 * (end - start) for start, end in itertools.pairwise(self.marks)]
 
 
 def measure(model: Any, method: Method, batch: int, sizes: Sizes) -> dict[str, Any]:
@@ -183,12 +188,14 @@ def measure(model: Any, method: Method, batch: int, sizes: Sizes) -> dict[str, A
         torch.cuda.reset_peak_memory_stats()
     cache = filled_cache(model, method, batch, sizes)
     ids, steps, _ = generate(model, method, cache, batch, tokens)
+    beginning = sum(steps[:BEGINNING])
     steps.sort()
     milliseconds = statistics.median(steps)
     result = {
         "tokens_per_second": 1e3 * batch / milliseconds,
         "ms_per_step": milliseconds,
         "ms_per_step_p10_p90": [steps[len(steps) // 10], steps[len(steps) * 9 // 10]],
+        "beginning_ms": beginning - BEGINNING * milliseconds,
         "steps": len(steps),
         "first_call_s": first_call,
         "cache_gib": cache_bytes(cache) / 2**30,
@@ -214,6 +221,7 @@ def generate(
     length = int(cache.get_seq_length()) + 1 if prompt is None else prompt
     input_ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)
     clock = StepClock()
+    options = {"custom_generate": partial(sample, clock)} if method.own_loop else {}
     synchronize()
     start = time.perf_counter()
     ids = model.generate(
@@ -222,11 +230,17 @@ def generate(
         past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
-        stopping_criteria=[clock],
+        streamer=clock,
         disable_compile=not method.compiled,
+        **options,
     )
     synchronize()
     return ids, clock.milliseconds(), time.perf_counter() - start
+
+
+def sample(clock: StepClock, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Transformers' own loop, for ``custom_generate``, which gets no streamer."""
+    return model._sample(*args, streamer=clock, **kwargs)
 
 
 # Caches as a prefill leaves them
@@ -274,6 +288,7 @@ METHODS = {
     "static, short prompt": Method(partial(static_cache, short=True), compiled=True, short=True),
     "snapkv": Method(lookahead_cache("snapkv", static=False), compiled=False),
     "snapkv, static": Method(lookahead_cache("snapkv", static=True), compiled=True),
+    "snapkv, static, generate's loop": Method(lookahead_cache("snapkv", static=True), compiled=True, own_loop=True),
     "snapkv, static, uniform": Method(lookahead_cache("snapkv", static=True, allocation="uniform"), compiled=True),
     "static": Method(static_cache, compiled=True),
     "lookahead": Method(lookahead_cache("lookahead", static=False), compiled=False, adapted=True),

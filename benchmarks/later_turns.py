@@ -38,16 +38,15 @@ def converse(model: Any, cache: Cache, prompt: int, tokens: int) -> dict[str, An
         text, clock = torch.cat([text, new], dim=1), StepClock()
         synchronize()
         start = time.perf_counter()
-        mask, first = torch.ones_like(text), FirstToken()
         text = model.generate(
             text,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(text),
             past_key_values=cache,
             max_new_tokens=tokens,
             do_sample=False,
-            stopping_criteria=[first, clock],
+            streamer=clock,
         )
-        reading.append(1e3 * (first.seconds - start))
+        reading.append(1e3 * (clock.marks[0] - start))
         steps.append(clock.milliseconds()[TOKENS_TO_WARM_UP:])
     found = {
         "prompt_ms": reading[0],
@@ -58,18 +57,6 @@ def converse(model: Any, cache: Cache, prompt: int, tokens: int) -> dict[str, An
     if isinstance(cache, LookaheadCache):
         found |= {"bytes": cache.nbytes, "bytes_parked": cache.parked_nbytes}
     return found
-
-
-class FirstToken(StepClock):
-    """Notes when the first token is there."""
-
-    seconds = 0.0
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if not self.marks:
-            synchronize()
-            self.seconds = time.perf_counter()
-        return super().__call__(input_ids, scores, **kwargs)
 
 
 def main() -> None:

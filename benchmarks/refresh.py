@@ -50,7 +50,7 @@ def measure(
         past_key_values=cache,
         max_new_tokens=tokens,
         do_sample=False,
-        stopping_criteria=[clock],
+        streamer=clock,
     )
     steps = clock.milliseconds()
     step = statistics.median(steps)

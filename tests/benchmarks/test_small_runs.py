@@ -26,6 +26,20 @@ def test_decode_speed(tmp_path):
     assert all(cell["tokens_per_second"] > 0 for cell in found["cells"]) and not found["skipped"]
 
 
+def test_the_kernels_of_a_step(monkeypatch):
+    """A step ends with the copy of its token; its last product is that of the vocabulary."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from decode_profile import Kernel, covered, groups_of, split
+
+    names = ("elementwise", "_gemv_kernel", "_attend_kernel", "nvjet_tst", "ArgMaxOps", "Memcpy DtoH")
+    kernels = [Kernel(name, 3.0 * place, 3.0 * place + 2) for place, name in enumerate(9 * names)]
+    found = split(kernels, 9)
+    assert len(found) == 9 - 4 and all([kernel.name for kernel in step] == list(names) for step in found)
+    norms = "norms, rotary, elementwise"
+    assert groups_of(found[0]) == [norms, "products", "attention", "vocabulary", "token choice", "copies"]
+    assert covered(found[0]) == 2 * len(names) and covered([Kernel("", 0.0, 5.0), Kernel("", 1.0, 2.0)]) == 5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options", "key"),
@@ -34,6 +48,7 @@ def test_decode_speed(tmp_path):
         ("training_memory.py", ("--layers", "2", "--lengths", "256"), "rows"),
         ("cpu_decode.py", ("--hidden", "256", "--layers", "1", "--tokens", "1"), "rows"),
         ("experts.py", ("--small",), "packed"),
+        ("decode_profile.py", ("--small",), "steps"),
     ],
 )
 def test_it_measures(tmp_path, script, options, key):
