@@ -46,6 +46,13 @@ PRIVATE_PARTS = (
     "transformers.masking_utils:create_masks_for_generate(config, inputs_embeds, attention_mask, position_ids, "
     "or_mask_function, and_mask_function, block_sequence_ids)",
     "transformers.generation:GenerationMixin.prepare_inputs_for_generation(attention_mask)",
+    "transformers.generation:GenerationMixin._sample(input_ids, logits_processor, stopping_criteria, "
+    "generation_config, streamer)",
+    "transformers.generation:GenerationMixin._prefill(input_ids, generation_config, model_kwargs)",
+    "transformers.generation:GenerationMixin._update_model_kwargs_for_generation(outputs, model_kwargs)",
+    "transformers.generation:GenerationMixin._valid_auto_compile_criteria(model_kwargs, generation_config)",
+    "transformers.generation:GenerationMixin._optimize_model_for_decode",
+    "transformers:PreTrainedModel.get_compiled_call(compile_config)",
     "transformers.cache_utils:Cache.update(key_states, value_states, layer_idx)",
     "transformers.cache_utils:Cache.get_mask_sizes(query_length, layer_idx)",
     "transformers.cache_utils:Cache.activate_past_recording",

@@ -33,9 +33,10 @@ class LookaheadCache(EvictedCache):
             "random", or a `Scorer`. For the scorers that need no adapter, a model without one
             is prepared once with `prepare_model_for_eviction`.
         max_new_tokens: asks for static shapes: storage is laid out once, for what the prompt keeps and this many
-            tokens, and on a GPU ``generate`` then compiles the decode and replays it as a CUDA graph. The tokens are
-            the same; the first call compiles. Pass what you pass to ``generate``; if more tokens come, the storage
-            grows, which compiles again. None, the default, is storage that grows with every token, without compiling.
+            tokens, and on a GPU ``generate`` then compiles the decode and replays whole steps as a CUDA graph, without
+            waiting for Python between tokens. The tokens are the same, also those sampled under a seed; the first call
+            compiles. Pass what you pass to ``generate``; if more tokens come, the storage grows, which compiles again.
+            None, the default, is storage that grows with every token, without compiling.
         allocation: how heads share the budget. "global": all heads of all layers compete. "layer": the heads of a
             layer compete. "uniform": every head keeps the same number. "profile": the adapter's config says how many.
         evict_later_turns: whether later turns return to the budget. False keeps them whole.

@@ -292,7 +292,9 @@ class _Step:
             self._position.add_(1)
 
     def _end_rows(self) -> None:
-        self._unfinished &= (self.token != self._ends).all(dim=1)
+        """Notes which rows the last tokens end."""
+        if self._stop.pad is not None:
+            self._unfinished &= (self.token != self._ends).all(dim=1)
 
 
 class _Chosen(NamedTuple):

@@ -184,6 +184,19 @@ def test_what_cannot_be_recorded_is_launched_kernel_by_kernel(as_on_a_gpu, monke
     assert torch.equal(found, expected) and sum("kernel by kernel" in str(one.message) for one in warned) == 1
 
 
+def test_a_recording_for_which_memory_has_to_be_freed_first(monkeypatch):
+    tried = []
+
+    def capture(run, device):
+        tried.append(run)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return run
+
+    monkeypatch.setattr(recorded, "_capture", capture)
+    assert recorded.record(print, torch.device("cuda")) is print and tried == [print, print]
+
+
 @pytest.mark.parametrize(
     ("architecture", "options", "steady_ones"),
     [
