@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -309,6 +310,16 @@ class Graphs:
 
     def __deepcopy__(self, memo):
         return self  # CompileConfig copies what it hands to torch.compile
+
+
+class Waits(TorchDispatchMode):
+    """Refuses what asks the device for a value."""
+
+    REFUSED = ("local_scalar_dense", "nonzero", "equal.default", "unique")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert not any(name in str(function) for name in self.REFUSED), f"{function} waits"
+        return function(*args, **(kwargs or {}))
 
 
 def compiled_by(backend):
