@@ -78,11 +78,9 @@ def with_decoding_loop(loop: "DecodingLoop", args: tuple[Any, ...], kwargs: dict
         loop: of a model and a cache.
         args, kwargs: what ``generate`` is called with.
     """
-    model, changed = loop.model, dict(kwargs)
+    model, strings, changed = loop.model, None, dict(kwargs)
     if changed.get("stop_strings") is not None and changed.get("tokenizer") is not None:
-        # generate keeps the tokenizer from custom_generate, and from itself.
-        strings = StopStringCriteria(stop_strings=changed.pop("stop_strings"), tokenizer=changed.pop("tokenizer"))
-        changed["stopping_criteria"] = StoppingCriteriaList([*(changed.get("stopping_criteria") or []), strings])
+        strings, tokenizer = changed.pop("stop_strings"), changed.pop("tokenizer")
     defaults = model.generation_config
 
     def option(name: str) -> Any:
@@ -100,6 +98,10 @@ def with_decoding_loop(loop: "DecodingLoop", args: tuple[Any, ...], kwargs: dict
         or _processes() > 1
     ):
         return kwargs
+    if strings is not None:
+        # generate keeps the tokenizer from custom_generate, and from itself.
+        criteria = [*(changed.get("stopping_criteria") or []), StopStringCriteria(tokenizer, strings)]
+        changed["stopping_criteria"] = StoppingCriteriaList(criteria)
     loop.streamer = kwargs.get("streamer")
     return changed | {"custom_generate": loop}
 
@@ -250,7 +252,9 @@ class _Step:
         self._ends = torch.tensor(sorted(stop.ends), dtype=torch.long, device=device)
         positions = inputs.get("position_ids")
         self._first_position: Any = None if positions is None else positions[..., -1:]
-        self._position = None if positions is None else positions[..., -1:].clone()
+        # The same strides for all prompts, so that nothing is compiled again.
+        contiguous = torch.contiguous_format
+        self._position = None if positions is None else positions[..., -1:].clone(memory_format=contiguous)
         unused = ("attention_mask", "position_ids", "inputs_embeds", *CACHE_NAMES)
         self._inputs = {name: value for name, value in inputs.items() if name not in unused}
         self._inputs |= {"return_dict": True, **pass_cache(loop.cache)}
