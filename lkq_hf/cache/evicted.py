@@ -289,7 +289,7 @@ class EvictedCache(Cache):
         if self.park is not None and layer_idx + 1 < len(self.layers):
             following = self.layers[layer_idx + 1]
             if isinstance(following, EvictedLayer):
-                following.prefetch()  # copied while this layer works
+                following.fetch_ahead(key_states.shape[-2])  # copied while this layer works
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
