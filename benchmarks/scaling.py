@@ -107,10 +107,10 @@ def measure(name: str, device: str, shrink: int, save: Callable[[dict[str, Any]]
     tokens = RECIPE["prompt_tokens"] // shrink
     figures: dict[str, Any] = {"tokens": tokens}
     for part, measured in (
+        ("solving", lambda: _solving(sizes, device)),  # first: whether the largest model's fits is a question
+        ("calibration", lambda: _calibration(sizes, device, shrink)),
         ("training", lambda: _per_layer(lambda layers: _training(sizes, layers, tokens, device, shrink))),
         ("decoding", lambda: _per_layer(lambda layers: _decoding(sizes, layers, tokens, device, shrink))),
-        ("calibration", lambda: _calibration(sizes, device, shrink)),
-        ("solving", lambda: _solving(sizes, device)),
     ):
         start = time.perf_counter()
         try:

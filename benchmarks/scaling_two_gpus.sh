@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What docs/scaling.md says of GPUs: tests on two of them, runs to compare, and figures. About eight minutes on two H200s,
-# three of them for the tests.
+# What docs/scaling.md says of GPUs: tests on two of them, runs to compare, and figures. About eight minutes on two
+# H200s, three of them for the tests.
 #
 #     bash benchmarks/scaling_two_gpus.sh DIRECTORY [tests] [ddp] [fsdp2] [quantizing] [alone] [figures]
 #
@@ -43,22 +43,22 @@ on() {  # GPU, seconds, script, results, arguments
 
 alone() {
     on 0 90 scaling_checks alone training eviction "sharing out" &
-    on 1 90 scaling_checks packed quantizing experts refining &
+    on 1 120 scaling_checks packed quantizing experts refining &
     wait
 }
 
 figures() {
     on 0 120 scaling layers measure --model 8B --model 70B &
-    on 1 120 scaling largest measure --model 405B &
+    on 1 200 scaling largest measure --model 405B &
     wait
 }
 
 {
-    step tests timeout 220 python3 -m pytest tests/distributed tests/compat/test_models_and_wrappers.py -m gpu \
+    step tests timeout --signal INT 240 python3 -m pytest tests/distributed tests/compat/test_models_and_wrappers.py -m gpu \
         --junit-xml "$out/gpus.xml"
-    step ddp together 60 ddp ddp training eviction "sharing out"
-    step fsdp2 together 80 fsdp2 fsdp2 training eviction
-    step quantizing together 90 ddp quantizing quantizing experts refining
+    step ddp together 75 ddp ddp training eviction "sharing out"
+    step fsdp2 together 110 fsdp2 fsdp2 training eviction
+    step quantizing together 120 ddp quantizing quantizing experts refining
     step alone alone
     step figures figures
 } 2>&1 | tee -a "$out/scaling.log"

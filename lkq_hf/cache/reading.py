@@ -114,7 +114,8 @@ class Reading:
             if hasattr(layer, "begin_reading"):
                 layer.begin_reading(self.suffix_length)
         self.cache.layers[self.cache.evicted_layers()[0]].fetch_ahead(self.new_length + self.suffix_length)
-        self._padding = None if self.text_mask is None else left_padding(self.text_mask)
+        if self.text_mask is not None and self.cache.park is not None:
+            self._padding = left_padding(self.text_mask)
         self.stop_attending = start_attending(self.decoder, self.attend)
         thread_state.recur = self.recur if self.suffix_length else None
         thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0

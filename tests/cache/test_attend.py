@@ -80,7 +80,8 @@ def test_what_torch_and_the_kernels_compute_is_the_masked_attention(monkeypatch,
     torch.testing.assert_close(
         found[real_query].double(), expected[real_query], atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype]
     )
-    assert found.isfinite().all()
+    if kernels != "torch":  # on a GPU, torch leaves tokens that see nothing undefined
+        assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("mask", MASKS)
