@@ -201,3 +201,29 @@ def test_flash_attention_serves_what_is_not_padded(monkeypatch, queries, dtype):
     monkeypatch.setattr("lkq_hf.cache.attend._flash_serves", lambda call: False)
     expected, _ = attend_to_text(call, 32_768, None, None)
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=2e-2)
+
+
+@pytest.mark.parametrize("chunk", [None, 15])
+@pytest.mark.parametrize("options", [{}, {"max_new_tokens": 20}], ids=["growing", "static"])
+@needs_gpu
+def test_a_parked_conversation_on_a_gpu_is_that_of_a_cpu(options, chunk):
+    """Copies to and from pinned memory, of rows that change, beside the work of other layers."""
+    runs = []
+    for device in ("cpu", DEVICE):
+        model, cache = lookahead_model("llama", "sdpa").to(device), LookaheadCache(7, park="cpu", **options)
+        ids, mask = (each.to(device) for each in left_padded([prompt_ids(1, 40)[0], prompt_ids(1, 33, seed=1)[0]]))
+        runs.append([])
+        for turn in range(4):
+            ids = model.generate(
+                ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=5,
+                disable_compile=True, prefill_chunk_size=chunk if turn == 0 else None,
+            )  # fmt: skip
+            runs[-1] += [ids.cpu(), *(entries.cpu() for entries in kept_entries(cache).values())]
+            if turn == 1:
+                rows = torch.tensor([1, 0, 1], device=device)
+                cache.batch_select_indices(rows)
+                ids, mask = ids[rows], mask[rows]
+            ids = torch.cat([ids, prompt_ids(len(ids), 4 + turn, seed=20 + turn).to(device)], dim=1)
+            mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    for expected, found in zip(*runs, strict=True):
+        assert torch.equal(found, expected)
