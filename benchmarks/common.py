@@ -25,8 +25,8 @@ MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2_directory, "gemma3":
 """Real models from PyPI packages, by short name."""
 
 LLAMA_8B: dict[str, Any] = {
-    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 262144,
+    "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 262144,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }  # fmt: skip
 SMALL = LLAMA_8B | {

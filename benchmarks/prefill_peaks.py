@@ -4,8 +4,9 @@
     python benchmarks/prefill_peaks.py --small       # a smoke run on any machine
 
 A prompt of 131,072 tokens, of which 1,024 entries a head are kept, is read at once (heads share the budget, or each
-keeps the same), in chunks of 8,192, and in chunks with everything parked in main memory. Of each: seconds, the peak of
-what is allocated beyond the weights (activations and cache), and what stays allocated (the cache).
+keeps the same), in chunks of 8,192, and both ways with everything parked in main memory. Of each: seconds, the peak of
+what is allocated beyond the weights (activations and cache), the peak of what the allocator holds for it, and what
+stays allocated (the cache). Less than two minutes on an H200.
 """
 
 import json
@@ -26,8 +27,8 @@ def read(model: Any, length: int, chunk: int, cache: LookaheadCache) -> dict[str
     """Reads one prompt of random tokens."""
     ids = torch.randint(model.config.vocab_size, (1, length), device=DEVICE)
     free_memory()
-    before = torch.cuda.memory_allocated() if DEVICE == "cuda" else 0
     if DEVICE == "cuda":
+        before, held = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         torch.cuda.reset_peak_memory_stats()
     synchronize()
     start = time.perf_counter()
@@ -38,6 +39,7 @@ def read(model: Any, length: int, chunk: int, cache: LookaheadCache) -> dict[str
     found = {"seconds": time.perf_counter() - start, "bytes": cache.nbytes, "bytes_parked": cache.parked_nbytes}
     if DEVICE == "cuda":
         found["peak_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+        found["peak_held_gib"] = (torch.cuda.max_memory_reserved() - held) / 2**30
         found["gib_after"] = (torch.cuda.memory_allocated() - before) / 2**30
     return found
 
@@ -51,6 +53,7 @@ def main() -> None:
     ways: dict[str, tuple[int, Callable[[], LookaheadCache]]] = {
         "at once": (length, lambda: LookaheadCache(budget)),
         "at once, uniform": (length, lambda: LookaheadCache(budget, allocation="uniform")),
+        "at once, parked": (length, lambda: LookaheadCache(budget, park="cpu")),
         "in chunks": (chunk, lambda: LookaheadCache(budget)),
         "in chunks, parked": (chunk, lambda: LookaheadCache(budget, park="cpu")),
     }

@@ -2,9 +2,6 @@
 
     python benchmarks/scaling.py measure                 # on one CUDA GPU, some minutes
     python benchmarks/scaling.py measure --model 70B     # one of the models again
-    python benchmarks/scaling.py check                   # real runs, to compare with what is computed, on one GPU,
-    accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 2 benchmarks/scaling.py check
-    accelerate launch --config_file examples/accelerate/fsdp2.yaml --num_processes 2 benchmarks/scaling.py check
     python benchmarks/scaling.py report                  # writes the tables of docs/scaling.md
 
 `measure` builds one and three decoder layers of each model, with random weights in bfloat16, and times a training
@@ -12,11 +9,9 @@ step, decoding, and the parts of a calibration walk. Half the difference is one 
 the model. Models that one GPU cannot hold are thus measured at their own layers' sizes, not extrapolated from smaller
 ones. What does not fit even so is written down as null, and its cells say so.
 
-`check` trains whole models with LookaheadTrainer, and quantizes some layers, in as many processes as it is started in.
-
-`report` adds what one GPU cannot show, the exchange between GPUs, from bandwidths that `check` measured on several
-GPUs, or that are assumed (`ASSUMED`). Runs that go on side by side write files of their own (`--results`), which
-`report --merge` puts together.
+`report` adds what one GPU cannot show, the exchange between GPUs, from bandwidths that scaling_checks.py measured on
+several GPUs, or that are assumed (`ASSUMED`), and sets that script's runs beside what is computed for them. Each run
+writes a file of its own (`--results`), which `report --merge` puts together.
 """
 
 import argparse
@@ -33,12 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from common import describe, save, seconds_of, synchronize
 from peft import get_peft_model
 from tables import machine, table
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
 from lkq_hf.quantization import TwoStageGPTQConfig
@@ -78,14 +71,16 @@ ASSUMED = {
     BETWEEN_HOSTS: 50,
     "bandwidth from main memory or disk to a GPU, GB/s": 10,
 }
-# What is run to compare: by plan, (model, layers, prompt tokens).
-CHECKED_TRAINING = {
-    "one GPU": [("8B", 32, 4096), ("8B", 32, 8192)],
-    "DDP": [("8B", 32, 4096)],
-    # Two GPUs of 80 GB hold it and one does not.
-    "FSDP2": [("70B", 56, 4096)],
+WORK = {
+    "training": "a training step",
+    "eviction": "a training step with the eviction objective",
+    "quantizing": "quantizing",
+    "experts": "quantizing experts",
+    "refining": "quantizing and refining",
+    "gathering": "gathering the scores of a prompt",
+    "sharing out": "sharing a budget out by the scores of a prompt",
 }
-CHECKED_LAYERS = 2  # quantized, of the 8B model
+"""What `scaling_checks.py` runs, and what it is called in the tables."""
 
 
 def layer_parameters(sizes: dict[str, int]) -> int:
@@ -101,33 +96,33 @@ def parameters(sizes: dict[str, int]) -> int:
 # Measuring
 
 
-def _sizes(name: str, shrink: int) -> dict[str, int]:
+def sizes_of(name: str, shrink: int) -> dict[str, int]:
     sizes = {key: value // shrink for key, value in MODELS[name].items() if key.endswith("_size")}
     return sizes | {"num_attention_heads": MODELS[name]["num_attention_heads"] // min(shrink, 4)}
 
 
 def measure(name: str, device: str, shrink: int, save: Callable[[dict[str, Any]], None]) -> None:
     """Gives `save` the figures after each part, so that a run that is cut short leaves what it has."""
-    sizes = _sizes(name, shrink)
+    sizes = sizes_of(name, shrink)
     tokens = RECIPE["prompt_tokens"] // shrink
     figures: dict[str, Any] = {"tokens": tokens}
     for part, measured in (
+        ("solving", lambda: _solving(sizes, device)),  # first: whether the largest model's fits is a question
+        ("calibration", lambda: _calibration(sizes, device, shrink)),
         ("training", lambda: _per_layer(lambda layers: _training(sizes, layers, tokens, device, shrink))),
         ("decoding", lambda: _per_layer(lambda layers: _decoding(sizes, layers, tokens, device, shrink))),
-        ("calibration", lambda: _calibration(sizes, device, shrink)),
-        ("solving", lambda: _solving(sizes, device)),
     ):
         start = time.perf_counter()
         try:
             figures[part] = measured()
         except torch.cuda.OutOfMemoryError:
             figures[part] = None
-        _collect(device)
+        collect(device)
         print(f"{name}, {part}: {figures[part]} ({time.perf_counter() - start:.0f} s)", flush=True)
         save(figures)
 
 
-def _build(sizes: dict[str, int], layers: int, device: str, shrink: int) -> Any:
+def build(sizes: dict[str, int], layers: int, device: str, shrink: int) -> Any:
     changes = {"num_hidden_layers": layers, "vocab_size": COMMON["vocab_size"] // shrink}
     changes["head_dim"] = COMMON["head_dim"] // min(shrink, 8)
     config = LlamaConfig(**{**COMMON, **sizes, **changes})
@@ -145,27 +140,27 @@ def _per_layer(run: Callable[[int], dict[str, float]]) -> dict[str, dict[str, fl
     return {key: {"layer": (three[key] - one[key]) / 2, "rest": (3 * one[key] - three[key]) / 2} for key in one}
 
 
-def _seconds(operation: Callable[[], Any], repeats: int = 3) -> float:
+def median_seconds(operation: Callable[[], Any], repeats: int = 3) -> float:
     """Median over runs after one that compiles and allocates."""
     return statistics.median(seconds_of(operation, repeats)[0])
 
 
-def _collect(device: str) -> None:
+def collect(device: str) -> None:
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0
 
 
 def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int) -> dict[str, float]:
     """One prompt's part of a training step: seconds and peak bytes, weights and optimizer included."""
-    _collect(device)
-    model = get_peft_model(_build(sizes, layers, device, shrink), LookaheadKVConfig())
-    row = _row(tokens, shrink)
+    collect(device)
+    model = get_peft_model(build(sizes, layers, device, shrink), LookaheadKVConfig())
+    row = row_of(tokens, shrink)
     with tempfile.TemporaryDirectory() as directory:
         arguments = LookaheadTrainingArguments(
             output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
@@ -180,10 +175,10 @@ def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shri
             trainer.optimizer.step()
             trainer.optimizer.zero_grad()
 
-        return {"seconds": _seconds(step), "bytes": _peak(device)}
+        return {"seconds": median_seconds(step), "bytes": peak(device)}
 
 
-def _row(tokens: int, shrink: int) -> dict[str, list[int]]:
+def row_of(tokens: int, shrink: int) -> dict[str, list[int]]:
     return {
         "input_ids": torch.randint(3, 1000 // shrink, (tokens,)).tolist(),
         "response_ids": [3] * RECIPE["response_tokens"],
@@ -192,13 +187,13 @@ def _row(tokens: int, shrink: int) -> dict[str, list[int]]:
 
 def _decoding(sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int) -> dict[str, float]:
     """Seconds of one prompt in a batch of 8: reading it, and one token of its answer."""
-    _collect(device)
-    model = _build(sizes, layers, device, shrink)
+    collect(device)
+    model = build(sizes, layers, device, shrink)
     batch, few = 8, 16
     ids = torch.randint(3, 1000 // shrink, (batch, tokens), device=device)
     with torch.no_grad():
         first, more = (
-            _seconds(lambda count=count: model.generate(ids, max_new_tokens=count, do_sample=False), 2)  # type: ignore[misc]
+            median_seconds(lambda count=count: model.generate(ids, max_new_tokens=count, do_sample=False), 2)  # type: ignore[misc]
             for count in (1, 1 + few)
         )
     return {"prompt": first / batch, "token": (more - first) / few / batch}
@@ -212,8 +207,8 @@ def _calibration(sizes: dict[str, int], device: str, shrink: int) -> dict[str, f
     length = 2048 // shrink
 
     def walk(windows: int) -> float:
-        _collect(device)
-        model = _build(sizes, 2, device, shrink)
+        collect(device)
+        model = build(sizes, 2, device, shrink)
         name, layers = find_layers(model, config)
         tokens = torch.randint(3, 1000 // shrink, (windows, length))
         return quantize_blocks(
@@ -223,7 +218,7 @@ def _calibration(sizes: dict[str, int], device: str, shrink: int) -> dict[str, f
     walk(2)
     few, many = walk(2), walk(10)
     token = max(many - few, 0.0) / (8 * length) / 2
-    return {"seconds": token, "block": max(few / 2 - 2 * length * token, 0.0), "bytes": _peak(device)}
+    return {"seconds": token, "block": max(few / 2 - 2 * length * token, 0.0), "bytes": peak(device)}
 
 
 def _solving(sizes: dict[str, int], device: str) -> dict[str, float]:
@@ -232,9 +227,9 @@ def _solving(sizes: dict[str, int], device: str) -> dict[str, float]:
     settings = TwoStageGPTQConfig(group_size=128 if middle % 128 == 0 else 32).solver_settings()
     shapes = ((hidden + 2 * hidden // 8, hidden), (hidden, hidden), (2 * middle, hidden), (hidden, middle))
     seconds = {"rows": 0.0, "rest": 0.0}
-    _collect(device)
+    collect(device)
     for rows, columns in reversed(shapes):  # The largest first: whether it fits is soon known.
-        moments = _random_moments(columns, device)
+        moments = random_moments(columns, device)
         weight = torch.randn(rows // 2, columns, device=device, dtype=torch.bfloat16) * 0.02
         quantize_weight(weight[:128], moments, settings)  # compiles
 
@@ -250,132 +245,15 @@ def _solving(sizes: dict[str, int], device: str) -> dict[str, float]:
         seconds["rows"] += 4 * max(half - quarter, 0.0)
         seconds["rest"] += max(2 * quarter - half, 0.0)
         del moments, weight
-    return {**seconds, "bytes": _peak(device)}
+    return {**seconds, "bytes": peak(device)}
 
 
-def _random_moments(columns: int, device: str) -> InputMoments:
+def random_moments(columns: int, device: str) -> InputMoments:
     """Moments of a few tokens: damped, as they are before every step, they are as good to factorize as any."""
     moments = InputMoments(columns, device)
     x = torch.randn(min(columns, 4096), columns, device=device)
     moments.add(x, x + 0.1 * torch.randn_like(x))
     return moments
-
-
-# Checking
-
-
-class _Clock(TrainerCallback):
-    """Seconds of each step, and the peak memory after the first two."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.seconds: list[float] = []
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 2 and self.device.startswith("cuda"):
-            torch.cuda.reset_peak_memory_stats()
-        synchronize()
-        self._start = time.perf_counter()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        synchronize()
-        self.seconds.append(time.perf_counter() - self._start)
-
-
-def check(device: str, shrink: int, save: Callable[[dict[str, Any]], None]) -> None:
-    """Gives `save` the runs so far and the bandwidth, if there is one; in the first process only."""
-    state = PartialState(cpu=device == "cpu")
-    place = str(state.device) if device == "cuda" else device
-    sharded = parse_flag_from_env("ACCELERATE_USE_FSDP")
-    plan = "FSDP2" if sharded else "DDP" if state.num_processes > 1 else "one GPU"
-    runs: list[dict[str, Any]] = []
-    links = {BETWEEN_GPUS: round(_bandwidth(place, shrink), 1)} if state.num_processes > 1 else {}
-
-    def add(work: str, name: str, layers: int, tokens: int, figures: dict[str, float]) -> None:
-        # The slowest process, and the fullest GPU.
-        values = torch.tensor([figures["seconds"], figures["bytes"]], dtype=torch.float64, device=place)
-        if state.num_processes > 1:
-            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
-        seconds, size = values.tolist()
-        runs.append(
-            {"work": work, "model": name, "layers": layers, "tokens": tokens, "plan": plan, "seconds": seconds}
-            | {"gpus": state.num_processes, "bytes": int(size)}
-        )
-        if state.is_main_process:
-            print(runs[-1], flush=True)
-            save({"links": links, "checks": runs})
-
-    for name, layers, tokens in CHECKED_TRAINING[plan]:
-        figures = _trained(_sizes(name, shrink), layers // shrink or 1, tokens // shrink, place, shrink, sharded)
-        add("training", name, layers, tokens, figures)
-    if not sharded:
-        figures = _quantized(_sizes("8B", shrink), place, shrink)
-        add("quantizing", "8B", CHECKED_LAYERS, RECIPE["calibration_tokens"], figures)
-
-
-def _bandwidth(device: str, shrink: int) -> float:
-    """GB/s that a GPU sends and receives, in an all-reduce or in an all-gather, whichever is less; of 1 GiB."""
-    processes = torch.distributed.get_world_size()
-    part = torch.ones(2**28 // shrink**4 // processes, device=device)
-    whole = part.repeat(processes)
-    sent = whole.numel() * whole.element_size() * (processes - 1) / processes
-    reducing = _seconds(lambda: torch.distributed.all_reduce(whole))
-    gathering = _seconds(lambda: torch.distributed.all_gather_into_tensor(whole, part))
-    return min(2 * sent / reducing, sent / gathering) / 1e9
-
-
-def _trained(
-    sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int, sharded: bool
-) -> dict[str, float]:
-    """Seconds of a step with one prompt for each process, and the peak bytes, of LookaheadTrainer."""
-    _collect(device)
-    build = _build_repeated if sharded else _build
-    model = get_peft_model(build(sizes, layers, device, shrink), LookaheadKVConfig())
-    clock = _Clock(device)
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = LookaheadTrainingArguments(
-            output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
-            per_device_train_batch_size=1, max_steps=6, eviction_weight=0.0,
-        )  # fmt: skip
-        rows = [_row(tokens, shrink)] * 6 * PartialState().num_processes
-        trainer = LookaheadTrainer(model, arguments, train_dataset=rows, callbacks=[clock])
-        trainer.train()
-    figures = {"seconds": statistics.median(clock.seconds[2:]), "bytes": _peak(device)}
-    # What a trainer holds on to goes with it.
-    trainer.accelerator.free_memory()
-    return figures
-
-
-def _build_repeated(sizes: dict[str, int], layers: int, device: str, shrink: int) -> Any:
-    """A model all of whose layers are one in memory: each process cuts its own part out of them, and no GPU has to
-    hold the whole before."""
-    one = _build(sizes, 1, device, shrink)
-    with torch.device("meta"):
-        config = LlamaConfig(**one.config.to_dict() | {"num_hidden_layers": layers})
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
-    model.config._name_or_path = "random"
-    model.model.rotary_emb = one.model.rotary_emb
-    for part in ("model.embed_tokens", "model.norm", "lm_head"):
-        model.get_submodule(part).load_state_dict(one.get_submodule(part).state_dict(), assign=True)
-    for layer in model.model.layers:
-        layer.load_state_dict(one.model.layers[0].state_dict(), assign=True)
-    return model.eval()
-
-
-def _quantized(sizes: dict[str, int], device: str, shrink: int) -> dict[str, float]:
-    """Seconds of a calibration walk by the default method, and the peak bytes."""
-    model = _build(sizes, CHECKED_LAYERS, device, shrink)
-    config = TwoStageGPTQConfig(group_size=128 if sizes["intermediate_size"] % 128 == 0 else 32)
-    name, layers = find_layers(model, config)
-    tokens = torch.randint(
-        3, 1000 // shrink, (RECIPE["calibration_tokens"] // 2048, 2048 // shrink), generator=torch.Generator()
-    )
-    settings = config.solver_settings()
-    for module in {module.in_features: module for module in layers.values()}.values():
-        quantize_weight(module.weight[:128], _random_moments(module.in_features, device), settings)  # compiles
-    _collect(device)
-    report = quantize_blocks(model, name, layers, tokens, settings, device=device, batch_size=8)
-    return {"seconds": report.seconds, "bytes": report.peak_memory}
 
 
 # The model
@@ -477,6 +355,8 @@ def _missing(figures: dict[str, Any], *parts: str) -> str | None:
 def predicted(run: dict[str, Any], results: dict[str, Any]) -> tuple[float, float] | None:
     """Seconds and bytes that the model gives for a run of `check`; None where it was measured for other prompts."""
     figures, links = results["models"].get(run["model"], {}), results.get("links", {})
+    if run["work"] not in ("training", "quantizing") or run["model"] not in MODELS:
+        return None
     parts = ("training",) if run["work"] == "training" else ("calibration", "solving")
     if _missing(figures, *parts) or (run["work"] == "training" and run["tokens"] != figures["tokens"]):
         return None
@@ -508,13 +388,14 @@ def tables(results: dict[str, Any]) -> str:
 def _checks(results: dict[str, Any]) -> list[str]:
     rows = []
     for run in results.get("checks", []):
-        what = f"{run['layers']} layers of the {run['model']} model, {run['tokens']:,} tokens"
-        work = "a training step" if run["work"] == "training" else "quantizing"
+        layers = f"{run['layers']} layers" if run["layers"] > 1 else "one layer"
+        what = f"{layers} of the {run['model']} model, {run['tokens']:,} tokens"
         found = predicted(run, results)
         seconds, size = ("", "") if found is None else (f"{found[0]:.2f}", f"{found[1] / GIB:.1f}")
         gpus = f"{run['gpus']} ({run['plan']})" if run["gpus"] > 1 else "1"
-        measured = f"{run['seconds']:.2f}", f"{run['bytes'] / GIB:.1f}"
-        rows.append([f"{work}: {what}", gpus, measured[0], seconds, measured[1], size])
+        digits = 2 if run["seconds"] > 0.1 else 4
+        measured = f"{run['seconds']:.{digits}f}", f"{run['bytes'] / GIB:.1f}"
+        rows.append([f"{WORK[run['work']]}: {what}", gpus, measured[0], seconds, measured[1], size])
     header = ["run", "GPUs", "seconds", "computed", "GiB of each GPU", "computed"]
     return ["### Runs of whole models, and what is computed for them", table(header, rows)] if rows else []
 
@@ -557,7 +438,7 @@ def merged(results: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     for file in files:
         more = json.loads(file.read_text())
         results |= {key: value for key, value in more.items() if key in ("hardware", "shrink")}
-        results["models"] |= more["models"]
+        results["models"] |= more.get("models", {})
         results["links"] |= more.get("links", {})
         results["checks"] = _newest([*results["checks"], *more.get("checks", [])])
     return results
@@ -574,7 +455,7 @@ def _newest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["measure", "check", "report"])
+    parser.add_argument("command", choices=["measure", "report"])
     parser.add_argument("--model", choices=list(MODELS), action="append", help="repeatable; all by default")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--shrink", type=int, default=1, help="divides all sizes: a quick check without a GPU")
@@ -588,11 +469,6 @@ def main(arguments: list[str] | None = None) -> None:
     def write() -> None:
         save(options.results, results)
 
-    def save_check(found: dict[str, Any]) -> None:
-        results["links"] |= found["links"]
-        results["checks"] = _newest([*results["checks"], *found["checks"]])
-        write()
-
     def save_figures(name: str, figures: dict[str, Any]) -> None:
         results["models"][name] = figures
         write()
@@ -602,14 +478,9 @@ def main(arguments: list[str] | None = None) -> None:
             write()
         write_page(results, options.page)
         return
-    if options.command == "check":
-        PartialState(cpu=options.device == "cpu")  # From here on each process uses its own GPU.
     results |= {"hardware": describe(), "shrink": options.shrink}
-    if options.command == "check":
-        check(options.device, options.shrink, save_check)
-    else:
-        for name in options.model or MODELS:
-            measure(name, options.device, options.shrink, functools.partial(save_figures, name))
+    for name in options.model or MODELS:
+        measure(name, options.device, options.shrink, functools.partial(save_figures, name))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# What docs/scaling.md says of GPUs: tests on two of them, runs to compare, and figures. About five minutes on two H100s.
+# What docs/scaling.md says of GPUs: tests on two of them, runs to compare, and figures. About eight minutes on two
+# H200s, three of them for the tests.
 #
-#     bash benchmarks/scaling_two_gpus.sh DIRECTORY [tests] [ddp] [fsdp2] [figures]
+#     bash benchmarks/scaling_two_gpus.sh DIRECTORY [tests] [ddp] [fsdp2] [quantizing] [alone] [figures]
 #
 # Leaves gpus.xml (the tests), scaling.json (the figures), scaling.md (the page with its tables) and scaling.log.
 # Every part has a time limit of its own; what it found by then is written before the next one begins, and is added to
@@ -10,20 +11,16 @@ set -u
 out=$(realpath -m "$1")
 cd "$(dirname "$0")/.." || exit
 steps=" ${*:2} "
-[ "$steps" = "  " ] && steps=" tests ddp fsdp2 figures "
+[ "$steps" = "  " ] && steps=" tests ddp fsdp2 quantizing alone figures "
 parts=$(mktemp -d)
 mkdir -p "$out"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
 # More arguments, for a try without GPUs: SCALING_OPTIONS="--device cpu --shrink 32".
 options=${SCALING_OPTIONS:-}
 
-scaling() {  # seconds, command, results, options
-    timeout "$1" python3 benchmarks/scaling.py "$2" --results "$parts/$3.json" "${@:4}" $options
-}
-
-check() {  # configuration
-    timeout 100 python3 -m accelerate.commands.launch --config_file "examples/accelerate/$1.yaml" --num_processes 2 \
-        benchmarks/scaling.py check --results "$parts/$1.json" $options
+together() {  # seconds, configuration, results, work
+    timeout "$1" python3 -m accelerate.commands.launch --config_file "examples/accelerate/$2.yaml" --num_processes 2 \
+        benchmarks/scaling_checks.py "${@:4}" --results "$parts/$3.json" $options
 }
 
 step() {  # name, command
@@ -40,16 +37,28 @@ collect() {
     python3 benchmarks/scaling.py report --results "$out/scaling.json" --page "$out/scaling.md" --merge "$parts"/*.json
 }
 
+on() {  # GPU, seconds, script, results, arguments
+    CUDA_VISIBLE_DEVICES=$1 timeout "$2" python3 "benchmarks/$3.py" --results "$parts/$4.json" "${@:5}" $options
+}
+
+alone() {
+    on 0 90 scaling_checks alone training eviction "sharing out" &
+    on 1 120 scaling_checks packed quantizing experts refining &
+    wait
+}
+
 figures() {
-    (export CUDA_VISIBLE_DEVICES=0; scaling 110 measure layers --model 8B --model 70B) &
-    (export CUDA_VISIBLE_DEVICES=1; scaling 70 check alone; scaling 70 measure largest --model 405B) &
+    on 0 120 scaling layers measure --model 8B --model 70B &
+    on 1 200 scaling largest measure --model 405B &
     wait
 }
 
 {
-    step tests timeout 220 python3 -m pytest tests/distributed tests/compat/test_models_and_wrappers.py -m gpu \
+    step tests timeout --signal INT 240 python3 -m pytest tests/distributed tests/compat/test_models_and_wrappers.py -m gpu \
         --junit-xml "$out/gpus.xml"
-    step ddp check ddp
-    step fsdp2 check fsdp2
+    step ddp together 75 ddp ddp training eviction "sharing out"
+    step fsdp2 together 110 fsdp2 fsdp2 training eviction
+    step quantizing together 120 ddp quantizing quantizing experts refining
+    step alone alone
     step figures figures
 } 2>&1 | tee -a "$out/scaling.log"

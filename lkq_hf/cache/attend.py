@@ -4,10 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch.backends.cuda import SDPAParams, can_use_flash_attention
+from torch.nn import functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from lkq_hf.attention import AttentionCall
 from lkq_hf.cache.prefix import Prefix
 from lkq_hf.kernels.decode_attention import decode_attention
+from lkq_hf.kernels.dispatch import use_triton
 from lkq_hf.kernels.ragged_attention import ragged_attention
 
 # Arguments of attention functions that ask for more than a softmax over dot products.
@@ -34,7 +38,7 @@ def attend_over(
         return _attend_dense(call, prefix, text_mask)
     if call.implementation in ("eager", "sdpa") and not _can_be_ragged(call):
         return _attend_padded(call, prefix)
-    options = call.options if "flash" in call.implementation else {}
+    softcap, sinks = _softcap_and_sinks(call)
     output = ragged_attention(
         call.query,
         prefix.pool.keys,
@@ -46,10 +50,85 @@ def attend_over(
         call.value,
         _tail_mask(call, call.key.shape[2], prefix.source_length, text_mask),
         call.scaling,
-        softcap=options.get("softcap"),
-        sinks=options.get("s_aux"),
+        softcap,
+        sinks,
     )
     return output.transpose(1, 2), None
+
+
+def attend_to_text(
+    call: AttentionCall, before: int, text_mask: torch.Tensor | None, padding: torch.Tensor | None
+) -> Any:
+    """What the model's attention returns when its keys and values are those of the whole text.
+
+    By sdpa with a mask, as on a CPU, a mask of all queries and keys and keys repeated for every head would take more
+    memory than all else. On a GPU flash attention needs neither where nothing is padded, and elsewhere our kernel.
+
+    Args:
+        call: of the model's attention. Its mask is about what follows the first ``before`` entries alone.
+        before: entries that every query sees, but for padding.
+        text_mask: ``[batch, <= text]``, True for real tokens, as are those behind it; None if all are.
+        padding: of each row, on its left, ``[batch]``; None if there is none, or some elsewhere.
+    """
+    keys, device = call.key.shape[2], call.query.device
+    if text_mask is not None:
+        text_mask = F.pad(text_mask.to(device), (0, keys - text_mask.shape[1]), value=True)
+    if "flash" in call.implementation:  # their masks say of each entry whether it is real; what is causal they know
+        return replace(call, mask=text_mask).run()
+    mask = _tail_mask(call, keys - before, before, text_mask)
+    if call.implementation != "flex_attention" and not (_can_be_ragged(call) and use_triton(call.query, call.key)):
+        valid = torch.ones(1, keys, dtype=torch.bool, device=device) if text_mask is None else text_mask
+        return replace(call, mask=_mask_over_both(call, valid[:, None, :before], keys - before)).run()
+    if text_mask is None and mask is None and _flash_serves(call):
+        output = F.scaled_dot_product_attention(
+            call.query,
+            call.key,
+            call.value,
+            causal_lower_right(call.query.shape[2], keys),
+            scale=call.scaling,
+            enable_gqa=True,
+        )
+        return output.transpose(1, 2), None
+    if text_mask is not None and padding is None:
+        mask, before = _mask_over_both(replace(call, mask=mask), text_mask[:, None, :before], keys - before), 0
+    return _attend_behind_padding(call, before, padding, mask)
+
+
+def _flash_serves(call: AttentionCall) -> bool:
+    """Whether torch's flash attention computes what this call asks for."""
+    if any(each is not None for each in _softcap_and_sinks(call)):
+        return False
+    return can_use_flash_attention(SDPAParams(call.query, call.key, call.value, None, 0.0, False, True))
+
+
+def _attend_behind_padding(
+    call: AttentionCall, before: int, padding: torch.Tensor | None, mask: torch.Tensor | None
+) -> Any:
+    """Ragged attention: the first ``before`` entries of each row and head are a segment without its padding."""
+    batch, kv_heads, keys, _ = call.key.shape
+    starts = torch.arange(batch * kv_heads, device=call.key.device).view(batch, kv_heads) * keys
+    skipped = starts.new_zeros(batch, 1) if padding is None else padding.to(starts).clamp(max=before)[:, None]
+    softcap, sinks = _softcap_and_sinks(call)
+    output = ragged_attention(
+        call.query,
+        call.key.flatten(0, 2),
+        call.value.flatten(0, 2),
+        starts + skipped,
+        (before - skipped).int().expand(-1, kv_heads),
+        before,
+        call.key[:, :, before:],
+        call.value[:, :, before:],
+        mask,
+        call.scaling,
+        softcap,
+        sinks,
+    )
+    return output.transpose(1, 2), None
+
+
+def _softcap_and_sinks(call: AttentionCall) -> tuple[float | None, torch.Tensor | None]:
+    # transformers' "sdpa" ignores a softcap, so what equals it does as well.
+    return (None, None) if call.implementation == "sdpa" else (call.options.get("softcap"), call.options.get("s_aux"))
 
 
 def _aligned(call: AttentionCall) -> AttentionCall:
@@ -70,7 +149,6 @@ def _plain(call: AttentionCall) -> bool:
 
 
 def _can_be_ragged(call: AttentionCall) -> bool:
-    # transformers' "sdpa" ignores a softcap, so what equals it does as well.
     return _plain(call) and all(call.options.get(name) is None for name in _OTHER_ARITHMETIC[1:])
 
 
@@ -111,6 +189,7 @@ def _tail_mask(call: AttentionCall, tail: int, first: int, text_mask: torch.Tens
     if call.implementation == "sdpa" or text_mask is None:
         return None
     seen = text_mask[:, None, None, first : first + tail].bool().to(call.query.device)
+    seen = F.pad(seen, (0, tail - seen.shape[-1]), value=True)  # appended tokens
     return seen & _causal(call.query.shape[2], tail, call.query.device)
 
 
@@ -140,12 +219,24 @@ def _attend_dense(call: AttentionCall, prefix: Prefix, text_mask: torch.Tensor |
 
 
 def _mask_over_both(call: AttentionCall, valid: torch.Tensor, tail: int) -> torch.Tensor:
-    """What the model's mask says of the tail, behind what is ``valid [batch, kv_heads, longest]`` of a prefix."""
-    batch, heads, queries, _ = call.query.shape
-    seen = valid.repeat_interleave(heads // valid.shape[1], dim=1)[:, :, None].expand(-1, -1, queries, -1)
+    """What the model's mask says of the tail, behind what is valid of a prefix.
+
+    Args:
+        call: of the model's attention.
+        valid: ``[1 or batch, 1 or kv_heads, longest]``, of the prefix.
+        tail: entries that the model's mask is about.
+
+    Returns:
+        ``[1 or batch, 1 or heads, queries, longest + tail]``.
+    """
+    queries = call.query.shape[2]
+    if valid.shape[1] > 1:
+        valid = valid.repeat_interleave(call.query.shape[1] // valid.shape[1], dim=1)
     mask = call.mask if isinstance(call.mask, torch.Tensor) else _causal(queries, tail, call.query.device)
     if call.implementation == "eager" and mask.dtype == torch.bool:
         mask = torch.where(mask, 0.0, torch.finfo(call.query.dtype).min).to(call.query.dtype)
     if mask.dtype != torch.bool:
-        seen = torch.where(seen, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
-    return torch.cat([seen, mask[..., :tail].expand(batch, heads, -1, -1)], dim=-1)
+        valid = torch.where(valid, 0.0, torch.finfo(mask.dtype).min).to(mask.dtype)
+    batch = max(len(valid), len(mask))
+    parts = valid[:, :, None], mask[..., :tail]
+    return torch.cat([part.expand(batch, valid.shape[1], queries, -1) for part in parts], dim=-1)

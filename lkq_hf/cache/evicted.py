@@ -286,10 +286,10 @@ class EvictedCache(Cache):
                 "again into a new LookaheadCache. A cache that was saved by save_pretrained is loaded to where the "
                 "model is."
             )
-        if self.park is not None and layer_idx + 1 < len(self.layers):
-            following = self.layers[layer_idx + 1]
-            if isinstance(following, EvictedLayer):
-                following.prefetch()  # copied while this layer works
+        if self.park is not None:
+            following = (layer for layer in self.layers[layer_idx + 1 :] if isinstance(layer, EvictedLayer))
+            if (next_layer := next(following, None)) is not None:
+                next_layer.fetch_ahead(key_states.shape[-2])  # copied while this layer works, and those between
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:

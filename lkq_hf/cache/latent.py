@@ -47,7 +47,7 @@ class _Latent(_Layer):
         return key.shape[2] == value.shape[2] == self._length_returned
 
     def read_tail(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._tail
+        (keys, values), self._tail = self._tail, (None, None)  # all layers' together would be a whole text
         return (key, value) if keys is None or values is None else (keys, values)
 
     def end_reading(self) -> None:

@@ -65,6 +65,7 @@ class EvictedLayer(DynamicLayer):
         prefix: what the last eviction kept; None before the first.
         tokens_seen: logical length, padding included.
         parked: entries of the text in main memory; None without ``parks``.
+        seen_before: tokens before those that a forward reads, if it `reads_text`.
     """
 
     keys: torch.Tensor
@@ -78,6 +79,7 @@ class EvictedLayer(DynamicLayer):
         self.tokens_seen = 0
         self.parked = ParkedEntries() if parks else None
         self._parked_before = 0
+        self.seen_before = 0
         self.last_queries: LastQueries | None = None
         self.is_reading = False
         # Weak: what a layer reads is not held until the others have read theirs.
@@ -89,16 +91,21 @@ class EvictedLayer(DynamicLayer):
         return 0 if self.prefix is None else self.prefix.source_length
 
     @property
+    def reads_text(self) -> bool:
+        """Whether ``update`` returns the whole text. Masks are then asked for what is new alone."""
+        return self.is_reading and self.parked is not None
+
+    @property
     def attended_prefix(self) -> Prefix | None:
         """What attention has to see before what ``update`` returned."""
-        return None if self.is_reading and self.parked is not None else self.prefix
+        return None if self.reads_text else self.prefix
 
     def begin_reading(self, appended: int) -> None:
         """From now until `end_reading`, ``update`` returns the tail, or with parking the whole text, with what
         is new, and stores nothing."""
         self.is_reading = True
         if self.parked is not None:
-            self._parked_before = self.parked.length
+            self._parked_before, self.seen_before = self.parked.length, int(self.get_seq_length())
 
     def end_reading(self) -> None:
         self.is_reading = False
@@ -110,10 +117,10 @@ class EvictedLayer(DynamicLayer):
             self.parked.cut(self._parked_before)
         self.end_reading()
 
-    def prefetch(self) -> None:
-        """Begins to bring back what is parked, if the next ``update`` needs it."""
+    def fetch_ahead(self, count: int) -> None:
+        """Begins to bring back what is parked, if the next ``update``, of ``count`` tokens, needs it."""
         if self.is_reading and self.parked is not None and self.is_initialized:
-            self.parked.prefetch(self.keys.device)
+            self.parked.prefetch(self.keys.device, self.seen_before - self.parked.length + count)
 
     def returned(self, key: torch.Tensor, value: torch.Tensor) -> bool:
         """Whether they are what the last ``update`` returned, and not made of it by the model."""
@@ -125,10 +132,7 @@ class EvictedLayer(DynamicLayer):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args, **kwargs
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if self.is_reading:
-            parts = [*self.read_before(key_states.device), (key_states, value_states)]
-            if len(parts) > 1:
-                key_states = torch.cat([keys for keys, _ in parts], dim=-2)
-                value_states = torch.cat([values for _, values in parts], dim=-2)
+            key_states, value_states = self.behind_read(key_states, value_states)
             self._returned = weakref.ref(key_states), weakref.ref(value_states)
             return key_states, value_states
         self.tokens_seen += key_states.shape[-2]
@@ -139,15 +143,19 @@ class EvictedLayer(DynamicLayer):
         to, without what was evicted to before them."""
         return key, value
 
-    def read_before(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Entries that a forward which reads attends to, before its own: the tail, and what is parked before it."""
+    def behind_read(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a forward that reads attends to: its own entries behind the tail, or with parking the whole text."""
         keys, values = self.stored_tail()
-        if self.parked is None:
-            return [(keys, values)] if keys is not None and keys.shape[-2] else []
-        if keys is None:
-            return []
-        first = self.parked.length - self.evicted_length  # of the tail's tokens that are not parked
-        return [*self.parked.fetch(device), (keys[:, :, first:], values[:, :, first:])]
+        if keys is None or (self.parked is None and not keys.shape[-2]):
+            return key, value
+        if self.parked is None or not self.parked.length:
+            return torch.cat([keys, key], dim=-2), torch.cat([values, value], dim=-2)
+        parked, seen = self.parked.length, self.seen_before
+        text = self.parked.fetch(key.device, seen - parked + key.shape[-2])
+        for whole, tail, new in zip(text, (keys, values), (key, value), strict=True):
+            whole[:, :, parked:seen] = tail[:, :, parked - self.evicted_length :]
+            whole[:, :, seen:] = new
+        return text
 
     def stored_tail(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the tail, without room for more."""
@@ -266,8 +274,8 @@ class EvictedLayer(DynamicLayer):
         return self.tokens_seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        if self.is_reading and self.parked is not None:
-            return int(self.get_seq_length()) + query_length, 0
+        if self.reads_text:
+            return query_length, self.seen_before
         return self.tail_length + query_length, self.evicted_length
 
     def croppable(self, tokens_to_remove: int) -> int:

@@ -51,3 +51,12 @@ def padding_mask(attention_mask: Any, seen: int, length: int) -> torch.Tensor | 
             "tokens out of the prompt that are not to be read."
         )
     return mask
+
+
+def left_padding(mask: torch.Tensor) -> torch.Tensor | None:
+    """How much padding each row of ``mask [batch, length]`` (True for real tokens) begins with, int64 ``[batch]``.
+
+    None if there is padding behind real tokens too, as in later turns of a batch.
+    """
+    padding = mask.int().argmax(-1)
+    return padding if (padding + mask.sum(-1) == mask.shape[1]).all() else None

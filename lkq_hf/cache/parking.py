@@ -24,16 +24,20 @@ class _Chunk:
     rows: torch.Tensor | None
     copied: Any = None
 
+    def rows_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The batch of keys or values, wherever they are."""
+        return tensor if self.rows is None else tensor[self.rows.to(tensor.device)]
+
 
 @dataclass(eq=False)
 class ParkedEntries:
     """One layer's entries of the whole text but its latest tokens.
 
-    Copies to and from a GPU run on a stream of their own, beside the work of other layers.
+    Copies to and from a GPU run on streams of their own, beside the work of other layers.
     """
 
     _chunks: list[_Chunk] = field(default_factory=list)
-    _fetched: list[tuple[torch.Tensor, torch.Tensor]] | None = field(default=None, repr=False)
+    _fetched: tuple[torch.Tensor, torch.Tensor] | None = field(default=None, repr=False)
     _ready: Any = field(default=None, repr=False)
 
     @property
@@ -55,17 +59,16 @@ class ParkedEntries:
         if key.device.type != "cuda":
             self._chunks.append(_Chunk(key.clone(), value.clone(), None))
             return
-        stream = _side_stream(key.device)
-        stream.wait_stream(torch.cuda.current_stream(key.device))
-        parked = []
+        parked = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in (key, value)]
+        current, stream = torch.cuda.current_stream(key.device), _side_stream(key.device, "out")
+        stream.wait_stream(current)
         with torch.cuda.stream(stream):
-            for tensor in (key, value):
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-                copy.copy_(tensor, non_blocking=True)
-                tensor.record_stream(stream)
-                parked.append(copy)
-            copied = torch.cuda.Event()
-            copied.record(stream)
+            # Copies on the device are quick: the whole tensors need not stay until they have crossed the bus.
+            copies = [tensor.clone(memory_format=torch.contiguous_format) for tensor in (key, value)]
+            current.wait_stream(stream)
+            for there, here in zip(parked, copies, strict=True):
+                there.copy_(here, non_blocking=True)
+            copied = stream.record_event()
         self._chunks.append(_Chunk(parked[0], parked[1], None, copied))
 
     def restore(self, key: torch.Tensor, value: torch.Tensor, device: torch.device) -> None:
@@ -76,38 +79,63 @@ class ParkedEntries:
 
     def chunks(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of everything, in main memory, in pieces that follow each other."""
-        return [_rows_of(chunk, torch.device("cpu")) for chunk in self._chunks]
+        for chunk in self._chunks:
+            if chunk.copied is not None:
+                chunk.copied.synchronize()
+        return [(chunk.rows_of(chunk.keys), chunk.rows_of(chunk.values)) for chunk in self._chunks]
 
-    def prefetch(self, device: torch.device) -> None:
-        """Begins to copy everything to ``device``."""
-        if self._fetched is not None or not self._chunks:
-            return
-        if device.type != "cuda":
-            self._fetched = [_rows_of(chunk, device) for chunk in self._chunks]
-            return
-        stream = _side_stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            self._fetched = [_rows_of(chunk, device) for chunk in self._chunks]
-            self._ready = torch.cuda.Event()
-            self._ready.record(stream)
+    def prefetch(self, device: torch.device, room: int) -> None:
+        """Begins to copy everything to a GPU, for a `fetch` with the same arguments."""
+        if device.type == "cuda" and self._chunks and self._fetched is None:
+            self._begin_fetch(device, room)
 
-    def fetch(self, device: torch.device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values of everything on ``device``, in pieces that follow each other."""
-        self.prefetch(device)
-        fetched, self._fetched = self._fetched or [], None
-        if self._ready is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(self._ready)
-            for pair in fetched:
-                for tensor in pair:
-                    tensor.record_stream(stream)
-            self._ready = None
+    def fetch(self, device: torch.device, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of everything on ``device``, ``[batch, kv_heads, length + room, features]``.
+
+        The last ``room`` entries are yet to be written.
+        """
+        fetched = self._fetched or self._begin_fetch(device, room)
+        self._drop_fetched()
         return fetched
+
+    def _begin_fetch(self, device: torch.device, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+        first, length = self._chunks[0], self.length + room
+        batch = first.keys.shape[0] if first.rows is None else len(first.rows)
+        # Of the main stream's memory, so that the next layers can use it again without waiting for the host.
+        keys, values = (
+            torch.empty(batch, like.shape[1], length, like.shape[3], dtype=like.dtype, device=device)
+            for like in (first.keys, first.values)
+        )
+        if device.type != "cuda":
+            self._copy_into(keys, values)
+        else:
+            stream = _side_stream(device, "in")
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._copy_into(keys, values)
+                self._ready = stream.record_event()
+        self._fetched = keys, values
+        return keys, values
+
+    def _copy_into(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        start = 0
+        for chunk in self._chunks:
+            if chunk.copied is not None:
+                torch.cuda.current_stream(keys.device).wait_event(chunk.copied)
+            end = start + chunk.keys.shape[2]
+            for whole, part in ((keys, chunk.keys), (values, chunk.values)):
+                whole[:, :, start:end].copy_(chunk.rows_of(part.to(whole.device, non_blocking=True)))
+            start = end
+
+    def _drop_fetched(self) -> None:
+        """Makes the current stream wait for the copy, behind which the memory may be read and used again."""
+        if self._fetched is not None and self._ready is not None:
+            torch.cuda.current_stream(self._fetched[0].device).wait_event(self._ready)
+        self._fetched = self._ready = None
 
     def cut(self, length: int) -> None:
         """Forgets what was parked beyond ``length`` tokens."""
-        self._fetched = self._ready = None
+        self._drop_fetched()
         while self._chunks and self.length > length:
             last = self._chunks.pop()
             if (left := length - self.length) > 0:
@@ -124,20 +152,10 @@ class ParkedEntries:
         return ParkedEntries(list(self._chunks))
 
 
-def _rows_of(chunk: _Chunk, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    if chunk.copied is not None:
-        chunk.copied.synchronize()  # done long ago, but for a reading right after another
-    pair = chunk.keys.to(device, non_blocking=True), chunk.values.to(device, non_blocking=True)
-    if chunk.rows is None:
-        return pair
-    rows = chunk.rows.to(device)
-    return pair[0][rows], pair[1][rows]
+_side_streams: dict[tuple[torch.device, str], Any] = {}
 
 
-_side_streams: dict[torch.device, Any] = {}
-
-
-def _side_stream(device: torch.device) -> Any:
-    if device not in _side_streams:
-        _side_streams[device] = torch.cuda.Stream(device)
-    return _side_streams[device]
+def _side_stream(device: torch.device, direction: str) -> Any:
+    if (device, direction) not in _side_streams:
+        _side_streams[device, direction] = torch.cuda.Stream(device)
+    return _side_streams[device, direction]

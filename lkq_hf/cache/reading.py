@@ -14,11 +14,12 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lkq_hf.attention import AttentionCall, start_attending, thread_state
-from lkq_hf.cache.attend import attend_over
+from lkq_hf.cache.attend import attend_over, attend_to_text
 from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import EvictedLayer, LastQueries
 from lkq_hf.cache.modules import attention_modules
+from lkq_hf.cache.padding import left_padding
 from lkq_hf.cache.recurrent import read_apart
 from lkq_hf.scoring import PrefillAttention, Scorer
 
@@ -104,6 +105,7 @@ class Reading:
     _tails: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     _scores: dict[int, torch.Tensor] = field(default_factory=dict)
     _last_queries: dict[int, LastQueries] = field(default_factory=dict)
+    _padding: torch.Tensor | None = field(init=False, default=None)
     stop_attending: Callable[[], None] = field(init=False)
 
     def start(self) -> None:
@@ -111,7 +113,9 @@ class Reading:
         for layer in self.cache.layers:
             if hasattr(layer, "begin_reading"):
                 layer.begin_reading(self.suffix_length)
-        self.cache.layers[self.cache.evicted_layers()[0]].prefetch()
+        self.cache.layers[self.cache.evicted_layers()[0]].fetch_ahead(self.new_length + self.suffix_length)
+        if self.text_mask is not None and self.cache.park is not None:
+            self._padding = left_padding(self.text_mask)
         self.stop_attending = start_attending(self.decoder, self.attend)
         thread_state.recur = self.recur if self.suffix_length else None
         thread_state.lookahead_length = self.suffix_length if self.scorer.uses_adapter else 0
@@ -129,7 +133,10 @@ class Reading:
         if layer is None:
             return attend_over(call, None, self.text_mask)
         self._refuse_own_masks(call)
-        output = attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
+        if layer.reads_text and layer.seen_before:
+            output = attend_to_text(call, layer.seen_before, self.text_mask, self._padding)
+        else:
+            output = attend_over(call, layer.attended_prefix, self.text_mask, layer.returns_prefix)
         if layer is own:
             queries, new_length = self._with_last_piece(index, layer, _queries(call))
             tail = layer.read_tail(call.key, call.value)
@@ -176,8 +183,7 @@ class Reading:
         for index in self.cache.evicted_layers():
             layer = self.cache.layers[index]
             layer.begin_reading(0)
-            parts = layer.read_before(layer.keys.device)
-            key, value = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+            key, value = layer.behind_read(layer.keys[:, :, :0], layer.values[:, :, :0])
             attended = None
             if layer.returns_prefix:
                 entries = layer.candidates(key, value, key.shape[2], None)

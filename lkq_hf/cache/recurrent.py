@@ -169,9 +169,6 @@ class _MixedLayer(RecurrentLayer):
         RecurrentLayer.crop(self, tokens_to_remove)
         self.kind.crop(self, tokens_to_remove)
 
-    def prefetch(self) -> None:
-        self.kind.prefetch(self)
-
     def get_max_length(self) -> int:
         return self.kind.get_max_length(self)
 

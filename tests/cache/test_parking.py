@@ -201,3 +201,19 @@ def test_what_is_parked_is_counted_and_forgotten():
 def test_other_places_are_refused(place):
     with pytest.raises(ValueError, match=r"park must be .*got"):
         LookaheadCache(7, park=place)
+
+
+def test_what_is_fetched_leaves_room_behind_it():
+    entries, parts = parking.ParkedEntries(), [torch.randn(2, 3, length, 4) for length in (5, 1, 7)]
+    for part in parts:
+        entries.append(part, -part[..., :2])
+    entries.take_rows(torch.tensor([1, 1, 0]))
+    entries.cut(8)
+    entries.append(torch.ones(3, 3, 2, 4), torch.ones(3, 3, 2, 2))
+    keys, values = entries.fetch(torch.device("cpu"), room=6)
+    whole = torch.cat(parts, 2)[[1, 1, 0], :, :8]
+    assert keys.shape == (3, 3, 16, 4) and values.shape == (3, 3, 16, 2)
+    assert torch.equal(keys[:, :, :8], whole) and torch.equal(values[:, :, :8], -whole[..., :2])
+    assert (keys[:, :, 8:10] == 1).all() and entries.length == 10
+    again, _ = entries.fetch(torch.device("cpu"), room=0)
+    assert again.shape[2] == 10 and again.data_ptr() != keys.data_ptr(), "one layer's may be written into"

@@ -12,7 +12,7 @@ import torch
 from accelerate import PartialState, dispatch_model
 from models import add_adapter, add_lookahead, kept_entries, prompt_ids, save_adapter, tiny_model
 from test_command_line import assert_same_results, contents, evaluation, printed_by, targets
-from test_inference import NEW_TOKENS, tensor_parallel
+from test_inference import CACHES, NEW_TOKENS, assert_heads_compete, tensor_parallel
 from test_quantization import (
     assert_equal_states,
     assert_moments_of_all_tokens,
@@ -20,6 +20,7 @@ from test_quantization import (
     reduced_moments,
     walk,
 )
+from test_refinement import assert_gradients_are_those_of_all
 from test_training import assert_same_run, train
 from transformers import AutoModelForCausalLM, LlamaConfig
 from workers import Group, command_line, use_fsdp
@@ -108,6 +109,15 @@ def test_one_process_resumes_the_run_of_two(alone, groups, tmp_path):
     assert_same_run(resumed, alone[1], WEIGHTS, LOSSES)
 
 
+@pytest.mark.parametrize("name", ["two", "sharded"])
+def test_processes_share_the_steps_of_the_eviction_objective(groups, tmp_path, name):
+    changes = {"eviction_weight": 1.0, "eviction_budgets": [4, 12]}
+    (expected,) = groups["one"](training, tmp_path, changes)
+    changes["per_device_train_batch_size"] = 4
+    for run in groups[name](training, tmp_path, changes, None, name == "sharded"):
+        assert_same_run(run, expected, WEIGHTS, LOSSES)
+
+
 def differences(found, expected):
     """The largest of losses (relative) and of weights (absolute)."""
     losses = max(abs(found[0][step] / loss - 1) for step, loss in expected[0].items())
@@ -136,7 +146,11 @@ def walk_of(architecture):
     return walk(architecture, device=DEVICE, bits=4)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "routed"])
+def test_refinement_takes_the_steps_of_one_gpu(groups):
+    assert_gradients_are_those_of_all(groups, DEVICE)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "routed", "mixtral"])
 def test_two_gpus_make_the_checkpoint_of_one(groups, architecture):
     (alone,) = groups["one"](walk_of, architecture)
     runs = groups["two"](walk_of, architecture)
@@ -159,6 +173,14 @@ def test_tensor_parallel_gpus_keep_the_entries_of_one(groups, tmp_path, architec
         np.testing.assert_allclose(run[1], logits, rtol=1e-3, atol=1e-3)
     for layer, entries in kept.items():
         assert np.array_equal(np.concatenate([run[2][layer] for run in runs], axis=1), entries)
+
+
+@pytest.mark.parametrize("options", CACHES, ids=str)
+def test_heads_of_two_gpus_compete_as_those_of_one(groups, tmp_path, options):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "base")
+    save_adapter(add_lookahead(model), tmp_path / "adapter")
+    assert_heads_compete(groups, tmp_path, options, DEVICE)
 
 
 def large_llama(layers, **changes):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from models import add_adapter, add_lookahead, kept_entries, left_padded, prompt_ids, save_adapter, tiny_model
 from transformers import AutoModelForCausalLM
-from workers import launch
+from workers import Group, launch
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
 from lkq_hf.evaluation.profile import set_profile
@@ -118,17 +118,20 @@ def test_heads_are_selected_by_each_process_alone(saved):
     assert all(np.array_equal(run[0], sequences) for run in runs)
 
 
+TWO_GPUS = {
+    "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1,
+    "model.rotary_emb": 0, "lm_head": 1,
+}  # fmt: skip
 PROFILE = {"8": [[1.5, 0.5], [0.25, 2.0], [0.75, 1.0]]}
 
 
-def conversation(directory, options, processes):
-    """Tokens of two turns, and the entries kept after each."""
+def conversation(directory, options, **places):
+    """Tokens of two turns, and the entries kept after each, of a model loaded to these places."""
     torch.set_num_threads(1)
-    plan = {"tp_plan": "auto"} if processes > 1 else {}
-    model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="sdpa", **plan)
+    model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="sdpa", **places)
     model.load_adapter(str(directory / "adapter"))
     set_profile(model, PROFILE)
-    ids, mask = prompts()
+    ids, mask = (tensor.to(model.device) for tensor in prompts())
     cache = LookaheadCache(**{"budget": 8} | options)
     kept, lengths = [], []
     for turn in range(2):
@@ -136,25 +139,38 @@ def conversation(directory, options, processes):
             ids, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=NEW_TOKENS,
             disable_compile=True,
         )  # fmt: skip
-        kept.append({index: entries.numpy() for index, entries in kept_entries(cache).items()})
-        lengths.append({index: cache.layers[index].prefix.lengths.numpy() for index in cache.evicted_layers()})
-        ids = torch.cat([ids, prompt_ids(2, 5 + turn, seed=7 + turn)], dim=1)
-        mask = torch.cat([mask, torch.ones(2, ids.shape[1] - mask.shape[1], dtype=torch.long)], dim=1)
-    return ids.numpy(), kept, lengths
+        kept.append({index: entries.cpu().numpy() for index, entries in kept_entries(cache).items()})
+        lengths.append({index: cache.layers[index].prefix.lengths.cpu().numpy() for index in cache.evicted_layers()})
+        ids = torch.cat([ids, prompt_ids(2, 5 + turn, seed=7 + turn).to(ids.device)], dim=1)
+        mask = torch.nn.functional.pad(mask, (0, ids.shape[1] - mask.shape[1]), value=1)
+    return ids.cpu().numpy(), kept, lengths
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {}, {"allocation": "layer"}, {"allocation": "uniform"}, {"allocation": "profile"}, {"max_new_tokens": 20},
-        {"refresh_every": 2}, {"park": "cpu"},
-    ],
-    ids=str,
-)  # fmt: skip
+def conversation_in_parallel(directory, options):
+    return conversation(directory, options, tp_plan="auto")
+
+
+def conversation_on_one(directory, options, device="cpu"):
+    return conversation(directory, options, device_map=device)
+
+
+CACHES = [
+    {}, {"allocation": "layer"}, {"allocation": "uniform"}, {"allocation": "profile"}, {"max_new_tokens": 20},
+    {"refresh_every": 2}, {"park": "cpu"}, {"park": "cpu", "allocation": "profile"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", CACHES, ids=str)
 def test_heads_of_all_processes_compete_as_those_of_one(saved, options):
     directory = saved("llama")
-    ((ids, kept, lengths),) = launch(conversation, directory, options, 1, processes=1)
-    runs = launch(conversation, directory, options, 2)
+    with Group(1) as one, Group(2) as two:
+        assert_heads_compete({"one": one, "two": two}, directory, options)
+
+
+def assert_heads_compete(groups, directory, options, device="cpu"):
+    """Over two turns, those of two processes as those of one."""
+    ((ids, kept, lengths),) = groups["one"](conversation_on_one, directory, options, device)
+    runs = groups["two"](conversation_in_parallel, directory, options)
     for run in runs:
         assert np.array_equal(run[0], ids)
     for turn in range(2):
@@ -205,14 +221,15 @@ def offloaded(directory, folder, elsewhere):
 @pytest.mark.parametrize(
     "elsewhere", [["model.layers.1"], ["model.embed_tokens", "model.layers.0", "model.norm"]], ids=["middle", "ends"]
 )
-def test_layers_that_are_offloaded(saved, tmp_path, elsewhere):
+@pytest.mark.parametrize("park", [None, "cpu"])
+def test_layers_that_are_offloaded(saved, tmp_path, elsewhere, park):
     """accelerate brings them in from disk for each of their forwards; their part of the cache stays."""
     directory = saved("llama")
     expected = tensor_parallel(directory, "snapkv", 1)
     model = offloaded(directory, tmp_path, elsewhere)
     assert any(parameter.is_meta for parameter in model.parameters())
     prepare_model_for_eviction(model)
-    found = answer(model, "snapkv")
+    found = answer(model, "snapkv", park=park)
     assert np.array_equal(found[0], expected[0])
     for layer, entries in expected[2].items():
         assert np.array_equal(found[2][layer], entries)
@@ -227,14 +244,25 @@ def test_an_adapter_on_an_offloaded_model_is_refused(saved, tmp_path):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("options", [*CACHES, {"park": "cpu", "max_new_tokens": 20}], ids=str)
+def test_conversations_over_layers_on_two_gpus(saved, options):
+    directory = saved("llama")
+    ids, kept, lengths = conversation(directory, options, device_map={"": 0})
+    found, entries, found_lengths = conversation(directory, options, device_map=TWO_GPUS)
+    assert np.array_equal(found, ids)
+    for turn in range(2):
+        for layer in range(3):
+            assert np.array_equal(entries[turn][layer], kept[turn][layer])
+            assert np.array_equal(found_lengths[turn][layer], lengths[turn][layer])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 @pytest.mark.parametrize("max_new_tokens", [None, NEW_TOKENS])
 @pytest.mark.parametrize("scorer", ["lookahead", "snapkv"])
 def test_layers_on_two_gpus(saved, scorer, max_new_tokens):
     directory = saved("llama")
-    device_map = {
-        "model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.layers.2": 1, "model.norm": 1,
-        "model.rotary_emb": 0, "lm_head": 1,
-    }  # fmt: skip
+    device_map = TWO_GPUS
     kept, sequences = [], []
     for places in ({"": 0}, device_map):
         model = AutoModelForCausalLM.from_pretrained(directory / "base", attn_implementation="sdpa", device_map=places)

@@ -8,7 +8,7 @@ import torch
 from accelerate import PartialState
 from models import tiny_model
 from safetensors.torch import load_file
-from workers import launch
+from workers import Group, _kill_at, launch
 
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.quantization.base_weights import open_base
@@ -21,17 +21,19 @@ from lkq_hf.quantization.walk import quantize_blocks
 TOKENS = torch.randint(3, 160, (82, 32), generator=torch.Generator().manual_seed(0))
 
 
-def _refined(resume_dir=None, **settings):
+def _refined(resume_dir=None, tokens=TOKENS, batch_size=8, device="cpu", **settings):
     """The packed tensors, the errors of blocks before and after, and those of the tuning."""
-    PartialState(cpu=True)
+    PartialState(cpu=device == "cpu")
     torch.set_num_threads(1)
     config = TwoStageGPTQConfig(bits=2, group_size=32, sym=False)
     model = tiny_model("llama", num_hidden_layers=2)
     name, layers = find_layers(model, config)
     chosen = replace(config.solver_settings(), **settings)
-    report = quantize_blocks(model, name, layers, TOKENS, chosen, batch_size=8, resume_dir=resume_dir)
+    report = quantize_blocks(
+        model, name, layers, tokens, chosen, batch_size=batch_size, resume_dir=resume_dir, device=device
+    )
     state = {
-        f"{name}.{kind}": getattr(module, kind).numpy()
+        f"{name}.{kind}": getattr(module, kind).cpu().numpy()
         for name, module in model.named_modules()
         if isinstance(module, QuantizedLinear)
         for kind in ("qweight", "scales", "qzeros")
@@ -41,8 +43,45 @@ def _refined(resume_dir=None, **settings):
     return state, errors, None if tuned is None else (tuned.before, tuned.after)
 
 
-def run(settings, resume_dir=None):
-    return _refined(resume_dir, **settings)
+def run(settings, resume_dir=None, kill=None, **options):
+    if kill is not None and PartialState(cpu=True).process_index == kill:
+        _kill_at("lkq_hf.quantization.walk", "_quantize_block", 1, resume_dir / "block-00000.safetensors")
+    return _refined(resume_dir, **settings, **options)
+
+
+def run_in_parts(settings, device, batch_size, interleaved):
+    """Of windows such that two processes with batches of 8, or one with batches of 16, step through the same ones."""
+    tokens = TOKENS[:80]
+    if interleaved:
+        tokens = tokens.view(2, 5, 8, -1).transpose(0, 1).flatten(0, 2)
+    return _refined(tokens=tokens, batch_size=batch_size, device=device, **settings)
+
+
+def assert_gradients_are_those_of_all(groups, device="cpu"):
+    """The same steps, to rounding, as one process takes over the batches of both."""
+    settings = {"refinement": BlockRefinement(steps=12, offset_rate=0.0)}
+    ((_, alone, _),) = groups["one"](run_in_parts, settings, device, 16, True)
+    runs = groups["two"](run_in_parts, settings, device, 8, False)
+    assert runs[0][1] == runs[1][1] == pytest.approx(alone, rel=1e-4)
+    assert all(after < 0.98 * before for before, after in zip(alone[::2], alone[1::2], strict=True))
+
+
+def test_gradients_are_those_of_all_processes():
+    with Group(1) as one, Group(2) as two:
+        assert_gradients_are_those_of_all({"one": one, "two": two})
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_killed_refinement_goes_on_in_another_number_of_processes(tmp_path, processes):
+    settings = {"refinement": BlockRefinement(steps=6)}
+    whole = launch(run, settings)[0]
+    with pytest.raises(RuntimeError, match="process 1 was killed"):
+        launch(run, settings, tmp_path, 1)
+    for state, errors, _ in launch(run, settings, tmp_path, processes=processes):
+        first = [name for name in state if name.startswith("model.layers.0.")]
+        assert first and all(np.array_equal(state[name], whole[0][name]) for name in first)
+        # Other windows are held out of the second block.
+        assert errors == pytest.approx(whole[1][2:], rel=0.2)
 
 
 @pytest.mark.parametrize(

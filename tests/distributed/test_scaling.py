@@ -1,6 +1,6 @@
 """benchmarks/scaling.py: it measures, its costs follow from the figures, and the page holds what it writes."""
 
-import importlib.util
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,10 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
-_spec = importlib.util.spec_from_file_location("scaling", ROOT / "benchmarks" / "scaling.py")
-scaling = importlib.util.module_from_spec(_spec)
-sys.modules["scaling"] = scaling
-_spec.loader.exec_module(scaling)
+scaling, checks = (importlib.import_module(name) for name in ("scaling", "scaling_checks"))
 
 
 def figures(seconds=1.0, besides=2e9, name="8B"):
@@ -87,10 +84,12 @@ def test_it_measures(tmp_path):
 def test_runs_are_compared_with_what_is_computed(tmp_path):
     page, file, more = (tmp_path / name for name in ("page.md", "results.json", "more.json"))
     page.write_text(f"{scaling.BEGIN}\n{scaling.END}\n")
-    scaling.main(["check", "--device", "cpu", "--shrink", "32", "--results", str(more)])
+    checks.main([*checks.RUNS, "--device", "cpu", "--shrink", "32", "--results", str(more)])
     runs = json.loads(more.read_text())["checks"]
+    tokens = scaling.RECIPE["calibration_tokens"]
     assert [(run["work"], run["tokens"], run["gpus"]) for run in runs] == [
-        ("training", 4096, 1), ("training", 8192, 1), ("quantizing", scaling.RECIPE["calibration_tokens"], 1)
+        ("training", 4096, 1), ("training", 8192, 1), ("eviction", 4096, 1), ("quantizing", tokens, 1),
+        ("experts", tokens // 4, 1), ("refining", tokens // 4, 1), ("sharing out", 4096, 1),
     ]  # fmt: skip
     assert all(run["seconds"] > 0 for run in runs)
     results = {"models": {"8B": figures() | {"tokens": 4096}}, "links": {scaling.BETWEEN_GPUS: 123.0}}
@@ -102,7 +101,11 @@ def test_runs_are_compared_with_what_is_computed(tmp_path):
     assert [scaling.predicted(run, found) for run in runs] == [
         pytest.approx((32.0, 2 * scaling.parameters(scaling.MODELS["8B"]) + 2e9)),
         None,
-        pytest.approx((2 * (scaling.RECIPE["calibration_tokens"] * 1e-4 + 11), 6e9)),
+        None,
+        pytest.approx((2 * (tokens * 1e-4 + 11), 6e9)),
+        None,
+        None,
+        None,
     ]
     text = page.read_text()
     assert "| a training step: 32 layers of the 8B model, 4,096 tokens | 1 |" in text
@@ -110,8 +113,8 @@ def test_runs_are_compared_with_what_is_computed(tmp_path):
 
 
 def test_a_model_cut_among_gpus_is_one_layer_in_memory_before():
-    sizes = scaling._sizes("8B", 32)
-    model = scaling._build_repeated(sizes, 5, "cpu", 32)
+    sizes = scaling.sizes_of("8B", 32)
+    model = checks._build_repeated(sizes, 5, "cpu", 32)
     places = {layer.mlp.up_proj.weight.data_ptr() for layer in model.model.layers}
     assert len(places) == 1 and len({id(layer.mlp.up_proj.weight) for layer in model.model.layers}) == 5
     assert not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()])

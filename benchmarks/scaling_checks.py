@@ -1,0 +1,247 @@
+"""Real runs on one GPU or several: what `scaling.py` computes, and what it does not.
+
+    python benchmarks/scaling_checks.py quantizing experts --results checks.json
+    accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 2 \
+        benchmarks/scaling_checks.py training eviction refining "sharing out" --results checks.json
+    python benchmarks/scaling.py report --merge checks.json          # into the tables of docs/scaling.md
+
+Sizes are those of real models, weights are random. Of each run: seconds of the slowest process, and the peak memory of
+the fullest GPU.
+
+    training, eviction    a step of LookaheadTrainer with one prompt for each process, without and with the eviction
+                          objective
+    quantizing            two layers of the 8B model, by the default method
+    experts               one layer of Qwen3-30B-A3B (128 experts)
+    refining              one layer of the 8B model, with its refinement
+    sharing out           one threshold over all heads of the 8B model, with four times a budget of 1,024 provisional
+                          entries a head; under tensor parallelism also the gathering of the scores that it needs
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from common import describe, save, synchronize
+from experts import SHAPE as EXPERTS
+from experts import SMALL as FEW_EXPERTS
+from peft import get_peft_model
+from scaling import (
+    BETWEEN_GPUS,
+    COMMON,
+    MODELS,
+    RECIPE,
+    WORK,
+    build,
+    collect,
+    median_seconds,
+    peak,
+    random_moments,
+    row_of,
+    sizes_of,
+)  # fmt: skip
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, TrainerCallback
+
+from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
+from lkq_hf.cache.allocation import MOST, share_out
+from lkq_hf.cache.tensor_parallel import DividedHeads
+from lkq_hf.quantization import TwoStageGPTQConfig
+from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.refinement import BlockRefinement
+from lkq_hf.quantization.solve import quantize_weight
+from lkq_hf.quantization.walk import quantize_blocks
+
+# By plan, (model, layers, prompt tokens).
+TRAINING = {
+    "one GPU": [("8B", 32, 4096), ("8B", 32, 8192)],
+    "DDP": [("8B", 32, 4096)],
+    # Two GPUs of 80 GB hold the second and one does not.
+    "FSDP2": [("8B", 32, 4096), ("70B", 56, 4096)],
+}
+BUDGET = 1024
+
+Figures = dict[str, float]
+Add = Callable[[str, str, int, int, Figures], None]
+
+
+def run_training(plan: str, device: str, shrink: int, add: Add, eviction: bool = False) -> None:
+    for name, layers, tokens in TRAINING[plan]:
+        if eviction and (name, tokens) != ("8B", 4096):
+            continue
+        make = _build_repeated if plan == "FSDP2" else build
+        model = make(sizes_of(name, shrink), layers // shrink or 1, device, shrink)
+        figures = _steps(model, tokens // shrink, device, shrink, eviction)
+        add("eviction" if eviction else "training", name, layers, tokens, figures)
+
+
+def run_eviction(plan: str, device: str, shrink: int, add: Add) -> None:
+    run_training(plan, device, shrink, add, eviction=True)
+
+
+def run_quantizing(plan: str, device: str, shrink: int, add: Add) -> None:
+    model = build(sizes_of("8B", shrink), 2, device, shrink)
+    add(
+        "quantizing", "8B", 2, RECIPE["calibration_tokens"], _walk(model, RECIPE["calibration_tokens"], device, shrink)
+    )
+
+
+def run_experts(plan: str, device: str, shrink: int, add: Add) -> None:
+    shape = (EXPERTS if shrink == 1 else FEW_EXPERTS) | {"num_hidden_layers": 1}
+    with torch.device(device):
+        config = Qwen3MoeConfig(**shape, norm_topk_prob=True)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa").eval()
+    tokens = RECIPE["calibration_tokens"] // 4
+    add("experts", "Qwen3-30B-A3B", 1, tokens, _walk(model, tokens, device, shrink))
+
+
+def run_refining(plan: str, device: str, shrink: int, add: Add) -> None:
+    model = build(sizes_of("8B", shrink), 1, device, shrink)
+    refinement = BlockRefinement() if shrink == 1 else BlockRefinement(steps=2)
+    tokens = RECIPE["calibration_tokens"] // 4
+    add("refining", "8B", 1, tokens, _walk(model, tokens, device, shrink, refinement=refinement))
+
+
+def run_sharing_out(plan: str, device: str, shrink: int, add: Add) -> None:
+    processes, layers = PartialState().num_processes, MODELS["8B"]["num_hidden_layers"]
+    shape = 1, COMMON["num_key_value_heads"] // processes, MOST * BUDGET // shrink
+    scores = [torch.rand(shape, device=device) for _ in range(layers)]
+    collect(device)
+    if processes > 1:
+        mesh = init_device_mesh(torch.device(device).type, (processes,))
+        divided, own = DividedHeads(mesh, COMMON["num_key_value_heads"]), scores
+        seconds = median_seconds(lambda: divided.gather(own), 9)
+        add("gathering", "8B", layers, MOST * BUDGET, {"seconds": seconds, "bytes": peak(device)})
+        scores = divided.gather(own)
+    seconds = median_seconds(lambda: share_out(scores, BUDGET // shrink, "global"), 9)
+    add("sharing out", "8B", layers, MOST * BUDGET, {"seconds": seconds, "bytes": peak(device)})
+
+
+RUNS: dict[str, Callable[[str, str, int, Add], None]] = {
+    "training": run_training, "eviction": run_eviction, "quantizing": run_quantizing, "experts": run_experts,
+    "refining": run_refining, "sharing out": run_sharing_out,
+}  # fmt: skip
+
+
+class _Clock(TrainerCallback):
+    """Seconds of each step, and the peak memory after the first two."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2 and self.device.startswith("cuda"):
+            torch.cuda.reset_peak_memory_stats()
+        synchronize()
+        self._start = time.perf_counter()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.seconds.append(time.perf_counter() - self._start)
+
+
+def _steps(model: Any, tokens: int, device: str, shrink: int, eviction: bool) -> Figures:
+    """Seconds of a step with one prompt for each process, and the peak bytes, of LookaheadTrainer."""
+    collect(device)
+    clock = _Clock(device)
+    weight = {} if eviction else {"eviction_weight": 0.0}
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = LookaheadTrainingArguments(
+            output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
+            per_device_train_batch_size=1, max_steps=6, **weight,
+        )  # fmt: skip
+        rows = [row_of(tokens, shrink)] * 6 * PartialState().num_processes
+        adapted = get_peft_model(model, LookaheadKVConfig())
+        trainer = LookaheadTrainer(adapted, arguments, train_dataset=rows, callbacks=[clock])
+        trainer.train()
+    figures = {"seconds": statistics.median(clock.seconds[2:]), "bytes": peak(device)}
+    # What a trainer holds on to goes with it.
+    trainer.accelerator.free_memory()
+    return figures
+
+
+def _build_repeated(sizes: dict[str, int], layers: int, device: str, shrink: int) -> Any:
+    """A model all of whose layers are one in memory: each process cuts its own part out of them, and no GPU has to
+    hold the whole before."""
+    one = build(sizes, 1, device, shrink)
+    with torch.device("meta"):
+        config = LlamaConfig(**one.config.to_dict() | {"num_hidden_layers": layers})
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    model.config._name_or_path = "random"
+    model.model.rotary_emb = one.model.rotary_emb
+    for part in ("model.embed_tokens", "model.norm", "lm_head"):
+        model.get_submodule(part).load_state_dict(one.get_submodule(part).state_dict(), assign=True)
+    for layer in model.model.layers:
+        layer.load_state_dict(one.model.layers[0].state_dict(), assign=True)
+    return model.eval()
+
+
+def _walk(model: Any, tokens: int, device: str, shrink: int, **changes: Any) -> Figures:
+    """Seconds of a calibration walk by the default method, and the peak bytes."""
+    config = TwoStageGPTQConfig(group_size=128 if shrink == 1 else 32)
+    name, layers = find_layers(model, config)
+    settings = replace(config.solver_settings(), **changes)
+    windows = torch.randint(3, 1000 // shrink, (tokens // 2048, 2048 // shrink), generator=torch.Generator())
+    linear = {module.in_features: module for module in layers.values() if isinstance(module, torch.nn.Linear)}
+    for module in linear.values():
+        quantize_weight(module.weight[:128], random_moments(module.in_features, device), settings)  # compiles
+    collect(device)
+    report = quantize_blocks(model, name, layers, windows, settings, device=device, batch_size=8)
+    return {"seconds": report.seconds, "bytes": report.peak_memory}
+
+
+def bandwidth(device: str, shrink: int) -> float:
+    """GB/s that a GPU sends and receives, in an all-reduce or in an all-gather, whichever is less; of 1 GiB."""
+    processes = torch.distributed.get_world_size()
+    part = torch.ones(2**28 // shrink**4 // processes, device=device)
+    whole = part.repeat(processes)
+    sent = whole.numel() * whole.element_size() * (processes - 1) / processes
+    reducing = median_seconds(lambda: torch.distributed.all_reduce(whole))
+    gathering = median_seconds(lambda: torch.distributed.all_gather_into_tensor(whole, part))
+    return min(2 * sent / reducing, sent / gathering) / 1e9
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", nargs="+", choices=list(RUNS))
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--shrink", type=int, default=1, help="divides all sizes: a quick check without a GPU")
+    parser.add_argument("--results", type=Path, required=True)
+    options = parser.parse_args(arguments)
+    state = PartialState(cpu=options.device == "cpu")
+    place = str(state.device) if options.device == "cuda" else options.device
+    plan = "FSDP2" if parse_flag_from_env("ACCELERATE_USE_FSDP") else "DDP" if state.num_processes > 1 else "one GPU"
+    results: dict[str, Any] = {"hardware": describe(), "shrink": options.shrink, "links": {}, "checks": []}
+    if state.num_processes > 1:
+        results["links"][BETWEEN_GPUS] = round(bandwidth(place, options.shrink), 1)
+
+    def add(work: str, name: str, layers: int, tokens: int, figures: Figures) -> None:
+        # The slowest process, and the fullest GPU.
+        values = torch.tensor([figures["seconds"], figures["bytes"]], dtype=torch.float64, device=place)
+        if state.num_processes > 1:
+            torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MAX)
+        seconds, size = values.tolist()
+        of_heads = work in ("gathering", "sharing out") and state.num_processes > 1
+        row = {"work": work, "model": name, "layers": layers, "tokens": tokens, "seconds": seconds}
+        row["plan"] = "tensor parallel" if of_heads else plan
+        results["checks"].append(row | {"gpus": state.num_processes, "bytes": int(size)})
+        if state.is_main_process:
+            print(WORK[work], json.dumps(results["checks"][-1]), flush=True)
+            save(options.results, results)
+
+    for work in options.work:
+        RUNS[work](plan, place, options.shrink, add)
+        collect(place)
+
+
+if __name__ == "__main__":
+    main()
