@@ -111,3 +111,16 @@ def and_or(word, MASK: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constex
 @triton.constexpr_function
 def _and_or_asm(mask):
     return f"lop3.b32 $0, $1, {mask:#x}, $2, 0xEA;"
+
+
+@triton.jit
+def bits_from(word, above, right, INTERPRETED: tl.constexpr):
+    """The 32 bits from bit ``right`` on, 1 to 31, of a word and the one above it."""
+    if INTERPRETED:
+        below = word.to(tl.uint32, bitcast=True) >> right
+        return (below | (above.to(tl.uint32, bitcast=True) << (32 - right))).to(tl.int32, bitcast=True)
+    else:
+        # Triton's compiler would make three instructions of it.
+        return tl.inline_asm_elementwise(
+            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [word, above, right], dtype=tl.int32, is_pure=True, pack=1
+        )

@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
 from lkq_hf.kernels.packed_fields_triton import (
     and_or,
+    bits_from,
     load_words,
     load_zero_words,
     row_features,
@@ -177,18 +178,21 @@ def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRET
     if BITS == 3:
         word1 = word1[:, :, None]
         word2 = word2[:, :, None]
-        bit = 6 * pair
-        first = tl.where(bit < 32, word0, tl.where(bit < 64, word1, word2))
-        second = tl.where(bit < 32, word1, word2)
-        # Turned to the left, a pair of the first word comes in from below; to the right, one of both from above.
-        above = tl.where(bit % 32 < LOWER, first, second)
-        even = _turned(first, above, (bit - LOWER) & 31, INTERPRETED)
+        # A thread has one pair of every eight fields, which are three bytes. Which eight is known when the kernel is
+        # compiled: only the two in the middle have to be cut out of two words.
+        eight = pair >> 2
+        second = eight == 1
+        word, above = tl.where(second, word0, word1), tl.where(second, word1, word2)
+        cut = bits_from(word, above, tl.where(second, 24, 16), INTERPRETED)
+        fields = tl.where(eight == 0, word0, tl.where(eight == 3, word2, cut))
+        first_bit = 6 * (pair & 3) + tl.where(eight == 3, 8, 0)
+        even = bits_from(fields, fields, (first_bit - LOWER) & 31, INTERPRETED)
         odd = even
     elif BITS == 8:
-        even = _turned(word0, word0, (16 * pair - LOWER) & 31, INTERPRETED)
-        odd = _turned(word0, word0, (16 * pair + 8 - UPPER) & 31, INTERPRETED)
+        even = bits_from(word0, word0, (16 * pair - LOWER) & 31, INTERPRETED)
+        odd = bits_from(word0, word0, (16 * pair + 8 - UPPER) & 31, INTERPRETED)
     else:
-        even = _turned(word0, word0, (2 * BITS * pair - LOWER) & 31, INTERPRETED)
+        even = bits_from(word0, word0, (2 * BITS * pair - LOWER) & 31, INTERPRETED)
         odd = even
     scale = scale[:, :, None]
     zero = zero[:, :, None]
@@ -207,19 +211,6 @@ def _number(word, BIT: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constex
     The field stays where it is, as a part of the mantissa; the exponent is what makes it count as integers.
     """
     return and_or(word, (2**BITS - 1) << BIT, (127 + 23 - BIT) << 23, INTERPRETED).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _turned(word, above, right, INTERPRETED: tl.constexpr):
-    """The 32 bits from bit ``right`` on, 1 to 31, of a word and the one above it."""
-    if INTERPRETED:
-        below = word.to(tl.uint32, bitcast=True) >> right
-        return (below | (above.to(tl.uint32, bitcast=True) << (32 - right))).to(tl.int32, bitcast=True)
-    else:
-        # Triton's compiler would make three instructions of it.
-        return tl.inline_asm_elementwise(
-            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [word, above, right], dtype=tl.int32, is_pure=True, pack=1
-        )
 
 
 def tile_features(most: int, in_features: int, group_size: int) -> int:

@@ -30,7 +30,7 @@ from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
 # Specializing these sizes would compile again for another number of rows or another layer and gain nothing.
-@triton.jit(do_not_specialize=["rows", "group_features", "chunks", "chunks_per_split"])
+@triton.jit(do_not_specialize=["rows", "chunks", "chunks_per_split"])
 def _gemv_kernel(
     x,
     weights,
@@ -39,23 +39,23 @@ def _gemv_kernel(
     rows,
     all_columns,
     in_features,
-    group_features,
     chunks,
     chunks_per_split,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
     BFLOAT16: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNK_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     WARPS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     ROW_TILES: tl.constexpr,
 ):
-    FEATURES: tl.constexpr = row_features(BITS)
     x = x.to(tl.pointer_type(tl.int32), bitcast=True)
     qweight, qzeros, scales = weights[0], weights[1], weights[2]
     columns = widths[0]
@@ -75,47 +75,39 @@ def _gemv_kernel(
     first = tl.program_id(1) * chunks_per_split
     end = tl.minimum(first + chunks_per_split, chunks)
     chunk = first + thread // 32
+    sources = (x, qweight, qzeros, scales)
+    sizes = (rows, columns, in_features)
     if DEPENDENT:
         # Unlike the activations, the weight is there before the kernel ahead of this one is done.
-        LINES: tl.constexpr = CHUNK // FEATURES * row_words(BITS)
-        for four in tl.static_range(LINES // 4):
-            line = tl.minimum(chunk * LINES + 4 * four + lane % 4, in_features // FEATURES * row_words(BITS) - 1)
-            for tile in tl.static_range(COLUMN_TILES):
-                _prefetch(qweight + line * columns + tl.minimum(column + 32 * tile, columns - 4))
+        for i in tl.static_range(AHEAD):
+            _fetch_chunk(
+                sources, sizes, chunk + i * WARPS, end, column, lane, BITS, SYM, CHUNK, GROUP_SIZE, COLUMN_TILES
+            )
         gdc_wait()
     total = (tl.zeros((32 * WARPS,), tl.float32),) * (8 * ROW_TILES * COLUMN_TILES)
-    sources = (x, qweight, qzeros, scales)
-    sizes = (rows, columns, in_features, group_features)
-    if PREFETCH:
+    for _ in tl.range(first, end, WARPS, num_stages=STAGES):
+        if FETCH:
+            _fetch_chunk(
+                sources, sizes, chunk + AHEAD * WARPS, end, column, lane, BITS, SYM, CHUNK, GROUP_SIZE, COLUMN_TILES
+            )
         loaded = _load_chunk(
-            sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
+            sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, GROUP_SIZE, ROW_TILES, COLUMN_TILES
         )
-    for _ in range(first, end, WARPS):
-        if PREFETCH:
-            current = loaded
-            chunk += WARPS
-            loaded = _load_chunk(
-                sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
-            )
-        else:
-            current = _load_chunk(
-                sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
-            )
-            chunk += WARPS
         total = _add_chunk(
             total,
-            current,
+            loaded,
             column,
             lane,
             BITS,
             SYM,
             BFLOAT16,
             CHUNK,
-            CHUNK_GROUPS,
+            groups_of(CHUNK, GROUP_SIZE),
             ROW_TILES,
             COLUMN_TILES,
             INTERPRETED,
         )
+        chunk += WARPS
     if DEPENDENT:
         gdc_launch_dependents()
     lane = tl.arange(0, 32)
@@ -136,6 +128,21 @@ def _gemv_kernel(
                 )
 
 
+@triton.constexpr_function
+def groups_of(chunk, group_size):
+    """Groups of a chunk, or 1 if it is a part of one."""
+    return max(1, chunk // group_size)
+
+
+@triton.jit
+def _group(chunk, PART: tl.constexpr, in_features, CHUNK: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """The group of one part of a chunk; of a part past the end of the weight, the last one."""
+    if CHUNK > GROUP_SIZE:
+        return tl.minimum(chunk * (CHUNK // GROUP_SIZE) + PART, in_features // GROUP_SIZE - 1)
+    else:
+        return chunk // (GROUP_SIZE // CHUNK)
+
+
 @triton.jit
 def _load_chunk(
     sources,
@@ -147,48 +154,89 @@ def _load_chunk(
     BITS: tl.constexpr,
     SYM: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNK_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     ROW_TILES: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
 ):
-    """What a thread needs of its chunk: words; activations; scales and zero points. The order is that of the loops."""
+    """What a thread needs of its chunk: words; activations; scales and zero points. The order is that of the loops.
+
+    Masks would take more registers and instructions than they save loads. So a thread past the last column or feature
+    loads others, and one past the last chunk loads its last one again; their activations or their scales are 0.
+    """
     x, qweight, qzeros, scales = sources
-    rows, columns, in_features, group_features = sizes
+    rows, columns, in_features = sizes
     FEATURES: tl.constexpr = row_features(BITS)
+    there = chunk < end
+    chunk = tl.minimum(chunk, end - 1)
     words = ()
     activations = ()
     for step in tl.static_range(CHUNK // FEATURES // 4):
         packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
-        inside = (chunk < end) & (packed_row * FEATURES < in_features)
+        if CHUNK > GROUP_SIZE:
+            packed_row = tl.minimum(packed_row, in_features // FEATURES - 1)
         for tile in tl.static_range(COLUMN_TILES):
+            at = tl.minimum(column + 32 * tile, columns - 4)
             for word in tl.static_range(row_words(BITS)):
-                pointers = qweight + (packed_row * row_words(BITS) + word) * columns + column + 32 * tile
-                words = words + _load_four(pointers, inside & (column + 32 * tile < columns))
+                words = words + _load_four(qweight + (packed_row * row_words(BITS) + word) * columns + at)
     for step in tl.static_range(CHUNK // FEATURES // 4):
         packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
-        inside = (chunk < end) & (packed_row * FEATURES < in_features)
         for row_tile in tl.static_range(ROW_TILES):
             row = 8 * row_tile + lane // 4
+            inside = row < rows
+            if CHUNK > GROUP_SIZE:
+                inside &= packed_row * FEATURES < in_features
             pointers = x + (row * in_features + packed_row * FEATURES) // 2
             if FEATURES == 4:
-                activations = activations + _load_two(pointers, inside & (row < rows))
+                activations = activations + _load_two(pointers, inside)
             else:
                 for eight in tl.static_range(FEATURES // 8):
-                    activations = activations + _load_four(pointers + 4 * eight, inside & (row < rows))
+                    activations = activations + _load_four(pointers + 4 * eight, inside)
     grid = ()
-    for part in tl.static_range(CHUNK_GROUPS):
-        feature = chunk * CHUNK + part * (CHUNK // CHUNK_GROUPS)
-        group = feature // group_features
+    for part in tl.static_range(groups_of(CHUNK, GROUP_SIZE)):
+        group = _group(chunk, part, in_features, CHUNK, GROUP_SIZE)
         for tile in tl.static_range(COLUMN_TILES):
-            at = column + 32 * tile
-            inside = (chunk < end) & (feature < in_features) & (at < columns)
-            grid = grid + _load_two(scales + (group * columns + at) // 2, inside)
+            at = tl.minimum(column + 32 * tile, columns - 4)
+            grid = grid + _load_two(scales + (group * columns + at) // 2, there)
             if not SYM:
                 zeros = qzeros + (group * columns + at) * BITS // 32
-                grid = grid + (tl.load(zeros, mask=inside, other=0),)
+                grid = grid + (tl.load(zeros),)
                 if BITS == 3:
-                    grid = grid + (tl.load(zeros + 1, mask=inside & (at * BITS % 32 > 20), other=0),)
+                    grid = grid + (tl.load(zeros + 1, mask=at * BITS % 32 > 20, other=0),)
     return words, activations, grid
+
+
+@triton.jit
+def _fetch_chunk(
+    sources,
+    sizes,
+    chunk,
+    end,
+    column,
+    lane,
+    BITS: tl.constexpr,
+    SYM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
+):
+    """Have the L2 cache fetch the words, scales and zero points of a chunk, if it is before the end."""
+    _, qweight, qzeros, scales = sources
+    _, columns, in_features = sizes
+    LINES: tl.constexpr = CHUNK // row_features(BITS) * row_words(BITS)
+    wanted = chunk < end
+    for tile in tl.static_range(COLUMN_TILES):
+        at = tl.minimum(column + 32 * tile, columns - 4)
+        for four in tl.static_range(LINES // 4):
+            line = chunk * LINES + 4 * four + lane % 4
+            inside = wanted
+            if CHUNK > GROUP_SIZE:
+                inside &= line < in_features // row_features(BITS) * row_words(BITS)
+            _fetch(qweight + line * columns + at, inside)
+        for part in tl.static_range(groups_of(CHUNK, GROUP_SIZE)):
+            group = _group(chunk, part, in_features, CHUNK, GROUP_SIZE)
+            _fetch(scales + (group * columns + at) // 2, wanted)
+            if not SYM:
+                _fetch(qzeros + (group * columns + at) * BITS // 32, wanted)
 
 
 @triton.jit
@@ -345,9 +393,10 @@ def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
 
 
 @triton.jit
-def _load_four(pointers, mask):
+def _load_four(pointers, mask=None):
     """Four neighbors from every pointer, as four tensors."""
-    four = tl.load(pointers[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
+    pointers = pointers[:, None] + tl.arange(0, 4)[None, :]
+    four = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask[:, None], other=0)
     even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
     first, third = tl.split(even)
     second, fourth = tl.split(odd)
@@ -361,10 +410,15 @@ def _load_two(pointers, mask):
 
 
 @triton.jit
-def _prefetch(pointers):
-    """Have the L2 cache, which is never out of date, fetch what pointers point to."""
+def _fetch(pointers, wanted):
+    """Have the L2 cache, which is never out of date, fetch what pointers point to, where it is wanted."""
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
+        "=r,l,r",
+        [pointers, wanted.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -386,7 +440,9 @@ class QuantizedGemv:
         chunk: what `chunk_features` says.
         num_warps: warps of a thread block.
         column_tiles: 32 columns each, of a thread block.
-        prefetch: whether a warp loads its next chunk before it multiplies.
+        stages: chunks of a warp on their way through shared memory; 1 for none, straight into registers.
+        ahead: of a warp's chunks, how many the L2 cache fetches before they are loaded: memory takes longer to answer
+            than registers have room for what is under way. Only where kernels start before the one ahead ends.
         split_k: thread blocks that share the chunks of a column.
     """
 
@@ -403,26 +459,32 @@ class QuantizedGemv:
         chunk: int,
         num_warps: int,
         column_tiles: int,
-        prefetch: bool,
+        stages: int,
+        ahead: int,
         split_k: int,
     ) -> None:
         self._widths = widths
         self._columns = sum(widths)
-        self._split_k = split_k
         chunks = ceil_div(in_features, chunk)
+        chunks_per_split = ceil_div(chunks, split_k)
+        self._split_k = split_k = ceil_div(chunks, chunks_per_split)  # none without a chunk
         self._grid = (sum(ceil_div(width, 32 * column_tiles) for width in widths), split_k, 1)
-        self._sizes = (self._columns, in_features, group_size, chunks, ceil_div(chunks, split_k))
+        self._sizes = (self._columns, in_features, chunks, chunks_per_split)
+        iterations = ceil_div(chunks_per_split, num_warps)
         options = dependent_launch(device)
         self._constants = {
             "BITS": bits,
             "SYM": sym,
             "BFLOAT16": dtype == torch.bfloat16,
             "CHUNK": chunk,
-            "CHUNK_GROUPS": max(1, chunk // group_size),
+            "GROUP_SIZE": group_size,
             "COLUMN_TILES": column_tiles,
             "WEIGHTS": len(widths),
             "WARPS": num_warps,
-            "PREFETCH": prefetch,
+            "STAGES": stages,
+            "AHEAD": min(ahead, iterations),
+            # One chunk ahead would be fetched as late as it is loaded.
+            "FETCH": bool(options) and 1 < ahead < iterations,
             "DEPENDENT": bool(options),
             "INTERPRETED": interpreting(),
         }

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,18 +20,55 @@ _DEQUANTIZE_ROWS = 1024
 SHARED_ROWS = 16
 """Up to here the fastest kernel does little more than read weights, and one may serve several."""
 
-# Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor; by the largest number of rows
-# that they serve.
+
+class GemvTile(NamedTuple):
+    """How `quantized_gemv_triton` divides a product."""
+
+    num_warps: int
+    """Warps of a thread block."""
+    column_tiles: int
+    """Of 32 columns each, of a thread block."""
+    stages: int
+    """Chunks of a warp on their way through shared memory; 1 for none, straight into registers."""
+    ahead: int
+    """Chunks of a warp that the L2 cache fetches before they are loaded."""
+    blocks: float
+    """Thread blocks per multiprocessor: as many as that share the input features of a column."""
+
+
+class GemmTile(NamedTuple):
+    """How `quantized_gemm_triton` divides a product."""
+
+    most_rows: int
+    most_features: int
+    """Input features of a tile, less where the layer's or the group's size asks for it."""
+    num_warps: int
+    """Warps of a thread block, of 16 columns each."""
+    num_stages: int
+    """Tiles on their way."""
+    blocks: float
+    """Thread blocks per multiprocessor, as above."""
+
+
+# What is tried, by the largest number of rows that it is for. Up to 16 rows the second kernel is for group sizes that
+# the first one does not take.
 _GEMV_TILES = {
-    16: ((4, 2, True, 2), (4, 2, True, 3), (4, 2, True, 4), (8, 1, True, 2), (8, 2, False, 2), (4, 1, True, 4)),
-    32: ((4, 1, True, 2), (4, 1, False, 2), (8, 1, True, 2)),
+    16: (
+        GemvTile(4, 1, 1, 4, 4),
+        GemvTile(4, 1, 3, 1, 4),
+        GemvTile(4, 2, 1, 4, 3),
+        GemvTile(4, 2, 3, 1, 3),
+        GemvTile(8, 1, 1, 4, 1),
+        GemvTile(16, 1, 1, 2, 1),
+    ),
+    32: (GemvTile(4, 1, 1, 2, 2), GemvTile(4, 1, 3, 1, 2), GemvTile(8, 1, 1, 2, 2)),
 }
-# Most rows and input features of a tile, warps, stages, thread blocks per multiprocessor; likewise. Up to 16 rows they
-# are for group sizes that the other kernel does not take.
+# The wider the tile of columns, the fewer times activations are read: for many rows they are most of the traffic.
 _GEMM_TILES = {
-    64: ((64, 128, 4, 5, 2), (64, 128, 4, 3, 3), (64, 128, 8, 3, 1)),
-    128: ((128, 128, 4, 3, 2), (128, 128, 4, 4, 1), (128, 128, 8, 4, 1)),
-    1024: ((256, 128, 8, 3, 1), (256, 64, 4, 3, 2), (128, 128, 4, 4, 1)),
+    32: (GemmTile(32, 128, 4, 4, 3), GemmTile(32, 128, 8, 4, 1)),
+    64: (GemmTile(64, 128, 4, 5, 2), GemmTile(64, 128, 8, 4, 1), GemmTile(64, 128, 16, 4, 1)),
+    128: (GemmTile(128, 128, 4, 4, 1), GemmTile(128, 128, 8, 4, 1), GemmTile(128, 64, 16, 4, 1)),
+    1024: (GemmTile(256, 128, 8, 3, 1), GemmTile(128, 128, 8, 4, 1), GemmTile(128, 64, 16, 4, 1)),
 }
 
 
@@ -116,15 +153,14 @@ def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, s
     ):
         return _dequantized_product(x, *weights, bits=bits, group_size=group_size, sym=sym)
     widths = tuple([qweight.shape[1] for qweight in weights[::3]])
-    # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
-    key = (x.dtype, x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
-    candidates, plain = ways_to_multiply(*key)
+    product = Product(x.dtype, x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
+    candidates, plain = ways_to_multiply(product)
     if not candidates:
         return torch.cat(
             [_product(x, weights[i : i + 3], bits, group_size, sym) for i in range(0, len(weights), 3)], -1
         )
     with torch.cuda.device_of(x):
-        return run_fastest(key, candidates, plain, x.contiguous(), weights)
+        return run_fastest(product, candidates, plain, x.contiguous(), weights)
 
 
 def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
@@ -140,69 +176,85 @@ Way = Callable[..., Tensor]
 """Takes contiguous activations `[..., in_features]`, and qweight, qzeros and scales of one weight after the other."""
 
 
-@cache  # every product asks
-def ways_to_multiply(
-    dtype: torch.dtype,
-    device: torch.device,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    in_features: int,
-    widths: tuple[int, ...],
-    bucket: int,
-) -> tuple[list[Way], Way]:
-    """Every kernel and tile worth trying for up to ``bucket`` rows, none perhaps for several weights; and plain torch.
+class Product(NamedTuple):
+    """Everything on which the choice of a kernel depends."""
 
-    Args:
-        dtype, device: of the activations.
-        widths: output features of each weight.
-    """
-    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
+    dtype: torch.dtype
+    """Of the activations."""
+    device: torch.device
+    bits: int
+    group_size: int
+    sym: bool
+    in_features: int
+    widths: tuple[int, ...]
+    """Output features of each weight."""
+    rows: int
+    """A power of two: a growing batch is not tuned again and again."""
+
+    @property
+    def columns(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def weight_format(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+
+    def splits(self, blocks: float, output_tiles: int, most: int) -> int:
+        """Thread blocks that share the input features of an output tile."""
+        return max(1, min(round(blocks * multiprocessors(self.device) / output_tiles), most))
+
+
+@cache  # every product asks
+def ways_to_multiply(product: Product) -> tuple[list[Way], Way]:
+    """Every kernel and tile worth trying, none perhaps for several weights; and plain torch."""
+    ways: list[Way] = []
+    plain = partial(_dequantized_product, **product.weight_format)
+    if product.rows <= max(_GEMV_TILES):
+        ways = [way for tile in _tiles(_GEMV_TILES, product.rows) if (way := gemv(product, tile)) is not None]
+    if (ways and product.rows <= SHARED_ROWS) or len(product.widths) > 1:
+        return ways, plain
+    return [*ways, *(gemm(product, tile) for tile in _tiles(_GEMM_TILES, product.rows))], plain
+
+
+def gemv(product: Product, tile: GemvTile) -> Way | None:
+    """The product on the kernel for few rows, or None if it does not take such groups."""
     from lkq_hf.kernels.quantized_gemv_triton import QuantizedGemv, chunk_features
 
-    def splits(thread_blocks: int, output_tiles: int, most: int) -> int:
-        return max(1, min(round(thread_blocks * multiprocessors(device) / output_tiles), most))
+    chunk = chunk_features(product.bits, product.group_size)
+    if chunk is None:
+        return None
+    output_tiles = sum(ceil_div(width, 32 * tile.column_tiles) for width in product.widths)
+    return QuantizedGemv(
+        product.dtype,
+        product.device,
+        product.in_features,
+        product.widths,
+        **product.weight_format,
+        chunk=chunk,
+        num_warps=tile.num_warps,
+        column_tiles=tile.column_tiles,
+        stages=tile.stages,
+        ahead=tile.ahead,
+        split_k=product.splits(tile.blocks, output_tiles, product.in_features // chunk // tile.num_warps),
+    )
 
-    weight_format: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
-    ways: list[Way] = []
-    plain = partial(_dequantized_product, **weight_format)
-    columns = sum(widths)
-    chunk = chunk_features(bits, group_size)
-    if chunk is not None and bucket <= max(_GEMV_TILES):
-        for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
-            split_k = splits(blocks, ceil_div(columns, 32 * column_tiles), in_features // chunk // num_warps)
-            ways.append(
-                QuantizedGemv(
-                    dtype,
-                    device,
-                    in_features,
-                    widths,
-                    **weight_format,
-                    chunk=chunk,
-                    num_warps=num_warps,
-                    column_tiles=column_tiles,
-                    prefetch=prefetch,
-                    split_k=split_k,
-                )
-            )
-    if (ways and bucket <= SHARED_ROWS) or len(widths) > 1:
-        return ways, plain
-    for most_rows, most_features, num_warps, num_stages, blocks in _tiles(_GEMM_TILES, bucket):
-        block_m = min(max(bucket, 16), most_rows)
-        block_k = tile_features(most_features, in_features, group_size)
-        output_tiles = ceil_div(columns, 16 * num_warps) * ceil_div(bucket, block_m)
-        ways.append(
-            partial(
-                quantized_gemm,
-                **weight_format,
-                block_m=block_m,
-                block_k=block_k,
-                split_k=splits(blocks, output_tiles, in_features // block_k // 2),
-                num_warps=num_warps,
-                num_stages=num_stages,
-            )
-        )
-    return ways, plain
+
+def gemm(product: Product, tile: GemmTile) -> Way:
+    """The product, of one weight, on the kernel for many rows."""
+    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
+
+    block_m = min(max(product.rows, 16), tile.most_rows)
+    block_k = tile_features(tile.most_features, product.in_features, product.group_size)
+    output_tiles = ceil_div(product.columns, 16 * tile.num_warps) * ceil_div(product.rows, block_m)
+    return partial(
+        quantized_gemm,
+        **product.weight_format,
+        block_m=block_m,
+        block_k=block_k,
+        split_k=product.splits(tile.blocks, output_tiles, product.in_features // block_k // 2),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
 
 
 def _tiles(table: dict[int, tuple], rows: int) -> tuple:

@@ -27,7 +27,7 @@ pointers = {
 tiles = _TILES if experts else _GEMM_TILES
 aligned = (*pointers, "columns", "in_features")
 names = _gemm_kernel.arg_names
-for block_m, block_k, num_warps, num_stages in {tile[:4] for same in tiles.values() for tile in same}:
+for block_m, block_k, num_warps, num_stages in {tuple(tile[:4]) for same in tiles.values() for tile in same}:
     constants = {
         "BITS": bits, "SYM": False, "BLOCK_M": block_m, "BLOCK_N": 16 * num_warps, "BLOCK_K": block_k,
         "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "INTERPRETED": False,

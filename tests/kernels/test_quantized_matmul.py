@@ -11,6 +11,7 @@ from lkq_hf.kernels.bit_stream import pack
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
 from lkq_hf.kernels.dispatch import next_power_of_2
 from lkq_hf.kernels.quantized_matmul import (
+    Product,
     quantized_matmul,
     quantized_matmul_reference,
     quantized_matmul_shared,
@@ -117,7 +118,8 @@ def test_every_candidate_agrees() -> None:
     for rows in (2, 20, 40):
         x = activations(rows, 256, dtype=torch.float16)
         expected = quantized_matmul_reference(x.double(), *weight)
-        candidates, _ = ways_to_multiply(x.dtype, x.device, 4, 64, False, 256, (64,), next_power_of_2(rows))
+        product = Product(x.dtype, x.device, 4, 64, False, 256, (64,), next_power_of_2(rows))
+        candidates, _ = ways_to_multiply(product)
         for candidate in candidates:
             y = candidate(x, *weight[:3])
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)

@@ -1,0 +1,198 @@
+"""Every tile that may be worth a place among the ones that quantized products choose from, on one GPU.
+
+    python benchmarks/product_tiles.py --out product_tiles.json
+
+For each bits, shape and number of rows: microseconds of every tile, of bfloat16 cuBLAS, and of cuBLAS after
+dequantizing. Each result is checked first. Two times are taken in a CUDA graph, with weights from memory: ``us`` of
+one product after the other, and ``apart_us`` with a small kernel after each, as in models. A tile that the GPU cannot
+run or whose result is wrong says so.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import torch
+from common import L2_BYTES, check, describe, microseconds, parser, save
+from quantized_matmul import SHAPES, copies, packed_weight
+from torch import Tensor
+from triton.runtime.errors import OutOfResources
+
+from lkq_hf.kernels.dequantize import dequantize
+from lkq_hf.kernels.dispatch import next_power_of_2
+from lkq_hf.kernels.quantized_matmul import GemmTile, GemvTile, Product, Way, gemm, gemv, ways_to_multiply
+
+ROWS = (1, 256, 64, 32, 128, 16, 8)
+FEW_ROWS = (
+    GemvTile(4, 1, 1, 1, 4), GemvTile(4, 1, 1, 2, 4), GemvTile(4, 1, 1, 4, 4), GemvTile(4, 1, 1, 4, 6),
+    GemvTile(4, 1, 1, 8, 4), GemvTile(4, 1, 3, 1, 4), GemvTile(4, 1, 4, 1, 4), GemvTile(4, 1, 3, 2, 5),
+    GemvTile(4, 2, 1, 4, 2), GemvTile(4, 2, 1, 4, 4), GemvTile(4, 2, 3, 1, 3), GemvTile(8, 2, 1, 4, 2),
+    GemvTile(8, 1, 1, 4, 1), GemvTile(8, 1, 1, 4, 2), GemvTile(8, 1, 3, 1, 2), GemvTile(16, 1, 1, 2, 1),
+    GemvTile(16, 1, 1, 2, 0.25), GemvTile(8, 1, 1, 4, 0.5),
+)  # fmt: skip
+GEMV_32 = (
+    GemvTile(4, 1, 1, 2, 2), GemvTile(4, 1, 3, 1, 2), GemvTile(8, 1, 1, 2, 2), GemvTile(4, 1, 1, 4, 4),
+)  # fmt: skip
+MANY_ROWS = {
+    32: (
+        GemmTile(32, 128, 4, 3, 3), GemmTile(32, 128, 4, 4, 2), GemmTile(32, 128, 4, 4, 3), GemmTile(32, 128, 8, 4, 1),
+        GemmTile(32, 128, 8, 4, 2), GemmTile(32, 128, 16, 4, 1), GemmTile(32, 64, 8, 6, 2),
+    ),
+    64: (
+        GemmTile(64, 128, 4, 5, 2), GemmTile(64, 128, 4, 3, 3), GemmTile(64, 128, 8, 3, 1), GemmTile(64, 128, 8, 5, 1),
+        GemmTile(64, 128, 8, 3, 2), GemmTile(64, 128, 16, 4, 1), GemmTile(64, 64, 8, 5, 2), GemmTile(64, 128, 4, 5, 1),
+    ),
+    128: (
+        GemmTile(128, 128, 4, 3, 2), GemmTile(128, 128, 4, 4, 1), GemmTile(128, 128, 8, 4, 1),
+        GemmTile(128, 64, 16, 4, 1), GemmTile(128, 64, 8, 5, 1), GemmTile(64, 128, 16, 4, 1),
+        GemmTile(128, 64, 8, 3, 2), GemmTile(128, 64, 16, 3, 0.5), GemmTile(64, 128, 8, 4, 2),
+    ),
+    256: (
+        GemmTile(256, 128, 8, 3, 1), GemmTile(256, 64, 4, 3, 2), GemmTile(128, 128, 4, 4, 1),
+        GemmTile(128, 64, 16, 4, 1), GemmTile(128, 64, 16, 3, 1), GemmTile(128, 64, 16, 4, 0.5),
+        GemmTile(256, 64, 8, 4, 1), GemmTile(256, 128, 8, 3, 0.5), GemmTile(128, 128, 8, 4, 1),
+        GemmTile(128, 128, 8, 3, 2), GemmTile(128, 64, 8, 5, 1), GemmTile(64, 128, 16, 4, 1),
+        GemmTile(256, 128, 4, 3, 1),
+    ),
+}  # fmt: skip
+
+
+def tiles_for(rows: int) -> list[GemvTile | GemmTile]:
+    few = FEW_ROWS if rows <= 16 else GEMV_32 if rows <= 32 else ()
+    many = MANY_ROWS[min(most for most in MANY_ROWS if rows <= most)] if rows > 16 else ()
+    return [*few, *many]
+
+
+def way(product: Product, tile: GemvTile | GemmTile) -> Way | None:
+    return gemv(product, tile) if isinstance(tile, GemvTile) else gemm(product, tile)
+
+
+def product_of(bits: int, shape: tuple[int, int], rows: int, arguments: argparse.Namespace) -> Product:
+    out_features, in_features = shape
+    device = torch.device("cuda", torch.cuda.current_device())
+    return Product(
+        torch.bfloat16, device, bits, arguments.group_size, arguments.sym, in_features, (out_features,),
+        next_power_of_2(rows),
+    )  # fmt: skip
+
+
+def compile_tiles(arguments: argparse.Namespace) -> None:
+    """Run a part of the tiles once, so that Triton's cache on disk has their kernels."""
+    part, parts = arguments.compile
+    everything = [(bits, rows, tile) for rows in arguments.rows for bits in arguments.bits for tile in tiles_for(rows)]
+    for bits, rows, tile in everything[part::parts]:
+        # Whether the L2 cache fetches ahead inside of the loop depends on the layer's size.
+        for shape in SHAPES if isinstance(tile, GemvTile) else SHAPES[:1]:
+            weight = packed_weight(bits, arguments.group_size, arguments.sym, *shape)
+            x = torch.zeros(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+            run = way(product_of(bits, shape, rows, arguments), tile)
+            try:
+                if run is not None:
+                    run(x, *weight[:3])
+            except OutOfResources:
+                break
+
+
+def compile_in_parallel() -> None:
+    parts = max(1, len(os.sched_getaffinity(0)) - 1)
+    commands = [[sys.executable, *sys.argv, "--compile", str(part), str(parts)] for part in range(parts)]
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(partial(subprocess.run, check=True), commands))
+
+
+def times(call: Callable[..., Any], inputs: list[tuple[Tensor, ...]]) -> dict[str, float]:
+    between = torch.empty(4096, device="cuda")
+
+    def apart(*tensors: Tensor) -> None:
+        call(*tensors)
+        between.zero_()
+
+    alone, with_another = (microseconds([partial(each, *tensors) for tensors in inputs]) for each in (call, apart))
+    return {"us": round(alone, 2), "apart_us": round(with_another, 2)}
+
+
+def measure(bits: int, shape: tuple[int, int], rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    torch.manual_seed(0)
+    weights = copies(packed_weight(bits, arguments.group_size, arguments.sym, *shape))
+    layout = weights[0][3:]
+    dense = dequantize(*weights[0], torch.bfloat16)
+    x = torch.randn(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+    expected = x.double() @ dense.double()
+    stored = dense.t().contiguous()  # as a Linear stores it
+    dense_copies = [(stored.clone(),) for _ in range(max(2, L2_BYTES // (stored.numel() * 2) + 1))]
+    packed = [weight[:3] for weight in weights]
+    found: dict[str, Any] = {
+        "bits": bits, "out_features": shape[0], "in_features": shape[1], "rows": rows,
+        "bfloat16": times(partial(torch.nn.functional.linear, x), dense_copies),
+        "dequantized": times(lambda *weight: x @ dequantize(*weight, *layout, torch.bfloat16), packed),
+        "dequantize": times(lambda *weight: dequantize(*weight, *layout, torch.bfloat16), packed),
+        "tiles": {},
+    }  # fmt: skip
+    del dense_copies
+    product = product_of(bits, shape, rows, arguments)
+    chosen = ways_to_multiply(product)[0] if arguments.chosen else []
+    ways = {str(tuple(tile)): way(product, tile) for tile in tiles_for(rows)} if not chosen else {}
+    ways |= {f"chosen from {index}": each for index, each in enumerate(chosen)}
+    for name, run in ways.items():
+        if run is None:
+            continue
+        try:
+            check(name, run(x, *packed[0]), expected)
+            found["tiles"][name] = times(partial(run, x), packed)
+        except (OutOfResources, ValueError) as error:
+            found["tiles"][name] = {"error": str(error)}
+    right = {name: each for name, each in found["tiles"].items() if "us" in each}
+    best = min(right, key=lambda name: right[name]["apart_us"])
+    found["best"] = {
+        "tile": best,
+        **right[best],
+        "times_bfloat16": round(found["bfloat16"]["us"] / right[best]["us"], 2),
+    }
+    return found
+
+
+def main() -> None:
+    options = parser(__doc__, required=False)
+    options.add_argument("--bits", type=int, nargs="+", default=[3, 2, 4], choices=(2, 3, 4, 8))
+    options.add_argument("--rows", type=int, nargs="+", default=list(ROWS))
+    options.add_argument("--group-size", type=int, default=128)
+    options.add_argument("--sym", action=argparse.BooleanOptionalAction, default=False)
+    options.add_argument("--chosen", action="store_true", help="only the tiles that products choose from")
+    options.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after this long")
+    options.add_argument("--compile", type=int, nargs=2, metavar=("PART", "PARTS"), help="only compile a part")
+    arguments = options.parse_args()
+    if arguments.compile:
+        compile_tiles(arguments)
+        return
+    began = time.monotonic()
+    if not arguments.chosen:
+        compile_in_parallel()
+    compiled = time.monotonic() - began
+    print(f"compiled in {compiled:.0f} s", flush=True)
+    results: list[dict[str, Any]] = []
+    found = {"hardware": describe(), "compile_seconds": round(compiled), "results": results}
+    for rows, bits, shape in itertools.product(arguments.rows, arguments.bits, SHAPES):
+        if time.monotonic() - began > arguments.seconds:
+            print("out of time", flush=True)
+            break
+        result = measure(bits, shape, rows, arguments)
+        results.append(result)
+        best, dense = result["best"], result["bfloat16"]
+        print(
+            f"W{bits} {shape[0]:>5} x {shape[1]:<5} {rows:>3} rows: {best['us']:6.2f} ({best['apart_us']:6.2f} apart) "
+            f"bf16 {dense['us']:6.2f} ({dense['apart_us']:6.2f})  {best['times_bfloat16']:.2f} x  {best['tile']}",
+            flush=True,
+        )
+        save(arguments.out, json.loads(json.dumps(found)))
+
+
+if __name__ == "__main__":
+    main()
