@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lkq_hf.kernels.dispatch import interpreting
 
@@ -29,6 +30,11 @@ class RepeatedLaunch:
         self._options = options
         self._values = tuple(constants.values())
         self._compiled: Any = None
+
+    @property
+    def takes_addresses(self) -> bool:
+        """Whether tensors may be given as their addresses, about which Triton asks the driver nothing."""
+        return self._compiled is not None
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launches the kernel on the current device: so many thread blocks, with all arguments but the constants."""
@@ -58,3 +64,17 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return overload
 
     return make
+
+
+def sees_operators(x: Tensor) -> bool:
+    """Whether a compiler, a mode, a transformation or a subclass of tensors would see an operator called with ``x``.
+
+    If nothing does, the operator's function may be called itself, which takes the host less.
+    """
+    return (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )

@@ -9,6 +9,9 @@ Warps of a thread block share its chunks, and so may thread blocks, in a fixed o
 timing. Triton has no lists: registers are kept in tuples that are made anew.
 """
 
+from functools import reduce
+from operator import or_
+
 import torch
 import triton
 import triton.language as tl
@@ -500,7 +503,21 @@ class QuantizedGemv:
             constants = {**self._constants, "ROW_TILES": row_tiles}
             launch = self._launches[row_tiles] = RepeatedLaunch(_gemv_kernel, constants, **self._options)
         partial = split_buffer(x, self._columns, self._split_k)
-        # Activations may be a view from the middle of others.
-        aligned = [tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in (x, *weights)]
-        launch(self._grid, aligned[0], tuple(aligned[1:]), self._widths, partial, rows, *self._sizes)
+        tensors = (x, *weights)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if reduce(or_, addresses) % 16:  # views from the middle of others
+            tensors = tuple([tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in tensors])
+            addresses = [tensor.data_ptr() for tensor in tensors]
+        if launch.takes_addresses:
+            launch(
+                self._grid,
+                addresses[0],
+                tuple(addresses[1:]),
+                self._widths,
+                partial.data_ptr(),
+                rows,
+                *self._sizes,
+            )
+        else:
+            launch(self._grid, tensors[0], tensors[1:], self._widths, partial, rows, *self._sizes)
         return split_sum(x, partial, self._split_k)

@@ -7,18 +7,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.autotune import run_fastest
+from lkq_hf.kernels.autotune import fastest, run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
-from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, next_power_of_2, use_triton
+from lkq_hf.kernels.dispatch import ceil_div, forced_implementation, multiprocessors, next_power_of_2, use_triton
 from lkq_hf.kernels.int4_cpu import fits_int4, int4_matmul
-from lkq_hf.kernels.launch import operator
+from lkq_hf.kernels.launch import operator, sees_operators
 
+_SCALES = {torch.float16}
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
 _DEQUANTIZE_ROWS = 1024
 SHARED_ROWS = 16
 """Up to here the fastest kernel does little more than read weights, and one may serve several."""
+
+
+Way = Callable[..., Tensor]
+"""Takes contiguous activations `[..., in_features]`, and qweight, qzeros and scales of one weight after the other."""
 
 
 class GemvTile(NamedTuple):
@@ -118,6 +123,40 @@ def quantized_matmul_shared(x: Tensor, weights: list[Tensor], bits: int, group_s
     return _product(x, weights, bits, group_size, sym)
 
 
+class RepeatedProduct:
+    """`quantized_matmul_shared`, of weights of the same sizes every time: the kernel is looked up once.
+
+    Where nothing would see the operator, its function is called instead.
+
+    Args:
+        bits, group_size, sym: of all weights.
+    """
+
+    def __init__(self, bits: int, group_size: int, sym: bool) -> None:
+        self._format = bits, group_size, sym
+        self._ways: dict[tuple[torch.dtype, torch.device, int], Way] = {}
+
+    def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """``x`` and ``weights`` as of `quantized_matmul_shared`, all on one device."""
+        if sees_operators(x):
+            return quantized_matmul_shared(x, weights, *self._format)
+        device = x.device
+        key = x.dtype, device, x.numel() // x.shape[-1]
+        way = self._ways.get(key)
+        if (
+            way is None
+            or forced_implementation()
+            or (device.type == "cuda" and device.index != torch.cuda.current_device())
+            or {scales.dtype for scales in weights[2::3]} != _SCALES
+        ):
+            y = _product(x, weights, *self._format)
+            product = _kernel_product(x, weights, *self._format)
+            if product is not None and (way := fastest(product, *ways_to_multiply(product))) is not None:
+                self._ways[key] = way
+            return y
+        return way(x.contiguous(), *weights)
+
+
 fixed_weights: dict[int, list[tuple[list[Tensor], int, int, bool]]] = {}
 """What `quantized_matmul_fixed` knows, by handle and number: the arguments of `quantized_matmul_shared`
 after the first. Whoever adds them takes them out again."""
@@ -142,18 +181,9 @@ def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: in
 
 def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
     """``weights``: qweight, qzeros and scales of one weight after the other."""
-    in_features = x.shape[-1]
-    rows = x.numel() // in_features
-    if (
-        rows == 0
-        or rows > _DEQUANTIZE_ROWS
-        or group_size % 32
-        # Scales answer for their weights: every question costs the host time, at every product.
-        or not use_triton(x, *weights[2::3], dtypes=KERNEL_DTYPES)
-    ):
+    product = _kernel_product(x, weights, bits, group_size, sym)
+    if product is None:
         return _dequantized_product(x, *weights, bits=bits, group_size=group_size, sym=sym)
-    widths = tuple([qweight.shape[1] for qweight in weights[::3]])
-    product = Product(x.dtype, x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
     candidates, plain = ways_to_multiply(product)
     if not candidates:
         return torch.cat(
@@ -163,6 +193,22 @@ def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, s
         return run_fastest(product, candidates, plain, x.contiguous(), weights)
 
 
+def _kernel_product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> "Product | None":
+    """What there may be kernels for; None if plain torch has to do it."""
+    in_features = x.shape[-1]
+    rows = x.numel() // in_features
+    if (
+        rows == 0
+        or rows > _DEQUANTIZE_ROWS
+        or group_size % 32
+        # Scales answer for their weights: every question costs the host time, at every product.
+        or not use_triton(x, *weights[2::3], dtypes=KERNEL_DTYPES)
+    ):
+        return None
+    widths = tuple([qweight.shape[1] for qweight in weights[::3]])
+    return Product(x.dtype, x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
+
+
 def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
     weights = [tensors[i : i + 3] for i in range(0, len(tensors), 3)]
     if fits_int4(x, bits, group_size):
@@ -170,10 +216,6 @@ def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int
     else:
         products = [x @ dequantize(*weight, bits, group_size, sym, x.dtype) for weight in weights]
     return products[0] if len(products) == 1 else torch.cat(products, -1)
-
-
-Way = Callable[..., Tensor]
-"""Takes contiguous activations `[..., in_features]`, and qweight, qzeros and scales of one weight after the other."""
 
 
 class Product(NamedTuple):

@@ -35,7 +35,8 @@ def split_sum(x: Tensor, partial: Tensor, splits: int) -> Tensor:
     size = rows * columns
     block = 256 if size < _LARGE else 1024  # a thread's part of a large one is 16 bytes and more
     launch = _launch(x.device, x.dtype, splits, block)
-    launch((ceil_div(size, block), 1, 1), partial, total, size // _DIVISOR.value)
+    arguments = (partial.data_ptr(), total.data_ptr()) if launch.takes_addresses else (partial, total)
+    launch((ceil_div(size, block), 1, 1), *arguments, size // _DIVISOR.value)
     return total
 
 

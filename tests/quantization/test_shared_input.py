@@ -9,8 +9,7 @@ from models import Graphs, compiled_by, prompt_ids, tiny_model
 from torch import nn
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
-from lkq_hf.kernels.quantized_matmul import fixed_weights
-from lkq_hf.quantization import shared_product
+from lkq_hf.kernels.quantized_matmul import RepeatedProduct, fixed_weights
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.shared_input import share_inputs, weights_fixed
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -49,13 +48,13 @@ def alone(model: nn.Module) -> nn.Module:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each product of several has served."""
     found: list[int] = []
-    original = shared_product.quantized_matmul_shared
+    original = RepeatedProduct.__call__
 
-    def counted(x: torch.Tensor, weights: list[torch.Tensor], *arguments: object) -> torch.Tensor:
+    def counted(product: RepeatedProduct, x: torch.Tensor, weights: list[torch.Tensor]) -> torch.Tensor:
         found.append(len(weights) // 3)
-        return original(x, weights, *arguments)
+        return original(product, x, weights)
 
-    monkeypatch.setattr(shared_product, "quantized_matmul_shared", counted)
+    monkeypatch.setattr(RepeatedProduct, "__call__", counted)
     return found
 
 
