@@ -30,6 +30,7 @@ from lkq_hf.kernels.dequantize import dequantize
 from lkq_hf.kernels.dispatch import next_power_of_2
 from lkq_hf.kernels.quantized_matmul import GemmTile, GemvTile, Product, Way, gemm, gemv, ways_to_multiply
 
+FAILED = "failed"
 ROWS = (1, 256, 64, 32, 128, 16, 8)
 FEW_ROWS = (
     GemvTile(4, 1, 1, 1, 4), GemvTile(4, 1, 1, 2, 4), GemvTile(4, 1, 1, 4, 4), GemvTile(4, 1, 1, 4, 6),
@@ -85,27 +86,32 @@ def product_of(bits: int, shape: tuple[int, int], rows: int, arguments: argparse
 
 
 def compile_tiles(arguments: argparse.Namespace) -> None:
-    """Run a part of the tiles once, so that Triton's cache on disk has their kernels."""
+    """Run a part of the tiles once, so that Triton's cache on disk has their kernels; print those that do not run."""
     part, parts = arguments.compile
     everything = [(bits, rows, tile) for rows in arguments.rows for bits in arguments.bits for tile in tiles_for(rows)]
     for bits, rows, tile in everything[part::parts]:
         # Whether the L2 cache fetches ahead inside of the loop depends on the layer's size.
         for shape in SHAPES if isinstance(tile, GemvTile) else SHAPES[:1]:
-            weight = packed_weight(bits, arguments.group_size, arguments.sym, *shape)
-            x = torch.zeros(rows, shape[1], device="cuda", dtype=torch.bfloat16)
-            run = way(product_of(bits, shape, rows, arguments), tile)
             try:
+                weight = packed_weight(bits, arguments.group_size, arguments.sym, *shape)
+                x = torch.zeros(rows, shape[1], device="cuda", dtype=torch.bfloat16)
+                run = way(product_of(bits, shape, rows, arguments), tile)
                 if run is not None:
                     run(x, *weight[:3])
-            except OutOfResources:
+                torch.cuda.synchronize()
+            except Exception as error:  # of whatever kind: the others are still to be measured
+                print(f"{FAILED} {bits} {rows} {tuple(tile)}", flush=True)
+                print(f"W{bits}, {rows} rows, {tile}: {error!r:.300}", file=sys.stderr, flush=True)
                 break
 
 
-def compile_in_parallel() -> None:
+def compile_in_parallel() -> set[str]:
+    """Returns the tiles that do not run."""
     parts = max(1, len(os.sched_getaffinity(0)) - 1)
     commands = [[sys.executable, *sys.argv, "--compile", str(part), str(parts)] for part in range(parts)]
     with ThreadPoolExecutor(parts) as pool:
-        list(pool.map(partial(subprocess.run, check=True), commands))
+        runs = list(pool.map(partial(subprocess.run, stdout=subprocess.PIPE, text=True), commands))
+    return {line for run in runs for line in run.stdout.splitlines() if line.startswith(FAILED)}
 
 
 def times(call: Callable[..., Any], inputs: list[tuple[Tensor, ...]]) -> dict[str, float]:
@@ -119,7 +125,9 @@ def times(call: Callable[..., Any], inputs: list[tuple[Tensor, ...]]) -> dict[st
     return {"us": round(alone, 2), "apart_us": round(with_another, 2)}
 
 
-def measure(bits: int, shape: tuple[int, int], rows: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(
+    bits: int, shape: tuple[int, int], rows: int, failed: set[str], arguments: argparse.Namespace
+) -> dict[str, Any]:
     torch.manual_seed(0)
     weights = copies(packed_weight(bits, arguments.group_size, arguments.sym, *shape))
     layout = weights[0][3:]
@@ -139,7 +147,8 @@ def measure(bits: int, shape: tuple[int, int], rows: int, arguments: argparse.Na
     del dense_copies
     product = product_of(bits, shape, rows, arguments)
     chosen = ways_to_multiply(product)[0] if arguments.chosen else []
-    ways = {str(tuple(tile)): way(product, tile) for tile in tiles_for(rows)} if not chosen else {}
+    tiles = [] if chosen else [t for t in tiles_for(rows) if f"{FAILED} {bits} {rows} {tuple(t)}" not in failed]
+    ways = {str(tuple(tile)): way(product, tile) for tile in tiles}
     ways |= {f"chosen from {index}": each for index, each in enumerate(chosen)}
     for name, run in ways.items():
         if run is None:
@@ -173,8 +182,7 @@ def main() -> None:
         compile_tiles(arguments)
         return
     began = time.monotonic()
-    if not arguments.chosen:
-        compile_in_parallel()
+    failed = set() if arguments.chosen else compile_in_parallel()
     compiled = time.monotonic() - began
     print(f"compiled in {compiled:.0f} s", flush=True)
     results: list[dict[str, Any]] = []
@@ -183,7 +191,7 @@ def main() -> None:
         if time.monotonic() - began > arguments.seconds:
             print("out of time", flush=True)
             break
-        result = measure(bits, shape, rows, arguments)
+        result = measure(bits, shape, rows, failed, arguments)
         results.append(result)
         best, dense = result["best"], result["bfloat16"]
         print(
