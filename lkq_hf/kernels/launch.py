@@ -1,6 +1,8 @@
 """What a launch and an operator cost the host, where many follow each other: as little as can be."""
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
@@ -44,6 +46,15 @@ class RepeatedLaunch:
             self._kernel[grid](*arguments, **self._constants)
         else:
             self._compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
+
+
+def aligned(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Tensors as a `RepeatedLaunch` takes them, copied if they are views from the middle, and their addresses."""
+    addresses = tuple([tensor.data_ptr() for tensor in tensors])
+    if reduce(or_, addresses) % 16:
+        tensors = tuple([tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in tensors])
+        addresses = tuple([tensor.data_ptr() for tensor in tensors])
+    return tensors, addresses
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

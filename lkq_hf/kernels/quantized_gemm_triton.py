@@ -11,12 +11,14 @@ The same kernel multiplies rows that are sorted by expert with each expert's wei
 where the experts' rows end which expert's rows it has.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
+from lkq_hf.kernels.launch import RepeatedLaunch, aligned
 from lkq_hf.kernels.packed_fields_triton import (
     and_or,
     bits_from,
@@ -37,6 +39,7 @@ def _gemm_kernel(
     qzeros,
     scales,
     partial,
+    row_ends,
     m_rows,
     columns,
     in_features,
@@ -44,7 +47,6 @@ def _gemm_kernel(
     groups,
     tiles_per_group,
     tiles_per_split,
-    row_ends,
     EXPERTS: tl.constexpr,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
@@ -219,26 +221,14 @@ def tile_features(most: int, in_features: int, group_size: int) -> int:
     return next(size for size in sizes if 0 in (size % group_size, group_size % size))
 
 
-def quantized_gemm(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    *,
-    block_m: int,
-    block_k: int,
-    split_k: int,
-    num_warps: int,
-    num_stages: int,
-) -> Tensor:
-    """``x`` `[..., in_features]`, contiguous, times the packed weight: `[..., out_features]`.
+class QuantizedGemm:
+    """Activations `[..., in_features]`, contiguous, times a packed weight: `[..., out_features]`.
 
-    Weights are rounded to the dtype of ``x``, as `dequantize` does.
+    Weights are rounded to the dtype of the activations, as `dequantize` does.
 
     Args:
+        device: of the activations.
+        in_features, out_features, bits, group_size, sym: of the weight.
         block_m: activation rows of a thread block, at least 16.
         block_k: input features of a tile, what `tile_features` says.
         split_k: thread blocks that share the input features of an output tile.
@@ -246,43 +236,55 @@ def quantized_gemm(
             assembler overwrote registers that the tensor cores had not read yet (seen with Triton 3.6's).
         num_stages: tiles in flight.
     """
-    in_features = x.shape[-1]
-    m_rows = x.numel() // in_features
-    columns = qweight.shape[1]
-    block_n = 16 * num_warps
-    tiles = in_features // block_k
-    tiles_per_split = ceil_div(tiles, split_k)
-    split_k = ceil_div(tiles, tiles_per_split)  # none without a tile
-    partial = split_buffer(x, columns, split_k)
-    launch = dependent_launch(x.device)
-    _gemm_kernel[(ceil_div(columns, block_n), ceil_div(m_rows, block_m), split_k)](
-        x,
-        qweight,
-        qzeros,
-        scales,
-        partial,
-        m_rows,
-        columns,
-        in_features,
-        tiles,
-        scales.shape[0],
-        max(1, group_size // block_k),
-        tiles_per_split,
-        qweight,  # not read
-        EXPERTS=0,
-        BITS=bits,
-        SYM=sym,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        TILE_GROUPS=max(1, block_k // group_size),
-        STAGES=num_stages,
-        DEPENDENT=bool(launch),
-        INTERPRETED=interpreting(),
-        num_warps=num_warps,
-        **launch,
-    )
-    return split_sum(x, partial, split_k)
+
+    def __init__(
+        self,
+        device: torch.device,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        sym: bool,
+        block_m: int,
+        block_k: int,
+        split_k: int,
+        num_warps: int,
+        num_stages: int,
+    ) -> None:
+        self._columns = out_features
+        self._block_m = block_m
+        self._column_blocks = ceil_div(out_features, 16 * num_warps)
+        tiles = in_features // block_k
+        tiles_per_split = ceil_div(tiles, split_k)
+        self._split_k = ceil_div(tiles, tiles_per_split)  # none without a tile
+        groups = in_features // group_size
+        self._sizes = (out_features, in_features, tiles, groups, max(1, group_size // block_k), tiles_per_split)
+        options = dependent_launch(device)
+        constants = {
+            "EXPERTS": 0,
+            "BITS": bits,
+            "SYM": sym,
+            "BLOCK_M": block_m,
+            "BLOCK_N": 16 * num_warps,
+            "BLOCK_K": block_k,
+            "TILE_GROUPS": max(1, block_k // group_size),
+            "STAGES": num_stages,
+            "DEPENDENT": bool(options),
+            "INTERPRETED": interpreting(),
+        }
+        self._launch = RepeatedLaunch(_gemm_kernel, constants, num_warps=num_warps, **options)
+
+    def __call__(self, x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        partial = split_buffer(x, self._columns, self._split_k)
+        tensors, addresses = aligned((x, qweight, qzeros, scales))
+        grid = (self._column_blocks, ceil_div(rows, self._block_m), self._split_k)
+        if self._launch.takes_addresses:
+            self._launch(grid, *addresses, partial.data_ptr(), addresses[1], rows, *self._sizes)
+        else:
+            self._launch(grid, *tensors, partial, tensors[1], rows, *self._sizes)  # there are no ends of experts' rows
+        return split_sum(x, partial, self._split_k)
 
 
 def quantized_grouped_gemm(
@@ -308,7 +310,7 @@ def quantized_grouped_gemm(
     Args:
         ends: int32 `[experts]`: where each expert's rows end. The result of rows from the last end on is undefined.
         qweight, qzeros, scales: of all experts, stacked.
-        block_m, block_k, num_warps, num_stages: as of `quantized_gemm`.
+        block_m, block_k, num_warps, num_stages: as of `QuantizedGemm`.
     """
     rows, in_features = x.shape
     experts, _, columns = qweight.shape
@@ -322,6 +324,7 @@ def quantized_grouped_gemm(
         qzeros,
         scales,
         y,
+        ends,
         rows,
         columns,
         in_features,
@@ -329,7 +332,6 @@ def quantized_grouped_gemm(
         scales.shape[1],
         max(1, group_size // block_k),
         tiles,
-        ends,
         EXPERTS=experts,
         BITS=bits,
         SYM=sym,

@@ -9,9 +9,6 @@ Warps of a thread block share its chunks, and so may thread blocks, in a fixed o
 timing. Triton has no lists: registers are kept in tuples that are made anew.
 """
 
-from functools import reduce
-from operator import or_
-
 import torch
 import triton
 import triton.language as tl
@@ -19,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
-from lkq_hf.kernels.launch import RepeatedLaunch
+from lkq_hf.kernels.launch import RepeatedLaunch, aligned
 from lkq_hf.kernels.level_pairs_triton import (
     activation_pair,
     level_factor,
@@ -503,21 +500,9 @@ class QuantizedGemv:
             constants = {**self._constants, "ROW_TILES": row_tiles}
             launch = self._launches[row_tiles] = RepeatedLaunch(_gemv_kernel, constants, **self._options)
         partial = split_buffer(x, self._columns, self._split_k)
-        tensors = (x, *weights)
-        addresses = [tensor.data_ptr() for tensor in tensors]
-        if reduce(or_, addresses) % 16:  # views from the middle of others
-            tensors = tuple([tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in tensors])
-            addresses = [tensor.data_ptr() for tensor in tensors]
+        tensors, addresses = aligned((x, *weights))
         if launch.takes_addresses:
-            launch(
-                self._grid,
-                addresses[0],
-                tuple(addresses[1:]),
-                self._widths,
-                partial.data_ptr(),
-                rows,
-                *self._sizes,
-            )
+            launch(self._grid, addresses[0], addresses[1:], self._widths, partial.data_ptr(), rows, *self._sizes)
         else:
             launch(self._grid, tensors[0], tensors[1:], self._widths, partial, rows, *self._sizes)
         return split_sum(x, partial, self._split_k)

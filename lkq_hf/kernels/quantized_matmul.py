@@ -13,7 +13,6 @@ from lkq_hf.kernels.dispatch import ceil_div, forced_implementation, multiproces
 from lkq_hf.kernels.int4_cpu import fits_int4, int4_matmul
 from lkq_hf.kernels.launch import operator, sees_operators
 
-_SCALES = {torch.float16}
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
 # From here on the arithmetic is long enough to hide writing the weight once in floating point for cuBLAS to read.
@@ -102,7 +101,7 @@ def quantized_matmul(
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    return _product(x, [qweight, qzeros, scales], bits, group_size, sym)
+    return _multiply(x, [qweight, qzeros, scales], bits, group_size, sym)
 
 
 @operator("lkq_hf::quantized_matmul_shared")
@@ -120,7 +119,7 @@ def quantized_matmul_shared(x: Tensor, weights: list[Tensor], bits: int, group_s
     Returns:
         `[..., out_features of all weights]` in the dtype of ``x``.
     """
-    return _product(x, weights, bits, group_size, sym)
+    return _multiply(x, weights, bits, group_size, sym)
 
 
 class RepeatedProduct:
@@ -136,8 +135,11 @@ class RepeatedProduct:
         self._format = bits, group_size, sym
         self._ways: dict[tuple[torch.dtype, torch.device, int], Way] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ways": {}}  # compiled kernels are of this process
+
     def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
-        """``x`` and ``weights`` as of `quantized_matmul_shared`, all on one device."""
+        """``x`` and ``weights`` as of `quantized_matmul_shared`."""
         if sees_operators(x):
             return quantized_matmul_shared(x, weights, *self._format)
         device = x.device
@@ -145,12 +147,12 @@ class RepeatedProduct:
         way = self._ways.get(key)
         if (
             way is None
-            or forced_implementation()
+            or forced_implementation() == "torch"
             or (device.type == "cuda" and device.index != torch.cuda.current_device())
-            or {scales.dtype for scales in weights[2::3]} != _SCALES
+            or {(scales.dtype, scales.device) for scales in weights[2::3]} != {(torch.float16, device)}
         ):
-            y = _product(x, weights, *self._format)
             product = _kernel_product(x, weights, *self._format)
+            y = _product(product, x, weights, *self._format)
             if product is not None and (way := fastest(product, *ways_to_multiply(product))) is not None:
                 self._ways[key] = way
             return y
@@ -176,21 +178,25 @@ def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: in
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    return _product(x, *fixed_weights[handle][number])
+    return _multiply(x, *fixed_weights[handle][number])
 
 
-def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
-    """``weights``: qweight, qzeros and scales of one weight after the other."""
-    product = _kernel_product(x, weights, bits, group_size, sym)
+def _product(
+    product: "Product | None", x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool
+) -> Tensor:
+    """``product``: what `_kernel_product` says. ``weights``: qweight, qzeros and scales of one after the other."""
     if product is None:
         return _dequantized_product(x, *weights, bits=bits, group_size=group_size, sym=sym)
     candidates, plain = ways_to_multiply(product)
     if not candidates:
-        return torch.cat(
-            [_product(x, weights[i : i + 3], bits, group_size, sym) for i in range(0, len(weights), 3)], -1
-        )
+        one = [weights[i : i + 3] for i in range(0, len(weights), 3)]
+        return torch.cat([_multiply(x, weight, bits, group_size, sym) for weight in one], -1)
     with torch.cuda.device_of(x):
         return run_fastest(product, candidates, plain, x.contiguous(), weights)
+
+
+def _multiply(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
+    return _product(_kernel_product(x, weights, bits, group_size, sym), x, weights, bits, group_size, sym)
 
 
 def _kernel_product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> "Product | None":
@@ -283,13 +289,15 @@ def gemv(product: Product, tile: GemvTile) -> Way | None:
 
 def gemm(product: Product, tile: GemmTile) -> Way:
     """The product, of one weight, on the kernel for many rows."""
-    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
+    from lkq_hf.kernels.quantized_gemm_triton import QuantizedGemm, tile_features
 
     block_m = min(max(product.rows, 16), tile.most_rows)
     block_k = tile_features(tile.most_features, product.in_features, product.group_size)
     output_tiles = ceil_div(product.columns, 16 * tile.num_warps) * ceil_div(product.rows, block_m)
-    return partial(
-        quantized_gemm,
+    return QuantizedGemm(
+        product.device,
+        product.in_features,
+        product.columns,
         **product.weight_format,
         block_m=block_m,
         block_k=block_k,

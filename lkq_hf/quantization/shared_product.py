@@ -39,7 +39,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, here or elsewhere, has weights of its own."""
-        return vars(self) | {"fixed": None, "_fixed_tensors": [], "_product": RepeatedProduct(*self.format)}
+        return vars(self) | {"fixed": None, "_fixed_tensors": []}
 
     def tensors(self) -> list[Tensor]:
         """qweight, qzeros and scales of one layer after the other."""
