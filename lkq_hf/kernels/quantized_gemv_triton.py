@@ -25,7 +25,17 @@ from lkq_hf.kernels.level_pairs_triton import (
     plain_pairs,
 )
 from lkq_hf.kernels.mma_triton import mma
-from lkq_hf.kernels.packed_fields_triton import magic_exponent, row_features, row_words
+from lkq_hf.kernels.packed_fields_triton import (
+    field_number,
+    four_halves,
+    four_zeros,
+    load_four,
+    load_four_zeros,
+    load_two,
+    magic_exponent,
+    row_features,
+    row_words,
+)
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
@@ -177,7 +187,7 @@ def _load_chunk(
         for tile in tl.static_range(COLUMN_TILES):
             at = tl.minimum(column + 32 * tile, columns - 4)
             for word in tl.static_range(row_words(BITS)):
-                words = words + _load_four(qweight + (packed_row * row_words(BITS) + word) * columns + at)
+                words = words + load_four(qweight + (packed_row * row_words(BITS) + word) * columns + at)
     for step in tl.static_range(CHUNK // FEATURES // 4):
         packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
         for row_tile in tl.static_range(ROW_TILES):
@@ -187,21 +197,18 @@ def _load_chunk(
                 inside &= packed_row * FEATURES < in_features
             pointers = x + (row * in_features + packed_row * FEATURES) // 2
             if FEATURES == 4:
-                activations = activations + _load_two(pointers, inside)
+                activations = activations + load_two(pointers, inside)
             else:
                 for eight in tl.static_range(FEATURES // 8):
-                    activations = activations + _load_four(pointers + 4 * eight, inside)
+                    activations = activations + load_four(pointers + 4 * eight, inside)
     grid = ()
     for part in tl.static_range(groups_of(CHUNK, GROUP_SIZE)):
         group = _group(chunk, part, in_features, CHUNK, GROUP_SIZE)
         for tile in tl.static_range(COLUMN_TILES):
             at = tl.minimum(column + 32 * tile, columns - 4)
-            grid = grid + _load_two(scales + (group * columns + at) // 2, there)
+            grid = grid + load_two(scales + (group * columns + at) // 2, there)
             if not SYM:
-                zeros = qzeros + (group * columns + at) * BITS // 32
-                grid = grid + (tl.load(zeros),)
-                if BITS == 3:
-                    grid = grid + (tl.load(zeros + 1, mask=at * BITS % 32 > 20, other=0),)
+                grid = grid + load_four_zeros(qzeros, group, at, there, columns, BITS)
     return words, activations, grid
 
 
@@ -355,23 +362,14 @@ def _scaled(
     MAGIC: tl.constexpr = 2.0 ** magic_exponent(BFLOAT16)
     FACTOR: tl.constexpr = level_factor(BITS)
     if not SYM:
-        offset = column * BITS % 32
-        word = scales[2]
-        if BITS == 3:
-            # Four fields are 12 bits. In the second word is what the first one has no room for.
-            low = (word >> offset) & (2147483647 >> (offset - 1))
-            word = tl.where(offset == 0, word, low | (scales[3] << (32 - offset)))
-        elif BITS < 8:
-            word = word >> offset
+        word = four_zeros(scales[2:], column, BITS)
     new_total = ()
     for half in tl.static_range(2):
-        scale = (scales[OPERAND] >> (16 * half)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        scale = four_halves(scales, 2 * OPERAND + half)
         if SYM:
             zero = 2.0 ** (BITS - 1)
         else:
-            # The bit pattern of 2**23 + q is that of 2**23 with q in its lowest bits.
-            field = ((word >> (BITS * (2 * OPERAND + half))) & (2**BITS - 1)) | 0x4B000000
-            zero = field.to(tl.float32, bitcast=True) - 8388608.0
+            zero = field_number(word, 2 * OPERAND + half, BITS)
         for row in tl.static_range(2):
             products = sums[2 * half + row] - MAGIC * plain_sums[row]
             new_total = new_total + (total[2 * half + row] + scale * (FACTOR * products - zero * plain_sums[2 + row]),)  # type: ignore[assignment]
@@ -390,23 +388,6 @@ def _over_warps(sums, WARPS: tl.constexpr):
 @triton.jit
 def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
-
-
-@triton.jit
-def _load_four(pointers, mask=None):
-    """Four neighbors from every pointer, as four tensors."""
-    pointers = pointers[:, None] + tl.arange(0, 4)[None, :]
-    four = tl.load(pointers) if mask is None else tl.load(pointers, mask=mask[:, None], other=0)
-    even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _load_two(pointers, mask):
-    """Two neighbors from every pointer, as two tensors."""
-    return tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0))
 
 
 @triton.jit
