@@ -32,44 +32,45 @@ from lkq_hf.kernels.quantized_matmul import GemmTile, GemvTile, Product, Way, ge
 
 FAILED = "failed"
 ROWS = (1, 256, 64, 32, 128, 16, 8)
-FEW_ROWS = (
-    GemvTile(4, 1, 1, 1, 4), GemvTile(4, 1, 1, 2, 4), GemvTile(4, 1, 1, 4, 4), GemvTile(4, 1, 1, 4, 6),
-    GemvTile(4, 1, 1, 8, 4), GemvTile(4, 1, 3, 1, 4), GemvTile(4, 1, 4, 1, 4), GemvTile(4, 1, 3, 2, 5),
-    GemvTile(4, 2, 1, 4, 2), GemvTile(4, 2, 1, 4, 4), GemvTile(4, 2, 3, 1, 3), GemvTile(8, 2, 1, 4, 2),
-    GemvTile(8, 1, 1, 4, 1), GemvTile(8, 1, 1, 4, 2), GemvTile(8, 1, 3, 1, 2), GemvTile(16, 1, 1, 2, 1),
-    GemvTile(16, 1, 1, 2, 0.25), GemvTile(8, 1, 1, 4, 0.5),
-)  # fmt: skip
-GEMV_32 = (
-    GemvTile(4, 1, 1, 2, 2), GemvTile(4, 1, 3, 1, 2), GemvTile(8, 1, 1, 2, 2), GemvTile(4, 1, 1, 4, 4),
-)  # fmt: skip
+# The fields of GemvTile and GemmTile.
+FEW_ROWS = {
+    16: (
+        (4, 1, 1, 1, 4), (4, 1, 1, 2, 4), (4, 1, 1, 4, 4), (4, 1, 1, 4, 6), (4, 1, 1, 8, 4), (4, 1, 3, 1, 4),
+        (4, 1, 4, 1, 4), (4, 1, 3, 2, 5), (4, 2, 1, 4, 2), (4, 2, 1, 4, 4), (4, 2, 3, 1, 3), (8, 2, 1, 4, 2),
+        (8, 1, 1, 4, 1), (8, 1, 1, 4, 2), (8, 1, 3, 1, 2), (16, 1, 1, 2, 1), (16, 1, 1, 2, 0.25), (8, 1, 1, 4, 0.5),
+    ),
+    32: ((4, 1, 1, 2, 2), (4, 1, 3, 1, 2), (8, 1, 1, 2, 2), (4, 1, 1, 4, 4)),
+}  # fmt: skip
 MANY_ROWS = {
     32: (
-        GemmTile(32, 128, 4, 3, 3), GemmTile(32, 128, 4, 4, 2), GemmTile(32, 128, 4, 4, 3), GemmTile(32, 128, 8, 4, 1),
-        GemmTile(32, 128, 8, 4, 2), GemmTile(32, 128, 16, 4, 1), GemmTile(32, 64, 8, 6, 2),
+        (32, 128, 4, 3, 4, 3), (32, 128, 4, 4, 4, 2), (32, 128, 4, 4, 4, 3), (32, 128, 8, 4, 4, 1),
+        (32, 128, 8, 4, 0, 1), (32, 128, 8, 4, 4, 2), (32, 128, 16, 4, 4, 1), (32, 64, 8, 6, 4, 2),
     ),
     64: (
-        GemmTile(64, 128, 4, 5, 2), GemmTile(64, 128, 4, 3, 3), GemmTile(64, 128, 8, 3, 1), GemmTile(64, 128, 8, 5, 1),
-        GemmTile(64, 128, 8, 3, 2), GemmTile(64, 128, 16, 4, 1), GemmTile(64, 64, 8, 5, 2), GemmTile(64, 128, 4, 5, 1),
+        (64, 128, 4, 5, 4, 2), (64, 128, 4, 3, 4, 3), (64, 128, 8, 3, 4, 1), (64, 128, 8, 5, 4, 1),
+        (64, 128, 8, 5, 0, 1), (64, 128, 8, 5, 8, 1), (64, 128, 8, 3, 4, 2), (64, 128, 16, 4, 4, 1),
+        (64, 64, 8, 5, 4, 2), (64, 128, 4, 5, 4, 1),
     ),
     128: (
-        GemmTile(128, 128, 4, 3, 2), GemmTile(128, 128, 4, 4, 1), GemmTile(128, 128, 8, 4, 1),
-        GemmTile(128, 64, 16, 4, 1), GemmTile(128, 64, 8, 5, 1), GemmTile(64, 128, 16, 4, 1),
-        GemmTile(128, 64, 8, 3, 2), GemmTile(128, 64, 16, 3, 0.5), GemmTile(64, 128, 8, 4, 2),
+        (128, 128, 4, 3, 4, 2), (128, 128, 4, 4, 4, 1), (128, 128, 8, 4, 4, 1), (128, 64, 16, 4, 4, 1),
+        (128, 64, 8, 5, 4, 1), (64, 128, 16, 4, 4, 1), (128, 64, 8, 3, 4, 2), (128, 64, 16, 3, 4, 0.5),
+        (64, 128, 8, 4, 4, 2),
     ),
     256: (
-        GemmTile(256, 128, 8, 3, 1), GemmTile(256, 64, 4, 3, 2), GemmTile(128, 128, 4, 4, 1),
-        GemmTile(128, 64, 16, 4, 1), GemmTile(128, 64, 16, 3, 1), GemmTile(128, 64, 16, 4, 0.5),
-        GemmTile(256, 64, 8, 4, 1), GemmTile(256, 128, 8, 3, 0.5), GemmTile(128, 128, 8, 4, 1),
-        GemmTile(128, 128, 8, 3, 2), GemmTile(128, 64, 8, 5, 1), GemmTile(64, 128, 16, 4, 1),
-        GemmTile(256, 128, 4, 3, 1),
+        (256, 128, 8, 3, 4, 1), (256, 64, 4, 3, 4, 2), (128, 128, 4, 4, 4, 1), (128, 64, 16, 4, 4, 1),
+        (128, 64, 16, 4, 0, 1), (128, 64, 16, 3, 8, 1), (128, 64, 16, 4, 4, 0.5), (256, 64, 8, 4, 4, 1),
+        (256, 128, 8, 3, 4, 0.5), (128, 128, 8, 4, 4, 1), (128, 128, 8, 3, 4, 2), (128, 64, 8, 5, 4, 1),
+        (64, 128, 16, 4, 4, 1), (256, 128, 4, 3, 4, 1),
     ),
 }  # fmt: skip
 
 
 def tiles_for(rows: int) -> list[GemvTile | GemmTile]:
-    few = FEW_ROWS if rows <= 16 else GEMV_32 if rows <= 32 else ()
-    many = MANY_ROWS[min(most for most in MANY_ROWS if rows <= most)] if rows > 16 else ()
-    return [*few, *many]
+    few, many = ([table[most] for most in table if rows <= most][:1] for table in (FEW_ROWS, MANY_ROWS))
+    return [
+        *(GemvTile(*tile) for tiles in few for tile in tiles),
+        *(GemmTile(*tile) for tiles in many for tile in tiles if rows > 16),
+    ]
 
 
 def way(product: Product, tile: GemvTile | GemmTile) -> Way | None:

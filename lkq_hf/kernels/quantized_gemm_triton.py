@@ -22,6 +22,7 @@ from lkq_hf.kernels.launch import RepeatedLaunch, aligned
 from lkq_hf.kernels.packed_fields_triton import (
     and_or,
     bits_from,
+    fetch,
     load_words,
     load_zero_words,
     row_features,
@@ -55,6 +56,7 @@ def _gemm_kernel(
     BLOCK_K: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -87,6 +89,13 @@ def _gemm_kernel(
     left_in_group = tiles_per_group - first % tiles_per_group
     next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM, TILE_GROUPS)
     if DEPENDENT:
+        # Unlike the activations, the weight is there before the kernel ahead of this one is done.
+        LINES: tl.constexpr = ROWS * row_words(BITS)
+        line = tl.arange(0, _power_of_2(LINES))[:, None]
+        sector = (tl.program_id(0) * BLOCK_N + 8 * tl.arange(0, BLOCK_N // 8))[None, :]  # of 32 bytes
+        for i in tl.static_range(AHEAD):
+            wanted = (line < LINES) & (sector < columns) & (first + i < end)
+            fetch(qweight + ((first + i) * LINES + line) * columns + sector, wanted)
         gdc_wait()
     for tile in tl.range(first, end, num_stages=STAGES):
         words = (
@@ -235,6 +244,7 @@ class QuantizedGemm:
         num_warps: warps of a thread block, 4 or a multiple of that; each has 16 output columns. With 32 of them, the
             assembler overwrote registers that the tensor cores had not read yet (seen with Triton 3.6's).
         num_stages: tiles in flight.
+        ahead: tiles of the weight that the L2 cache fetches while the kernel ahead of this one ends.
     """
 
     def __init__(
@@ -251,6 +261,7 @@ class QuantizedGemm:
         split_k: int,
         num_warps: int,
         num_stages: int,
+        ahead: int,
     ) -> None:
         self._columns = out_features
         self._block_m = block_m
@@ -270,6 +281,7 @@ class QuantizedGemm:
             "BLOCK_K": block_k,
             "TILE_GROUPS": max(1, block_k // group_size),
             "STAGES": num_stages,
+            "AHEAD": min(ahead, tiles_per_split),
             "DEPENDENT": bool(options),
             "INTERPRETED": interpreting(),
         }
@@ -340,6 +352,7 @@ def quantized_grouped_gemm(
         BLOCK_K=block_k,
         TILE_GROUPS=max(1, block_k // group_size),
         STAGES=num_stages,
+        AHEAD=0,
         # It reads what the kernel ahead of it may have written before it knows which weight it needs.
         DEPENDENT=False,
         INTERPRETED=interpreting(),

@@ -26,6 +26,7 @@ from lkq_hf.kernels.level_pairs_triton import (
 )
 from lkq_hf.kernels.mma_triton import mma
 from lkq_hf.kernels.packed_fields_triton import (
+    fetch,
     field_number,
     four_halves,
     four_zeros,
@@ -238,12 +239,12 @@ def _fetch_chunk(
             inside = wanted
             if CHUNK > GROUP_SIZE:
                 inside &= line < in_features // row_features(BITS) * row_words(BITS)
-            _fetch(qweight + line * columns + at, inside)
+            fetch(qweight + line * columns + at, inside)
         for part in tl.static_range(groups_of(CHUNK, GROUP_SIZE)):
             group = _group(chunk, part, in_features, CHUNK, GROUP_SIZE)
-            _fetch(scales + (group * columns + at) // 2, wanted)
+            fetch(scales + (group * columns + at) // 2, wanted)
             if not SYM:
-                _fetch(qzeros + (group * columns + at) * BITS // 32, wanted)
+                fetch(qzeros + (group * columns + at) * BITS // 32, wanted)
 
 
 @triton.jit
@@ -388,19 +389,6 @@ def _over_warps(sums, WARPS: tl.constexpr):
 @triton.jit
 def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
-
-
-@triton.jit
-def _fetch(pointers, wanted):
-    """Have the L2 cache, which is never out of date, fetch what pointers point to, where it is wanted."""
-    tl.inline_asm_elementwise(
-        "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.b32 $0, 0; }",
-        "=r,l,r",
-        [pointers, wanted.to(tl.int32)],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
 
 
 def chunk_features(bits: int, group_size: int) -> int | None:

@@ -50,6 +50,8 @@ class GemmTile(NamedTuple):
     """Warps of a thread block, of 16 columns each."""
     num_stages: int
     """Tiles on their way."""
+    ahead: int
+    """Tiles of the weight that the L2 cache fetches before the kernel may read activations."""
     blocks: float
     """Thread blocks per multiprocessor, as above."""
 
@@ -69,10 +71,10 @@ _GEMV_TILES = {
 }
 # The wider the tile of columns, the fewer times activations are read: for many rows they are most of the traffic.
 _GEMM_TILES = {
-    32: (GemmTile(32, 128, 4, 4, 3), GemmTile(32, 128, 8, 4, 1)),
-    64: (GemmTile(64, 128, 4, 5, 2), GemmTile(64, 128, 8, 4, 1), GemmTile(64, 128, 16, 4, 1)),
-    128: (GemmTile(128, 128, 4, 4, 1), GemmTile(128, 128, 8, 4, 1), GemmTile(128, 64, 16, 4, 1)),
-    1024: (GemmTile(256, 128, 8, 3, 1), GemmTile(128, 128, 8, 4, 1), GemmTile(128, 64, 16, 4, 1)),
+    32: (GemmTile(32, 128, 4, 4, 4, 3), GemmTile(32, 128, 8, 4, 4, 1)),
+    64: (GemmTile(64, 128, 4, 5, 4, 2), GemmTile(64, 128, 8, 4, 4, 1), GemmTile(64, 128, 16, 4, 4, 1)),
+    128: (GemmTile(128, 128, 4, 4, 4, 1), GemmTile(128, 128, 8, 4, 4, 1), GemmTile(128, 64, 16, 4, 4, 1)),
+    1024: (GemmTile(256, 128, 8, 3, 4, 1), GemmTile(128, 128, 8, 4, 4, 1), GemmTile(128, 64, 16, 4, 4, 1)),
 }
 
 
@@ -304,6 +306,7 @@ def gemm(product: Product, tile: GemmTile) -> Way:
         split_k=product.splits(tile.blocks, output_tiles, product.in_features // block_k // 2),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        ahead=tile.ahead,
     )
 
 

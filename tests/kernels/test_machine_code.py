@@ -30,7 +30,7 @@ names = _gemm_kernel.arg_names
 for block_m, block_k, num_warps, num_stages in {tuple(tile[:4]) for same in tiles.values() for tile in same}:
     constants = {
         "BITS": bits, "SYM": False, "BLOCK_M": block_m, "BLOCK_N": 16 * num_warps, "BLOCK_K": block_k,
-        "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "INTERPRETED": False,
+        "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "AHEAD": 2, "INTERPRETED": False,
         "DEPENDENT": capability >= 90 and not experts, "EXPERTS": experts,
     }
     kernel = triton.compile(

@@ -138,7 +138,7 @@ def test_splits_need_not_share_tiles_evenly(group_size: int) -> None:
     x = activations(40, 5 * 128, dtype=torch.float16)
     expected = quantized_matmul_reference(x.double(), *weight)
     layout = {"bits": bits, "group_size": group_size, "sym": sym}
-    tile = {"block_m": 64, "block_k": 128, "num_warps": 4, "num_stages": 3}
+    tile = {"block_m": 64, "block_k": 128, "num_warps": 4, "num_stages": 3, "ahead": 1}
     for split_k in range(1, 6):
         y = QuantizedGemm(x.device, 5 * 128, 64, **layout, **tile, split_k=split_k)(x, qweight, qzeros, scales)
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
