@@ -44,6 +44,7 @@ def _dequantize_kernel(
     inside = column < columns
     group = first_row // rows_per_group
     scale = load_two(scales.to(tl.pointer_type(tl.int32), bitcast=True) + (group * columns + column) // 2, inside)
+    zeros = inside  # not read
     if not SYM:
         zeros = four_zeros(load_four_zeros(qzeros, group, column, inside, columns, BITS), column, BITS)
     words = ()
@@ -52,17 +53,37 @@ def _dequantize_kernel(
     target = weight + first_row.to(tl.int64) * FEATURES * columns + column[:, None] + tl.arange(0, 4)
     for row in tl.static_range(ROWS):
         for field in tl.static_range(FEATURES):
-            values = ()
-            for i in tl.static_range(4):
-                word0 = words[4 * row * WORDS + i]
-                word1 = words[4 * (row * WORDS + WORDS // 2) + i]
-                word2 = words[4 * (row * WORDS + WORDS - 1) + i]
-                zero = 2.0 ** (BITS - 1) if SYM else field_number(zeros, i, BITS)
-                level = field_value(word0, word1, word2, field, BITS).to(tl.float32)
-                values = values + (((level - zero) * four_halves(scale, i)).to(weight.dtype.element_ty),)  # type: ignore[assignment]
-            four = tl.join(tl.join(values[0], values[2]), tl.join(values[1], values[3]))
-            four = tl.reshape(four, (THREADS, 4))
+            even = tl.join(
+                _value(words, zeros, scale, row, field, 0, BITS, SYM),
+                _value(words, zeros, scale, row, field, 2, BITS, SYM),
+            )
+            odd = tl.join(
+                _value(words, zeros, scale, row, field, 1, BITS, SYM),
+                _value(words, zeros, scale, row, field, 3, BITS, SYM),
+            )
+            four = tl.reshape(tl.join(even, odd), (THREADS, 4)).to(weight.dtype.element_ty)
             tl.store(target + (row * FEATURES + field) * columns, four, mask=inside[:, None])
+
+
+@triton.jit
+def _value(
+    words,
+    zeros,
+    scale,
+    ROW: tl.constexpr,
+    FIELD: tl.constexpr,
+    COLUMN: tl.constexpr,
+    BITS: tl.constexpr,
+    SYM: tl.constexpr,
+):
+    """One weight of each thread, float32: of one of its four columns."""
+    WORDS: tl.constexpr = row_words(BITS)
+    word0 = words[4 * ROW * WORDS + COLUMN]
+    word1 = words[4 * (ROW * WORDS + WORDS // 2) + COLUMN]
+    word2 = words[4 * (ROW * WORDS + WORDS - 1) + COLUMN]
+    level = field_value(word0, word1, word2, FIELD, BITS).to(tl.float32)
+    zero = 2.0 ** (BITS - 1) if SYM else field_number(zeros, COLUMN, BITS)
+    return (level - zero) * four_halves(scale, COLUMN)
 
 
 def dequantize_triton(
