@@ -89,6 +89,53 @@ print("SHARED", kernel.metadata.shared)
 print(subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout)
 """
 
+COMPILE_FEW_ROWS = """
+import subprocess, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lkq_hf.kernels.dequantize_triton import _THREADS, _dequantize_kernel
+from lkq_hf.kernels.quantized_gemv_triton import _gemv_kernel
+from lkq_hf.kernels.quantized_matmul import _GEMV_TILES
+
+target, disassembler, bits = *sys.argv[1:3], int(sys.argv[3])
+
+def show(kernel, types, constants, num_warps):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {}
+    for place, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(len(kind))}
+        elif name in (*types, "columns", "all_columns", "in_features"):
+            aligned[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+    with open(target, "wb") as file:
+        file.write(compiled.asm["cubin"])
+    print(subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout)
+
+for most, tiles in _GEMV_TILES.items():
+    for num_warps, column_tiles, stages, ahead, _ in tiles:
+        print("KERNEL", most, num_warps, column_tiles, stages, ahead)
+        show(
+            _gemv_kernel,
+            {
+                "x": "*bf16", "weights": ("*i32", "*i32", "*fp16"), "widths": ("i32",), "partial": "*fp32"
+            },
+            {
+                "BITS": bits, "SYM": False, "BFLOAT16": True, "CHUNK": 128, "GROUP_SIZE": 128,
+                "COLUMN_TILES": column_tiles, "WEIGHTS": 1, "WARPS": num_warps, "STAGES": stages, "AHEAD": ahead,
+                "FETCH": ahead > 1, "DEPENDENT": True, "INTERPRETED": False, "ROW_TILES": max(1, most // 16),
+            },
+            num_warps,
+        )
+print("KERNEL dequantize")
+pointers = {"qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "weight": "*bf16"}
+constants = {"BITS": bits, "SYM": False, "ROWS": 1, "THREADS": _THREADS}
+show(_dequantize_kernel, pointers, constants, _THREADS // 32)
+"""
+
 
 def main_loops(assembly: str) -> list[list[str]]:
     """Instructions of the loops that multiply on the tensor cores."""
@@ -210,6 +257,26 @@ def test_ragged_attention_loads_ahead(
         assert not any(re.match(r"(STL|LDL)\b", line) for line in loop)  # all values stay in registers
     if capability < 90:
         assert int(printed.split()[1]) <= 99 * 1024  # bytes of shared memory, all that some GPUs have for one block
+
+
+@needs_disassembler
+@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 8))])
+def test_words_for_few_rows_are_loaded_ahead(bits: int, tmp_path: Path) -> None:
+    printed = compiled(COMPILE_FEW_ROWS, tmp_path / "kernel", DISASSEMBLER, bits)
+    *products, (_, dequantize) = (
+        kernel.split("\n", 1) for kernel in re.split(r"^KERNEL ", printed, flags=re.MULTILINE)[1:]
+    )
+    assert len(products) > 5
+    for tile, assembly in products:
+        _, _, _, stages, ahead = map(int, tile.split())
+        loop = max(main_loops(assembly), key=len)
+        first = {name: next((i for i, line in enumerate(loop) if name in line), None) for name in ("LDG.", "HMMA.")}
+        if stages > 1:  # on their way to shared memory, while earlier ones are multiplied
+            assert first["LDG."] is None and any(line.startswith("LDGSTS") for line in loop), tile
+        else:
+            assert ahead > 1 and any(line.startswith("CCTL.E.PF2") for line in loop), tile
+            assert first["LDG."] < first["HMMA."], tile
+    assert "STG.E.64" in dequantize and not re.search(r"\b(BAR|STS|LDS)\b", dequantize)
 
 
 def test_an_overwritten_operand_is_found() -> None:
