@@ -56,16 +56,17 @@ class GemmTile(NamedTuple):
     """Thread blocks per multiprocessor, as above."""
 
 
-# What is tried, by the largest number of rows that it is for. Up to 16 rows the second kernel is for group sizes that
+# What is tried, by the largest number of rows that it is for: first what tends to need no second kernel, which adds up
+# the parts of several thread blocks and takes the host as long as the first. Up to 16 rows the second kernel is for group sizes that
 # the first one does not take.
 _GEMV_TILES = {
     16: (
+        GemvTile(8, 1, 1, 4, 1),
+        GemvTile(16, 1, 1, 2, 1),
         GemvTile(4, 1, 1, 4, 4),
         GemvTile(4, 1, 3, 1, 4),
         GemvTile(4, 2, 1, 4, 3),
         GemvTile(4, 2, 3, 1, 3),
-        GemvTile(8, 1, 1, 4, 1),
-        GemvTile(16, 1, 1, 2, 1),
     ),
     32: (GemvTile(4, 1, 1, 2, 2), GemvTile(4, 1, 3, 1, 2), GemvTile(8, 1, 1, 2, 2)),
 }
