@@ -34,6 +34,7 @@ def test_decode_speed(tmp_path):
         ("training_memory.py", ("--layers", "2", "--lengths", "256"), "rows"),
         ("cpu_decode.py", ("--hidden", "256", "--layers", "1", "--tokens", "1"), "rows"),
         ("experts.py", ("--small",), "packed"),
+        ("host_time.py", ("--repeats", "1"), "results"),
     ],
 )
 def test_it_measures(tmp_path, script, options, key):
