@@ -1,9 +1,13 @@
 """A few activation rows times a packed weight on the tensor cores, at nearly the speed of reading the weight.
 
-Words go from memory into registers and, by two operations for two levels, into operands of the tensor cores: not
-through shared memory, and with the same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four
-neighboring ones, of every fourth packed row, and the tensor cores add up what the four threads of the same columns
-have. Scales and zero points are applied to float32 sums, once a chunk of input features.
+Words go from memory into registers and, by two operations for two levels, into operands of the tensor cores, with the
+same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four neighboring ones, of every fourth packed row, and
+the tensor cores add up what the four threads of the same columns have. Scales and zero points are applied to float32
+sums, once a chunk of input features.
+
+A warp has more to load than registers have room for, and memory takes long to answer. So words are on their way ahead
+of time, either into the L2 cache or, asynchronously, into shared memory. Loads into registers cannot be: the assembler
+moves them behind the arithmetic ahead of which they are written.
 
 Warps of a thread block share its chunks, and so may thread blocks, in a fixed order: the result does not depend on
 timing. Triton has no lists: registers are kept in tuples that are made anew.
