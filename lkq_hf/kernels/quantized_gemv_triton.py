@@ -1,13 +1,12 @@
 """A few activation rows times a packed weight on the tensor cores, at nearly the speed of reading the weight.
 
-Words go from memory into registers and, by two operations for two levels, into operands of the tensor cores, with the
-same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four neighboring ones, of every fourth packed row, and
-the tensor cores add up what the four threads of the same columns have. Scales and zero points are applied to float32
-sums, once a chunk of input features.
+Words go from memory into registers and, by two operations for two levels, into operands of the tensor cores: not
+through shared memory, and with the same effort for 1 to 8 rows. Of a warp's 32 columns a thread loads four
+neighboring ones, of every fourth packed row, and the tensor cores add up what the four threads of the same columns
+have. Scales and zero points are applied to float32 sums, once a chunk of input features.
 
-A warp has more to load than registers have room for, and memory takes long to answer. So words are on their way ahead
-of time, either into the L2 cache or, asynchronously, into shared memory. Loads into registers cannot be: the assembler
-moves them behind the arithmetic ahead of which they are written.
+Memory takes long to answer, so the L2 cache fetches chunks ahead. Loads into registers cannot be ahead: the assembler
+moves them behind the arithmetic.
 
 Warps of a thread block share its chunks, and so may thread blocks, in a fixed order: the result does not depend on
 timing. Triton has no lists: registers are kept in tuples that are made anew.
@@ -64,7 +63,6 @@ def _gemv_kernel(
     COLUMN_TILES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     WARPS: tl.constexpr,
-    STAGES: tl.constexpr,
     AHEAD: tl.constexpr,
     FETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -100,7 +98,7 @@ def _gemv_kernel(
             )
         gdc_wait()
     total = (tl.zeros((32 * WARPS,), tl.float32),) * (8 * ROW_TILES * COLUMN_TILES)
-    for _ in tl.range(first, end, WARPS, num_stages=STAGES):
+    for _ in range(first, end, WARPS):
         if FETCH:
             _fetch_chunk(
                 sources, sizes, chunk + AHEAD * WARPS, end, column, lane, BITS, SYM, CHUNK, GROUP_SIZE, COLUMN_TILES
@@ -413,7 +411,8 @@ class QuantizedGemv:
         chunk: what `chunk_features` says.
         num_warps: warps of a thread block.
         column_tiles: 32 columns each, of a thread block.
-        stages: chunks of a warp on their way through shared memory; 1 for none, straight into registers.
+        registers: of a thread, at most. With few, more thread blocks run at a time; with many, the assembler loads all
+            of a chunk before it multiplies.
         ahead: of a warp's chunks, how many the L2 cache fetches before they are loaded: memory takes longer to answer
             than registers have room for what is under way. Only where kernels start before the one ahead ends.
         split_k: thread blocks that share the chunks of a column.
@@ -432,7 +431,7 @@ class QuantizedGemv:
         chunk: int,
         num_warps: int,
         column_tiles: int,
-        stages: int,
+        registers: int,
         ahead: int,
         split_k: int,
     ) -> None:
@@ -454,14 +453,13 @@ class QuantizedGemv:
             "COLUMN_TILES": column_tiles,
             "WEIGHTS": len(widths),
             "WARPS": num_warps,
-            "STAGES": stages,
             "AHEAD": min(ahead, iterations),
             # One chunk ahead would be fetched as late as it is loaded.
             "FETCH": bool(options) and 1 < ahead < iterations,
             "DEPENDENT": bool(options),
             "INTERPRETED": interpreting(),
         }
-        self._options = {"num_warps": num_warps, **options}
+        self._options = {"num_warps": num_warps, "maxnreg": registers, **options}
         self._launches: dict[int, RepeatedLaunch] = {}
 
     def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:

@@ -32,8 +32,8 @@ class GemvTile(NamedTuple):
     """Warps of a thread block."""
     column_tiles: int
     """Of 32 columns each, of a thread block."""
-    stages: int
-    """Chunks of a warp on their way through shared memory; 1 for none, straight into registers."""
+    registers: int
+    """Of a thread, at most."""
     ahead: int
     """Chunks of a warp that the L2 cache fetches before they are loaded."""
     blocks: float
@@ -57,25 +57,30 @@ class GemmTile(NamedTuple):
 
 
 # What is tried, by the largest number of rows that it is for: first what tends to need no second kernel, which adds up
-# the parts of several thread blocks and takes the host as long as the first. Up to 16 rows the second kernel is for group sizes that
-# the first one does not take.
+# the parts of several thread blocks. Up to 16 rows the second table is for group sizes that the first kernel does not
+# take.
 _GEMV_TILES = {
     16: (
-        GemvTile(8, 1, 1, 4, 1),
-        GemvTile(16, 1, 1, 2, 1),
-        GemvTile(4, 1, 1, 4, 4),
-        GemvTile(4, 1, 3, 1, 4),
-        GemvTile(4, 2, 1, 4, 3),
-        GemvTile(4, 2, 3, 1, 3),
+        GemvTile(16, 1, 128, 2, 1),
+        GemvTile(8, 1, 64, 2, 1),
+        GemvTile(4, 1, 128, 2, 4),
+        GemvTile(4, 1, 64, 2, 4),
+        GemvTile(4, 1, 128, 4, 5),
+        GemvTile(4, 2, 168, 4, 2),
+        GemvTile(8, 2, 128, 4, 2),
     ),
-    32: (GemvTile(4, 1, 1, 2, 2), GemvTile(4, 1, 3, 1, 2), GemvTile(8, 1, 1, 2, 2)),
+    32: (GemvTile(4, 1, 255, 2, 2), GemvTile(4, 1, 168, 2, 2), GemvTile(8, 1, 255, 2, 1)),
 }
-# The wider the tile of columns, the fewer times activations are read: for many rows they are most of the traffic.
 _GEMM_TILES = {
     32: (GemmTile(32, 128, 4, 4, 4, 3), GemmTile(32, 128, 8, 4, 4, 1)),
-    64: (GemmTile(64, 128, 4, 5, 4, 2), GemmTile(64, 128, 8, 4, 4, 1), GemmTile(64, 128, 16, 4, 4, 1)),
-    128: (GemmTile(128, 128, 4, 4, 4, 1), GemmTile(128, 128, 8, 4, 4, 1), GemmTile(128, 64, 16, 4, 4, 1)),
-    1024: (GemmTile(256, 128, 8, 3, 4, 1), GemmTile(128, 128, 8, 4, 4, 1), GemmTile(128, 64, 16, 4, 4, 1)),
+    64: (GemmTile(64, 128, 4, 5, 4, 2), GemmTile(64, 128, 4, 3, 4, 3), GemmTile(64, 128, 8, 3, 4, 1)),
+    128: (GemmTile(128, 128, 4, 4, 4, 1), GemmTile(128, 128, 8, 4, 4, 1), GemmTile(128, 128, 4, 3, 4, 2)),
+    1024: (
+        GemmTile(256, 128, 8, 3, 4, 1),
+        GemmTile(256, 128, 4, 3, 4, 1),
+        GemmTile(256, 64, 4, 3, 4, 2),
+        GemmTile(128, 128, 4, 4, 4, 1),
+    ),
 }
 
 
@@ -284,7 +289,7 @@ def gemv(product: Product, tile: GemvTile) -> Way | None:
         chunk=chunk,
         num_warps=tile.num_warps,
         column_tiles=tile.column_tiles,
-        stages=tile.stages,
+        registers=tile.registers,
         ahead=tile.ahead,
         split_k=product.splits(tile.blocks, output_tiles, product.in_features // chunk // tile.num_warps),
     )
