@@ -3,8 +3,8 @@
     python benchmarks/experts.py --out benchmarks/results/experts.json     # on one CUDA GPU
     python benchmarks/experts.py --small                                   # a smoke run on any machine
 
-The shape is that of Qwen3-30B-A3B's layers (128 experts of 2048 x 768, 8 for each token), four of them. The same model
-is measured in bfloat16 and packed:
+The shape is that of Qwen3-30B-A3B's layers (128 experts of 2048 x 768, 8 for each token), four of them or
+``--layers``. The same model is measured in bfloat16 and packed:
 
     experts    one layer's experts alone, as a CUDA graph, for several numbers of tokens: microseconds
     prefill    one forward pass over a prompt: tokens per second
@@ -159,9 +159,10 @@ def main() -> None:
     options.add_argument("--batches", type=int, nargs="+", default=[1, 8, 32])
     options.add_argument("--steps", type=int, default=32, help="tokens that are decoded in one run")
     options.add_argument("--repeats", type=int, default=5)
+    options.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="at least 2")
     options.add_argument("--small", action="store_true", help="tiny sizes, for a check of this script")
     arguments = options.parse_args()
-    shape = SHAPE
+    shape = SHAPE | {"num_hidden_layers": arguments.layers}
     if arguments.small:
         shape = SMALL
         arguments.group_size, arguments.samples, arguments.length = 64, 4, 64

@@ -25,7 +25,8 @@ from triton.runtime.errors import OutOfResources
 from lkq_hf.kernels import autotune
 from lkq_hf.kernels.bit_stream import pack, unpack
 from lkq_hf.kernels.dequantize import dequantize
-from lkq_hf.kernels.quantized_matmul import quantized_matmul, ways_to_multiply
+from lkq_hf.kernels.dispatch import next_power_of_2
+from lkq_hf.kernels.quantized_matmul import Product, quantized_matmul, ways_to_multiply
 
 SHAPES = ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336))  # out_features, in_features in Llama-3.1-8B
 ROWS = (1, 2, 4, 8, 16, 64, 256)
@@ -149,7 +150,8 @@ def compile_kernels(bits: int, rows: int, group_size: int, sym: bool, dtype: tor
     out_features, in_features = min(SHAPES)
     weight = packed_weight(bits, group_size, sym, out_features, in_features)
     x = torch.randn(rows, in_features, device="cuda", dtype=dtype)
-    candidates, _ = ways_to_multiply(dtype, x.device, bits, group_size, sym, in_features, (out_features,), rows)
+    product = Product(dtype, x.device, bits, group_size, sym, in_features, (out_features,), next_power_of_2(rows))
+    candidates, _ = ways_to_multiply(product)
     for candidate in candidates:
         with contextlib.suppress(OutOfResources):
             candidate(x, *weight[:3])

@@ -25,7 +25,7 @@ def use_triton(*tensors: torch.Tensor, dtypes: frozenset[torch.dtype] = FLOATING
         ValueError: ``LKQ_KERNELS`` is neither ``torch`` nor ``triton``.
         RuntimeError: ``LKQ_KERNELS=triton``, but the kernel cannot run on these tensors.
     """
-    choice = os.environ.get(ENVIRONMENT_VARIABLE, "")
+    choice = forced_implementation()
     if choice not in ("", "torch", "triton"):
         raise ValueError(f"{ENVIRONMENT_VARIABLE} must be 'torch', 'triton' or unset, found {choice!r}.")
     if choice == "torch":
@@ -37,6 +37,11 @@ def use_triton(*tensors: torch.Tensor, dtypes: frozenset[torch.dtype] = FLOATING
         )
     # The interpreter is a debugger: it runs kernels on the CPU only where they are asked for.
     return obstacle is None and (choice == "triton" or not interpreting())
+
+
+def forced_implementation() -> str:
+    """What ``LKQ_KERNELS`` says; empty if each call chooses."""
+    return os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 
 @functools.cache

@@ -1,9 +1,12 @@
 """What a launch and an operator cost the host, where many follow each other: as little as can be."""
 
 from collections.abc import Callable
+from functools import reduce
+from operator import or_
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lkq_hf.kernels.dispatch import interpreting
 
@@ -30,6 +33,11 @@ class RepeatedLaunch:
         self._values = tuple(constants.values())
         self._compiled: Any = None
 
+    @property
+    def takes_addresses(self) -> bool:
+        """Whether tensors may be given as their addresses, about which Triton asks the driver nothing."""
+        return self._compiled is not None
+
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
         """Launches the kernel on the current device: so many thread blocks, with all arguments but the constants."""
         if self._compiled is not None:
@@ -38,6 +46,15 @@ class RepeatedLaunch:
             self._kernel[grid](*arguments, **self._constants)
         else:
             self._compiled = self._kernel[grid](*arguments, **self._constants, **self._options)
+
+
+def aligned(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """Tensors as a `RepeatedLaunch` takes them, copied if they are views from the middle, and their addresses."""
+    addresses = tuple([tensor.data_ptr() for tensor in tensors])
+    if reduce(or_, addresses) % 16:
+        tensors = tuple([tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in tensors])
+        addresses = tuple([tensor.data_ptr() for tensor in tensors])
+    return tensors, addresses
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -58,3 +75,17 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         return overload
 
     return make
+
+
+def sees_operators(x: Tensor) -> bool:
+    """Whether a compiler, a mode, a transformation or a subclass of tensors would see an operator called with ``x``.
+
+    If nothing does, the operator's function may be called itself, which takes the host less.
+    """
+    return (
+        type(x) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+    )

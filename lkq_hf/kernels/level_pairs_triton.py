@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from lkq_hf.kernels.mma_triton import times_pair
-from lkq_hf.kernels.packed_fields_triton import and_or, half_powers, magic_exponent
+from lkq_hf.kernels.packed_fields_triton import and_or, bits_from, half_powers, magic_exponent
 
 # Per pair: its word, the shift to the right, the mask, its features, the positions of both, whether a sum over
 # activations counts these features (at 8 bits each has two fields). Word 3 stands for the pair that lies across words.
@@ -27,16 +27,24 @@ def _pairs(bits, bfloat16):
         ]
     if bits == 4:
         return [(0, 4 * j, 0x000F000F, (j, j + 4), (0, 0), True) for j in range(4)]
+    # Pairs of one shift: bfloat16 can divide activations without leaving its range, float16 cannot.
     if bits == 2:
-        # Up to three pairs of a shift: bfloat16 can divide activations without leaving its range, float16 cannot.
         together = 3 if bfloat16 else 1
         return [
             (0, 2 * (j - j % together), 0x00030003 << 2 * (j % together), (j, j + 8), (2 * (j % together),) * 2, True)
             for j in range(8)
         ]
     # Fields 5 apart are 15 bits apart: the upper one's half begins one bit after the lower one's.
+    together = 2 if bfloat16 else 1
     within = [
-        (word, first_bit + 3 * i - 1, 0x0007000E, (first + i, first + i + 5), (1, 0), True)
+        (
+            word,
+            first_bit + 3 * (i - i % together) - 1,
+            0x0007000E << 3 * (i % together),
+            (first + i, first + i + 5),
+            (3 * (i % together) + 1, 3 * (i % together)),
+            True,
+        )
         for word, (first, first_bit) in enumerate(((0, 0), (11, 1), (22, 2)))
         for i in range(5)
     ]
@@ -71,9 +79,9 @@ def level_pair(
     MASK: tl.constexpr = _mask(PAIR, BITS, BFLOAT16)
     MAGIC: tl.constexpr = half_powers(magic_exponent(BFLOAT16), magic_exponent(BFLOAT16), BFLOAT16)
     if WORD == 3:
-        lower = ((word0 >> 29) & 0x6) | ((word1 << 3) & 0x8)
-        upper = ((word1 >> 15) & 0x10000) | ((word2 << 17) & 0x60000)
-        fields = lower | upper
+        lower = bits_from(word0, word1, 29, INTERPRETED)
+        upper = bits_from(word1, word2, 15, INTERPRETED)
+        fields = (lower & 0xFFFF) | (upper & -65536)
     else:
         if WORD == 0:
             fields = word0

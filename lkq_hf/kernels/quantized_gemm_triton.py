@@ -11,14 +11,18 @@ The same kernel multiplies rows that are sorted by expert with each expert's wei
 where the experts' rows end which expert's rows it has.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
+from lkq_hf.kernels.launch import RepeatedLaunch, aligned
 from lkq_hf.kernels.packed_fields_triton import (
     and_or,
+    bits_from,
+    fetch,
     load_words,
     load_zero_words,
     row_features,
@@ -36,6 +40,7 @@ def _gemm_kernel(
     qzeros,
     scales,
     partial,
+    row_ends,
     m_rows,
     columns,
     in_features,
@@ -43,7 +48,6 @@ def _gemm_kernel(
     groups,
     tiles_per_group,
     tiles_per_split,
-    row_ends,
     EXPERTS: tl.constexpr,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
@@ -52,6 +56,7 @@ def _gemm_kernel(
     BLOCK_K: tl.constexpr,
     TILE_GROUPS: tl.constexpr,
     STAGES: tl.constexpr,
+    AHEAD: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
@@ -84,6 +89,13 @@ def _gemm_kernel(
     left_in_group = tiles_per_group - first % tiles_per_group
     next_grid = _load_grid(qzeros, scales, group, column, inside, columns, BITS, SYM, TILE_GROUPS)
     if DEPENDENT:
+        # Unlike the activations, the weight is there before the kernel ahead of this one is done.
+        LINES: tl.constexpr = ROWS * row_words(BITS)
+        line = tl.arange(0, _power_of_2(LINES))[:, None]
+        sector = (tl.program_id(0) * BLOCK_N + 8 * tl.arange(0, BLOCK_N // 8))[None, :]  # of 32 bytes
+        for i in tl.static_range(AHEAD):
+            wanted = (line < LINES) & (sector < columns) & (first + i < end)
+            fetch(qweight + ((first + i) * LINES + line) * columns + sector, wanted)
         gdc_wait()
     for tile in tl.range(first, end, num_stages=STAGES):
         words = (
@@ -177,18 +189,21 @@ def _field_pairs(word0, word1, word2, scale, zero, BITS: tl.constexpr, INTERPRET
     if BITS == 3:
         word1 = word1[:, :, None]
         word2 = word2[:, :, None]
-        bit = 6 * pair
-        first = tl.where(bit < 32, word0, tl.where(bit < 64, word1, word2))
-        second = tl.where(bit < 32, word1, word2)
-        # Turned to the left, a pair of the first word comes in from below; to the right, one of both from above.
-        above = tl.where(bit % 32 < LOWER, first, second)
-        even = _turned(first, above, (bit - LOWER) & 31, INTERPRETED)
+        # A thread has one pair of every eight fields, which are three bytes. Which eight is known when the kernel is
+        # compiled: only the two in the middle have to be cut out of two words.
+        eight = pair >> 2
+        second = eight == 1
+        word, above = tl.where(second, word0, word1), tl.where(second, word1, word2)
+        cut = bits_from(word, above, tl.where(second, 24, 16), INTERPRETED)
+        fields = tl.where(eight == 0, word0, tl.where(eight == 3, word2, cut))
+        first_bit = 6 * (pair & 3) + tl.where(eight == 3, 8, 0)
+        even = bits_from(fields, fields, (first_bit - LOWER) & 31, INTERPRETED)
         odd = even
     elif BITS == 8:
-        even = _turned(word0, word0, (16 * pair - LOWER) & 31, INTERPRETED)
-        odd = _turned(word0, word0, (16 * pair + 8 - UPPER) & 31, INTERPRETED)
+        even = bits_from(word0, word0, (16 * pair - LOWER) & 31, INTERPRETED)
+        odd = bits_from(word0, word0, (16 * pair + 8 - UPPER) & 31, INTERPRETED)
     else:
-        even = _turned(word0, word0, (2 * BITS * pair - LOWER) & 31, INTERPRETED)
+        even = bits_from(word0, word0, (2 * BITS * pair - LOWER) & 31, INTERPRETED)
         odd = even
     scale = scale[:, :, None]
     zero = zero[:, :, None]
@@ -209,89 +224,79 @@ def _number(word, BIT: tl.constexpr, BITS: tl.constexpr, INTERPRETED: tl.constex
     return and_or(word, (2**BITS - 1) << BIT, (127 + 23 - BIT) << 23, INTERPRETED).to(tl.float32, bitcast=True)
 
 
-@triton.jit
-def _turned(word, above, right, INTERPRETED: tl.constexpr):
-    """The 32 bits from bit ``right`` on, 1 to 31, of a word and the one above it."""
-    if INTERPRETED:
-        below = word.to(tl.uint32, bitcast=True) >> right
-        return (below | (above.to(tl.uint32, bitcast=True) << (32 - right))).to(tl.int32, bitcast=True)
-    else:
-        # Triton's compiler would make three instructions of it.
-        return tl.inline_asm_elementwise(
-            "shf.r.wrap.b32 $0, $1, $2, $3;", "=r,r,r,r", [word, above, right], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
 def tile_features(most: int, in_features: int, group_size: int) -> int:
     """Input features of a tile, at most ``most``: such that tiles have whole groups or groups whole tiles."""
     sizes = (size for size in (128, 64, 32) if size <= most and in_features % size == 0)
     return next(size for size in sizes if 0 in (size % group_size, group_size % size))
 
 
-def quantized_gemm(
-    x: Tensor,
-    qweight: Tensor,
-    qzeros: Tensor,
-    scales: Tensor,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    *,
-    block_m: int,
-    block_k: int,
-    split_k: int,
-    num_warps: int,
-    num_stages: int,
-) -> Tensor:
-    """``x`` `[..., in_features]`, contiguous, times the packed weight: `[..., out_features]`.
+class QuantizedGemm:
+    """Activations `[..., in_features]`, contiguous, times a packed weight: `[..., out_features]`.
 
-    Weights are rounded to the dtype of ``x``, as `dequantize` does.
+    Weights are rounded to the dtype of the activations, as `dequantize` does.
 
     Args:
+        device: of the activations.
+        in_features, out_features, bits, group_size, sym: of the weight.
         block_m: activation rows of a thread block, at least 16.
         block_k: input features of a tile, what `tile_features` says.
         split_k: thread blocks that share the input features of an output tile.
         num_warps: warps of a thread block, 4 or a multiple of that; each has 16 output columns. With 32 of them, the
             assembler overwrote registers that the tensor cores had not read yet (seen with Triton 3.6's).
         num_stages: tiles in flight.
+        ahead: tiles of the weight that the L2 cache fetches while the kernel ahead of this one ends.
     """
-    in_features = x.shape[-1]
-    m_rows = x.numel() // in_features
-    columns = qweight.shape[1]
-    block_n = 16 * num_warps
-    tiles = in_features // block_k
-    tiles_per_split = ceil_div(tiles, split_k)
-    split_k = ceil_div(tiles, tiles_per_split)  # none without a tile
-    partial = split_buffer(x, columns, split_k)
-    launch = dependent_launch(x.device)
-    _gemm_kernel[(ceil_div(columns, block_n), ceil_div(m_rows, block_m), split_k)](
-        x,
-        qweight,
-        qzeros,
-        scales,
-        partial,
-        m_rows,
-        columns,
-        in_features,
-        tiles,
-        scales.shape[0],
-        max(1, group_size // block_k),
-        tiles_per_split,
-        qweight,  # not read
-        EXPERTS=0,
-        BITS=bits,
-        SYM=sym,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=block_k,
-        TILE_GROUPS=max(1, block_k // group_size),
-        STAGES=num_stages,
-        DEPENDENT=bool(launch),
-        INTERPRETED=interpreting(),
-        num_warps=num_warps,
-        **launch,
-    )
-    return split_sum(x, partial, split_k)
+
+    def __init__(
+        self,
+        device: torch.device,
+        in_features: int,
+        out_features: int,
+        *,
+        bits: int,
+        group_size: int,
+        sym: bool,
+        block_m: int,
+        block_k: int,
+        split_k: int,
+        num_warps: int,
+        num_stages: int,
+        ahead: int,
+    ) -> None:
+        self._columns = out_features
+        self._block_m = block_m
+        self._column_blocks = ceil_div(out_features, 16 * num_warps)
+        tiles = in_features // block_k
+        tiles_per_split = ceil_div(tiles, split_k)
+        self._split_k = ceil_div(tiles, tiles_per_split)  # none without a tile
+        groups = in_features // group_size
+        self._sizes = (out_features, in_features, tiles, groups, max(1, group_size // block_k), tiles_per_split)
+        options = dependent_launch(device)
+        constants = {
+            "EXPERTS": 0,
+            "BITS": bits,
+            "SYM": sym,
+            "BLOCK_M": block_m,
+            "BLOCK_N": 16 * num_warps,
+            "BLOCK_K": block_k,
+            "TILE_GROUPS": max(1, block_k // group_size),
+            "STAGES": num_stages,
+            "AHEAD": min(ahead, tiles_per_split),
+            "DEPENDENT": bool(options),
+            "INTERPRETED": interpreting(),
+        }
+        self._launch = RepeatedLaunch(_gemm_kernel, constants, num_warps=num_warps, **options)
+
+    def __call__(self, x: Tensor, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+        rows = x.numel() // x.shape[-1]
+        partial = split_buffer(x, self._columns, self._split_k)
+        tensors, addresses = aligned((x, qweight, qzeros, scales))
+        grid = (self._column_blocks, ceil_div(rows, self._block_m), self._split_k)
+        if self._launch.takes_addresses:
+            self._launch(grid, *addresses, partial.data_ptr(), addresses[1], rows, *self._sizes)
+        else:
+            self._launch(grid, *tensors, partial, tensors[1], rows, *self._sizes)  # there are no ends of experts' rows
+        return split_sum(x, partial, self._split_k)
 
 
 def quantized_grouped_gemm(
@@ -317,7 +322,7 @@ def quantized_grouped_gemm(
     Args:
         ends: int32 `[experts]`: where each expert's rows end. The result of rows from the last end on is undefined.
         qweight, qzeros, scales: of all experts, stacked.
-        block_m, block_k, num_warps, num_stages: as of `quantized_gemm`.
+        block_m, block_k, num_warps, num_stages: as of `QuantizedGemm`.
     """
     rows, in_features = x.shape
     experts, _, columns = qweight.shape
@@ -331,6 +336,7 @@ def quantized_grouped_gemm(
         qzeros,
         scales,
         y,
+        ends,
         rows,
         columns,
         in_features,
@@ -338,7 +344,6 @@ def quantized_grouped_gemm(
         scales.shape[1],
         max(1, group_size // block_k),
         tiles,
-        ends,
         EXPERTS=experts,
         BITS=bits,
         SYM=sym,
@@ -347,6 +352,7 @@ def quantized_grouped_gemm(
         BLOCK_K=block_k,
         TILE_GROUPS=max(1, block_k // group_size),
         STAGES=num_stages,
+        AHEAD=0,
         # It reads what the kernel ahead of it may have written before it knows which weight it needs.
         DEPENDENT=False,
         INTERPRETED=interpreting(),

@@ -5,6 +5,9 @@ through shared memory, and with the same effort for 1 to 8 rows. Of a warp's 32 
 neighboring ones, of every fourth packed row, and the tensor cores add up what the four threads of the same columns
 have. Scales and zero points are applied to float32 sums, once a chunk of input features.
 
+Memory takes long to answer, so the L2 cache fetches chunks ahead. Loads into registers cannot be ahead: the assembler
+moves them behind the arithmetic.
+
 Warps of a thread block share its chunks, and so may thread blocks, in a fixed order: the result does not depend on
 timing. Triton has no lists: registers are kept in tuples that are made anew.
 """
@@ -16,7 +19,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch, interpreting
-from lkq_hf.kernels.launch import RepeatedLaunch
+from lkq_hf.kernels.launch import RepeatedLaunch, aligned
 from lkq_hf.kernels.level_pairs_triton import (
     activation_pair,
     level_factor,
@@ -25,12 +28,23 @@ from lkq_hf.kernels.level_pairs_triton import (
     plain_pairs,
 )
 from lkq_hf.kernels.mma_triton import mma
-from lkq_hf.kernels.packed_fields_triton import magic_exponent, row_features, row_words
+from lkq_hf.kernels.packed_fields_triton import (
+    fetch,
+    field_number,
+    four_halves,
+    four_zeros,
+    load_four,
+    load_four_zeros,
+    load_two,
+    magic_exponent,
+    row_features,
+    row_words,
+)
 from lkq_hf.kernels.split_sum_triton import split_buffer, split_sum
 
 
 # Specializing these sizes would compile again for another number of rows or another layer and gain nothing.
-@triton.jit(do_not_specialize=["rows", "group_features", "chunks", "chunks_per_split"])
+@triton.jit(do_not_specialize=["rows", "chunks", "chunks_per_split"])
 def _gemv_kernel(
     x,
     weights,
@@ -39,23 +53,22 @@ def _gemv_kernel(
     rows,
     all_columns,
     in_features,
-    group_features,
     chunks,
     chunks_per_split,
     BITS: tl.constexpr,
     SYM: tl.constexpr,
     BFLOAT16: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNK_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
     WEIGHTS: tl.constexpr,
     WARPS: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    FETCH: tl.constexpr,
     DEPENDENT: tl.constexpr,
     INTERPRETED: tl.constexpr,
     ROW_TILES: tl.constexpr,
 ):
-    FEATURES: tl.constexpr = row_features(BITS)
     x = x.to(tl.pointer_type(tl.int32), bitcast=True)
     qweight, qzeros, scales = weights[0], weights[1], weights[2]
     columns = widths[0]
@@ -75,47 +88,39 @@ def _gemv_kernel(
     first = tl.program_id(1) * chunks_per_split
     end = tl.minimum(first + chunks_per_split, chunks)
     chunk = first + thread // 32
+    sources = (x, qweight, qzeros, scales)
+    sizes = (rows, columns, in_features)
     if DEPENDENT:
         # Unlike the activations, the weight is there before the kernel ahead of this one is done.
-        LINES: tl.constexpr = CHUNK // FEATURES * row_words(BITS)
-        for four in tl.static_range(LINES // 4):
-            line = tl.minimum(chunk * LINES + 4 * four + lane % 4, in_features // FEATURES * row_words(BITS) - 1)
-            for tile in tl.static_range(COLUMN_TILES):
-                _prefetch(qweight + line * columns + tl.minimum(column + 32 * tile, columns - 4))
+        for i in tl.static_range(AHEAD):
+            _fetch_chunk(
+                sources, sizes, chunk + i * WARPS, end, column, lane, BITS, SYM, CHUNK, GROUP_SIZE, COLUMN_TILES
+            )
         gdc_wait()
     total = (tl.zeros((32 * WARPS,), tl.float32),) * (8 * ROW_TILES * COLUMN_TILES)
-    sources = (x, qweight, qzeros, scales)
-    sizes = (rows, columns, in_features, group_features)
-    if PREFETCH:
-        loaded = _load_chunk(
-            sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
-        )
     for _ in range(first, end, WARPS):
-        if PREFETCH:
-            current = loaded
-            chunk += WARPS
-            loaded = _load_chunk(
-                sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
+        if FETCH:
+            _fetch_chunk(
+                sources, sizes, chunk + AHEAD * WARPS, end, column, lane, BITS, SYM, CHUNK, GROUP_SIZE, COLUMN_TILES
             )
-        else:
-            current = _load_chunk(
-                sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, CHUNK_GROUPS, ROW_TILES, COLUMN_TILES
-            )
-            chunk += WARPS
+        loaded = _load_chunk(
+            sources, sizes, chunk, end, column, lane, BITS, SYM, CHUNK, GROUP_SIZE, ROW_TILES, COLUMN_TILES
+        )
         total = _add_chunk(
             total,
-            current,
+            loaded,
             column,
             lane,
             BITS,
             SYM,
             BFLOAT16,
             CHUNK,
-            CHUNK_GROUPS,
+            groups_of(CHUNK, GROUP_SIZE),
             ROW_TILES,
             COLUMN_TILES,
             INTERPRETED,
         )
+        chunk += WARPS
     if DEPENDENT:
         gdc_launch_dependents()
     lane = tl.arange(0, 32)
@@ -136,6 +141,21 @@ def _gemv_kernel(
                 )
 
 
+@triton.constexpr_function
+def groups_of(chunk, group_size):
+    """Groups of a chunk, or 1 if it is a part of one."""
+    return max(1, chunk // group_size)
+
+
+@triton.jit
+def _group(chunk, PART: tl.constexpr, in_features, CHUNK: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """The group of one part of a chunk; of a part past the end of the weight, the last one."""
+    if CHUNK > GROUP_SIZE:
+        return tl.minimum(chunk * (CHUNK // GROUP_SIZE) + PART, in_features // GROUP_SIZE - 1)
+    else:
+        return chunk // (GROUP_SIZE // CHUNK)
+
+
 @triton.jit
 def _load_chunk(
     sources,
@@ -147,48 +167,86 @@ def _load_chunk(
     BITS: tl.constexpr,
     SYM: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNK_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
     ROW_TILES: tl.constexpr,
     COLUMN_TILES: tl.constexpr,
 ):
-    """What a thread needs of its chunk: words; activations; scales and zero points. The order is that of the loops."""
+    """What a thread needs of its chunk: words; activations; scales and zero points. The order is that of the loops.
+
+    Masks would take more registers and instructions than they save loads. So a thread past the last column or feature
+    loads others, and one past the last chunk loads its last one again; their activations or their scales are 0.
+    """
     x, qweight, qzeros, scales = sources
-    rows, columns, in_features, group_features = sizes
+    rows, columns, in_features = sizes
     FEATURES: tl.constexpr = row_features(BITS)
+    there = chunk < end
+    chunk = tl.minimum(chunk, end - 1)
     words = ()
     activations = ()
     for step in tl.static_range(CHUNK // FEATURES // 4):
         packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
-        inside = (chunk < end) & (packed_row * FEATURES < in_features)
+        if CHUNK > GROUP_SIZE:
+            packed_row = tl.minimum(packed_row, in_features // FEATURES - 1)
         for tile in tl.static_range(COLUMN_TILES):
+            at = tl.minimum(column + 32 * tile, columns - 4)
             for word in tl.static_range(row_words(BITS)):
-                pointers = qweight + (packed_row * row_words(BITS) + word) * columns + column + 32 * tile
-                words = words + _load_four(pointers, inside & (column + 32 * tile < columns))
+                words = words + load_four(qweight + (packed_row * row_words(BITS) + word) * columns + at)
     for step in tl.static_range(CHUNK // FEATURES // 4):
         packed_row = chunk * (CHUNK // FEATURES) + 4 * step + lane % 4
-        inside = (chunk < end) & (packed_row * FEATURES < in_features)
         for row_tile in tl.static_range(ROW_TILES):
             row = 8 * row_tile + lane // 4
+            inside = row < rows
+            if CHUNK > GROUP_SIZE:
+                inside &= packed_row * FEATURES < in_features
             pointers = x + (row * in_features + packed_row * FEATURES) // 2
             if FEATURES == 4:
-                activations = activations + _load_two(pointers, inside & (row < rows))
+                activations = activations + load_two(pointers, inside)
             else:
                 for eight in tl.static_range(FEATURES // 8):
-                    activations = activations + _load_four(pointers + 4 * eight, inside & (row < rows))
+                    activations = activations + load_four(pointers + 4 * eight, inside)
     grid = ()
-    for part in tl.static_range(CHUNK_GROUPS):
-        feature = chunk * CHUNK + part * (CHUNK // CHUNK_GROUPS)
-        group = feature // group_features
+    for part in tl.static_range(groups_of(CHUNK, GROUP_SIZE)):
+        group = _group(chunk, part, in_features, CHUNK, GROUP_SIZE)
         for tile in tl.static_range(COLUMN_TILES):
-            at = column + 32 * tile
-            inside = (chunk < end) & (feature < in_features) & (at < columns)
-            grid = grid + _load_two(scales + (group * columns + at) // 2, inside)
+            at = tl.minimum(column + 32 * tile, columns - 4)
+            grid = grid + load_two(scales + (group * columns + at) // 2, there)
             if not SYM:
-                zeros = qzeros + (group * columns + at) * BITS // 32
-                grid = grid + (tl.load(zeros, mask=inside, other=0),)
-                if BITS == 3:
-                    grid = grid + (tl.load(zeros + 1, mask=inside & (at * BITS % 32 > 20), other=0),)
+                grid = grid + load_four_zeros(qzeros, group, at, there, columns, BITS)
     return words, activations, grid
+
+
+@triton.jit
+def _fetch_chunk(
+    sources,
+    sizes,
+    chunk,
+    end,
+    column,
+    lane,
+    BITS: tl.constexpr,
+    SYM: tl.constexpr,
+    CHUNK: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    COLUMN_TILES: tl.constexpr,
+):
+    """Have the L2 cache fetch the words, scales and zero points of a chunk, if it is before the end."""
+    _, qweight, qzeros, scales = sources
+    _, columns, in_features = sizes
+    LINES: tl.constexpr = CHUNK // row_features(BITS) * row_words(BITS)
+    wanted = chunk < end
+    for tile in tl.static_range(COLUMN_TILES):
+        at = tl.minimum(column + 32 * tile, columns - 4)
+        for four in tl.static_range(LINES // 4):
+            line = chunk * LINES + 4 * four + lane % 4
+            inside = wanted
+            if CHUNK > GROUP_SIZE:
+                inside &= line < in_features // row_features(BITS) * row_words(BITS)
+            fetch(qweight + line * columns + at, inside)
+        for part in tl.static_range(groups_of(CHUNK, GROUP_SIZE)):
+            group = _group(chunk, part, in_features, CHUNK, GROUP_SIZE)
+            fetch(scales + (group * columns + at) // 2, wanted)
+            if not SYM:
+                fetch(qzeros + (group * columns + at) * BITS // 32, wanted)
 
 
 @triton.jit
@@ -307,23 +365,14 @@ def _scaled(
     MAGIC: tl.constexpr = 2.0 ** magic_exponent(BFLOAT16)
     FACTOR: tl.constexpr = level_factor(BITS)
     if not SYM:
-        offset = column * BITS % 32
-        word = scales[2]
-        if BITS == 3:
-            # Four fields are 12 bits. In the second word is what the first one has no room for.
-            low = (word >> offset) & (2147483647 >> (offset - 1))
-            word = tl.where(offset == 0, word, low | (scales[3] << (32 - offset)))
-        elif BITS < 8:
-            word = word >> offset
+        word = four_zeros(scales[2:], column, BITS)
     new_total = ()
     for half in tl.static_range(2):
-        scale = (scales[OPERAND] >> (16 * half)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        scale = four_halves(scales, 2 * OPERAND + half)
         if SYM:
             zero = 2.0 ** (BITS - 1)
         else:
-            # The bit pattern of 2**23 + q is that of 2**23 with q in its lowest bits.
-            field = ((word >> (BITS * (2 * OPERAND + half))) & (2**BITS - 1)) | 0x4B000000
-            zero = field.to(tl.float32, bitcast=True) - 8388608.0
+            zero = field_number(word, 2 * OPERAND + half, BITS)
         for row in tl.static_range(2):
             products = sums[2 * half + row] - MAGIC * plain_sums[row]
             new_total = new_total + (total[2 * half + row] + scale * (FACTOR * products - zero * plain_sums[2 + row]),)  # type: ignore[assignment]
@@ -344,30 +393,6 @@ def _add_eight(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7):
     return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6, a7 + b7
 
 
-@triton.jit
-def _load_four(pointers, mask):
-    """Four neighbors from every pointer, as four tensors."""
-    four = tl.load(pointers[:, None] + tl.arange(0, 4)[None, :], mask=mask[:, None], other=0)
-    even, odd = tl.split(tl.reshape(four, (four.shape[0], 2, 2)))
-    first, third = tl.split(even)
-    second, fourth = tl.split(odd)
-    return first, second, third, fourth
-
-
-@triton.jit
-def _load_two(pointers, mask):
-    """Two neighbors from every pointer, as two tensors."""
-    return tl.split(tl.load(pointers[:, None] + tl.arange(0, 2)[None, :], mask=mask[:, None], other=0))
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Have the L2 cache, which is never out of date, fetch what pointers point to."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
 def chunk_features(bits: int, group_size: int) -> int | None:
     """Input features to which scales are applied together, or None if groups of this size do not fit the kernel."""
     step = 4 * row_features(bits)
@@ -386,7 +411,10 @@ class QuantizedGemv:
         chunk: what `chunk_features` says.
         num_warps: warps of a thread block.
         column_tiles: 32 columns each, of a thread block.
-        prefetch: whether a warp loads its next chunk before it multiplies.
+        registers: of a thread, at most. With few, more thread blocks run at a time; with many, the assembler loads all
+            of a chunk before it multiplies.
+        ahead: of a warp's chunks, how many the L2 cache fetches before they are loaded: memory takes longer to answer
+            than registers have room for what is under way. Only where kernels start before the one ahead ends.
         split_k: thread blocks that share the chunks of a column.
     """
 
@@ -403,30 +431,35 @@ class QuantizedGemv:
         chunk: int,
         num_warps: int,
         column_tiles: int,
-        prefetch: bool,
+        registers: int,
+        ahead: int,
         split_k: int,
     ) -> None:
         self._widths = widths
         self._columns = sum(widths)
-        self._split_k = split_k
         chunks = ceil_div(in_features, chunk)
+        chunks_per_split = ceil_div(chunks, split_k)
+        self._split_k = split_k = ceil_div(chunks, chunks_per_split)  # none without a chunk
         self._grid = (sum(ceil_div(width, 32 * column_tiles) for width in widths), split_k, 1)
-        self._sizes = (self._columns, in_features, group_size, chunks, ceil_div(chunks, split_k))
+        self._sizes = (self._columns, in_features, chunks, chunks_per_split)
+        iterations = ceil_div(chunks_per_split, num_warps)
         options = dependent_launch(device)
         self._constants = {
             "BITS": bits,
             "SYM": sym,
             "BFLOAT16": dtype == torch.bfloat16,
             "CHUNK": chunk,
-            "CHUNK_GROUPS": max(1, chunk // group_size),
+            "GROUP_SIZE": group_size,
             "COLUMN_TILES": column_tiles,
             "WEIGHTS": len(widths),
             "WARPS": num_warps,
-            "PREFETCH": prefetch,
+            "AHEAD": min(ahead, iterations),
+            # One chunk ahead would be fetched as late as it is loaded.
+            "FETCH": bool(options) and 1 < ahead < iterations,
             "DEPENDENT": bool(options),
             "INTERPRETED": interpreting(),
         }
-        self._options = {"num_warps": num_warps, **options}
+        self._options = {"num_warps": num_warps, "maxnreg": registers, **options}
         self._launches: dict[int, RepeatedLaunch] = {}
 
     def __call__(self, x: Tensor, *weights: Tensor) -> Tensor:
@@ -438,7 +471,9 @@ class QuantizedGemv:
             constants = {**self._constants, "ROW_TILES": row_tiles}
             launch = self._launches[row_tiles] = RepeatedLaunch(_gemv_kernel, constants, **self._options)
         partial = split_buffer(x, self._columns, self._split_k)
-        # Activations may be a view from the middle of others.
-        aligned = [tensor.clone() if tensor.data_ptr() % 16 else tensor for tensor in (x, *weights)]
-        launch(self._grid, aligned[0], tuple(aligned[1:]), self._widths, partial, rows, *self._sizes)
+        tensors, addresses = aligned((x, *weights))
+        if launch.takes_addresses:
+            launch(self._grid, addresses[0], addresses[1:], self._widths, partial.data_ptr(), rows, *self._sizes)
+        else:
+            launch(self._grid, tensors[0], tensors[1:], self._widths, partial, rows, *self._sizes)
         return split_sum(x, partial, self._split_k)

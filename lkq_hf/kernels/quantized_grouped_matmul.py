@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.autotune import choices, run_fastest
+from lkq_hf.kernels.autotune import fastest, run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
 from lkq_hf.kernels.dispatch import interpreting, next_power_of_2, use_triton
 from lkq_hf.kernels.quantized_matmul import KERNEL_DTYPES, Way
@@ -63,10 +63,10 @@ def quantized_grouped_matmul(
     key = (x.dtype, x.device, bits, group_size, sym, in_features, out_features, experts, next_power_of_2(rows))
     candidates, plain = ways_to_multiply_grouped(bits, group_size, sym, in_features, experts, next_power_of_2(rows))
     with torch.cuda.device_of(x):
-        capturing = not interpreting() and torch.cuda.is_current_stream_capturing()
-        if capturing and key not in choices():
+        if not interpreting() and torch.cuda.is_current_stream_capturing():
             # The plain way asks the GPU how many rows each expert has, which a graph cannot.
-            return candidates[0](x.contiguous(), *weights)
+            way = fastest(key, candidates, plain)
+            return (candidates[0] if way is None or way is plain else way)(x.contiguous(), *weights)
         return run_fastest(key, candidates, plain, x.contiguous(), weights)
 
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Callable, Sequence
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.autotune import run_fastest
+from lkq_hf.kernels.autotune import fastest, run_fastest
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
-from lkq_hf.kernels.dispatch import ceil_div, multiprocessors, next_power_of_2, use_triton
+from lkq_hf.kernels.dispatch import ceil_div, forced_implementation, multiprocessors, next_power_of_2, use_triton
 from lkq_hf.kernels.int4_cpu import fits_int4, int4_matmul
-from lkq_hf.kernels.launch import operator
+from lkq_hf.kernels.launch import operator, sees_operators
 
 KERNEL_DTYPES = frozenset({torch.float16, torch.bfloat16})
 
@@ -20,18 +20,67 @@ _DEQUANTIZE_ROWS = 1024
 SHARED_ROWS = 16
 """Up to here the fastest kernel does little more than read weights, and one may serve several."""
 
-# Warps, tiles of 32 columns, whether to load ahead, thread blocks per multiprocessor; by the largest number of rows
-# that they serve.
+
+Way = Callable[..., Tensor]
+"""Takes contiguous activations `[..., in_features]`, and qweight, qzeros and scales of one weight after the other."""
+
+
+class GemvTile(NamedTuple):
+    """How `quantized_gemv_triton` divides a product."""
+
+    num_warps: int
+    """Warps of a thread block."""
+    column_tiles: int
+    """Of 32 columns each, of a thread block."""
+    registers: int
+    """Of a thread, at most."""
+    ahead: int
+    """Chunks of a warp that the L2 cache fetches before they are loaded."""
+    blocks: float
+    """Thread blocks per multiprocessor: as many as that share the input features of a column."""
+
+
+class GemmTile(NamedTuple):
+    """How `quantized_gemm_triton` divides a product."""
+
+    most_rows: int
+    most_features: int
+    """Input features of a tile, less where the layer's or the group's size asks for it."""
+    num_warps: int
+    """Warps of a thread block, of 16 columns each."""
+    num_stages: int
+    """Tiles on their way."""
+    ahead: int
+    """Tiles of the weight that the L2 cache fetches before the kernel may read activations."""
+    blocks: float
+    """Thread blocks per multiprocessor, as above."""
+
+
+# What is tried, by the largest number of rows that it is for: first what tends to need no second kernel, which adds up
+# the parts of several thread blocks. Up to 16 rows the second table is for group sizes that the first kernel does not
+# take.
 _GEMV_TILES = {
-    16: ((4, 2, True, 2), (4, 2, True, 3), (4, 2, True, 4), (8, 1, True, 2), (8, 2, False, 2), (4, 1, True, 4)),
-    32: ((4, 1, True, 2), (4, 1, False, 2), (8, 1, True, 2)),
+    16: (
+        GemvTile(16, 1, 128, 2, 1),
+        GemvTile(8, 1, 64, 2, 1),
+        GemvTile(4, 1, 128, 2, 4),
+        GemvTile(4, 1, 64, 2, 4),
+        GemvTile(4, 1, 128, 4, 5),
+        GemvTile(4, 2, 168, 4, 2),
+        GemvTile(8, 2, 128, 4, 2),
+    ),
+    32: (GemvTile(4, 1, 255, 2, 2), GemvTile(4, 1, 168, 2, 2), GemvTile(8, 1, 255, 2, 1)),
 }
-# Most rows and input features of a tile, warps, stages, thread blocks per multiprocessor; likewise. Up to 16 rows they
-# are for group sizes that the other kernel does not take.
 _GEMM_TILES = {
-    64: ((64, 128, 4, 5, 2), (64, 128, 4, 3, 3), (64, 128, 8, 3, 1)),
-    128: ((128, 128, 4, 3, 2), (128, 128, 4, 4, 1), (128, 128, 8, 4, 1)),
-    1024: ((256, 128, 8, 3, 1), (256, 64, 4, 3, 2), (128, 128, 4, 4, 1)),
+    32: (GemmTile(32, 128, 4, 4, 4, 3), GemmTile(32, 128, 8, 4, 4, 1)),
+    64: (GemmTile(64, 128, 4, 5, 4, 2), GemmTile(64, 128, 4, 3, 4, 3), GemmTile(64, 128, 8, 3, 4, 1)),
+    128: (GemmTile(128, 128, 4, 4, 4, 1), GemmTile(128, 128, 8, 4, 4, 1), GemmTile(128, 128, 4, 3, 4, 2)),
+    1024: (
+        GemmTile(256, 128, 8, 3, 4, 1),
+        GemmTile(256, 128, 4, 3, 4, 1),
+        GemmTile(256, 64, 4, 3, 4, 2),
+        GemmTile(128, 128, 4, 4, 4, 1),
+    ),
 }
 
 
@@ -60,7 +109,7 @@ def quantized_matmul(
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    return _product(x, [qweight, qzeros, scales], bits, group_size, sym)
+    return _multiply(x, [qweight, qzeros, scales], bits, group_size, sym)
 
 
 @operator("lkq_hf::quantized_matmul_shared")
@@ -78,7 +127,44 @@ def quantized_matmul_shared(x: Tensor, weights: list[Tensor], bits: int, group_s
     Returns:
         `[..., out_features of all weights]` in the dtype of ``x``.
     """
-    return _product(x, weights, bits, group_size, sym)
+    return _multiply(x, weights, bits, group_size, sym)
+
+
+class RepeatedProduct:
+    """`quantized_matmul_shared`, of weights of the same sizes every time: the kernel is looked up once.
+
+    Where nothing would see the operator, its function is called instead.
+
+    Args:
+        bits, group_size, sym: of all weights.
+    """
+
+    def __init__(self, bits: int, group_size: int, sym: bool) -> None:
+        self._format = bits, group_size, sym
+        self._ways: dict[tuple[torch.dtype, torch.device, int], Way] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_ways": {}}  # compiled kernels are of this process
+
+    def __call__(self, x: Tensor, weights: list[Tensor]) -> Tensor:
+        """``x`` and ``weights`` as of `quantized_matmul_shared`."""
+        if sees_operators(x):
+            return quantized_matmul_shared(x, weights, *self._format)
+        device = x.device
+        key = x.dtype, device, x.numel() // x.shape[-1]
+        way = self._ways.get(key)
+        if (
+            way is None
+            or forced_implementation() == "torch"
+            or (device.type == "cuda" and device.index != torch.cuda.current_device())
+            or {(scales.dtype, scales.device) for scales in weights[2::3]} != {(torch.float16, device)}
+        ):
+            product = _kernel_product(x, weights, *self._format)
+            y = _product(product, x, weights, *self._format)
+            if product is not None and (way := fastest(product, *ways_to_multiply(product))) is not None:
+                self._ways[key] = way
+            return y
+        return way(x.contiguous(), *weights)
 
 
 fixed_weights: dict[int, list[tuple[list[Tensor], int, int, bool]]] = {}
@@ -100,11 +186,29 @@ def quantized_matmul_fixed(x: Tensor, handle: int, number: int, out_features: in
     Returns:
         `[..., out_features]` in the dtype of ``x``.
     """
-    return _product(x, *fixed_weights[handle][number])
+    return _multiply(x, *fixed_weights[handle][number])
 
 
-def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
-    """``weights``: qweight, qzeros and scales of one weight after the other."""
+def _product(
+    product: "Product | None", x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool
+) -> Tensor:
+    """``product``: what `_kernel_product` says. ``weights``: qweight, qzeros and scales of one after the other."""
+    if product is None:
+        return _dequantized_product(x, *weights, bits=bits, group_size=group_size, sym=sym)
+    candidates, plain = ways_to_multiply(product)
+    if not candidates:
+        one = [weights[i : i + 3] for i in range(0, len(weights), 3)]
+        return torch.cat([_multiply(x, weight, bits, group_size, sym) for weight in one], -1)
+    with torch.cuda.device_of(x):
+        return run_fastest(product, candidates, plain, x.contiguous(), weights)
+
+
+def _multiply(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> Tensor:
+    return _product(_kernel_product(x, weights, bits, group_size, sym), x, weights, bits, group_size, sym)
+
+
+def _kernel_product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, sym: bool) -> "Product | None":
+    """What there may be kernels for; None if plain torch has to do it."""
     in_features = x.shape[-1]
     rows = x.numel() // in_features
     if (
@@ -114,17 +218,9 @@ def _product(x: Tensor, weights: Sequence[Tensor], bits: int, group_size: int, s
         # Scales answer for their weights: every question costs the host time, at every product.
         or not use_triton(x, *weights[2::3], dtypes=KERNEL_DTYPES)
     ):
-        return _dequantized_product(x, *weights, bits=bits, group_size=group_size, sym=sym)
+        return None
     widths = tuple([qweight.shape[1] for qweight in weights[::3]])
-    # The number of rows counts in powers of two, so that a growing batch is not tuned again and again.
-    key = (x.dtype, x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
-    candidates, plain = ways_to_multiply(*key)
-    if not candidates:
-        return torch.cat(
-            [_product(x, weights[i : i + 3], bits, group_size, sym) for i in range(0, len(weights), 3)], -1
-        )
-    with torch.cuda.device_of(x):
-        return run_fastest(key, candidates, plain, x.contiguous(), weights)
+    return Product(x.dtype, x.device, bits, group_size, sym, in_features, widths, next_power_of_2(rows))
 
 
 def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int, sym: bool) -> Tensor:
@@ -136,73 +232,88 @@ def _dequantized_product(x: Tensor, *tensors: Tensor, bits: int, group_size: int
     return products[0] if len(products) == 1 else torch.cat(products, -1)
 
 
-Way = Callable[..., Tensor]
-"""Takes contiguous activations `[..., in_features]`, and qweight, qzeros and scales of one weight after the other."""
+class Product(NamedTuple):
+    """Everything on which the choice of a kernel depends."""
+
+    dtype: torch.dtype
+    """Of the activations."""
+    device: torch.device
+    bits: int
+    group_size: int
+    sym: bool
+    in_features: int
+    widths: tuple[int, ...]
+    """Output features of each weight."""
+    rows: int
+    """A power of two: a growing batch is not tuned again and again."""
+
+    @property
+    def columns(self) -> int:
+        return sum(self.widths)
+
+    @property
+    def weight_format(self) -> dict[str, Any]:
+        return {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+
+    def splits(self, blocks: float, output_tiles: int, most: int) -> int:
+        """Thread blocks that share the input features of an output tile."""
+        return max(1, min(round(blocks * multiprocessors(self.device) / output_tiles), most))
 
 
 @cache  # every product asks
-def ways_to_multiply(
-    dtype: torch.dtype,
-    device: torch.device,
-    bits: int,
-    group_size: int,
-    sym: bool,
-    in_features: int,
-    widths: tuple[int, ...],
-    bucket: int,
-) -> tuple[list[Way], Way]:
-    """Every kernel and tile worth trying for up to ``bucket`` rows, none perhaps for several weights; and plain torch.
+def ways_to_multiply(product: Product) -> tuple[list[Way], Way]:
+    """Every kernel and tile worth trying, none perhaps for several weights; and plain torch."""
+    ways: list[Way] = []
+    plain = partial(_dequantized_product, **product.weight_format)
+    if product.rows <= max(_GEMV_TILES):
+        ways = [way for tile in _tiles(_GEMV_TILES, product.rows) if (way := gemv(product, tile)) is not None]
+    if (ways and product.rows <= SHARED_ROWS) or len(product.widths) > 1:
+        return ways, plain
+    return [*ways, *(gemm(product, tile) for tile in _tiles(_GEMM_TILES, product.rows))], plain
 
-    Args:
-        dtype, device: of the activations.
-        widths: output features of each weight.
-    """
-    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm, tile_features
+
+def gemv(product: Product, tile: GemvTile) -> Way | None:
+    """The product on the kernel for few rows, or None if it does not take such groups."""
     from lkq_hf.kernels.quantized_gemv_triton import QuantizedGemv, chunk_features
 
-    def splits(thread_blocks: int, output_tiles: int, most: int) -> int:
-        return max(1, min(round(thread_blocks * multiprocessors(device) / output_tiles), most))
+    chunk = chunk_features(product.bits, product.group_size)
+    if chunk is None:
+        return None
+    output_tiles = sum(ceil_div(width, 32 * tile.column_tiles) for width in product.widths)
+    return QuantizedGemv(
+        product.dtype,
+        product.device,
+        product.in_features,
+        product.widths,
+        **product.weight_format,
+        chunk=chunk,
+        num_warps=tile.num_warps,
+        column_tiles=tile.column_tiles,
+        registers=tile.registers,
+        ahead=tile.ahead,
+        split_k=product.splits(tile.blocks, output_tiles, product.in_features // chunk // tile.num_warps),
+    )
 
-    weight_format: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
-    ways: list[Way] = []
-    plain = partial(_dequantized_product, **weight_format)
-    columns = sum(widths)
-    chunk = chunk_features(bits, group_size)
-    if chunk is not None and bucket <= max(_GEMV_TILES):
-        for num_warps, column_tiles, prefetch, blocks in _tiles(_GEMV_TILES, bucket):
-            split_k = splits(blocks, ceil_div(columns, 32 * column_tiles), in_features // chunk // num_warps)
-            ways.append(
-                QuantizedGemv(
-                    dtype,
-                    device,
-                    in_features,
-                    widths,
-                    **weight_format,
-                    chunk=chunk,
-                    num_warps=num_warps,
-                    column_tiles=column_tiles,
-                    prefetch=prefetch,
-                    split_k=split_k,
-                )
-            )
-    if (ways and bucket <= SHARED_ROWS) or len(widths) > 1:
-        return ways, plain
-    for most_rows, most_features, num_warps, num_stages, blocks in _tiles(_GEMM_TILES, bucket):
-        block_m = min(max(bucket, 16), most_rows)
-        block_k = tile_features(most_features, in_features, group_size)
-        output_tiles = ceil_div(columns, 16 * num_warps) * ceil_div(bucket, block_m)
-        ways.append(
-            partial(
-                quantized_gemm,
-                **weight_format,
-                block_m=block_m,
-                block_k=block_k,
-                split_k=splits(blocks, output_tiles, in_features // block_k // 2),
-                num_warps=num_warps,
-                num_stages=num_stages,
-            )
-        )
-    return ways, plain
+
+def gemm(product: Product, tile: GemmTile) -> Way:
+    """The product, of one weight, on the kernel for many rows."""
+    from lkq_hf.kernels.quantized_gemm_triton import QuantizedGemm, tile_features
+
+    block_m = min(max(product.rows, 16), tile.most_rows)
+    block_k = tile_features(tile.most_features, product.in_features, product.group_size)
+    output_tiles = ceil_div(product.columns, 16 * tile.num_warps) * ceil_div(product.rows, block_m)
+    return QuantizedGemm(
+        product.device,
+        product.in_features,
+        product.columns,
+        **product.weight_format,
+        block_m=block_m,
+        block_k=block_k,
+        split_k=product.splits(tile.blocks, output_tiles, product.in_features // block_k // 2),
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        ahead=tile.ahead,
+    )
 
 
 def _tiles(table: dict[int, tuple], rows: int) -> tuple:

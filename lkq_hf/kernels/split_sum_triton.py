@@ -11,6 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from lkq_hf.kernels.dispatch import ceil_div, dependent_launch
 from lkq_hf.kernels.launch import RepeatedLaunch
 
+_LARGE = 2**18
 _DIVISOR = tl.constexpr(16)  # of the results' sizes, which are packed weights': loads of several values count on it
 
 
@@ -31,9 +32,11 @@ def split_sum(x: Tensor, partial: Tensor, splits: int) -> Tensor:
         return partial
     _, rows, columns = partial.shape
     total = x.new_empty((*x.shape[:-1], columns))
-    size, block = rows * columns, 256
+    size = rows * columns
+    block = 256 if size < _LARGE else 1024  # a thread's part of a large one is 16 bytes and more
     launch = _launch(x.device, x.dtype, splits, block)
-    launch((ceil_div(size, block), 1, 1), partial, total, size // _DIVISOR.value)
+    arguments = (partial.data_ptr(), total.data_ptr()) if launch.takes_addresses else (partial, total)
+    launch((ceil_div(size, block), 1, 1), *arguments, size // _DIVISOR.value)
     return total
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lkq_hf.kernels.dequantize import dequantize
-from lkq_hf.kernels.quantized_matmul import quantized_matmul
+from lkq_hf.kernels.quantized_matmul import RepeatedProduct, quantized_matmul
 from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.packing import group_index, pack_weight, packed_shapes, unpack_weight
 from lkq_hf.quantization.shared_product import FixedInput, SharedInput, autocast, shared_product
@@ -63,6 +63,7 @@ class QuantizedLinear(PackedModule, nn.Linear):
         self.shared_input: SharedInput | None = None
         self.place = 0
         self.fixed: FixedInput | None = None
+        self._product = RepeatedProduct(bits, group_size, sym)
         self.register_parameter("weight", None)
         for name, (shape, buffer_dtype) in self._shapes().items():
             self.register_buffer(name, torch.empty(shape, dtype=buffer_dtype, device=device))
@@ -96,9 +97,11 @@ class QuantizedLinear(PackedModule, nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         y = shared_product(self, x)
         if y is None:
-            y = quantized_matmul(
-                autocast(x), self.qweight, self.qzeros, self.scales, self.bits, self.group_size, self.sym
-            )
+            x, weight = autocast(x), [self.qweight, self.qzeros, self.scales]
+            if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+                y = quantized_matmul(x, *weight, self.bits, self.group_size, self.sym)
+            else:
+                y = self._product(x, weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def __getstate__(self) -> dict[str, Any]:

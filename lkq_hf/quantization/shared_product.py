@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.quantized_matmul import SHARED_ROWS, quantized_matmul_fixed, quantized_matmul_shared
+from lkq_hf.kernels.quantized_matmul import SHARED_ROWS, RepeatedProduct, quantized_matmul_fixed
 
 if TYPE_CHECKING:
     from lkq_hf.quantization.linear import QuantizedLinear
@@ -32,6 +32,7 @@ class SharedInput:
         self.layers = layers
         self.widths = tuple(layer.out_features for layer in layers)
         self.format = (layers[0].bits, layers[0].group_size, layers[0].sym)
+        self._product = RepeatedProduct(*self.format)
         # The layers' ``fixed``, which stands for these tensors at these addresses.
         self.fixed: FixedInput | None = None
         self._fixed_tensors: list[tuple[weakref.ref[Tensor], int]] = []
@@ -51,7 +52,7 @@ class SharedInput:
         for tensor in tensors[::3]:
             if tensor.device != device:
                 return None
-        return quantized_matmul_shared(autocast(x), tensors, *self.format)
+        return self._product(autocast(x), tensors)
 
     def is_on_one_device(self) -> bool:
         devices = {tensor.device for tensor in self.tensors()}

@@ -49,6 +49,7 @@ def test_the_kernels_of_a_step(monkeypatch):
         ("cpu_decode.py", ("--hidden", "256", "--layers", "1", "--tokens", "1"), "rows"),
         ("experts.py", ("--small",), "packed"),
         ("decode_profile.py", ("--small",), "steps"),
+        ("host_time.py", ("--repeats", "1"), "results"),
     ],
 )
 def test_it_measures(tmp_path, script, options, key):

@@ -41,6 +41,12 @@ def test_the_fastest_right_candidate_is_chosen_once() -> None:
 
 
 @pytest.mark.usefixtures("without_a_gpu")
+def test_of_equally_fast_candidates_the_first_is_chosen() -> None:
+    autotune.run_fastest("key", [Way(2, 5), Way(2, 3.05), Way(2, 3)], Way(2, 3), X, WEIGHT)
+    assert autotune.choices() == {"key": 1}
+
+
+@pytest.mark.usefixtures("without_a_gpu")
 def test_the_plain_way_may_win_and_replaces_wrong_ones() -> None:
     plain = Way(2, 9)
     autotune.run_fastest("wrong", [Way(1, 1), Way(float("nan"), 1)], plain, X, WEIGHT)

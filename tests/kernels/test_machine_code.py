@@ -27,10 +27,10 @@ pointers = {
 tiles = _TILES if experts else _GEMM_TILES
 aligned = (*pointers, "columns", "in_features")
 names = _gemm_kernel.arg_names
-for block_m, block_k, num_warps, num_stages in {tile[:4] for same in tiles.values() for tile in same}:
+for block_m, block_k, num_warps, num_stages in {tuple(tile[:4]) for same in tiles.values() for tile in same}:
     constants = {
         "BITS": bits, "SYM": False, "BLOCK_M": block_m, "BLOCK_N": 16 * num_warps, "BLOCK_K": block_k,
-        "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "INTERPRETED": False,
+        "TILE_GROUPS": max(1, block_k // group_size), "STAGES": num_stages, "AHEAD": 2, "INTERPRETED": False,
         "DEPENDENT": capability >= 90 and not experts, "EXPERTS": experts,
     }
     kernel = triton.compile(
@@ -87,6 +87,53 @@ with open(target, "wb") as file:
     file.write(kernel.asm["cubin"])
 print("SHARED", kernel.metadata.shared)
 print(subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout)
+"""
+
+COMPILE_FEW_ROWS = """
+import subprocess, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lkq_hf.kernels.dequantize_triton import _THREADS, _dequantize_kernel
+from lkq_hf.kernels.quantized_gemv_triton import _gemv_kernel
+from lkq_hf.kernels.quantized_matmul import _GEMV_TILES
+
+target, disassembler, bits = *sys.argv[1:3], int(sys.argv[3])
+
+def show(kernel, types, constants, options):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
+    aligned = {}
+    for place, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            aligned |= {(place, i): [["tt.divisibility", 16]] for i in range(len(kind))}
+        elif name in (*types, "columns", "all_columns", "in_features"):
+            aligned[place,] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    with open(target, "wb") as file:
+        file.write(compiled.asm["cubin"])
+    print(subprocess.run([disassembler, "-c", target], capture_output=True, text=True, check=True).stdout)
+
+for most, tiles in _GEMV_TILES.items():
+    for num_warps, column_tiles, registers, ahead, _ in tiles:
+        print("KERNEL", most, num_warps, column_tiles, registers)
+        show(
+            _gemv_kernel,
+            {
+                "x": "*bf16", "weights": ("*i32", "*i32", "*fp16"), "widths": ("i32",), "partial": "*fp32"
+            },
+            {
+                "BITS": bits, "SYM": False, "BFLOAT16": True, "CHUNK": 128, "GROUP_SIZE": 128,
+                "COLUMN_TILES": column_tiles, "WEIGHTS": 1, "WARPS": num_warps, "AHEAD": ahead,
+                "FETCH": ahead > 1, "DEPENDENT": True, "INTERPRETED": False, "ROW_TILES": max(1, most // 16),
+            },
+            {"num_warps": num_warps, "maxnreg": registers},
+        )
+print("KERNEL dequantize")
+pointers = {"qweight": "*i32", "qzeros": "*i32", "scales": "*fp16", "weight": "*bf16"}
+constants = {"BITS": bits, "SYM": False, "ROWS": 1, "THREADS": _THREADS}
+show(_dequantize_kernel, pointers, constants, {"num_warps": _THREADS // 32})
 """
 
 
@@ -210,6 +257,23 @@ def test_ragged_attention_loads_ahead(
         assert not any(re.match(r"(STL|LDL)\b", line) for line in loop)  # all values stay in registers
     if capability < 90:
         assert int(printed.split()[1]) <= 99 * 1024  # bytes of shared memory, all that some GPUs have for one block
+
+
+@needs_disassembler
+@pytest.mark.parametrize("bits", [3, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (2, 4, 8))])
+def test_words_for_few_rows_are_loaded_ahead(bits: int, tmp_path: Path) -> None:
+    printed = compiled(COMPILE_FEW_ROWS, tmp_path / "kernel", DISASSEMBLER, bits)
+    *products, (_, dequantize) = (
+        kernel.split("\n", 1) for kernel in re.split(r"^KERNEL ", printed, flags=re.MULTILINE)[1:]
+    )
+    assert len(products) > 5
+    for tile, assembly in products:
+        loop = max(main_loops(assembly), key=len)
+        places = {name: [i for i, line in enumerate(loop) if name in line] for name in ("CCTL.E.PF2", "LDG.", "HMMA.")}
+        assert places["CCTL.E.PF2"] and places["CCTL.E.PF2"][0] < places["LDG."][0] < places["HMMA."][0], tile
+        if "16 4 1 128" in tile:  # with enough registers, all loads come first
+            assert places["LDG."][-1] < places["HMMA."][0], tile
+    assert "STG.E.64" in dequantize and not re.search(r"\b(BAR|STS|LDS)\b", dequantize)
 
 
 def test_an_overwritten_operand_is_found() -> None:

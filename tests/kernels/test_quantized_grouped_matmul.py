@@ -111,6 +111,25 @@ def test_gradient_and_registration(
     torch.testing.assert_close(grad, expected)
 
 
+@pytest.mark.parametrize(("fastest", "runs"), [("plain", "first"), (None, "first"), ("second", "second")])
+def test_a_graph_is_captured_with_a_kernel(
+    fastest: str | None, runs: str, use_kernels: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The plain way, though it may be the fastest, asks the GPU for the experts' rows."""
+    use_kernels("triton")
+    ways = {name: lambda x, *_, name=name: name for name in ("first", "second", "plain")}
+    module = "lkq_hf.kernels.quantized_grouped_matmul"
+    monkeypatch.setattr(f"{module}.interpreting", lambda: False)
+    monkeypatch.setattr(
+        f"{module}.ways_to_multiply_grouped", lambda *_: ([ways["first"], ways["second"]], ways["plain"])
+    )
+    monkeypatch.setattr(f"{module}.fastest", lambda *_: ways.get(fastest))
+    monkeypatch.setattr("torch.cuda.is_current_stream_capturing", lambda: True)
+    product = quantized_grouped_matmul._init_fn
+    x, weights = activations(3, 64, dtype=torch.float16), experts(2, 4, 64, False, 64, 32)
+    assert product(x, ends_of([1, 2]), *weights) == runs
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize("rows", [8, 200, 5000])

@@ -1,16 +1,21 @@
 """Packed weights in matmul and dequantization: Triton (in its interpreter without a GPU) against the reference."""
 
 import os
+import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lkq_hf.kernels.bit_stream import pack
 from lkq_hf.kernels.dequantize import dequantize, dequantize_reference
 from lkq_hf.kernels.dispatch import next_power_of_2
 from lkq_hf.kernels.quantized_matmul import (
+    Product,
+    RepeatedProduct,
     quantized_matmul,
     quantized_matmul_reference,
     quantized_matmul_shared,
@@ -117,7 +122,8 @@ def test_every_candidate_agrees() -> None:
     for rows in (2, 20, 40):
         x = activations(rows, 256, dtype=torch.float16)
         expected = quantized_matmul_reference(x.double(), *weight)
-        candidates, _ = ways_to_multiply(x.dtype, x.device, 4, 64, False, 256, (64,), next_power_of_2(rows))
+        product = Product(x.dtype, x.device, 4, 64, False, 256, (64,), next_power_of_2(rows))
+        candidates, _ = ways_to_multiply(product)
         for candidate in candidates:
             y = candidate(x, *weight[:3])
             torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
@@ -126,13 +132,15 @@ def test_every_candidate_agrees() -> None:
 @needs_triton
 @pytest.mark.parametrize("group_size", [32, 128])
 def test_splits_need_not_share_tiles_evenly(group_size: int) -> None:
-    from lkq_hf.kernels.quantized_gemm_triton import quantized_gemm
+    from lkq_hf.kernels.quantized_gemm_triton import QuantizedGemm
 
-    weight = packed(4, group_size, False, 5 * 128, 64)
+    qweight, qzeros, scales, bits, group_size, sym = weight = packed(4, group_size, False, 5 * 128, 64)
     x = activations(40, 5 * 128, dtype=torch.float16)
     expected = quantized_matmul_reference(x.double(), *weight)
+    layout = {"bits": bits, "group_size": group_size, "sym": sym}
+    tile = {"block_m": 64, "block_k": 128, "num_warps": 4, "num_stages": 3, "ahead": 1}
     for split_k in range(1, 6):
-        y = quantized_gemm(x, *weight, block_m=64, block_k=128, split_k=split_k, num_warps=4, num_stages=3)
+        y = QuantizedGemm(x.device, 5 * 128, 64, **layout, **tile, split_k=split_k)(x, qweight, qzeros, scales)
         torch.testing.assert_close(y.double(), expected, rtol=0, atol=expected.abs().max().item() * 2e-3)
 
 
@@ -176,6 +184,45 @@ def test_products_with_several_weights() -> None:
     torch.library.opcheck(quantized_matmul_shared, (x, tensors, 4, 64, False))
     expected = torch.cat([quantized_matmul(x, *weight) for weight in weights], -1)
     torch.testing.assert_close(quantized_matmul_shared(x, tensors, 4, 64, False), expected)
+
+
+class Operators(TorchDispatchMode):
+    """Records the operators of this project that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names += [function.name()] if function.namespace == "lkq_hf" else []
+        return function(*args, **(kwargs or {}))
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [2, 40])
+def test_repeated_products(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    qweight, qzeros, scales, *layout = weight = packed(4, 64, False, 128, 64)
+    x = activations(rows, 128, dtype=torch.float16)
+    expected = quantized_matmul(x, *weight)
+    product = RepeatedProduct(*layout)
+    weights = [qweight, qzeros, scales]
+    assert torch.equal(product(x, weights), expected)
+    # From then on nothing asks which kernel is to run.
+    with monkeypatch.context() as patch:
+        patch.setattr("lkq_hf.kernels.quantized_matmul._product", None)
+        assert torch.equal(product(x.view(1, rows, 128), weights), expected[None])
+    # But other scales, and a mode that looks at operators, are noticed; and copies choose for themselves.
+    with pytest.raises(RuntimeError, match=r"the kernel does not take torch\.float32"):
+        product(x, [qweight, qzeros, scales.float()])
+    with Operators() as seen:
+        assert torch.equal(product(x, weights), expected)
+    assert seen.names == ["lkq_hf::quantized_matmul_shared"]
+    assert torch.equal(pickle.loads(pickle.dumps(product))(x, weights), expected)
+    monkeypatch.setenv("LKQ_KERNELS", "torch")
+    torch.testing.assert_close(product(x, weights), quantized_matmul_reference(x, *weight), rtol=0, atol=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr("lkq_hf.kernels.quantized_matmul.dequantize", lambda *_: torch.zeros(128, 64, dtype=x.dtype))
+        assert not product(x.cpu(), [tensor.cpu() for tensor in weights]).any()
 
 
 @pytest.mark.gpu

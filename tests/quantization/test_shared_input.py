@@ -10,9 +10,9 @@ from torch import nn
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.kernels.quantized_matmul import fixed_weights
-from lkq_hf.quantization import shared_product
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.shared_input import share_inputs, weights_fixed
+from lkq_hf.quantization.shared_product import SharedInput
 from lkq_hf.quantization.weight import QuantizedWeight
 
 
@@ -49,13 +49,15 @@ def alone(model: nn.Module) -> nn.Module:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many weights each product of several has served."""
     found: list[int] = []
-    original = shared_product.quantized_matmul_shared
+    original = SharedInput.compute
 
-    def counted(x: torch.Tensor, weights: list[torch.Tensor], *arguments: object) -> torch.Tensor:
-        found.append(len(weights) // 3)
-        return original(x, weights, *arguments)
+    def counted(shared: SharedInput, x: torch.Tensor) -> torch.Tensor | None:
+        y = original(shared, x)
+        if y is not None:
+            found.append(len(shared.layers))
+        return y
 
-    monkeypatch.setattr(shared_product, "quantized_matmul_shared", counted)
+    monkeypatch.setattr(SharedInput, "compute", counted)
     return found
 
 
