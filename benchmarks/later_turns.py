@@ -68,11 +68,11 @@ def main() -> None:
     sizes = (SMALL, LLAMA_8B) if not options.hybrid else (SMALL_HYBRID, QWEN35_9B)
     plain, adapted = build_models(sizes[not options.small])
     rows: dict[str, tuple[Any, Callable[[], Cache]]] = {
+        "dynamic": (plain, lambda: DynamicCache(config=plain.config)),
         "lookahead": (adapted, lambda: LookaheadCache(budget)),
         "lookahead, parked": (adapted, lambda: LookaheadCache(budget, park="cpu")),
         "lookahead, static": (adapted, lambda: LookaheadCache(budget, max_new_tokens=tokens)),
         "lookahead, parked, static": (adapted, lambda: LookaheadCache(budget, park="cpu", max_new_tokens=tokens)),
-        "dynamic": (plain, lambda: DynamicCache(config=plain.config)),
         "offloaded": (plain, lambda: DynamicCache(config=plain.config, offloading=True)),
     }
     results: dict[str, Any] = {"hardware": describe(), "prompt": prompt, "budget": budget, "turn": TURN}
