@@ -35,13 +35,31 @@ REFUSALS = (
 # themselves, experts in matrices, shared weights, decays with several dimensions, blocks of nothing but linear layers.
 QUICK = {"openai-gpt", "glm_moe_dsa", "dbrx", "zamba2", "kimi_linear", "opt"}
 
-# Sizes that checkpoints have and the configuration of their type has not: those do not pack.
+# Sizes of a published checkpoint, where those of its type's configuration by default do not pack or are no model's.
 PUBLISHED: dict[str, dict[str, Any]] = {
+    # GLM-4.5-Air, 107 billion parameters
     "glm4_moe": {"head_dim": 128},
-    "deepseek_v2": {"moe_intermediate_size": 1408},
-    "nemotron_h": {"moe_intermediate_size": 1856, "moe_shared_expert_intermediate_size": 3712},
-    "zamba2": {"n_mamba_heads": 64, "hidden_size": 2048},
-}
+    # DeepSeek-V2-Lite, 15.7 billion
+    "deepseek_v2": {
+        "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
+        "first_k_dense_replace": 1, "num_attention_heads": 16, "q_lora_rank": None,
+    },
+    # Nemotron 3 Nano 30B-A3B, 31.6 billion
+    "nemotron_h": {
+        "hidden_size": 2688, "intermediate_size": 1856, "moe_intermediate_size": 1856,
+        "moe_shared_expert_intermediate_size": 3712, "n_routed_experts": 128, "num_experts_per_tok": 6,
+        "num_key_value_heads": 2, "mamba_num_heads": 64, "num_hidden_layers": 52,
+        "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    },
+    # Zamba2-1.2B, 1.22 billion
+    "zamba2": {
+        "hidden_size": 2048, "num_hidden_layers": 38, "n_mamba_heads": 64, "mamba_d_state": 128,
+        "use_shared_attention_adapter": True,
+        "layers_block_type": (["linear_attention"] * 5 + ["hybrid"]) * 6 + ["linear_attention"] * 2,
+    },
+}  # fmt: skip
+PARAMETERS = {"glm4_moe": 106.85, "deepseek_v2": 15.71, "nemotron_h": 31.58, "zamba2": 1.22}
+"""Billions of these, as their makers count them: the sizes above are complete."""
 
 
 def logits(model):
@@ -76,8 +94,8 @@ def stays(covered: Coverage, list_name: str) -> str:
 
 
 def at_full_size(name: str) -> tuple[Coverage, str] | None:
-    """What is covered of the model that the type's configuration makes without arguments, on the meta device, and the
-    name of its list of blocks; None where it makes none."""
+    """What is covered of the model that the type's configuration makes without arguments, or of a `PUBLISHED` one, on
+    the meta device, and the name of its list of blocks; None where it makes none."""
     config = CONFIG_MAPPING[name](**PUBLISHED.get(name, {}))
     try:
         with torch.device("meta"):
@@ -94,6 +112,13 @@ def at_full_size(name: str) -> tuple[Coverage, str] | None:
 
     found = without_what_is_refused(attempt)
     return None if isinstance(found, str) else found
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sizes_are_complete(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[name](**PUBLISHED[name]))
+    assert round(model.num_parameters() / 1e9, 2) == PARAMETERS[name]
 
 
 @pytest.mark.parametrize(
