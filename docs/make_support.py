@@ -65,8 +65,8 @@ again. The logits must be the same.
 
 The share is of all matrices but embeddings, the language model head and convolutions. It is that of a model with the
 sizes of its configuration by default (GLM-4.5-Air, DeepSeek-V2-Lite, Nemotron 3 Nano and Zamba2-1.2B have their own),
-and of the tiny one where these make no model (*). `lkq-hf quantize` prints it for your model. Layers that cannot be packed are left out with `modules_to_not_convert`, as the error about
-them says.
+and of the tiny one where these make no model (*). `lkq-hf quantize` prints it for your model. Layers that cannot be
+packed are left out with `modules_to_not_convert`, as the error about them says.
 
 ### Everything is quantized
 

@@ -44,7 +44,6 @@ def test_the_kernels_of_a_step(monkeypatch):
 @pytest.mark.parametrize(
     ("script", "options", "key"),
     [
-        ("quantization_speed.py", ("--device", "cpu", "--shrink", "32", "--group-size", "32"), "summary_seconds"),
         ("training_memory.py", ("--layers", "2", "--lengths", "256"), "rows"),
         ("cpu_decode.py", ("--hidden", "256", "--layers", "1", "--tokens", "1"), "rows"),
         ("experts.py", ("--small",), "packed"),
@@ -56,17 +55,9 @@ def test_it_measures(tmp_path, script, options, key):
     assert run(tmp_path, script, *options)[key]
 
 
-def test_reports_write_what_is_recorded(monkeypatch, tmp_path):
+def test_the_pictures_are_drawn(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import report
+    import pictures
 
-    written = {}
-    monkeypatch.setattr(report, "write", lambda name, *parts: written.update({name: "\n\n".join(parts) + "\n"}))
-    monkeypatch.setattr(report, "IMAGES", tmp_path)
-    for make in report.REPORTS.values():
-        make()
-    for name, text in written.items():
-        assert text == (report.RESULTS / f"{name}.md").read_text(encoding="utf-8"), "run: python benchmarks/report.py"
-    assert len(written) > 8 and {path.name for path in tmp_path.iterdir()} == {
-        "eviction_quality.png", "quantization.png", "speed.png"
-    }  # fmt: skip
+    pictures.draw(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"eviction_quality.png", "quantization.png", "speed.png"}

@@ -13,7 +13,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "eviction_quality.json"
 def test_the_lines_are_the_results(monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    plot = importlib.import_module("report")
+    plot = importlib.import_module("pictures")
     results = json.loads(RESULTS.read_text())
     figure = plot.draw_eviction(results, 2048)
     rows = results["measurements"]["needle, 2048 tokens"]["rows"]

@@ -37,10 +37,10 @@ def test_a_number_in_a_sentence_is_written(tmp_path):
         import pages
     finally:
         sys.path.remove(str(ROOT / "benchmarks"))
-    text = "It took <!-- value: quantization_speed summary_seconds::default method .0f -->1<!-- end --> s."
-    seconds = pages.load("quantization_speed")["summary_seconds"]["default method"]
-    assert pages.rendered(text) == text.replace("-->1<", f"-->{seconds:.0f}<")
-    assert pages.value("quantization_speed", "summary_seconds::default method", "60", ".0f") == f"{60 * seconds:.0f}"
+    text = "It took <!-- value: refresh lookahead, static::step_ms .1f -->1<!-- end --> ms."
+    step = pages.load("refresh")["lookahead, static"]["step_ms"]
+    assert pages.rendered(text) == text.replace("-->1<", f"-->{step:.1f}<")
+    assert pages.value("refresh", "lookahead, static::step_ms", "60*.0f") == f"{60 * step:.0f}"
 
 
 def test_scripts_that_pages_name_exist():
