@@ -370,6 +370,27 @@ def quantization_differences(base: str, *files: str) -> str:
     return changes(runs_of(*files), UNCORRECTED if base == "uncorrected" else base)
 
 
+def quantization_seconds() -> str:
+    """The fastest and the slowest run of a method."""
+    rows = []
+    for method, title in {"GPTQ": "plain GPTQ", "both stages, alpha 0.25 (preset paper)": "`--preset paper`",
+                          DEFAULT: "the default"}.items():  # fmt: skip
+        seconds = [run["quantization_seconds"] for run in runs_of(*SMOLLM2) if run["method"] == method]
+        rows.append([title, f"{min(seconds):.0f} to {max(seconds):.0f}"])
+    return table(["SmolLM2-135M-Instruct", "seconds"], rows)
+
+
+def checkpoint(bits: str) -> str:
+    """What a checkpoint with a card loses; bits as "w4"."""
+    found, rows = load("checkpoint_cards"), []
+    for text, row in found["checkpoints"][f"smollm2-135m-instruct-{bits}-g64"]["rows"].items():
+        base = found["base"][text]
+        for what, number in (("Perplexity", row["perplexity"]), ("Perplexity of the base model", base["perplexity"]),
+                             ("NLL lost, nats per token", row["nll"] - base["nll"])):  # fmt: skip
+            rows.append([text, what, f"{number:.4f}"])
+    return table(["on", "what", "value"], rows)
+
+
 # The README
 
 

@@ -27,7 +27,7 @@ import yaml
 
 RESULTS = Path(__file__).parent / "results"
 DECLARATIONS: dict[str, dict[str, Any]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
-UNITS = {"MiB": 2**-20, "GiB": 2**-30}
+UNITS = {"MiB": 2**-20, "GiB": 2**-30, "MB": 1e-6, "min": 1 / 60}
 PLACE = re.compile(r"\{((?:[^{}:|]|::)+)(?::(?!:)([^{}|]*))?(?:\|([^{}]*))?\}")
 
 
