@@ -1,49 +1,44 @@
-"""What each quantization method costs: increase of the negative log-likelihood over full precision, in nats per token.
-
-Each run also has the KL divergence from the full-precision model (mean and 99th percentile over tokens, in nats) and
-the share of tokens for which both models have the same most likely token.
+"""What quantization settings cost: increase of the negative log-likelihood over full precision, in nats per token.
 
     python benchmarks/texts.py python3.11-doc_*.deb --out python3.11-doc.jsonl.gz
     python benchmarks/texts.py debian-handbook_*.deb --out debian-handbook.jsonl.gz
     python benchmarks/texts.py anarchism_*.deb --characters 8000000 --out anarchism.jsonl.gz
-    python benchmarks/quantization.py --calibration python3.11-doc.jsonl.gz \
-        --texts debian-handbook.jsonl.gz anarchism.jsonl.gz --device cuda \
-        --out benchmarks/results/quantization_smollm2.json
+    python benchmarks/quantization.py prepare --calibration python3.11-doc.jsonl.gz \\
+        --texts debian-handbook.jsonl.gz anarchism.jsonl.gz --out windows.safetensors
+    python benchmarks/quantization.py run --windows windows.safetensors --groups default stages --device cuda \\
+        --processes 6 --minutes 9 --out benchmarks/results/quantization_smollm2_gpu
 
-Every method sees the same calibration tokens and the same windows of text. The cells of the table run in the order of
-their importance; each is written when it is finished, and cells that are in the file already are not repeated, so a
-run may be stopped (``--minutes``) and continued. ``--part 1/2`` and ``--part 2/2``, with a file each, share the cells
-between two GPUs. ``report.py`` makes tables and the picture. ``--checkpoints`` measures GPTQ checkpoints of
-other tools (`gptqmodel_baseline.py`) likewise.
+The settings are in quantization.yaml. `prepare` writes the windows of tokens, so that all settings see the same ones,
+and `run` needs neither texts nor a tokenizer. The processes take the settings in their order. A run holds the windows'
+increase, the KL divergence from the full-precision model (mean and 99th percentile over tokens, in nats), the share of
+tokens for which both models have the same most likely token, and the seconds. Each is written when it is finished, and
+what the file holds is not repeated: the same command goes on after a stop.
 
-Versions of transformers convert the tokenizer of a GGUF file differently (5.17 and 5.23 do). For a run that is to
-continue or to be compared with one of another version, ``--tokenizer`` names the directory with the tokenizer that the
-first one used; ``windows_sha256`` in the results shows whether the texts are the same.
+``--checkpoints NAME=DIR`` measures GPTQ checkpoints of other tools (gptqmodel_baseline.py) on the same windows.
 """
 
 import argparse
 import copy
+import fcntl
 import itertools
 import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from common import MODELS, describe, parser, save
-from safetensors.torch import load_file
-from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+import yaml
+from common import MODELS, describe, save
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, multiprocessing, nn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from lkq_hf.evaluation.divergence import token_statistics
 from lkq_hf.quantization.calibrate import find_layers
@@ -51,89 +46,112 @@ from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.packing import group_index, unpack_weight
 from lkq_hf.quantization.quantizer import restore_linear
-from lkq_hf.quantization.walk import WalkReport, quantize_blocks
+from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
+from lkq_hf.quantization.walk import quantize_blocks
 
-PAPER = {"preset": "paper", "alpha": 0.0}
-PLAIN = {**PAPER, "stages": ()}
-DEFAULT: dict[str, dict[str, Any]] = {"default": {}}
-# What the published stages bring, one by one, with the weight of the deviation and the sweeps.
-STAGES: dict[str, dict[str, Any]] = {
-    "round to nearest": {**PLAIN, "round_to_nearest": True},
-    "GPTQ": PLAIN,
-    "GPTQ + MSE-searched scales": {**PLAIN, "scale_search": "mse"},
-    "stage 1 only": {**PAPER, "stages": ("stage1",)},
-    "stage 2 only": {**PAPER, "stages": ("stage2",)},
-    "both stages": PAPER,
-    "both stages, alpha 0.25 (preset paper)": {"preset": "paper"},
-    "both stages, alpha 1": {"preset": "paper", "alpha": 1.0},
-    "both stages, 3 sweeps": {**PAPER, "sweeps": 3},
-}
-# The default with one thing changed.
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default, alpha 0": {"alpha": 0.0},
-    "default, alpha 0.5": {"alpha": 0.5},
-    "default, 3 sweeps": {"sweeps": 3},
-    "default, group-aware order": {"column_order": "group_aware"},
-    "default, damping 0.3": {"damp_percent": 0.3},
-}
-# The default of before the residual stream's deviation was part of it, and the same with one thing more changed.
-UNCORRECTED = "residual not corrected"
-UNCORRECTED_VARIANTS: dict[str, dict[str, Any]] = {UNCORRECTED: {"corrected_residual": False}} | {
-    f"{UNCORRECTED}, {name}": {"corrected_residual": False, **changes}
-    for name, changes in {
-        "alpha 0.5": {"alpha": 0.5},
-        "alpha 1": {"alpha": 1.0},
-        "1 sweep": {"sweeps": 1},
-        "3 sweeps": {"sweeps": 3},
-        "20 sweeps": {"sweeps": 20},
-        "group-aware order": {"column_order": "group_aware"},
-        "stored order": {"column_order": "stored"},
-        "damping 0.01": {"damp_percent": 0.01},
-        "damping 0.03": {"damp_percent": 0.03},
-        "damping 0.3": {"damp_percent": 0.3},
-        "stage 2 instead of descent": {"stages": ("stage1", "stage2")},
-        "no stage 1": {"stages": ("descent",)},
-    }.items()
-}
-METHODS = {**DEFAULT, **STAGES, **VARIANTS, **UNCORRECTED_VARIANTS}
+SETTINGS: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text("utf-8"))
+WINDOW = 1024
+"""Tokens of a window that is measured on."""
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Experiment:
+    """One setting; `config` is its entry of quantization.yaml."""
+
     method: str
     bits: int
     sym: bool
     seed: int
+    group_size: int = 64
+    samples: int = 32
+    length: int = 512
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def calibration(self) -> str:
+        return f"calibration.{self.samples}x{self.length}.{self.seed}"
 
 
-def cells(bits: list[int], schemes: list[str], seeds: list[int], methods: list[str]) -> Iterator[Cell]:
-    """The table, most important cells first. Variants are measured with the first scheme only."""
-
-    def tier(names: Iterable[str], scheme: str, some_seeds: list[int]) -> Iterator[Cell]:
-        chosen = [name for name in names if name in methods]
-        for seed, method, width in itertools.product(some_seeds, chosen, bits):
-            yield Cell(method, width, scheme == "sym", seed)
-
-    yield from tier(DEFAULT, schemes[0], seeds)
-    yield from tier(VARIANTS, schemes[0], seeds[:1])
-    yield from tier(STAGES, schemes[0], seeds)
-    for scheme in schemes[1:]:
-        yield from tier(DEFAULT, scheme, seeds)
-        yield from tier(STAGES, scheme, seeds)
-    yield from tier(VARIANTS, schemes[0], seeds[1:])
-    yield from tier(UNCORRECTED_VARIANTS, schemes[0], seeds)
-
-
-def load(source: str, tokenizer: Path | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def model_and_tokenizer(source: str, tokenizer: str | None = None) -> tuple[PreTrainedModel, Any]:
     """A model by its short name, its directory or its GGUF file, in float32, and its tokenizer or the one named."""
     path = MODELS[source]() if source in MODELS else Path(source)
+    file, how = {}, {}
     if path.suffix == ".gguf":
-        file = {"gguf_file": path.name}
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, **file, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
-        )
-        return model, AutoTokenizer.from_pretrained(tokenizer or path.parent, **({} if tokenizer else file))
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    return model, AutoTokenizer.from_pretrained(tokenizer or path)
+        file, how = {"gguf_file": path.name}, {"quantization_config": GgufConfig(dequantize=True)}
+        path = path.parent
+    model = AutoModelForCausalLM.from_pretrained(path, **file, **how, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(tokenizer or path, **({} if tokenizer else file))
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """Writes the windows; the digests of their tokens are in the file's metadata."""
+    _, tokenizer = model_and_tokenizer(given.model, given.tokenizer)
+    sources = {}
+    for size, seed in itertools.product(given.sizes, given.seeds):
+        samples, length = map(int, size.split("x"))
+        sources[f"calibration.{samples}x{length}.{seed}"] = given.calibration, samples, length, seed
+    sources |= {f"text.{path.name.split('.')[0]}": (path, given.windows, WINDOW, 1234) for path in given.texts}
+    tensors, digests = {}, {}
+    for name, (path, samples, length, seed) in sources.items():
+        tokens, recipe = calibration_tokens(path, tokenizer, samples, length, seed)
+        tensors[name], digests[name] = tokens.int(), recipe.tokens_sha256
+    save_file(tensors, given.out, metadata=digests)
+
+
+def quantized(
+    model: PreTrainedModel, experiment: Experiment, tokens: Tensor
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A copy of the model with dequantized weights in its linear layers, and what the walk reports."""
+    model = copy.deepcopy(model)
+    switches = dict(experiment.config)
+    preset = switches.pop("preset", "default")
+    steps = {"refinement": BlockRefinement, "end_to_end": EndToEnd}
+    chosen = {name: made(**switches.pop(name)) for name, made in steps.items() if name in switches}
+    how = {"bits": experiment.bits, "sym": experiment.sym, "group_size": experiment.group_size}
+    config = TwoStageGPTQConfig(**how, preset=preset, advanced=switches)
+    name, layers = find_layers(model, config)
+    settings = replace(config.solver_settings(), **chosen)
+    report = quantize_blocks(model, name, layers, tokens, settings, device=model.device, batch_size=config.batch_size)
+    details: dict[str, Any] = {"quantization_seconds": round(report.seconds, 2), "peak_memory": report.peak_memory}
+    if report.blocks:
+        details["blocks"] = [[round(block.before, 6), round(block.after, 6)] for block in report.blocks]
+    if report.end_to_end is not None:
+        details["end_to_end_divergence"] = [report.end_to_end.before, report.end_to_end.after]
+    return restore_linear(model, model.dtype), details
+
+
+def autoround(
+    model: PreTrainedModel, experiment: Experiment, tokens: Tensor, tokenizer: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The same by AutoRound."""
+    import auto_round
+
+    model = copy.deepcopy(model).cpu()
+    rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in tokens.cpu()]
+    start = time.perf_counter()
+    result = auto_round.AutoRound(
+        copy.deepcopy(model),
+        tokenizer,
+        bits=experiment.bits,
+        group_size=experiment.group_size,
+        sym=experiment.sym,
+        nsamples=len(tokens),
+        seqlen=tokens.shape[1],
+        dataset=DataLoader(rows, batch_size=8),
+        seed=experiment.seed,
+        device_map=0 if torch.cuda.is_available() else "cpu",
+        **experiment.config["autoround"],
+    ).quantize()
+    seconds = time.perf_counter() - start
+    for name, module in result[0].named_modules():
+        if isinstance(module, nn.Linear) and getattr(module, "scale", None) is not None:
+            # The peer keeps the product in half precision: the levels and scales it stores are exact.
+            weight = module.weight.detach().float().cpu()
+            scales = module.scale.detach().float().cpu().view(len(weight), -1, 1)
+            levels = (weight.view(len(weight), scales.shape[1], -1) / scales).round()
+            with torch.no_grad():
+                model.get_submodule(name).weight.copy_((levels * scales).view_as(weight))
+    return model, {"quantization_seconds": round(seconds, 2), "peer_version": auto_round.__version__}
 
 
 def load_gptq(directory: Path) -> PreTrainedModel:
@@ -170,148 +188,190 @@ def load_gptq(directory: Path) -> PreTrainedModel:
 
 
 def statistics_of(
-    model: PreTrainedModel, windows: Tensor, batch_size: int, reference: PreTrainedModel | None = None
+    model: PreTrainedModel, windows: Tensor, reference: PreTrainedModel | None = None
 ) -> dict[str, list[list[float]]]:
     """`token_statistics` of all windows: rows of one value a token."""
     found: dict[str, list[list[float]]] = {}
-    for batch in windows.split(batch_size):
+    for batch in windows.long().split(4 if model.device.type == "cuda" else 1):
         for name, rows in token_statistics(model, batch, reference).items():
             found.setdefault(name, []).extend(rows)
     return found
 
 
-def quantized(
-    model: PreTrainedModel, config: TwoStageGPTQConfig, tokens: Tensor
-) -> tuple[PreTrainedModel, WalkReport]:
-    """A copy of `model` with dequantized weights in its linear layers, and the report of the walk."""
-    model = copy.deepcopy(model)
-    list_name, layers = find_layers(model, config)
-    how = {"device": model.device, "batch_size": config.batch_size}
-    report = quantize_blocks(model, list_name, layers, tokens, config.solver_settings(), **how)
-    return restore_linear(model, model.dtype), report
+def window_means(model: PreTrainedModel, texts: dict[str, Tensor]) -> dict[str, list[float]]:
+    return {name: [statistics.fmean(row) for row in statistics_of(model, each)["nll"]] for name, each in texts.items()}
 
 
-class Measurement:
-    """A results file, the model and the windows; writes each finished run."""
-
-    def __init__(
-        self, path: Path, settings: dict[str, Any], model: PreTrainedModel, windows: dict[str, Tensor]
-    ) -> None:
-        self.path = path
-        self.model = model
-        self.windows = windows
-        self.batch_size = 4 if model.device.type == "cuda" else 1
-        self.environment = describe()
-        self.results: dict[str, Any] = {"settings": settings, "runs": []}
-        if path.exists():
-            self.results = json.loads(path.read_text())
-            if self.results["settings"] != settings:
-                raise SystemExit(f"{path} holds runs with other settings: {self.results['settings']}")
-        if "full_precision" not in self.results:
-            self.results["full_precision"] = {
-                name: _window_means(statistics_of(model, each, self.batch_size)["nll"])
-                for name, each in windows.items()
-            }
-        self.full_precision = self.results["full_precision"]
-        means = {name: round(statistics.fmean(losses), 4) for name, losses in self.full_precision.items()}
-        print("full precision:", means, flush=True)
-
-    def has(self, cell: Cell) -> bool:
-        return any(cell == Cell(*(run[field] for field in Cell._fields)) for run in self.results["runs"])
-
-    def add(self, cell: Cell, model: PreTrainedModel, **details: Any) -> dict[str, float]:
-        """Measures a quantized model and writes the run; returns its mean increase for each text."""
-        increase, divergence = {}, {}
-        for name, each in self.windows.items():
-            found = statistics_of(model, each, self.batch_size, self.model)
-            pairs = zip(_window_means(found["nll"]), self.full_precision[name], strict=True)
-            increase[name] = [round(loss - base, 5) for loss, base in pairs]
-            kl, same = (torch.tensor(found[key], dtype=torch.float64).flatten() for key in ("kl", "same_top"))
-            divergence[name] = {
-                "kl": round(kl.mean().item(), 5),
-                "kl_p99": round(kl.quantile(0.99).item(), 5),
-                "same_top": round(same.mean().item(), 5),
-            }
-        run = {**cell._asdict(), "increase": increase, "divergence": divergence, **details}
-        self.results["runs"].append(run | {"environment": self.environment})
-        save(self.path, self.results)
-        return {name: round(statistics.fmean(values), 4) for name, values in increase.items()}
+def measure(
+    model: PreTrainedModel, original: PreTrainedModel, texts: dict[str, Tensor], full_precision: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Losses over full precision by window, and how the two models' predictions differ by token."""
+    increase, divergence = {}, {}
+    for name, windows in texts.items():
+        found = statistics_of(model, windows, original)
+        pairs = zip(found["nll"], full_precision[name], strict=True)
+        increase[name] = [round(statistics.fmean(own) - full, 5) for own, full in pairs]
+        kl, same = (torch.tensor(found[key], dtype=torch.float64).flatten() for key in ("kl", "same_top"))
+        shares = {"kl": kl.mean(), "kl_p99": kl.quantile(0.99), "same_top": same.mean()}
+        divergence[name] = {key: round(value.item(), 5) for key, value in shares.items()}
+    return {
+        "increase": increase,
+        "mean": {name: round(statistics.fmean(values), 4) for name, values in increase.items()},
+        "worst_window": max(max(values) - statistics.fmean(values) for values in increase.values()),
+        "divergence": divergence,
+    }
 
 
-def _window_means(rows: list[list[float]]) -> list[float]:
-    return [statistics.fmean(row) for row in rows]
+class Results:
+    """A results file that several processes add runs to."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path.with_suffix(".json")
+
+    def read(self) -> dict[str, Any]:
+        return json.loads(self.path.read_text()) if self.path.exists() else {"runs": []}
+
+    def add(self, run: dict[str, Any]) -> None:
+        with self.path.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            found = self.read()
+            save(self.path, found | {"runs": [*found["runs"], run]})
+
+    def has(self, experiment: Experiment) -> bool:
+        own = asdict(experiment)
+        runs = (run for run in self.read()["runs"] if "error" not in run)
+        return any(all(run.get(key) == value for key, value in own.items() if key != "config") for run in runs)
+
+    def begin(self, about: dict[str, Any], model: PreTrainedModel, texts: dict[str, Tensor]) -> dict[str, list[float]]:
+        """Notes what all runs share, and returns the losses in full precision."""
+        found = self.read()
+        if found.get("settings", about) != about:
+            raise SystemExit(f"{self.path} holds runs of other windows or another model: {found['settings']}")
+        if "full_precision" not in found:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            save(self.path, {"settings": about, "full_precision": window_means(model, texts), "runs": []})
+        return self.read()["full_precision"]
 
 
-def part(text: str) -> tuple[int, int]:
-    index, total = map(int, text.split("/"))
-    if not 1 <= index <= total:
-        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, found {text}")
-    return index, total
-
-
-def main() -> None:
-    options = parser(__doc__)
-    options.add_argument("--model", default="smollm2", help="smollm2, gemma3, a model directory, or a .gguf file")
-    options.add_argument("--tokenizer", type=Path, metavar="DIR", help="instead of the model's own")
-    options.add_argument("--calibration", required=True, type=Path, help="text or jsonl file, may be gzipped")
-    options.add_argument("--texts", required=True, nargs="+", type=Path, help="texts to measure on, likewise")
-    options.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4])
-    options.add_argument("--schemes", nargs="+", choices=["asym", "sym"], default=["asym", "sym"])
-    options.add_argument("--methods", nargs="*", choices=list(METHODS), default=list(METHODS), metavar="METHOD")
-    options.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of the calibration windows")
-    options.add_argument(
-        "--part", type=part, default=(1, 1), metavar="I/N", help="only every N-th cell, from the I-th"
-    )
-    options.add_argument("--minutes", type=float, default=math.inf, help="begin no cell that would end later")
-    options.add_argument("--group-size", type=int, default=64)
-    options.add_argument("--samples", type=int, default=32, help="calibration windows")
-    options.add_argument("--length", type=int, default=512, help="tokens in a calibration window")
-    options.add_argument("--windows", type=int, default=32, help="windows of 1,024 tokens from each text")
-    options.add_argument("--batch-size", type=int, default=8, help="calibration windows in a block at once")
-    options.add_argument("--device", default="cpu")
-    options.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME=DIR", help="GPTQ, of other tools")
-    given = options.parse_args()
-    begin = time.perf_counter()
-
-    model, tokenizer = load(given.model, given.tokenizer)
+def work(index: int, counter: Any, experiments: list[Experiment], given: argparse.Namespace) -> None:
+    """One process: takes the next experiment until none is left or the time is over."""
+    torch.set_num_threads(given.threads)
+    if given.device.startswith("cuda"):
+        torch.set_float32_matmul_precision("highest")
+    model, tokenizer = model_and_tokenizer(given.model)
     model = model.to(given.device).eval()
-    windows, digests = {}, {}
-    for path in given.texts:
-        name = path.name.split(".")[0]
-        windows[name], recipe = calibration_tokens(path, tokenizer, given.windows, 1024, seed=1234)
-        digests[name] = recipe.tokens_sha256
-    # The same wherever the model was read from.
-    settings = {"model": f"{model.config.model_type}, {model.num_parameters():,} parameters"}
-    settings |= {name: getattr(given, name) for name in ("group_size", "samples", "length")}
-    measurement = Measurement(given.out, settings | {"windows_sha256": digests}, model, windows)
-    size = given.samples, given.length
-    calibration = {seed: calibration_tokens(given.calibration, tokenizer, *size, seed) for seed in given.seeds}
-    longest = 0.0
-    plan = list(cells(given.bits, given.schemes, given.seeds, given.methods))
-    for cell in plan[given.part[0] - 1 :: given.part[1]]:
-        if measurement.has(cell):
-            continue
-        start = time.perf_counter()
-        if start - begin + longest > 60 * given.minutes:
-            print("the time is over; the same command continues", flush=True)
+    tensors, digests, texts = windows_of(given)
+    results = Results(given.out)
+    full_precision, environment = results.read()["full_precision"], describe()
+    while time.time() < given.end:
+        with counter.get_lock():
+            position = counter.value
+            counter.value += 1
+        if position >= len(experiments):
             break
-        how = {"bits": cell.bits, "group_size": given.group_size, "sym": cell.sym}
-        switches = {"preset": "default", "batch_size": given.batch_size, **METHODS[cell.method]}
-        config = TwoStageGPTQConfig(**how, preset=switches.pop("preset"), advanced=switches)
-        tokens, recipe = calibration[cell.seed]
-        approximation, report = quantized(model, config, tokens)
-        details = {"calibration": recipe.tokens_sha256, "quantization_seconds": round(report.seconds, 2)}
-        increase = measurement.add(cell, approximation, **details)
-        seconds = time.perf_counter() - start
-        longest = max(longest, seconds)
-        print(f"{cell}: {increase} ({seconds:.1f} s)", flush=True)
-    for name, _, source in (checkpoint.partition("=") for checkpoint in given.checkpoints):
+        experiment = experiments[position]
+        run = asdict(experiment) | {"calibration": digests[experiment.calibration]}
+        tokens = tensors[experiment.calibration].long()
+        try:
+            if "autoround" in experiment.config:
+                approximation, details = autoround(model, experiment, tokens, tokenizer)
+            else:
+                approximation, details = quantized(model, experiment, tokens)
+            run |= details | measure(approximation.to(given.device), model, texts, full_precision)
+            del approximation
+        except Exception:
+            # One setting that fails must not end the others, whose device time is paid for.
+            run["error"] = traceback.format_exc(limit=4)
+        results.add(run | {"environment": environment})
+        shown = {key: run[key] for key in ("mean", "worst_window", "quantization_seconds", "error") if key in run}
+        print(experiment, json.dumps(shown), flush=True)
+
+
+def windows_of(given: argparse.Namespace) -> tuple[dict[str, Tensor], dict[str, str], dict[str, Tensor]]:
+    """All windows, their digests, and the windows of the texts that are measured on."""
+    tensors = load_file(given.windows)
+    with safe_open(given.windows, "pt") as file:
+        digests = file.metadata()
+    texts = {name.removeprefix("text."): each for name, each in tensors.items() if name.startswith("text.")}
+    return tensors, digests, texts
+
+
+def experiments(given: argparse.Namespace) -> Iterable[Experiment]:
+    """By group of settings, the most important first; variants are measured with the first scheme only."""
+    size = {"group_size": given.group_size, "samples": given.samples, "length": given.length}
+    for group in given.groups:
+        schemes = given.schemes if group in ("default", "stages", "refined") else given.schemes[:1]
+        for scheme, seed, (name, config) in itertools.product(schemes, given.seeds, SETTINGS[group].items()):
+            if name in (given.methods or [name]):
+                yield from (
+                    Experiment(name, bits, scheme == "sym", seed, **size, config=config) for bits in given.bits
+                )
+
+
+def run(given: argparse.Namespace) -> None:
+    model, _ = model_and_tokenizer(given.model)
+    model = model.to(given.device).eval()
+    _, digests, texts = windows_of(given)
+    # The same wherever the model was read from.
+    about = {"model": f"{model.config.model_type}, {model.num_parameters():,} parameters"}
+    about["windows_sha256"] = {name: digests[f"text.{name}"] for name in texts}
+    results = Results(given.out)
+    full_precision = results.begin(about, model, texts)
+    for name, _, source in (each.partition("=") for each in given.checkpoints):
         how = json.loads((Path(source) / "config.json").read_text())["quantization_config"]
         recipe = json.loads((Path(source) / "baseline.json").read_text())["calibration"]
-        cell = Cell(name, how["bits"], how["sym"], recipe["seed"])
-        if not measurement.has(cell):
-            other = load_gptq(Path(source)).to(given.device)
-            print(cell, measurement.add(cell, other, calibration=recipe["tokens_sha256"]), flush=True)
+        sizes = recipe["samples"], recipe["length"]
+        other = Experiment(name, how["bits"], how["sym"], recipe["seed"], how["group_size"], *sizes)
+        if not results.has(other):
+            found = measure(load_gptq(Path(source)).to(given.device), model, texts, full_precision)
+            details = {"calibration": recipe["tokens_sha256"], "environment": describe()}
+            results.add(asdict(other) | found | details)
+    del model
+    waiting = [experiment for experiment in experiments(given) if not results.has(experiment)]
+    print(f"{len(waiting)} experiments are to be run", flush=True)
+    given.end = time.time() + 60 * given.minutes
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("i", 0)
+    count = min(given.processes, len(waiting))
+    processes = [context.Process(target=work, args=(i, counter, waiting, given)) for i in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    first, second = commands.add_parser("prepare"), commands.add_parser("run")
+    for command in (first, second):
+        command.add_argument("--model", default="smollm2", help="smollm2, gemma3, a model directory, or a .gguf file")
+        command.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the calibration windows")
+        command.add_argument("--out", type=Path, required=True)
+    first.add_argument("--tokenizer", help="directory, instead of the model's own")
+    first.add_argument("--calibration", type=Path, required=True, help="text or jsonl file, may be gzipped")
+    first.add_argument("--texts", type=Path, nargs="+", required=True, help="texts to measure on, likewise")
+    first.add_argument("--windows", type=int, default=32, help="of each text")
+    first.add_argument(
+        "--sizes", nargs="+", default=["32x512", "128x2048"], help="calibration windows x tokens of one"
+    )
+    first.set_defaults(do=prepare)
+    second.add_argument("--windows", type=Path, required=True, help="written by prepare")
+    second.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=["default", "variants", "stages"])
+    second.add_argument("--methods", nargs="+", metavar="METHOD", help="of these groups, by default all")
+    second.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4])
+    second.add_argument("--schemes", nargs="+", choices=["asym", "sym"], default=["asym", "sym"])
+    second.add_argument("--group-size", type=int, default=64)
+    second.add_argument("--samples", type=int, default=32, help="calibration windows")
+    second.add_argument("--length", type=int, default=512, help="tokens in a calibration window")
+    second.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME=DIR", help="GPTQ, of other tools")
+    second.add_argument("--device", default="cpu")
+    second.add_argument("--processes", type=int, default=1)
+    second.add_argument("--threads", type=int, default=1, help="of each process")
+    second.add_argument("--minutes", type=float, default=math.inf, help="begin no experiment after these")
+    second.set_defaults(do=run)
+    given = parser.parse_args(arguments)
+    given.do(given)
 
 
 if __name__ == "__main__":

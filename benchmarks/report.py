@@ -318,7 +318,8 @@ def quantization_uncorrected() -> str:
 
 def quantization_about(*files: str) -> str:
     """How and where files were measured."""
-    runs, settings = runs_of(*files), load(files[0])["settings"]
+    runs = runs_of(*files)
+    settings = runs[0] | load(files[0])["settings"]
     full = ", ".join(f"{text} {statistics.fmean(nll):.3f}" for text, nll in load(files[0])["full_precision"].items())
     windows = len(next(iter(runs[0]["increase"].values())))
     machines = "; ".join(dict.fromkeys(machine(run["environment"]) for run in runs))

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_checkpoint import save_small_checkpoint
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -53,6 +54,26 @@ def test_the_kernels_of_a_step(monkeypatch):
 )
 def test_it_measures(tmp_path, script, options, key):
     assert run(tmp_path, script, *options)[key]
+
+
+@pytest.mark.slow
+def test_quantization_settings_are_measured(tmp_path):
+    save_small_checkpoint(tmp_path / "model", tmp_path / "adapter")
+    text = tmp_path / "text.txt"
+    text.write_text((BENCHMARKS.parent / "LICENSE").read_text())
+    windows, out = tmp_path / "windows.safetensors", tmp_path / "results"
+    command = [sys.executable, str(BENCHMARKS / "quantization.py")]
+    model = ["--model", str(tmp_path / "model"), "--seeds", "0"]
+    size = ["--sizes", "4x64", "--windows", "1", "--calibration", str(text), "--texts", str(text)]
+    subprocess.run([*command, "prepare", *model, *size, "--out", str(windows)], check=True)
+    chosen = ["--methods", "default", "GPTQ", "--bits", "4", "--schemes", "asym", "--samples", "4", "--length", "64"]
+    run = ["run", *model, "--windows", str(windows), *chosen, "--group-size", "32", "--out", str(out)]
+    for _ in range(2):  # nothing is repeated
+        subprocess.run([*command, *run], check=True)
+    found = json.loads(out.with_suffix(".json").read_text())
+    assert [run.get("error") for run in found["runs"]] == [None, None]
+    assert [run["method"] for run in found["runs"]] == ["default", "GPTQ"]
+    assert all(set(run["increase"]) == set(found["full_precision"]) == {"text"} for run in found["runs"])
 
 
 def test_the_pictures_are_drawn(monkeypatch, tmp_path):
