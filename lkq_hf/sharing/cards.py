@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -133,13 +133,13 @@ def write_draft(directory: str | Path) -> bool:
     Raises:
         ValueError: the directory holds neither an adapter nor a quantized checkpoint, or a card that cannot be read.
     """
-    contents = read_contents(directory)
-    if has_card(contents.directory):
-        return False
-    card = render_card(contents, contents.directory.resolve().name)
-    card.text = f"{card.text.rstrip()}\n\n{DRAFT}\n"
-    card.save(contents.directory / CARD)
-    return True
+
+    def draft(contents: Contents) -> ModelCard:
+        card = render_card(contents, contents.directory.resolve().name)
+        card.text = f"{card.text.rstrip()}\n\n{DRAFT}\n"
+        return card
+
+    return _write(directory, draft)
 
 
 def write_card(
@@ -156,10 +156,17 @@ def write_card(
     Raises:
         ValueError: the directory holds neither an adapter nor a quantized checkpoint, or a card that cannot be read.
     """
+    return _write(
+        directory, lambda contents: render_card(contents, repo_id, find_base_model(contents, token), results)
+    )
+
+
+def _write(directory: str | Path, render: Callable[[Contents], ModelCard]) -> bool:
+    """Writes a card where there is none that somebody wrote, and returns whether it did."""
     contents = read_contents(directory)
     if has_card(contents.directory):
         return False
-    render_card(contents, repo_id, find_base_model(contents, token), results).save(contents.directory / CARD)
+    render(contents).save(contents.directory / CARD)
     return True
 
 
