@@ -18,10 +18,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
-from common import describe
+from common import DEVICE, MODELS, describe, save
 from peft import PeftModel, get_peft_model
-from real_models import gemma3_directory, smollm2_directory
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, TrainerCallback, set_seed
 
@@ -35,7 +35,6 @@ from lkq_hf.training import load_targets
 from lkq_hf.training.checkpoints import save_adapter
 from lkq_hf.training.data import usable_targets
 
-MODELS = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}
 WARM_UP = 0.05
 """Share of the time in which the learning rate rises."""
 
@@ -106,16 +105,14 @@ class Clock(TrainerCallback):
             for entry in state.log_history
             if "loss" in entry
         ]
-        text = json.dumps(self.results, indent=1) + "\n"
-        (self.options.out / "results.json").write_text(text, encoding="utf-8")
+        save(self.options.out / "results", self.results)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = common.parser(__doc__)
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, or a directory")
     parser.add_argument("--adapter", default="shipped", help='directory, "shipped" or "new"')
     parser.add_argument("--texts", type=Path, nargs="+", help="jsonl or jsonl.gz with a 'text' each")
-    parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts-only", action="store_true")
     parser.add_argument("--count", type=int, default=6000, help="training prompts")
     parser.add_argument("--validation-count", type=int, default=128)
@@ -140,7 +137,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--recompute", action="store_true", help="less memory, slower steps")
     parser.add_argument("--judge-prompts", type=int, default=96)
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128, 256])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=DEVICE)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -161,79 +158,50 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     # The recipe of prompts names the texts and does not read them again where prompts are there.
-    make_targets(
-        TargetOptions(
-            model=str(directory),
-            out=options.out / "targets",
-            documents=options.texts,
-            count=options.count,
-            validation_count=options.validation_count,
-            min_length=options.min_length,
-            max_length=options.max_length,
-            mix=options.mix,
-            max_new_tokens=options.max_new_tokens,
-            batch_tokens=options.batch_tokens,
-            workers=options.workers,
-            seed=options.seed,
-            prompts_only=options.prompts_only,
-            dtype="float32" if options.device == "cpu" else "bfloat16",
-            device=options.device,
-        )
-    )
+    dtype = "float32" if options.device == "cpu" else "bfloat16"
+    targets = options.out / "targets"
+    make_targets(TargetOptions.like(options, model=str(directory), out=targets, documents=options.texts, dtype=dtype))
     if options.prompts_only:
         return
     # Names of files and directories only: results are passed on.
-    settings = {
-        name: value
-        for name, value in vars(options).items()
-        if isinstance(value, int | float | str) or (isinstance(value, list) and name != "texts")
-    }
+    settings = common.settings(options, "texts") | {"texts": [path.name for path in options.texts or []]}
     settings |= {name: Path(settings[name]).name for name in ("model", "adapter")}
-    settings["texts"] = [path.name for path in options.texts or []]
     results: dict[str, Any] = {
         "environment": describe(), "settings": settings, "seconds": {"targets": time.monotonic() - started},
         "evaluations": [],
     }  # fmt: skip
     set_seed(options.seed)
     train = usable_targets(
-        [load_targets(options.out / "targets" / "train")],
+        [load_targets(targets / "train")],
         cut_loops=True,
         inside_answer_share=options.inside_answer_share,
         seed=options.seed,
     )
-    validation = usable_targets([load_targets(options.out / "targets" / "validation")], cut_loops=True)
-    judge = AnswerJudge(
-        list(validation.select(range(min(options.judge_prompts, len(validation))))),
-        options.budgets,
-        options.allocation,
-    )
+    validation = usable_targets([load_targets(targets / "validation")], cut_loops=True)
+    judged = list(validation.select(range(min(options.judge_prompts, len(validation)))))
+    judge = AnswerJudge(judged, options.budgets, options.allocation)
     model = load(directory, options)
     clock = Clock(options, results)
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for weight in weights:
         weight.data = weight.data.float()
     optimizer = torch.optim.AdamW(weights, lr=options.learning_rate, weight_decay=0.0)
-    accumulated = max(1, options.batch_size // options.device_batch_size)
+    same = ("max_steps", "importance_power", "eviction_weight", "eviction_budgets", "recompute", "seed")
     arguments = LookaheadTrainingArguments(
         output_dir=str(options.out / "checkpoints"),
-        max_steps=options.max_steps,
         per_device_train_batch_size=options.device_batch_size,
         per_device_eval_batch_size=options.device_batch_size,
-        gradient_accumulation_steps=accumulated,
-        importance_power=options.importance_power,
-        eviction_weight=options.eviction_weight,
-        eviction_budgets=options.eviction_budgets,
+        gradient_accumulation_steps=max(1, options.batch_size // options.device_batch_size),
         eviction_temperature=options.temperature[0],
         eviction_allocation=options.allocation,
-        recompute=options.recompute,
         metric_for_best_model="lost",
         greater_is_better=False,
         save_steps=options.max_steps,
         save_total_limit=2,
         logging_steps=1,
         report_to=[],
-        seed=options.seed,
         use_cpu=options.device == "cpu",
+        **{name: getattr(options, name) for name in same},
     )
     trainer = LookaheadTrainer(
         model,

@@ -132,11 +132,15 @@ def _built_prompts(options: TargetOptions, tokenizer: Any, mix: dict[str, Any]) 
     # Not by the seed: sets of several seeds, trained on together, hold the same documents out.
     train, validation = split_documents(read_documents(options.documents or []), options.validation_fraction)
     sets = {}
-    for name, part, size, part_seed in (
-        ("validation", validation, options.validation_count, options.seed + 1),
-        ("train", train, options.count, options.seed),
+    held_out = f"the {options.validation_fraction:.0%} of the documents that are held out for validation"
+    for name, part, size, part_seed, what in (
+        ("validation", validation, options.validation_count, options.seed + 1, held_out),
+        ("train", train, options.count, options.seed, "the documents to train on"),
     ):
-        built = build_prompts_in_parallel(part, tokenizer, size, PromptMix(**mix, seed=part_seed), options.workers)
+        try:
+            built = build_prompts_in_parallel(part, tokenizer, size, PromptMix(**mix, seed=part_seed), options.workers)
+        except ValueError as error:
+            raise ValueError(f"{what}: {error} (--max-length)") from error
         rows = [{"input_ids": prompt["input_ids"], "kind": prompt["kind"]} for prompt in built]
         if mix.get("asked_later_share"):
             rows = [{**row, "response_ids": prompt["response_ids"]} for row, prompt in zip(rows, built, strict=True)]

@@ -1,8 +1,8 @@
 """The options of ``lkq-hf generate-targets``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -43,3 +43,9 @@ class TargetOptions:
     ] = False
     dtype: Annotated[str, Shown("Data type of the model's weights: float32, bfloat16 or float16.")] = "bfloat16"
     device: Annotated[str | None, Shown("Device, such as cuda or cpu; by default the best there is.")] = None
+
+    @classmethod
+    def like(cls, options: object, **others: Any) -> "TargetOptions":
+        """Those of other options that have the same names, but for ``others``."""
+        names = {field.name for field in fields(cls)}
+        return cls(**{name: value for name, value in vars(options).items() if name in names} | others)

@@ -79,18 +79,7 @@ def run(options: TrainOptions) -> None:
     targets = options.targets
     if targets is None:
         targets = [out / "targets"]
-        make_targets(
-            TargetOptions(
-                model=options.model,
-                out=targets[0],
-                documents=options.documents,
-                count=options.count,
-                max_length=options.max_length,
-                max_new_tokens=options.max_new_tokens,
-                dtype=options.dtype,
-                device=options.device,
-            )
-        )
+        make_targets(TargetOptions.like(options, out=targets[0], seed=TargetOptions.seed))
     train_dataset = usable_targets(
         [load_targets(directory / "train") for directory in targets],
         options.max_repetition,
