@@ -4,25 +4,19 @@
 
 Each prompt hides one fact and ends with the question. It is read at once, in chunks, and in chunks with everything
 parked, by SmolLM2-135M-Instruct with the shipped adapter. Without parking each chunk attends to what was kept of those
-before, four times the budget. Texts are Python's language reference, unless ``--texts`` names others. Writes OUT.json
-and OUT.md.
+before, four times the budget. Texts are Python's language reference, unless ``--texts`` names others.
 """
 
-import argparse
-import json
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from real_models import load_smollm2
-from tables import table
+from common import documents_of, parser, real_model, save
 from tqdm import tqdm
 
 from lkq_hf import LookaheadCache, shipped_adapter
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.tasks.needles import Needle
-from lkq_hf.text.documents import read_documents
 from lkq_hf.text.passages import Corpus
 
 
@@ -45,75 +39,41 @@ def answer(
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), kept
 
 
-def report(results: dict[str, Any]) -> str:
-    rows = [
-        [name, *(f"{found[budget]}, {results['same'][name][budget] / results['prompts']:.0%}" for budget in found)]
-        for name, found in results["found"].items()
-    ]
-    header = ["scorer, prompt read", *(f"budget {budget}" for budget in results["budgets"])]
-    return (
-        "# Chunked prefill\n\n"
-        f"One planted fact in {results['length']:,} tokens: how many of {results['prompts']} are found, "
-        "and which share of the entries is that which the scorer keeps of a prompt read at once. "
-        f"SmolLM2-135M-Instruct, {results['about']['hardware']['name']}. With a budget of {results['length']:,} "
-        f"nothing is evicted: {results['full cache']} are found.\n\n{table(header, rows)}\n"
-    )
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", type=Path)
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--budgets", nargs="+", type=int, default=[32, 64])
-    parser.add_argument("--chunks", nargs="+", type=int, default=[256])
-    parser.add_argument("--scorers", nargs="+", default=["lookahead", "snapkv"])
-    parser.add_argument("--prompts", type=int, default=12)
-    parser.add_argument("--out", type=Path, required=True)
-    arguments = parser.parse_args()
-    model, tokenizer = load_smollm2()
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.load_adapter(str(shipped_adapter()))
-    if arguments.texts:
-        documents = read_documents(arguments.texts)
-    else:
-        documents = [{"document": name, "text": text} for name, text in topics.items()]
-    prompts = list(Needle(Corpus(documents, tokenizer)).examples(arguments.prompts, arguments.length))
+    options = parser(__doc__)
+    options.add_argument("--texts", nargs="+", type=Path)
+    options.add_argument("--length", type=int, default=1024)
+    options.add_argument("--budgets", nargs="+", type=int, default=[32, 64])
+    options.add_argument("--chunks", nargs="+", type=int, default=[256])
+    options.add_argument("--scorers", nargs="+", default=["lookahead", "snapkv"])
+    options.add_argument("--prompts", type=int, default=12)
+    given = options.parse_args()
+    model, tokenizer = real_model(adapter=shipped_adapter())
     ways: dict[str, tuple[str, int | None, str | None]] = {}
-    for scorer in arguments.scorers:
+    for scorer in given.scorers:
         ways[f"{scorer}, at once"] = scorer, None, None
-        for chunk in arguments.chunks:
+        for chunk in given.chunks:
             ways[f"{scorer}, in chunks of {chunk}"] = scorer, chunk, None
             ways[f"{scorer}, in chunks of {chunk}, parked"] = scorer, chunk, "cpu"
-    found: dict[str, dict[str, int]] = {name: dict.fromkeys(map(str, arguments.budgets), 0) for name in ways}
-    same = {name: dict.fromkeys(map(str, arguments.budgets), 0.0) for name in ways}
-    results: dict[str, Any] = {
-        "about": environment(model.device),
-        "length": arguments.length,
-        "budgets": arguments.budgets,
-        "full cache": 0,
-        "found": found,
-        "same": same,
-    }
+    found: dict[str, dict[str, int]] = {name: dict.fromkeys(map(str, given.budgets), 0) for name in ways}
+    same = {name: dict.fromkeys(map(str, given.budgets), 0.0) for name in ways}
+    results: dict[str, Any] = {"about": environment(model.device), "length": given.length, "budgets": given.budgets}
+    results |= {"full cache": 0, "found": found, "same": same}
+    prompts = list(Needle(Corpus(documents_of(given.texts), tokenizer)).examples(given.prompts, given.length))
     for count, prompt in enumerate(tqdm(prompts), 1):
-
-        def finds(text: str, prompt: Any = prompt) -> bool:
-            return all(value in text for value in prompt["reference"])
-
-        ids = prompt["input_ids"]
-        results["full cache"] += finds(answer(model, tokenizer, ids, arguments.length, "streaming", None, None)[0])
+        ids, expected = prompt["input_ids"], prompt["reference"] or []
+        text, _ = answer(model, tokenizer, ids, given.length, "streaming", None, None)  # keeps all
+        results["full cache"] += all(value in text for value in expected)
         whole: dict[Any, Any] = {}
         for name, way in ways.items():
-            for budget in arguments.budgets:
+            for budget in given.budgets:
                 text, kept = answer(model, tokenizer, ids, budget, *way)
-                found[name][str(budget)] += finds(text)
+                found[name][str(budget)] += all(value in text for value in expected)
                 at_once = whole.setdefault((way[0], budget), kept)  # the first way
                 if kept is not None:
                     same[name][str(budget)] += float((kept & at_once).sum() / at_once.sum())
-        results["prompts"] = count
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        arguments.out.with_suffix(".md").write_text(report(results))
-    print(report(results))
+        save(given.out, results | {"prompts": count})
+    print(f"the full cache finds {results['full cache']} of {len(prompts)}; found: {found}")
 
 
 if __name__ == "__main__":

@@ -6,9 +6,10 @@ import gc
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadKVConfig, prepare_model_for_eviction
 from lkq_hf.files import write_json
+from lkq_hf.text.documents import read_documents
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("lkq-hf", "torch", "triton", "transformers", "peft")
@@ -111,6 +113,11 @@ def random_models(sizes: Mapping[str, Any], **adapter: Any) -> tuple[Any, Any]:
         each.requires_grad_(False)
         prepare_model_for_eviction(each)
     return model, adapted.eval()
+
+
+def documents_of(texts: Sequence[Path] | None) -> list[dict[str, Any]]:
+    """Those of some files, or Python's language reference."""
+    return read_documents(texts) if texts else [{"document": name, "text": text} for name, text in topics.items()]
 
 
 # The machine, and time

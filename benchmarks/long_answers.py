@@ -7,33 +7,28 @@ SmolLM2-135M-Instruct with the shipped adapter reads the beginning of a text, an
 (teacher forcing), ``refresh_every`` tokens at a time. The rest is the text's own, or what the model samples with the
 full cache, for which no cache can do better than the full one. Each scorer keeps the same number of entries: a budget,
 and at most twice ``refresh_every`` recent tokens. "streaming" is sinks and recent tokens. Texts are Python's language
-reference, unless ``--texts`` names others. Writes OUT.json and OUT.md.
+reference, unless ``--texts`` names others.
 """
 
-import argparse
-import json
 import time
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from real_models import load_smollm2
-from tables import table
+from common import DEVICE, documents_of, parser, real_model, save
+from tables import declared
 from torch.nn import functional as F
 from transformers import DynamicCache
 
 from lkq_hf import LookaheadCache, shipped_adapter
 from lkq_hf.evaluation.environment import environment
-from lkq_hf.text.documents import read_documents
 
 SCORERS = ("lookahead", "snapkv", "streaming")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def windows(tokenizer: Any, texts: list[Path] | None, count: int, length: int) -> torch.Tensor:
     """``[count, length]`` ids, evenly spread over all texts."""
-    documents = [row["text"] for row in read_documents(texts)] if texts else list(topics.values())
+    documents = [row["text"] for row in documents_of(texts)]
     ids = torch.tensor(tokenizer("\n\n".join(documents), verbose=False)["input_ids"])
     if len(ids) < count * length:
         raise SystemExit(f"the texts have {len(ids):,} tokens; {count} x {length:,} are asked for")
@@ -71,48 +66,24 @@ def _log_probabilities(model: Any, ids: torch.Tensor, cache: Any, keep: int) -> 
     return F.log_softmax(model(input_ids=ids, past_key_values=cache, logits_to_keep=keep).logits.float(), dim=-1)
 
 
-def report(results: dict[str, Any]) -> str:
-    sizes = "{prompt:,} tokens are read, {answer:,} follow; {texts} texts; `refresh_every={every}`".format(**results)
-    parts = [
-        "# Long answers\n\nNats a token lost against the full cache under teacher forcing, and the KL divergence from "
-        f"it. SmolLM2-135M-Instruct, {results['about']['hardware']['name']}, {results['seconds']:.0f} s. {sizes}. "
-        "The most entries of a head include recent tokens."
-    ]
-    for kind, rows in results["rows"].items():
-        cells = [
-            [
-                name,
-                f"{row['entries']:.0f}",
-                f"{row['nats']:.3f}",
-                f"{row['nats_by_quarter'][-1]:.3f}",
-                f"{row['kl']:.3f}",
-            ]
-            for name, row in rows.items()
-        ]
-        parts.append(f"## {kind}\n\n" + table(["cache", "most entries", "nats", "last quarter", "KL"], cells))
-    return "\n\n".join(parts) + "\n"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--texts", nargs="+", type=Path)
-    parser.add_argument("--count", type=int, default=32)
-    parser.add_argument("--prompt", type=int, default=1024)
-    parser.add_argument("--answer", type=int, default=2048)
-    parser.add_argument("--refresh-every", type=int, default=64)
-    parser.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--small", action="store_true")
-    options = parser.parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--texts", nargs="+", type=Path)
+    arguments.add_argument("--count", type=int, default=32)
+    arguments.add_argument("--prompt", type=int, default=1024)
+    arguments.add_argument("--answer", type=int, default=2048)
+    arguments.add_argument("--refresh-every", type=int, default=64)
+    arguments.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
+    arguments.add_argument("--small", action="store_true")
+    options = arguments.parse_args()
     if options.small:
         options.count, options.prompt, options.answer, options.refresh_every, options.budgets = 2, 192, 192, 32, [64]
     started = time.monotonic()
     torch.manual_seed(0)
-    model, tokenizer = load_smollm2(torch.bfloat16 if DEVICE == "cuda" else torch.float32)
-    model.to(DEVICE).load_adapter(shipped_adapter())  # type: ignore[arg-type]
+    model, tokenizer = real_model(adapter=shipped_adapter())
     ids = windows(tokenizer, options.texts, options.count, options.prompt + options.answer).to(DEVICE)
     prompt, every = options.prompt, options.refresh_every
-    sampled: Any = model.generate(  # type: ignore[operator]
+    sampled = model.generate(
         ids[:, :prompt],
         attention_mask=torch.ones_like(ids[:, :prompt]),
         do_sample=True,
@@ -133,10 +104,8 @@ def main() -> None:
         }
         results["rows"][kind] = lost(model, text, prompt, caches, every)
         results["seconds"] = time.monotonic() - started
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    options.out.with_suffix(".md").write_text(report(results))
-    print(report(results))
+        save(options.out, results)
+        print(kind, declared("long_answers", {"rows": results["rows"][kind]}), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from common import DEVICE, describe, parser, real_model, save
 from quality import AGREEMENT_TASKS, FACT_TASKS, Prompts, answer_rows
-from tables import RESULTS, columns, machine
+from tables import RESULTS, declared
 from tqdm import tqdm
 
 from lkq_hf import shipped_adapter
@@ -113,7 +113,8 @@ def measure(method: Method, given: Any, full: dict[str, list[str]]) -> dict[str,
     adapter = shipped_adapter() if method.adapter == "shipped" else method.adapter
     model, tokenizer = real_model(given.model, adapter, given.device)
     prompts = Prompts(given.texts, tokenizer, given.source, given.seed)
-    row: dict[str, Any] = {"source": method.source, "answers": {}}
+    row: dict[str, Any] = {"source": method.source}
+    kept: dict[str, list[str]] = {}
     sizes, seconds = [], []
     for task, examples, new_tokens in tasks(prompts, given):
         found = []
@@ -123,29 +124,22 @@ def measure(method: Method, given: Any, full: dict[str, list[str]]) -> dict[str,
             found.append(text)
             sizes.append(size)
             seconds.append(time.perf_counter() - start)
-        row["answers"][task] = found
+        kept[task] = found
         texts = {"full": full.get(task, found), "own": found}
         row[task] = answer_rows(texts, [example["reference"] for example in examples])["own"]
     mean = {"bytes": sum(sizes) / len(sizes), "seconds": sum(seconds) / len(seconds)}
-    return row | mean | {"environment": describe()}
+    # The others are compared with the full cache's answers, so these are kept.
+    return row | mean | {"environment": describe()} | ({"answers": kept} if method.name == FULL else {})
 
 
 def report(results: dict[str, Any]) -> str:
     sizes = results["settings"]
-    rows = [
-        {"method": name, "mib": row["bytes"] / 2**20, "place": machine(row["environment"]).split(";")[0]} | row
-        for name, row in results["rows"].items()
-    ]
-    cells = "method={method}"
-    cells += "".join(f" | {kind}={{{kind}[accuracy]:.2f}}" for kind in FACT_TASKS)
-    cells += "".join(f" | {kind}, word F1={{{kind}[word_f1]:.2f}}" for kind in AGREEMENT_TASKS)
     return (
         "# Methods side by side\n\n"
         f"Written by `python benchmarks/method_comparison.py`. {sizes['model']}, {sizes['prompts']} prompts of "
         f"{sizes['length']:,} tokens for each task. Planted facts: share found. Other tasks: words shared with the "
         "full cache's answer. How to add a row: CONTRIBUTING.md.\n\n"
-        + columns(rows, cells + " | cache, MiB={mib:.1f} | s a prompt={seconds:.1f} | on={place} | source={source}")
-        + "\n"
+        f"{declared('method_comparison', results)}\n"
     )
 
 

@@ -182,6 +182,12 @@ def chunked_prefill(file: str = "chunked_prefill") -> str:
     return table([f"facts found of {found['prompts']}, by entries per KV head", *map(str, found["budgets"])], rows)
 
 
+def long_answers() -> str:
+    """Nats lost while an answer is long, by whose continuation it is."""
+    rows = load("long_answers")["rows"]
+    return "\n\n".join(f"## {kind}\n\n{declared('long_answers', {'rows': each})}" for kind, each in rows.items())
+
+
 # Quantization
 
 DEFAULT, PEER, UNCORRECTED = "default", "GPTQModel", "residual not corrected"
