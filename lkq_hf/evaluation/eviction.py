@@ -279,8 +279,8 @@ def evaluate_eviction(
 def summarise(records: Iterable[Record]) -> list[Row]:
     """The metrics of each task, length, scorer and budget.
 
-    Every row holds ``task``, ``length``, ``scorer``, ``budget`` as it was asked for, the ``entries`` that it is for
-    this length (both None for the full cache), ``examples``, and
+    Every row holds ``task``, ``length``, ``scorer``, ``budget`` as it was asked for, the same in ``entries`` of a
+    prompt of this length (both None for the full cache), ``examples``, and
 
     - ``answer_match``: share of the expected strings in the answers, where the task has any;
     - ``word_f1``, ``agreed_prefix``: generated answers against the full cache's;

@@ -10,7 +10,7 @@ from lkq_hf.cache.allocation import MOST
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, which people with any color vision can tell apart; markers tell them apart in grey.
+# Okabe and Ito's colors, which people with any color vision can tell apart; markers tell them apart in gray.
 STYLES = {
     "lookahead": ("#0072B2", "o"),
     "snapkv": ("#E69F00", "s"),
@@ -155,7 +155,7 @@ def pareto_points(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def pareto_front(points: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The points than which none has fewer or equal bytes and a higher or equal quality, by rising bytes."""
+    """The points that no other beats: none has at most their bytes and at least their quality. By rising bytes."""
     front: list[Mapping[str, Any]] = []
     for point in sorted(points, key=lambda p: (p["kv_bytes"], -p["quality"])):
         if not front or point["quality"] > front[-1]["quality"]:

@@ -130,7 +130,7 @@ def _attend_kernel(
     largest = tl.full((BLOCK_GROUPS,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_GROUPS,), tl.float32)
     sums = tl.zeros((BLOCK_GROUPS, BLOCK_VALUE_DIM), tl.float32)
-    # Every so manieth tile: what is seen may all lie at one end.
+    # Programs take tiles in turn: the visible entries may all lie at one end.
     for tile in range(split, tiles, tl.num_programs(0)):
         slot = tile * BLOCK_SLOTS + tl.arange(0, BLOCK_SLOTS)
         seen = tl.load(mask + slot, mask=slot < slots, other=0) != 0

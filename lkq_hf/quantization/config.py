@@ -261,7 +261,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         return super().from_dict(values, return_unused_kwargs, **kwargs)
 
     def get_loading_attributes(self) -> dict[str, Any]:
-        """What of a configuration given to `from_pretrained` applies to a quantized checkpoint: nothing.
+        """Which fields of a configuration given to `from_pretrained` apply to a quantized checkpoint: none.
 
         Raises:
             ValueError: the configuration asks for quantizing, which would not be done.

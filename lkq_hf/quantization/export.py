@@ -38,7 +38,7 @@ _NOT_COPIED = {"config.json", "quantize_config.json", "README.md", SAFE_WEIGHTS_
 
 
 def export_checkpoint(source: str | Path, out: str | Path, format: str) -> Path:
-    """Write a checkpoint of ours in another format.
+    """Writes a checkpoint of this package in another format.
 
     Args:
         source: directory of a checkpoint that `save_pretrained` wrote.

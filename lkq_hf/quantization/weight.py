@@ -13,7 +13,7 @@ class QuantizedWeight:
     Args:
         integers: int32 or uint8 `[out_features, in_features]` in `0 .. 2**bits - 1`, columns in their original order.
         scales: float16 `[out_features, groups]`, finite and not 0: the values that are stored. Negative ones only in
-            symmetric weights: they turn the grid round, whose lower end has one level more than its upper end.
+            symmetric weights: they mirror the grid, whose lower end has one level more than its upper end.
         zeros: int32 `[out_features, groups]` in `0 .. 2**bits - 1`.
         bits: 2, 3, 4 or 8.
         group_size: input columns that share a scale; `in_features` for one scale a row.

@@ -30,10 +30,10 @@ class PrefillAttention:
         mask: True for real entries: ``[batch, length]``, or ``[batch, kv_heads, length]`` where heads hold different
             entries; None if all are real.
         layer_index: index of the layer in the model.
-        new_length: the last tokens of ``length`` that there are queries of: those that this forward reads, and for a
-            scorer with `Scorer.observed_queries` some of the piece of the prompt before; None if of all.
-        sinks: ``[heads]``, for each query head one logit more in its softmax, of no key (gpt-oss); None if there is
-            none.
+        new_length: how many of the last tokens have queries: those that this forward reads, and for a scorer with
+            `Scorer.observed_queries` some of the piece of the prompt before. None if all have.
+        sinks: ``[heads]``, an extra logit in each query head's softmax that belongs to no key (gpt-oss); None if there
+            is none.
     """
 
     query: torch.Tensor

@@ -1,6 +1,6 @@
 """The wordings from which training prompts are put together.
 
-An adapter generalises to the wordings of its users only when it was trained on many, so every list here is meant to be
+An adapter generalizes to the wordings of its users only when it was trained on many, so every list here is meant to be
 long and uneven. None of them may use the wordings of `lkq_hf.evaluation.tasks`: evaluation measures wordings that
 were not trained on.
 """

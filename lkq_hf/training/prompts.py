@@ -1,7 +1,7 @@
 """Training prompts for a lookahead adapter, made from any documents.
 
 The adapter learns which parts of a prompt the model's own answer will look at. So the mix holds the kinds of use that
-differ in where the answer looks: planted facts, questions over several paragraphs, explaining, summarising, comparing,
+differ in where the answer looks: planted facts, questions over several paragraphs, explaining, summarizing, comparing,
 quoting, copying and continuing; with the task before or after the text, in a later turn of a conversation about it,
 and with prompts that end inside an answer.
 

@@ -1,4 +1,4 @@
-"""Reading a text: answering over several paragraphs, explaining, summarising, continuing."""
+"""Reading a text: answering over several paragraphs, explaining, summarizing, continuing."""
 
 import random
 from collections.abc import Sequence
