@@ -7,43 +7,31 @@
 Three measurements, each with the full cache beside it:
 
 1. *Likelihood*: the full cache's own greedy answer to prompts of three kinds (explain, summarise, continue) is scored
-   under each evicted cache in one forward (teacher forcing): NLL, tokens matched, recall of the oracle's top-k.
+   under each evicted cache in one forward (teacher forcing): NLL, tokens matched, recall of the oracle's top-k (mean
+   over KV heads; in results of before commit f72a096, of all entries).
 2. *Planted facts*: answers are generated; the share of right ones, and how much of the full cache's share is kept.
 3. *Agreement*: answers to questions over several paragraphs and summaries are generated and compared with the full
    cache's by word F1.
 
-Writes OUT.json; report.py makes the table and the picture. ``--small`` is a smoke test for a CPU.
+Prompts are read once for all scorers, by the evaluator of `lkq-hf evaluate eviction`. ``--small`` is a smoke test.
 """
 
 import argparse
-import copy
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import DEVICE, parser, real_model, save
-from quality import AGREEMENT_TASKS, FACT_TASKS, Prompts, answer_rows
+from quality import AGREEMENT_TASKS, FACT_TASKS, Prompts
 from tqdm import tqdm
 
-from lkq_hf import LookaheadCache
-from lkq_hf.evaluation.decoding import Answers, answer_greedily, score_answers
 from lkq_hf.evaluation.environment import digests, environment
-from lkq_hf.evaluation.metrics import load_metric
-from lkq_hf.evaluation.prefill import (
-    Prefill,
-    ScoredAnswers,
-    add_oracle,
-    kept_entries,
-    read_prompts,
-    stack_caches,
-)
+from lkq_hf.evaluation.eviction import FULL, EvictionEvaluator, summarise
 from lkq_hf.evaluation.tasks import Example
 from lkq_hf.scoring import LookaheadScorer, RandomScorer, Scorer, SnapKVScorer, StreamingScorer
 
 LIKELIHOOD_TASKS = ("explain", "summarise", "continue")
-ORACLE = "oracle"
 SUMS: dict[str, dict[str, Any]] = {
     f"sum-pool {width} (0.2)": {"kernel_size": width, "pooling": "sum", "neighbor_weight": 0.2} for width in (3, 5)
 }
@@ -70,117 +58,40 @@ def scorers(
     return methods
 
 
-class Bench:
-    """One model and its scorers. Every batch of prompts is read once, for all scorers and budgets."""
-
-    def __init__(self, arguments: argparse.Namespace):
-        dtype = getattr(torch, arguments.dtype)
-        self.model, self.tokenizer = real_model(arguments.model, arguments.adapter, arguments.device, dtype)
-        self.budgets = arguments.budgets
-        self.allocation = arguments.allocation
-        self.batch_size = arguments.batch_size
-        with_adapter = bool(arguments.adapter)
-        self.methods = scorers(with_adapter, arguments.lookahead_kernels, arguments.snapkv_kernels, ["max", "avg"])
-        # Generating takes much longer than scoring: fewer poolings.
-        self.generating_methods = scorers(with_adapter, [1, 3], arguments.snapkv_kernels, ["max"])
-
-    def read(self, examples: list[Example], methods: dict[str, Scorer], description: str) -> Iterator[Prefill]:
-        """The prompts in batches. They have one length, so nothing is padded."""
-        for start in tqdm(range(0, len(examples), self.batch_size), desc=description):
-            batch = examples[start : start + self.batch_size]
-            input_ids = torch.tensor([example["input_ids"] for example in batch], device=self.model.device)
-            mask = torch.ones_like(input_ids)
-            yield read_prompts(self.model, input_ids, mask, methods, self.budgets, self.allocation)
-
-    def add_oracle(self, prefill: Prefill, answers: Answers) -> ScoredAnswers:
-        return add_oracle(self.model, prefill, answers, self.budgets, self.allocation)
-
-    def full_answers(self, prefill: Prefill, new_tokens: int) -> Answers:
-        return answer_greedily(self.model, prefill.logits, prefill.mask, copy.deepcopy(prefill.full), new_tokens)
-
-    def caches(self, prefill: Prefill, oracle: dict[int, LookaheadCache], budget: int) -> dict[str, LookaheadCache]:
-        """By method; the oracle last."""
-        return {name: cache for (name, size), cache in prefill.caches.items() if size == budget} | {
-            ORACLE: oracle[budget]
-        }
-
-
-@torch.no_grad()
-def likelihood(bench: Bench, examples: list[Example], new_tokens: int) -> dict[str, Any]:
-    """Measurement 1."""
-    nlls: dict[str, list[list[float]]] = {}
-    tokens: dict[str, list[list[int]]] = {}
-    recalls: dict[str, list[torch.Tensor]] = {}
-    reference: list[list[int]] = []
-
-    def record(row: str, scored: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor) -> None:
-        nll, chosen = scored
-        nlls.setdefault(row, []).extend(values[m].tolist() for values, m in zip(nll, mask, strict=True))
-        tokens.setdefault(row, []).extend(values[m].tolist() for values, m in zip(chosen, mask, strict=True))
-
-    for prefill in bench.read(examples, bench.methods, "likelihood"):
-        answers = bench.full_answers(prefill, new_tokens)
-        reference.extend(answers.tokens())
-        full = bench.add_oracle(prefill, answers)
-        record("full", (full.nll, full.chosen), answers.mask)
-        for budget in bench.budgets:
-            best = kept_entries(full.oracle[budget])
-            for name, cache in bench.caches(prefill, full.oracle, budget).items():
-                recalls.setdefault(f"{budget}/{name}", []).append(_recall(kept_entries(cache), best))
-                scored = score_answers(bench.model, prefill.logits, prefill.mask, cache, answers)
-                record(f"{budget}/{name}", scored, answers.mask)
-
-    agreement, gap = load_metric("token_agreement"), load_metric("nll_gap")
-    rows = {
-        row: {
-            "nll": gap.compute(predictions=nlls[row], references=nlls["full"])["nll"],
-            "matched": agreement.compute(predictions=tokens[row], references=reference)["token_agreement"],
-            "recall": torch.cat(recalls[row]).mean().item() if row in recalls else 1.0,
-        }
-        for row in nlls
+def measure(evaluator: EvictionEvaluator, examples: list[Example], new_tokens: int, given: Any, title: str) -> Any:
+    """Rows by cache, of prompts of one length; for the likelihood no cache but the full one answers."""
+    answer = not title.startswith("likelihood")
+    records: list[dict[str, Any]] = []
+    for start in tqdm(range(0, len(examples), given.batch_size), desc=title):
+        records += evaluator.measure(examples[start : start + given.batch_size], new_tokens, answer)
+    for record in records:
+        record["task"] = title  # one table for all kinds of prompts
+    found = {
+        "full" if row["budget"] is None else f"{row['budget']}/{row['scorer']}": row for row in summarise(records)
     }
-    for budget in bench.budgets:
-        here = [name for name in rows if name.startswith(f"{budget}/")]
-        best_snapkv = min(rows[name]["nll"] for name in here if "snapkv" in name)
-        for name in here:
-            rows[name]["closes_gap"] = (best_snapkv - rows[name]["nll"]) / (best_snapkv - rows["full"]["nll"])
-    return {"prompts": len(examples), "answer_tokens": sum(map(len, reference)), "rows": rows}
+    full, rows = found["full"], {}
+    for name, row in found.items():
+        if answer:
+            rows[name] = {"word_f1": row["word_f1"]}
+            if "answer_match" in row:
+                rows[name]["accuracy"] = row["answer_match"]
+                if full["answer_match"]:
+                    rows[name]["kept"] = row["answer_match"] / full["answer_match"]
+        else:
+            rows[name] = {"nll": row["nll"], "matched": row["token_agreement"], "recall": row.get("topk_recall", 1.0)}
+    for budget in evaluator.budgets if not answer else ():
+        here = {name: row for name, row in rows.items() if name.startswith(f"{budget}/")}
+        best_snapkv = min(row["nll"] for name, row in here.items() if "snapkv" in name)
+        for row in here.values():
+            row["closes_gap"] = (best_snapkv - row["nll"]) / (best_snapkv - full["nll"])
+    tokens = sum(len(record["caches"][FULL]["tokens"]) for record in records)
+    return {"prompts": len(examples), "answer_tokens": tokens, "rows": rows}
 
 
-def _recall(kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Share of the oracle's entries that were kept, ``[batch]``; both bool ``[batch, kv_heads, length]`` by layer."""
-    both = sum((kept[layer] & best[layer]).sum((1, 2)) for layer in best)
-    return (both / sum(best[layer].sum((1, 2)) for layer in best)).cpu()
-
-
-@torch.no_grad()
-def generated(bench: Bench, examples: list[Example], new_tokens: int, description: str) -> dict[str, Any]:
-    """Measurements 2 (examples with a reference) and 3: answers as each cache gives them."""
-    texts: dict[str, list[str]] = {}
-
-    def record(row: str, answers: list[list[int]]) -> None:
-        texts.setdefault(row, []).extend(bench.tokenizer.batch_decode(answers, skip_special_tokens=True))
-
-    for prefill in bench.read(examples, bench.generating_methods, description):
-        answers = bench.full_answers(prefill, new_tokens)
-        record("full", answers.tokens())
-        oracle = bench.add_oracle(prefill, answers).oracle
-        for budget in bench.budgets:
-            # All methods answer together: a step costs little more for all of them than for one.
-            caches = bench.caches(prefill, oracle, budget)
-            repeated = [tensor.repeat(len(caches), 1) for tensor in (prefill.logits, prefill.mask)]
-            own = answer_greedily(bench.model, *repeated, stack_caches(list(caches.values())), new_tokens).tokens()
-            for index, name in enumerate(caches):
-                size = len(prefill.logits)
-                record(f"{budget}/{name}", own[index * size : (index + 1) * size])
-    rows = answer_rows(texts, [example["reference"] for example in examples])
-    return {"prompts": len(examples), "rows": rows}
-
-
-def describe(arguments: argparse.Namespace, bench: Bench) -> dict[str, Any]:
+def describe(arguments: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     files = [*arguments.texts, *([arguments.adapter] if arguments.adapter else [])]
     return {
-        **environment(bench.model.device),
+        **environment(device),
         "model": "HuggingFaceTB/SmolLM2-135M-Instruct" if arguments.model == "smollm2" else Path(arguments.model).name,
         "adapter": Path(arguments.adapter).name if arguments.adapter else None,
         "dtype": arguments.dtype,
@@ -209,7 +120,7 @@ def parse() -> argparse.Namespace:
     options.add_argument(
         "--only", choices=("likelihood", "facts", "agreement"), nargs="+", help="leave the others out"
     )
-    options.add_argument("--batch-size", type=int, default=64)
+    options.add_argument("--batch-size", type=int, default=32)
     options.add_argument("--device", default=DEVICE)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, else float32")
     options.add_argument("--seed", type=int, default=0)
@@ -227,29 +138,36 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     given = parse()
     started = time.monotonic()
-    bench = Bench(given)
-    prompts = Prompts(given.texts, bench.tokenizer, given.source, given.seed)
-    results: dict[str, Any] = {"about": describe(given, bench), "seconds": 0.0, "measurements": {}}
+    model, tokenizer = real_model(given.model, given.adapter, given.device, getattr(torch, given.dtype))
+    prompts = Prompts(given.texts, tokenizer, given.source, given.seed)
+    results: dict[str, Any] = {"about": describe(given, model.device), "seconds": 0.0, "measurements": {}}
+    wide, narrow = (
+        EvictionEvaluator(model, tokenizer, scorers(bool(given.adapter), *chosen), given.budgets, given.allocation)
+        for chosen in (
+            (given.lookahead_kernels, given.snapkv_kernels, ["max", "avg"]),
+            # Generating takes much longer than scoring: fewer poolings.
+            ([1, 3], given.snapkv_kernels, ["max"]),
+        )
+    )
 
-    def keep(name: str, found: dict[str, Any]) -> None:
+    def keep(name: str, evaluator: EvictionEvaluator, examples: list[Example], new_tokens: int) -> None:
         """A run that is cut short keeps its finished measurements."""
-        results["measurements"][name] = found
+        results["measurements"][name] = measure(evaluator, examples, new_tokens, given, name)
         results["seconds"] = time.monotonic() - started
         save(given.out, results)
 
     if "likelihood" in given.only:
         count = given.prompts // len(LIKELIHOOD_TASKS)
         examples = [each for kind in LIKELIHOOD_TASKS for each in prompts.open(kind, count, given.length)]
-        keep(f"likelihood, {given.length} tokens", likelihood(bench, examples, given.answer_tokens))
+        keep(f"likelihood, {given.length} tokens", wide, examples, given.answer_tokens)
     for length in given.fact_lengths if "facts" in given.only else ():
         for kind in FACT_TASKS:
             examples, tokens = prompts.facts(kind, given.fact_prompts, length)
-            keep(f"{kind}, {length} tokens", generated(bench, examples, tokens, f"{kind}, {length} tokens"))
+            keep(f"{kind}, {length} tokens", narrow, examples, tokens)
     for kind in AGREEMENT_TASKS if "agreement" in given.only else ():
-        name = f"agreement: {kind}, {given.length} tokens"
         # Other prompts than those of the first measurement.
         examples = prompts.open(kind, given.agreement_prompts, given.length, shift=1)
-        keep(name, generated(bench, examples, given.answer_tokens, name))
+        keep(f"agreement: {kind}, {given.length} tokens", narrow, examples, given.answer_tokens)
 
 
 if __name__ == "__main__":

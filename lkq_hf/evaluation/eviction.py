@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from lkq_hf.evaluation.journal import Journal
 from lkq_hf.evaluation.metrics import load_metric
 from lkq_hf.evaluation.positions import check_positions
 from lkq_hf.evaluation.prefill import (
-    ScoredAnswers,
     add_oracle,
     cache_bytes,
     entries_of,
@@ -54,7 +53,8 @@ class EvictionEvaluator:
         model: a causal language model, with its lookahead adapter if the lookahead scorer is asked for. It is prepared
             for eviction if it is not yet.
         tokenizer: its tokenizer.
-        scorers: names of scorers, "oracle" (which attends to the full cache's own answer) among them.
+        scorers: names of scorers, "oracle" (which attends to the full cache's own answer) among them; or scorers, by
+            names of your own, beside which the oracle is measured.
         budgets: entries to keep per KV head on average (int), or fractions of a prompt's length (float between 0 and
             1).
         allocation: how they are shared out among heads, the same for every scorer, as in
@@ -68,29 +68,31 @@ class EvictionEvaluator:
         self,
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
-        scorers: Sequence[str] = ("lookahead", "snapkv", "streaming", ORACLE),
+        scorers: Sequence[str] | Mapping[str, Scorer] = ("lookahead", "snapkv", "streaming", ORACLE),
         budgets: Sequence[int | float] = (64, 128, 256),
         allocation: str = "global",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.scorers = check_scorers(scorers)
+        if isinstance(scorers, Mapping):
+            self._scorers, self.scorers = dict(scorers), [*scorers, ORACLE]
+        else:
+            self.scorers = check_scorers(scorers)
+            self._scorers = {name: get_scorer(name) for name in self.scorers if name != ORACLE}
         self.budgets = check_budgets(budgets)
         self.allocation = check_allocation(allocation)
         if allocation == "profile":
             profile_of(get_decoder(model))  # told before hours of work
-        self._scorers: dict[str, Scorer] = {name: get_scorer(name) for name in self.scorers if name != ORACLE}
-        self._recall = load_metric("topk_recall", keep_in_memory=True)
-        self._mass = load_metric("retained_attention_mass", keep_in_memory=True)
         prepare_model_for_eviction(model)
 
     @torch.no_grad()
-    def measure(self, examples: Sequence[Example], max_new_tokens: int) -> list[Record]:
+    def measure(self, examples: Sequence[Example], max_new_tokens: int, answer: bool = True) -> list[Record]:
         """Answers a batch of prompts, padded on the left where their lengths differ.
 
         Args:
             examples: the prompts.
             max_new_tokens: longest answer, in tokens.
+            answer: whether each cache also gives an answer of its own, which takes most of the time.
 
         Returns:
             One record for each prompt, as JSON.
@@ -120,14 +122,15 @@ class EvictionEvaluator:
             oracle = full.oracle[entries[budget]]
             caches = [oracle if name == ORACLE else prefill.caches[name, entries[budget]] for name in self.scorers]
             nll, chosen = score_answers(self.model, logits, masks, stack_caches(caches), given)
-            own = answer_greedily(self.model, logits, masks, stack_caches(caches), max_new_tokens)
+            own = answer_greedily(self.model, logits, masks, stack_caches(caches), max_new_tokens) if answer else None
             for index, (name, cache) in enumerate(zip(self.scorers, caches, strict=True)):
                 here = slice(index * len(examples), (index + 1) * len(examples))
-                part = Answers(own.ids[here], own.mask[here])
+                part = None if own is None else Answers(own.ids[here], own.mask[here])
                 rows = self._describe(part, nll[here], chosen[here], answers, cache_bytes(cache))
                 kept = kept_entries(cache)
+                recall, mass = _attention(kept, kept_entries(oracle), full.attention)
                 for prompt, row in enumerate(rows):
-                    row |= self._attention(kept, kept_entries(oracle), full, prompt)
+                    row |= {"topk_recall": recall[prompt], "retained_attention_mass": mass[prompt]}
                     row["entries_by_head"] = [kept[layer][prompt].sum(-1).tolist() for layer in sorted(kept)]
                 cells[cell_name(name, budget)] = rows
         return [
@@ -136,34 +139,37 @@ class EvictionEvaluator:
         ]
 
     def _describe(
-        self, own: Answers, nll: torch.Tensor, chosen: torch.Tensor, answers: Answers, size: int
+        self, own: Answers | None, nll: torch.Tensor, chosen: torch.Tensor, answers: Answers, size: int
     ) -> list[Record]:
-        """What one cache made of each prompt: its own answer, and how it sees the full cache's."""
-        texts = self.tokenizer.batch_decode(own.tokens(), skip_special_tokens=True)
-        return [
-            {
-                "answer": text,
-                "tokens": tokens,
-                "nll": nll[index][mask].tolist(),
-                "chosen": chosen[index][mask].tolist(),
-                "kv_bytes": size // len(texts),
-            }
-            for index, (text, tokens, mask) in enumerate(zip(texts, own.tokens(), answers.mask, strict=True))
+        """What one cache made of each prompt: its own answer, if there is one, and how it sees the full cache's."""
+        rows: list[Record] = [
+            {"nll": nll[index][mask].tolist(), "chosen": chosen[index][mask].tolist(), "kv_bytes": size // len(nll)}
+            for index, mask in enumerate(answers.mask)
         ]
+        if own is not None:
+            texts = self.tokenizer.batch_decode(own.tokens(), skip_special_tokens=True)
+            for row, text, tokens in zip(rows, texts, own.tokens(), strict=True):
+                row |= {"answer": text, "tokens": tokens}
+        return rows
 
-    def _attention(
-        self, kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor], full: ScoredAnswers, index: int
-    ) -> dict[str, float]:
-        """Means over the KV heads of one prompt."""
-        entries, oracle = (
-            [head.nonzero()[:, 0].tolist() for layer in sorted(kept) for head in each[layer][index]]
-            for each in (kept, best)
-        )
-        mass = torch.cat([full.attention[layer][index] for layer in sorted(kept)]).clamp(min=0.0).tolist()
-        return {
-            **self._recall.compute(predictions=entries, references=oracle),
-            **self._mass.compute(predictions=entries, references=mass),
-        }
+
+def _attention(
+    kept: dict[int, torch.Tensor], best: dict[int, torch.Tensor], attention: dict[int, torch.Tensor]
+) -> tuple[list[float], list[float]]:
+    """Shares of the oracle's entries and of the answer's attention that were kept, by prompt: means over KV heads.
+
+    These are the metrics ``topk_recall`` and ``retained_attention_mass``.
+
+    Args:
+        kept: bool ``[batch, kv_heads, length]`` by layer.
+        best: what the oracle keeps, likewise.
+        attention: the attention of the answer, float ``[batch, kv_heads, length]`` by layer.
+    """
+    own, oracle, mass = (torch.cat([each[layer] for layer in sorted(kept)], dim=1) for each in (kept, best, attention))
+    mass = mass.clamp(min=0.0).double()
+    recall = (own & oracle).sum(-1) / oracle.sum(-1).double()
+    share = (mass * own).sum(-1) / mass.sum(-1)
+    return recall.mean(-1).tolist(), share.mean(-1).tolist()
 
 
 def check_scorers(scorers: Sequence[str]) -> list[str]:
@@ -322,18 +328,20 @@ class _Metrics:
     def compute(self, group: list[Record], name: str) -> dict[str, float]:
         cells = [record["caches"][name] for record in group]
         full = [record["caches"][FULL] for record in group]
-        texts = [cell["answer"] for cell in cells]
         result: dict[str, float] = {}
-        if all(record["reference"] for record in group):
-            references = [record["reference"] for record in group]
-            # A question's answers are alternatives; the strings of the other tasks are all asked for.
-            match = "any" if group[0]["task"] == QuestionAnswering.kind else "all"
-            result |= self.answer_match.compute(predictions=texts, references=references, match=match)
-        result |= self.word_f1.compute(predictions=texts, references=[cell["answer"] for cell in full])
         reference = [cell["tokens"] for cell in full]
+        if all("answer" in cell for cell in cells):
+            texts = [cell["answer"] for cell in cells]
+            if all(record["reference"] for record in group):
+                references = [record["reference"] for record in group]
+                # A question's answers are alternatives; the strings of the other tasks are all asked for.
+                match = "any" if group[0]["task"] == QuestionAnswering.kind else "all"
+                result |= self.answer_match.compute(predictions=texts, references=references, match=match)
+            result |= self.word_f1.compute(predictions=texts, references=[cell["answer"] for cell in full])
+            own = self.agreement.compute(predictions=[cell["tokens"] for cell in cells], references=reference)
+            result["agreed_prefix"] = own["agreed_prefix"]
         forced = self.agreement.compute(predictions=[cell["chosen"] for cell in cells], references=reference)
-        own = self.agreement.compute(predictions=[cell["tokens"] for cell in cells], references=reference)
-        result |= {"token_agreement": forced["token_agreement"], "agreed_prefix": own["agreed_prefix"]}
+        result["token_agreement"] = forced["token_agreement"]
         likelihood = self.likelihood.compute(
             predictions=[cell["nll"] for cell in cells], references=[cell["nll"] for cell in full]
         )
