@@ -7,7 +7,7 @@
 With ``--read-first`` the text is read, and evicted, before anything is asked. Methods: the full cache; LookaheadKV and
 SnapKV, each with entries parked in main memory and without; sinks + recent.
 Each reports the share of right answers by turn, and the bytes of its cache on the model's device after each turn.
-Writes OUT.json; report.py makes the table. ``--small`` is a smoke test for a CPU.
+Writes OUT.json; pages.py writes the table. ``--small`` is a smoke test for a CPU.
 """
 
 import itertools

@@ -428,3 +428,7 @@ def headline() -> str:
         ["SmolLM2-135M with 3-bit weights: nats per token lost", f"{ours:.2f}", f"GPTQModel {theirs:.2f}"],
     ]  # fmt: skip
     return table(["", "lkq-hf", "for comparison"], rows)
+
+
+if __name__ == "__main__":
+    raise SystemExit("python benchmarks/pages.py writes the tables, python benchmarks/pictures.py draws")
