@@ -1,8 +1,7 @@
 """Time of one token on a CPU: bfloat16, float32, and 4-bit weights with and without torch's int4 kernel.
 
     OMP_NUM_THREADS=1 python benchmarks/cpu_decode.py --out benchmarks/results/cpu_decode.json
-    OMP_NUM_THREADS=1 python benchmarks/cpu_decode.py --hidden 2048 --layers 2 --tokens 6 \\
-        --out benchmarks/results/cpu_decode_2048.json
+    OMP_NUM_THREADS=1 python benchmarks/cpu_decode.py --hidden 2048 --layers 2 --tokens 6 --out other    # another size
 
 Weights are rounded to the nearest integers: how well a model is quantized does not change its time. All variants take
 turns, a token each, so that other work on the machine slows all of them; the median over tokens is reported.
