@@ -131,30 +131,7 @@ def run_cell(
         results["cells"].append(cell)
         print(json.dumps(cell), flush=True)
         free_memory()
-    results["ratios"] = ratios(results["cells"])
     save(options.out, results)
-
-
-def ratios(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times the tokens per second of other caches, or of bf16 weights, with the same batch."""
-    speed = {
-        (cell["weights"], cell["batch"], cell["cache"]): cell["tokens_per_second"]
-        for cell in cells
-        if "tokens_per_second" in cell
-    }
-    return [
-        {"weights": weights, "batch": batch, "cache": name, "other_weights": other[0], "other": other[2]}
-        | {"ratio": speed[weights, batch, name] / speed[other]}
-        for weights, batch, name in speed
-        for other in (
-            ("bf16", batch, "dynamic"),
-            ("bf16", batch, "static, short prompt"),
-            ("bf16", batch, name.removesuffix(", static")),
-            ("bf16", batch, name),
-            (weights, batch, f"{name}, generate's loop"),
-        )
-        if other in speed and other != (weights, batch, name)
-    ]
 
 
 # One cell
