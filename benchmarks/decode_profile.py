@@ -29,7 +29,19 @@ LONGEST = 20  # kernels listed by name
 
 # Parts of kernels' names, in the order in which they decide. Products before others: epilogues are fused into them.
 GROUPS = {
-    "products": ("gemm", "gemv", "_rows_kernel", "cutlass", "nvjet", "splitk", "split_sum", "dot_kernel", "_mm", "::mm", "addmm"),
+    "products": (
+        "gemm",
+        "gemv",
+        "_rows_kernel",
+        "cutlass",
+        "nvjet",
+        "splitk",
+        "split_sum",
+        "dot_kernel",
+        "_mm",
+        "::mm",
+        "addmm",
+    ),
     "attention": ("_attend_kernel", "_combine_kernel", "flash", "fmha", "scaled_dot", "attention"),
     "copies": ("memcpy", "memset"),
     "token choice": ("argmax", "arg_max", "softmax", "sort", "topk", "cumsum", "exponential", "distribution"),
