@@ -57,6 +57,57 @@ def aligned(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int,
     return tensors, addresses
 
 
+class Launch:
+    """A Triton kernel that is launched with arguments of several kinds: a `RepeatedLaunch` for each of them.
+
+    Two calls are of one kind if Triton compiles the same code for them: it looks at the dtypes of tensors and at
+    whether they begin at a multiple of 16 bytes, and at which integers are 1 or a multiple of 16.
+
+    Args:
+        kernel: a function with ``triton.jit``, whose `tl.constexpr` arguments are its last ones.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._launches: dict[Any, RepeatedLaunch] = {}
+
+    def __call__(
+        self,
+        device: torch.device,
+        grid: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        """Launches the kernel.
+
+        Args:
+            device: on which.
+            grid: so many thread blocks.
+            arguments: all but the constants, by place.
+            constants: in the order of the kernel's arguments.
+            options: of the launch, such as ``num_warps``.
+        """
+        kind = (device, *constants.values(), *options.values(), *map(_kind, arguments))
+        launch = self._launches.get(kind)
+        if launch is None:
+            launch = self._launches[kind] = RepeatedLaunch(self._kernel, constants, **options)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            launch(grid, *arguments)
+        else:
+            with torch.cuda.device(device):
+                launch(grid, *arguments)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton looks at when it chooses the compiled code for an argument."""
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16
+    if type(argument) is int:
+        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
+    return type(argument)
+
+
 def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function an operator of torch, as `torch.library.custom_op` does: compilers do not look inside.
 
