@@ -102,7 +102,7 @@ class Launch:
 def _kind(argument: Any) -> Any:
     """What Triton looks at when it chooses the compiled code for an argument."""
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % 16
+        return argument.dtype, argument.data_ptr() % 16 == 0
     if type(argument) is int:
         return argument == 1, argument % 16 == 0, argument.bit_length() > 31
     return type(argument)
