@@ -53,7 +53,7 @@ PREFILLS = {  # model: (batch, prompt length)
 def main() -> None:
     options = parser(__doc__, RESULTS / "eviction_overhead.json")
     shapes = [f"{name}:{batch}:{length}" for name, sizes in PREFILLS.items() for batch, length in sizes]
-    options.add_argument("--prefill", nargs="+", metavar="MODEL:BATCH:LENGTH", default=shapes, help="whole prefills")
+    options.add_argument("--prefill", nargs="*", metavar="MODEL:BATCH:LENGTH", default=shapes, help="whole prefills")
     given = options.parse_args()
     if not torch.cuda.is_available():
         options.error("this benchmark needs a CUDA GPU, and torch finds none")

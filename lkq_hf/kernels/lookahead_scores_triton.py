@@ -84,7 +84,7 @@ def lookahead_scores_triton(
     row_blocks = ceil_div(group_rows, block_rows)
     tiles = groups * row_blocks
     if one_launch is None:
-        one_launch = key.is_cuda and tiles * batch * kv_heads <= multiprocessors(key.device)
+        one_launch = block_d <= 256 and tiles * batch * kv_heads <= _most_programs(key.device)
     tile = tile or default_tile(block_d, key.element_size(), group_rows, one_launch)
 
     wanted_splits = max(1, _resident_programs(key.device, tile) // (tiles * batch * kv_heads))
@@ -192,13 +192,23 @@ def _unit_stride(tensor: Tensor) -> Tensor:
 
 
 def default_tile(block_d: int, element_size: int, group_rows: int, one_launch: bool) -> Tile:
-    """The tile for these shapes, for the 100 kB of shared memory of the smallest supported GPUs."""
+    """The tile for these shapes. That of two launches needs 100 kB of shared memory, as the smallest GPUs have."""
     rows = max(16, next_power_of_2(group_rows))
     if element_size == 4:  # float32 dot products have no tensor cores, and large tiles spill registers
         return Tile(min(rows, 32), 16, 4, 2, 1 if one_launch else 2)
     rows, keys = min(rows, 16384 // block_d, 128), min(128, max(64, 8192 // block_d))
-    stages = 3 if block_d <= 128 else 2
-    return Tile(rows, keys, 8, stages, 1) if one_launch else Tile(rows, keys, 4, stages, 2)
+    if one_launch and block_d <= 128:  # as many logits as registers hold
+        return Tile(rows, 256, 8, 2, 1)
+    return Tile(rows, keys, 8 if one_launch else 4, 3 if block_d <= 128 else 2, 1 if one_launch else 2)
+
+
+@cache
+def _most_programs(device: torch.device) -> int:
+    """Thread blocks of one launch that can wait for each other; 0 where shared memory is too small for its tiles."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return 0
+    properties = torch.cuda.get_device_properties(device)
+    return multiprocessors(device) if properties.shared_memory_per_block_optin >= 160 * 1024 else 0
 
 
 def _resident_programs(device: torch.device, tile: Tile) -> int:
@@ -456,10 +466,10 @@ def _scores_kernel(
         for i in range(0, tiles):
             start = first_tile - i * BLOCK_KEYS
             block = _key_block(keys, start, stop, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_KEYS, FIRST)
-            logits = base2_logits(tl.dot(block, columns, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
+            upright = base2_logits(tl.dot(block, columns, input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
             if HAS_POWER:
-                logits *= row_power
-            score = tl.sum(tl.exp2(logits - offset[None, :]), 1)
+                upright *= row_power
+            score = tl.sum(tl.exp2(upright - offset[None, :]), 1)
             _store_scores(out, mask, start, stop, score, row_power, HAS_POWER, ROW_BLOCKS, BLOCK_KEYS)
 
 
