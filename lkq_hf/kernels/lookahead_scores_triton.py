@@ -84,7 +84,8 @@ def lookahead_scores_triton(
     row_blocks = ceil_div(group_rows, block_rows)
     tiles = groups * row_blocks
     if one_launch is None:
-        one_launch = block_d <= 256 and tiles * batch * kv_heads <= _most_programs(key.device)
+        suits = block_d <= 256 and key.element_size() == 2
+        one_launch = suits and tiles * batch * kv_heads <= _most_programs(key.device)
     tile = tile or default_tile(block_d, key.element_size(), group_rows, one_launch)
 
     wanted_splits = max(1, _resident_programs(key.device, tile) // (tiles * batch * kv_heads))
@@ -204,11 +205,15 @@ def default_tile(block_d: int, element_size: int, group_rows: int, one_launch: b
 
 @cache
 def _most_programs(device: torch.device) -> int:
-    """Thread blocks of one launch that can wait for each other; 0 where shared memory is too small for its tiles."""
+    """Thread blocks of one launch that can wait for each other; 0 where its tiles are too large for a GPU.
+
+    Before Hopper, products need more registers, and GPUs of other makers cannot launch such blocks together.
+    """
     if device.type != "cuda" or torch.version.cuda is None:
         return 0
     properties = torch.cuda.get_device_properties(device)
-    return multiprocessors(device) if properties.shared_memory_per_block_optin >= 160 * 1024 else 0
+    fits = properties.major >= 9 and properties.shared_memory_per_block_optin >= 200 * 1024
+    return multiprocessors(device) if fits else 0
 
 
 def _resident_programs(device: torch.device, tile: Tile) -> int:
