@@ -11,6 +11,8 @@ _MOST_INPUTS = 4096
 
 _LARGEST_RANK = 64
 
+_DTYPES = (torch.bfloat16, torch.float16)
+
 
 def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float, length: int) -> None:
     """``result[:, -length:] += scaling * x[:, -length:] @ down.T @ up.T``, in place.
@@ -38,14 +40,12 @@ def add_low_rank(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: f
 def _suits_kernel(result: Tensor, x: Tensor, down: Tensor, up: Tensor) -> bool:
     rank, in_features = down.shape
     return (
-        x.element_size() == 2
-        and rank <= _LARGEST_RANK
+        rank <= _LARGEST_RANK
         and in_features <= _MOST_INPUTS
-        and use_triton(result)
+        and result.dtype in _DTYPES
         and result.dtype == x.dtype == down.dtype == up.dtype
-        and result.is_contiguous()
-        and x.is_contiguous()
-        and down.is_contiguous()
-        and up.is_contiguous()
         and not torch.compiler.is_compiling()
+        and use_triton(result)
+        and all(tensor.is_contiguous() for tensor in (result, x, down, up))
+        and not (result.data_ptr() | x.data_ptr() | down.data_ptr() | up.data_ptr()) % 16
     )

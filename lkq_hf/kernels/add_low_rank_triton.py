@@ -4,12 +4,15 @@ Small models wait for launches, not for products. So one launch does both: each 
 result, and makes the short factor ``x @ down.T`` by itself.
 """
 
+from functools import cache
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from lkq_hf.kernels.dispatch import ceil_div, interpreting, next_power_of_2
-from lkq_hf.kernels.launch import Launch
+from lkq_hf.kernels.launch import OnDevice, RepeatedLaunch
 
 _BLOCK_ROWS = 32
 _BLOCK_OUT = 64
@@ -18,23 +21,24 @@ _BLOCK_OUT = 64
 def add_low_rank_triton(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float, length: int) -> None:
     batch, tokens, out_features = result.shape
     rank, in_features = down.shape
-    _launch(
-        result.device,
-        (ceil_div(out_features, _BLOCK_OUT), ceil_div(length, _BLOCK_ROWS), batch),
-        (result, x, down, up, float(scaling), tokens, length),
-        {
-            "IN": in_features,
-            "OUT": out_features,
-            "RANK": rank,
-            "BLOCK_ROWS": _BLOCK_ROWS,
-            "BLOCK_IN": 64 if in_features <= 1024 else 128,
-            "BLOCK_OUT": _BLOCK_OUT,
-            "BLOCK_RANK": max(16, next_power_of_2(rank)),
-            "INTERPRETED": interpreting(),
-        },
-        num_warps=4,
-        num_stages=4,
-    )
+    launch = _launch(result.device, result.dtype, in_features, out_features, rank)
+    grid = ceil_div(out_features, _BLOCK_OUT), ceil_div(length, _BLOCK_ROWS), batch
+    launch(grid, result, x, down, up, float(scaling), tokens, length)
+
+
+@cache
+def _launch(device: torch.device, dtype: torch.dtype, in_features: int, out_features: int, rank: int) -> OnDevice:
+    constants = {
+        "IN": in_features,
+        "OUT": out_features,
+        "RANK": rank,
+        "BLOCK_ROWS": _BLOCK_ROWS,
+        "BLOCK_IN": 64 if in_features <= 1024 else 128,
+        "BLOCK_OUT": _BLOCK_OUT,
+        "BLOCK_RANK": max(16, next_power_of_2(rank)),
+        "INTERPRETED": interpreting(),
+    }
+    return OnDevice(device, RepeatedLaunch(_add_kernel, constants, num_warps=4, num_stages=4))
 
 
 @triton.jit(do_not_specialize=["tokens", "length"])
@@ -83,6 +87,3 @@ def _add_kernel(
     inside = exists & (column < OUT)[None, :]
     before = tl.load(pointers, mask=inside, other=0.0)
     tl.store(pointers, (before + scaling * added).to(result.dtype.element_ty), mask=inside)
-
-
-_launch = Launch(_add_kernel)

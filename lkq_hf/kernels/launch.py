@@ -57,6 +57,21 @@ def aligned(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int,
     return tensors, addresses
 
 
+class OnDevice:
+    """A `RepeatedLaunch` on one device, whichever the current one is."""
+
+    def __init__(self, device: torch.device, launch: RepeatedLaunch) -> None:
+        self._device = device
+        self._launch = launch
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        if self._device.type != "cuda" or self._device.index == torch.cuda.current_device():
+            self._launch(grid, *arguments)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(grid, *arguments)
+
+
 class Launch:
     """A Triton kernel that is launched with arguments of several kinds: a `RepeatedLaunch` for each of them.
 
@@ -69,7 +84,7 @@ class Launch:
 
     def __init__(self, kernel: Any) -> None:
         self._kernel = kernel
-        self._launches: dict[Any, RepeatedLaunch] = {}
+        self._launches: dict[Any, OnDevice] = {}
 
     def __call__(
         self,
@@ -91,20 +106,16 @@ class Launch:
         kind = (device, *constants.values(), *options.values(), *map(_kind, arguments))
         launch = self._launches.get(kind)
         if launch is None:
-            launch = self._launches[kind] = RepeatedLaunch(self._kernel, constants, **options)
-        if device.type != "cuda" or device.index == torch.cuda.current_device():
-            launch(grid, *arguments)
-        else:
-            with torch.cuda.device(device):
-                launch(grid, *arguments)
+            launch = self._launches[kind] = OnDevice(device, RepeatedLaunch(self._kernel, constants, **options))
+        launch(grid, *arguments)
 
 
 def _kind(argument: Any) -> Any:
     """What Triton looks at when it chooses the compiled code for an argument."""
+    if type(argument) is int:
+        return (argument % 16 == 0) + 2 * (argument == 1) + 4 * (argument.bit_length() > 31)
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % 16 == 0
-    if type(argument) is int:
-        return argument == 1, argument % 16 == 0, argument.bit_length() > 31
     return type(argument)
 
 
