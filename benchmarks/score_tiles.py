@@ -57,7 +57,7 @@ def sweep(name: str, length: int, bandwidth: float) -> None:
             alone = gpu_microseconds(lambda: call(keys[0], tile, one_launch))
             calls: list[Callable[[], Any]] = [functools.partial(call, key, tile, one_launch) for key in keys]
             found.append((microseconds(calls), alone, label))
-        except Exception as error:  # noqa: BLE001: a tile that this GPU cannot hold is left out
+        except Exception as error:  # a tile that this GPU cannot hold is left out
             print(f"  {label}: {type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}")
 
     measure("default, one launch", None, True)

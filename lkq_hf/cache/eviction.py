@@ -157,9 +157,7 @@ class Eviction:
         heads = {index: each.scores.shape[2] for each in self._contenders for index in each.indices}
         return {index: heads[index] for index in self.layers}
 
-    def _share_out_apart(
-        self, scores: list[torch.Tensor], numbers: list[torch.Tensor] | None
-    ) -> list[torch.Tensor]:
+    def _share_out_apart(self, scores: list[torch.Tensor], numbers: list[torch.Tensor] | None) -> list[torch.Tensor]:
         """As `share_out`, also where heads of other processes compete."""
         if self.processes is None or self.allocation in ("uniform", "profile"):
             return share_out(scores, self.budget, self.allocation, numbers)
@@ -225,9 +223,18 @@ class Eviction:
         for place in range(len(group)):
             each, kept = group.pop(0)
             start = starts[place].view(lengths[place].shape)
-            parts = (each.filled(tensor).flatten(0, 1) for tensor in (each.keys, each.values, each.positions))
+            keys, values, positions = (
+                each.filled(tensor).flatten(0, 1) for tensor in (each.keys, each.values, each.positions)
+            )
             compact_segments(
-                kept.flatten(0, 1), *parts, start.flatten(0, 1), pool.keys, pool.values, pool.positions
+                kept.flatten(0, 1),
+                keys,
+                values,
+                positions,
+                start.flatten(0, 1),
+                pool.keys,
+                pool.values,
+                pool.positions,
             )
             of_layers = zip(each.indices, start.unbind(), lengths[place].unbind(), strict=True)
             for layer, (index, start_of_layer, lengths_of_layer) in enumerate(of_layers):

@@ -1,10 +1,10 @@
 """Triton kernels of `lkq_hf.kernels.lookahead_scores`.
 
 There are two passes over the keys. The first leaves each row's log-sum-exp over each split of the keys; the second
-combines the splits and sums exp(logit - log-sum-exp), or a power of it, down the columns. Keeping the logits instead of
-reading the keys again would move more bytes: for Llama-3.1-8B, 4 kB a position written and read back, against 2 kB. All
-query rows of a KV head share a tile, so that grouped-query heads fill the tensor cores. Logits are in base 2, as exp2
-is one instruction.
+combines the splits and sums exp(logit - log-sum-exp), or a power of it, down the columns. Keeping the logits instead
+of reading the keys again would move more bytes: for Llama-3.1-8B, 4 kB a position written and read back, against 2 kB.
+All query rows of a KV head share a tile, so that grouped-query heads fill the tensor cores. Logits are in base 2, as
+exp2 is one instruction.
 
 Where all thread blocks fit on the GPU at a time, one launch does both passes: thread blocks of a head wait for each
 other in between. The last keys of each split stay in registers meanwhile. For few tokens these are all keys, which are
@@ -13,8 +13,8 @@ then read once.
 
 import math
 import threading
-from functools import cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -79,18 +79,9 @@ def lookahead_scores_triton(
 
     # A group is the rows that share a score: those of all query heads of a KV head, or those of one query head.
     groups, group_rows = (1, ratio * n) if reduce_heads else (ratio, n)
-    block_d = max(16, next_power_of_2(head_dim))
-    block_rows = (tile or default_tile(block_d, key.element_size(), group_rows, False)).rows
-    row_blocks = ceil_div(group_rows, block_rows)
-    tiles = groups * row_blocks
-    if one_launch is None:
-        suits = block_d <= 256 and key.element_size() == 2
-        one_launch = suits and tiles * batch * kv_heads <= _most_programs(key.device)
-    tile = tile or default_tile(block_d, key.element_size(), group_rows, one_launch)
-
-    wanted_splits = max(1, _resident_programs(key.device, tile) // (tiles * batch * kv_heads))
-    chunk = max(1, ceil_div(ceil_div(length, wanted_splits), tile.keys)) * tile.keys
-    splits = max(1, ceil_div(length, chunk))
+    sizes = batch * kv_heads, groups, group_rows, head_dim, length
+    plan = _plan(key.device, key.element_size(), sizes, tile, one_launch)
+    splits, row_blocks = plan.grid[1], plan.row_blocks
 
     # Sinks are one more split of every row.
     all_splits = splits + (sinks is not None)
@@ -109,13 +100,13 @@ def lookahead_scores_triton(
         row_offset,
         partial_lse,
         scores,
-        _arrivals(key.device).take(tiles * batch * kv_heads) if one_launch else None,
+        _arrivals(key.device, plan.grid[0] * plan.grid[2]) if plan.one_launch else None,
         *logit_scales(scaling, softcap),
         math.log2(group_rows // n) + (math.log2(n) if row_mask is None else 0.0),
         float(row_power),
         n,
         length,
-        chunk,
+        plan.chunk,
         *query.stride()[:3],
         *key.stride()[:3],
     )
@@ -129,25 +120,56 @@ def lookahead_scores_triton(
         "HEAD_DIM": head_dim,
         "ROW_BLOCKS": row_blocks,
         "GROUPS": groups,
-        "BLOCK_D": block_d,
-        "BLOCK_ROWS": tile.rows,
-        "BLOCK_KEYS": tile.keys,
+        "BLOCK_D": plan.block_d,
+        "BLOCK_ROWS": plan.tile.rows,
+        "BLOCK_KEYS": plan.tile.keys,
         "BLOCK_OWN": max(16, next_power_of_2(n)),
     }
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
-    grid = (tiles, splits, batch * kv_heads)
-    if one_launch:
-        both = constants | {"FIRST": True, "SECOND": True}
-        _launch(key.device, grid, arguments, both, **options, launch_cooperative_grid=True)
+    options: dict[str, Any] = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
+    if plan.one_launch:
+        passes = {"FIRST": True, "SECOND": True}
+        _launch(key.device, plan.grid, arguments, constants | passes, **options, launch_cooperative_grid=True)
     else:
-        _launch(key.device, grid, arguments, constants | {"FIRST": True, "SECOND": False}, **options)
-        _launch(key.device, grid, arguments, constants | {"FIRST": False, "SECOND": True}, **options)
+        for first in (True, False):
+            passes = {"FIRST": first, "SECOND": not first}
+            _launch(key.device, plan.grid, arguments, constants | passes, **options)
     if row_blocks == 1:
         return scores[0], partial_lse
     scores = scores.sum(0)
     if row_power != 1:
         scores = torch.where(scores == -torch.inf, scores, scores.pow(1 / row_power))
     return scores, partial_lse
+
+
+class _Plan(NamedTuple):
+    """Of a call: ``grid`` is tiles of rows, splits of ``chunk`` keys, and KV heads of all rows of the batch."""
+
+    tile: Tile
+    one_launch: bool
+    grid: tuple[int, int, int]
+    row_blocks: int
+    chunk: int
+    block_d: int
+
+
+@lru_cache(maxsize=64)  # the layers of a forward ask for the same
+def _plan(
+    device: torch.device, element_size: int, sizes: tuple[int, ...], tile: Tile | None, one_launch: bool | None
+) -> _Plan:
+    kv_heads, groups, group_rows, head_dim, length = sizes
+    block_d = max(16, next_power_of_2(head_dim))
+    rows = (tile or default_tile(block_d, element_size, group_rows, False)).rows
+    row_blocks = ceil_div(group_rows, rows)
+    tiles = groups * row_blocks
+    if one_launch is None:
+        suits = block_d <= 256 and element_size == 2
+        one_launch = suits and tiles * kv_heads <= _most_programs(device)
+    tile = tile or default_tile(block_d, element_size, group_rows, one_launch)
+    # For the interpreter enough for several splits.
+    programs = tile.programs * multiprocessors(device) if device.type == "cuda" else 32
+    wanted_splits = max(1, programs // (tiles * kv_heads))
+    chunk = max(1, ceil_div(ceil_div(length, wanted_splits), tile.keys)) * tile.keys
+    return _Plan(tile, one_launch, (tiles, max(1, ceil_div(length, chunk)), kv_heads), row_blocks, chunk, block_d)
 
 
 class _Arrivals:
@@ -160,32 +182,38 @@ class _Arrivals:
     def __init__(self, device: torch.device) -> None:
         self._counters = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
         torch.cuda.synchronize(device)  # other streams use them too
-        self._device = device
         self._taken = 0
         self._of_streams: dict[int, Tensor] = {}
         self._lock = threading.Lock()
 
-    def take(self, count: int) -> Tensor:
-        """Counters for one launch on the current stream."""
-        if torch.cuda.is_current_stream_capturing():
-            return self._new(count)
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+    def of_stream(self, stream: int, count: int) -> Tensor:
+        """``count`` counters, or more, for launches on one stream."""
         found = self._of_streams.get(stream)
         if found is None or len(found) < count:
-            found = self._of_streams[stream] = self._new(next_power_of_2(count))
+            found = self._of_streams[stream] = self.new(next_power_of_2(count))
         return found
 
-    def _new(self, count: int) -> Tensor:
+    def new(self, count: int) -> Tensor:
+        """``count`` counters for one call only."""
         with self._lock:
-            first, self._taken = self._taken, self._taken + count
+            first, self._taken = self._taken, self._taken + ceil_div(count, 4) * 4
         if first + count > _COUNTERS:
-            return torch.zeros(count, dtype=torch.int32, device=self._device)
+            return torch.zeros(count, dtype=torch.int32, device=self._counters.device)
         return self._counters[first : first + count]
 
 
-@cache
-def _arrivals(device: torch.device) -> _Arrivals:
-    return _Arrivals(device)
+_arrivals_of_devices: dict[torch.device, _Arrivals] = {}
+
+
+def _arrivals(device: torch.device, count: int) -> Tensor:
+    """Counters for a launch on the current stream."""
+    found = _arrivals_of_devices.get(device)
+    capturing = torch.cuda.is_current_stream_capturing()
+    if found is None and capturing:
+        return torch.zeros(count, dtype=torch.int32, device=device)
+    if found is None:
+        found = _arrivals_of_devices[device] = _Arrivals(device)
+    return found.new(count) if capturing else found.of_stream(torch.cuda.current_stream(device).cuda_stream, count)
 
 
 def _unit_stride(tensor: Tensor) -> Tensor:
@@ -207,19 +235,11 @@ def default_tile(block_d: int, element_size: int, group_rows: int, one_launch: b
 def _most_programs(device: torch.device) -> int:
     """Thread blocks of one launch that can wait for each other; 0 where its tiles are too large for a GPU.
 
-    Before Hopper, products need more registers, and GPUs of other makers cannot launch such blocks together.
+    They need the registers and the 227 kB of shared memory of Hopper, which Blackwell has in data centers only.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return 0
-    properties = torch.cuda.get_device_properties(device)
-    fits = properties.major >= 9 and properties.shared_memory_per_block_optin >= 200 * 1024
-    return multiprocessors(device) if fits else 0
-
-
-def _resident_programs(device: torch.device, tile: Tile) -> int:
-    if device.type != "cuda":
-        return 32  # interpreted: enough for several splits
-    return tile.programs * multiprocessors(device)
+    return multiprocessors(device) if torch.cuda.get_device_capability(device)[0] in (9, 10) else 0
 
 
 @triton.jit

@@ -8,7 +8,6 @@ from torch import Tensor
 from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
 from lkq_hf.kernels.launch import Launch
 
-
 _LARGEST_BLOCK = 16384
 """Scores that stay in the registers of one thread block."""
 
@@ -24,7 +23,9 @@ def select_compact_triton(
     device = key.device
     if out is None:
         out = key.new_empty(batch, kv_heads, k, key_dim), value.new_empty(batch, kv_heads, k, value_dim)
-    out_key, out_value, out_labels, out_scores = out if labels is not None else (*out[:2], None, None)
+    out_key, out_value = out[:2]
+    out_labels, out_scores = out[2:] or (None, None)
+    no_strides = 0, 0, 0
     indices = torch.empty(batch, kv_heads, k, dtype=torch.int64, device=device)
     scores = scores.contiguous()
 
@@ -39,9 +40,6 @@ def select_compact_triton(
         _select(scores, None, indices, None, length, length, k)
 
     block_positions = 32
-    label_strides = (0, 0, 0) if labels is None else labels.stride()
-    out_strides = (0, 0, 0) if out_labels is None else out_labels.stride()
-    out_score_strides = (0, 0, 0) if out_scores is None else out_scores.stride()
     _launch_copy(
         device,
         (ceil_div(k, block_positions), batch * kv_heads, 1),
@@ -62,9 +60,9 @@ def select_compact_triton(
             *value.stride(),
             *out_key.stride(),
             *out_value.stride(),
-            *label_strides,
-            *out_strides,
-            *out_score_strides,
+            *(no_strides if labels is None else labels.stride()),
+            *(no_strides if out_labels is None else out_labels.stride()),
+            *(no_strides if out_scores is None else out_scores.stride()),
         ),
         {
             "KEY_DIM": key_dim,
