@@ -207,6 +207,8 @@ _arrivals_of_devices: dict[torch.device, _Arrivals] = {}
 
 def _arrivals(device: torch.device, count: int) -> Tensor:
     """Counters for a launch on the current stream."""
+    if device.type != "cuda":  # interpreted
+        return torch.zeros(count, dtype=torch.int32)
     found = _arrivals_of_devices.get(device)
     capturing = torch.cuda.is_current_stream_capturing()
     if found is None and capturing:
