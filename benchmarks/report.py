@@ -214,12 +214,12 @@ def speed() -> None:
         "eviction_overhead",
         "Eviction",
         f"Random weights, budget 128, 32 lookahead tokens; {machine(found['hardware'])}",
-        "One layer of Llama-3.1-8B, microseconds on the GPU. The last column counts two reads of the keys.",
+        "One layer of Llama-3.1-8B, microseconds on the GPU. The last column counts one read of the keys.",
         columns(
             found["kernels"],
             "prompt={length:,} | scores={scoring_us:.0f} | selection={selection_us:.0f} | "
             "both in plain torch={plain_torch_us:.0f} | one read of the keys={one_read_of_keys_us:.1f} | "
-            "of copy bandwidth={scoring_share_of_copy_bandwidth_counting_two_reads:.0%}",
+            "of copy bandwidth={scoring_share_of_copy_bandwidth_counting_one_read:.0%}",
         ),
         'Whole prefills. "full + 32" reads a prompt longer by the 32 lookahead tokens, without eviction. "saved" '
         "is of the full KV cache's size. Differences below about 1 % are noise; some are negative.",
