@@ -20,10 +20,11 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-from common import LLAMA_8B, QWEN35_9B, describe, milliseconds, parser, random_models, save
+from common import L2_BYTES, LLAMA_8B, QWEN35_9B, describe, microseconds, milliseconds, parser, random_models, save
 from tables import RESULTS
 from transformers import DynamicCache
 

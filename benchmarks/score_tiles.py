@@ -66,7 +66,7 @@ def sweep(name: str, length: int, bandwidth: float) -> None:
         (True, False), (64, 128), (64, 128, 256), (4, 8), (2, 3, 4), (1, 2)
     ):
         threads_fit = programs * rows * keys_of_tile <= 2 * 128 * 128  # logits in registers
-        memory_fits = programs * (stages * keys_of_tile + 2 * rows) * head_dim * 2 <= 220 * 1024
+        memory_fits = programs * (stages * keys_of_tile + rows) * head_dim * 2 <= 220 * 1024
         if threads_fit and memory_fits and rows * keys_of_tile // (32 * warps) <= 128:
             tile = Tile(rows, keys_of_tile, warps, stages, programs)
             measure(f"{'one launch' if one_launch else 'two launches'} {tuple(tile)}", tile, one_launch)

@@ -123,7 +123,7 @@ def lookahead_scores_triton(
         "BLOCK_D": plan.block_d,
         "BLOCK_ROWS": plan.tile.rows,
         "BLOCK_KEYS": plan.tile.keys,
-        "BLOCK_OWN": max(16, next_power_of_2(n)),
+        "BLOCK_OWN": min(plan.tile.keys, max(16, next_power_of_2(n))),
     }
     options: dict[str, Any] = {"num_warps": plan.tile.warps, "num_stages": plan.tile.stages}
     if plan.one_launch:
@@ -228,9 +228,11 @@ def default_tile(block_d: int, element_size: int, group_rows: int, one_launch: b
     if element_size == 4:  # float32 dot products have no tensor cores, and large tiles spill registers
         return Tile(min(rows, 32), 16, 4, 2, 1 if one_launch else 2)
     rows, keys = min(rows, 16384 // block_d, 128), min(128, max(64, 8192 // block_d))
-    if one_launch and block_d <= 128:  # as many logits as registers hold
-        return Tile(rows, 256, 8, 2, 1)
-    return Tile(rows, keys, 8 if one_launch else 4, 3 if block_d <= 128 else 2, 1 if one_launch else 2)
+    if (
+        one_launch
+    ):  # two thread blocks of a multiprocessor at a time have to fit: one multiplies, one takes exponentials
+        return Tile(rows, 128 if block_d <= 128 else keys, 4, 2, 2)
+    return Tile(rows, keys, 4, 3 if block_d <= 128 else 2, 2)
 
 
 @cache
@@ -424,10 +426,14 @@ def _scores_kernel(
         total = tl.zeros([BLOCK_ROWS], tl.float32)
         if last:  # the rows' own keys too, of which each row sees those up to itself
             own = tl.arange(0, BLOCK_OWN)
-            block = _key_block(keys, length, length + n, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_OWN, False)
-            logits = base2_logits(tl.dot(rows, tl.trans(block), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
-            logits = tl.where(own[None, :] <= (row % n)[:, None], logits, float("-inf"))
-            maximum, total = _accumulate(maximum, total, logits)
+            for start in range(0, n, BLOCK_OWN):
+                block_of_own = _key_block(
+                    keys, length + start, length + n, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_OWN, False
+                )
+                products = tl.dot(rows, tl.trans(block_of_own), input_precision="ieee")
+                logits_of_own = base2_logits(products, scale, softcap, HAS_SOFTCAP)
+                seen = start + own[None, :] <= (row % n)[:, None]
+                maximum, total = _accumulate(maximum, total, tl.where(seen, logits_of_own, float("-inf")))
         for start in range(begin, last_tile, BLOCK_KEYS):
             block = _key_block(keys, start, stop, key_stride_position, HEAD_DIM, BLOCK_D, BLOCK_KEYS, True)
             logits = base2_logits(tl.dot(rows, tl.trans(block), input_precision="ieee"), scale, softcap, HAS_SOFTCAP)
