@@ -65,6 +65,8 @@ class OnDevice:
         self._launch = launch
 
     def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        if self._launch.takes_addresses:
+            arguments = tuple([each.data_ptr() if isinstance(each, Tensor) else each for each in arguments])
         if self._device.type != "cuda" or self._device.index == torch.cuda.current_device():
             self._launch(grid, *arguments)
         else:
