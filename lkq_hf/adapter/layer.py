@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from lkq_hf.adapter.config import LookaheadKVConfig
 from lkq_hf.attention import thread_state
 from lkq_hf.cache.profile import BudgetProfile
+from lkq_hf.kernels.add_low_rank import add_low_rank
 from lkq_hf.scoring.base import PerLayerEmbedding
 
 
@@ -298,22 +299,28 @@ class LookaheadKVLinear(nn.Module, LookaheadKVLayer):
 
     def _adapted(self, name: str, x: torch.Tensor, result: torch.Tensor, length: int) -> torch.Tensor:
         """``result``, with the adapter's part on the last ``length`` positions: itself, where no gradients flow."""
+        if torch.is_grad_enabled():
+            return self._adapted_with_gradients(name, x, result, length)
+        down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
+        dtype = result.dtype
+        if down.dtype != dtype:
+            down, up = self._in_dtype(name, down, up, dtype)
+        if x.ndim == 3 and x.shape[-1] == self.in_features and result.shape[-1] == self.out_features:
+            add_low_rank(result, x if x.dtype == dtype else x.to(dtype), down, up, self.scaling[name], length)
+        else:
+            start = x.shape[-2] - length
+            lookahead, tail = x.narrow(-2, start, length).to(dtype), result.narrow(-2, start, length)
+            tail.add_(self._update(lookahead, down, up, tail.shape[-1]), alpha=self.scaling[name])
+        return result
+
+    def _adapted_with_gradients(self, name: str, x: torch.Tensor, result: torch.Tensor, length: int) -> torch.Tensor:
         down, up = _available(self.lookahead_kv_A, name), _available(self.lookahead_kv_B, name)
         start = x.shape[-2] - length
         # A forward of the lookahead tokens alone, as in training, needs no cutting and joining, each with a backward.
         lookahead, tail = (x.narrow(-2, start, length), result.narrow(-2, start, length)) if start else (x, result)
-        if torch.is_grad_enabled():
-            update = self._update(lookahead.to(down.dtype), down, up, result.shape[-1])
-            changed = tail + (update * self.scaling[name]).to(result.dtype)
-            return torch.cat([result.narrow(-2, 0, start), changed], dim=-2) if start else changed
-        if down.dtype != result.dtype:
-            down, up = self._in_dtype(name, down, up, result.dtype)
-        lookahead = lookahead.to(result.dtype)
-        if tail.ndim == 3 and lookahead.shape[-1] == self.in_features and tail.shape[-1] == self.out_features:
-            tail.baddbmm_(F.linear(lookahead, down), up.T.expand(tail.shape[0], -1, -1), alpha=self.scaling[name])
-        else:
-            tail.add_(self._update(lookahead, down, up, tail.shape[-1]), alpha=self.scaling[name])
-        return result
+        update = self._update(lookahead.to(down.dtype), down, up, result.shape[-1])
+        changed = tail + (update * self.scaling[name]).to(result.dtype)
+        return torch.cat([result.narrow(-2, 0, start), changed], dim=-2) if start else changed
 
     def _in_dtype(
         self, name: str, down: torch.Tensor, up: torch.Tensor, dtype: torch.dtype

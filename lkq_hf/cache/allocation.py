@@ -53,22 +53,44 @@ def share_out(
     """
     if allocation == "profile" and profile is None:
         raise ValueError('allocation "profile" needs the number of entries that each head keeps, got None')
-    together = _stacked(scores, -math.inf)
-    ranks = _ranks(together)
-    if allocation in ("global", "layer"):
-        heads = [layer.shape[1] for layer in scores]
-        if most is not None:
-            together = together.masked_fill(ranks >= most, -math.inf)
-        keep = _compete(together, ranks, budget, [sum(heads)] if allocation == "global" else heads)
-    elif profile is None or allocation == "uniform":
-        keep = (ranks < budget) & (together > -math.inf)
-    else:
-        numbers = _stacked([layer[None, :, None].to(together.device) for layer in profile], 0)
-        keep = (ranks < numbers) & (together > -math.inf)
+    numbers = None if profile is None or allocation != "profile" else _stacked([n[None, :, None] for n in profile], 0)
+    keep = share_out_stacked(
+        _stacked(scores, -math.inf), [layer.shape[1] for layer in scores], budget, allocation, numbers, most
+    )
     return [
         part[:, : layer.shape[1], : layer.shape[2]].to(layer.device)
         for part, layer in zip(keep.unbind(), scores, strict=True)
     ]
+
+
+def share_out_stacked(
+    together: torch.Tensor,
+    heads: Sequence[int],
+    budget: int,
+    allocation: str,
+    numbers: torch.Tensor | None = None,
+    most: int | None = None,
+) -> torch.Tensor:
+    """`share_out` of layers that lie in one tensor.
+
+    Args:
+        together: float32 ``[layers, batch, kv_heads, candidates]``; minus infinity for what is no candidate.
+        heads: KV heads of each layer; where they are fewer than ``kv_heads``, the others have no candidates.
+        budget: mean number of entries per KV head.
+        allocation: one of `ALLOCATIONS`.
+        numbers: for "profile", how many entries each head keeps, ``[layers, 1, kv_heads, 1]``.
+        most: where heads compete, none keeps more; None if there are no more candidates.
+
+    Returns:
+        bool ``[layers, batch, kv_heads, candidates]``.
+    """
+    ranks = _ranks(together)
+    if allocation in ("global", "layer"):
+        if most is not None:
+            together = together.masked_fill(ranks >= most, -math.inf)
+        return _compete(together, ranks, budget, [sum(heads)] if allocation == "global" else heads)
+    limit = budget if numbers is None or allocation == "uniform" else numbers.to(together.device)
+    return (ranks < limit) & (together > -math.inf)
 
 
 def _stacked(layers: Sequence[torch.Tensor], value: float) -> torch.Tensor:

@@ -344,12 +344,13 @@ class EvictedCache(Cache):
         """The eviction of a text of ``length`` tokens, for the layers to hand in their candidates."""
         if length < self._turn_end:
             # More is to be read, and then each head may turn out to deserve that many.
-            return Eviction(self.keeps_after(length), "uniform")
+            return Eviction(self.keeps_after(length), "uniform", layers_in_all=len(self.evicted_layers()))
         if self.allocation == "profile":
             self._profile = profile_of(decoder)
         numbers = self._numbers_by_layer(length)
         budget, processes = self.entries_to_keep(length), divided_heads(decoder)
-        return Eviction(budget, self.allocation, numbers, self.is_compileable, processes)
+        layers = len(self.evicted_layers())
+        return Eviction(budget, self.allocation, numbers, self.is_compileable, processes, layers)
 
     def _numbers_by_layer(self, length: int) -> dict[int, torch.Tensor] | None:
         """Entries that the profile gives each head of a text of ``length`` tokens; None without a profile.

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lkq_hf.cache.allocation import most_of_a_head, share_out
+from lkq_hf.cache.allocation import most_of_a_head, share_out, share_out_stacked
 from lkq_hf.cache.layers import Candidates
 from lkq_hf.cache.prefix import Pool, Prefix
 from lkq_hf.cache.tensor_parallel import DividedHeads
@@ -18,14 +18,43 @@ STATIC_MULTIPLE = 64
 """Static shapes are multiples of this many entries."""
 
 
-@dataclass
-class _Contender:
-    """The best candidates of one layer, ``[batch, kv_heads, most, ...]``, with their scores (minus infinity: none)."""
+_LAYERS_TOGETHER = 8
+"""Contenders of so many layers lie in one piece of memory, so that one kernel moves what is kept of them."""
 
-    keys: torch.Tensor
-    values: torch.Tensor
-    positions: torch.Tensor
-    scores: torch.Tensor
+
+class _Contenders:
+    """The best candidates of several layers of one kind, with their scores (minus infinity: none).
+
+    Attributes:
+        indices: of the layers, in the order in which they came.
+        keys, values: ``[layers, batch, kv_heads, most, features]``.
+        positions, scores: ``[layers, batch, kv_heads, most]``.
+    """
+
+    def __init__(self, layers: int, most: int, candidates: Candidates) -> None:
+        batch, heads = candidates.keys.shape[:2]
+        device, shape = candidates.keys.device, (layers, batch, heads, most)
+        self.indices: list[int] = []
+        self.keys = candidates.keys.new_empty(*shape, candidates.keys.shape[-1])
+        self.values = candidates.values.new_empty(*shape, candidates.values.shape[-1])
+        self.positions = torch.empty(shape, dtype=torch.int32, device=device)
+        self.scores = torch.empty(shape, dtype=torch.float32, device=device)
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.indices) == self.scores.shape[0]
+
+    def add(self, index: int, candidates: Candidates, scores: torch.Tensor) -> None:
+        place = len(self.indices)
+        out = self.keys[place], self.values[place], self.positions[place], self.scores[place]
+        select_compact(
+            scores, candidates.keys, candidates.values, out[3].shape[-1], labels=candidates.positions, out=out
+        )
+        self.indices.append(index)
+
+    def filled(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Of one of the tensors, the layers that have come."""
+        return tensor[: len(self.indices)]
 
 
 @dataclass
@@ -41,6 +70,10 @@ class Eviction:
         profile: for "profile", how many entries each head keeps, ``{layer: [kv_heads]}``.
         static: whether prefixes get the same shapes whatever was read.
         processes: among which the KV heads are divided; None if this one holds all.
+        layers_in_all: how many will hand in something; None if that is not known.
+
+    Attributes:
+        layers: indices of the layers that have handed in something.
     """
 
     budget: int
@@ -48,12 +81,9 @@ class Eviction:
     profile: dict[int, torch.Tensor] | None = None
     static: bool = False
     processes: DividedHeads | None = None
-    _contenders: dict[int, _Contender] = field(default_factory=dict, repr=False)
-
-    @property
-    def layers(self) -> list[int]:
-        """Indices of the layers that have handed in something."""
-        return list(self._contenders)
+    layers_in_all: int | None = None
+    layers: list[int] = field(default_factory=list)
+    _contenders: list[_Contenders] = field(default_factory=list, repr=False)
 
     def add(self, index: int, candidates: Candidates, scores: torch.Tensor) -> None:
         """Hands in one layer.
@@ -71,10 +101,18 @@ class Eviction:
             scores = scores.masked_fill(~candidates.valid, -torch.inf)
         numbers = self.numbers(index, scores.shape[1])
         most = min(most_of_a_head(self.budget, self.allocation, numbers), scores.shape[-1])
-        keys, values, chosen = select_compact(scores, candidates.keys, candidates.values, most)
-        self._contenders[index] = _Contender(
-            keys, values, candidates.positions.gather(-1, chosen), scores.gather(-1, chosen)
-        )
+        self._contenders_like(candidates, most).add(index, candidates, scores)
+        self.layers.append(index)
+
+    def _contenders_like(self, candidates: Candidates, most: int) -> _Contenders:
+        """Where the best ``most`` of these candidates can be put."""
+        kind = _kind(candidates.keys, candidates.values)
+        for each in reversed(self._contenders):
+            if not each.is_full and each.scores.shape[-1] == most and _kind(each.keys[0], each.values[0]) == kind:
+                return each
+        missing = _LAYERS_TOGETHER if self.layers_in_all is None else self.layers_in_all - len(self.layers)
+        self._contenders.append(_Contenders(max(1, min(missing, _LAYERS_TOGETHER)), most, candidates))
+        return self._contenders[-1]
 
     def numbers(self, index: int, heads: int) -> torch.Tensor | None:
         """How many entries the profile gives each of this process's ``heads``."""
@@ -91,14 +129,39 @@ class Eviction:
         return numbers
 
     def _share_out(self) -> list[torch.Tensor]:
-        """Which candidates of each layer stay."""
-        scores = [each.scores for each in self._contenders.values()]
+        """Which candidates stay, bool ``[layers, batch, kv_heads, most]`` for each of the contenders."""
+        contenders = self._contenders
+        numbers = None
         if self.allocation == "profile":
-            numbers = [self.numbers(index, each.scores.shape[1]) for index, each in self._contenders.items()]
-            return share_out(scores, self.budget, self.allocation, [each for each in numbers if each is not None])
-        if self.processes is None or self.allocation == "uniform":
-            return share_out(scores, self.budget, self.allocation)
-        # Heads of all processes compete: each sees everyone's scores, finds the same threshold and keeps its part.
+            given = (self.numbers(index, heads) for index, heads in self._heads().items())
+            numbers = [each for each in given if each is not None]
+        if self.processes is None and [index for each in contenders for index in each.indices] == self.layers:
+            kinds = {(each.scores.shape[1:], each.scores.device) for each in contenders}
+            if len(kinds) == 1:
+                keep = share_out_stacked(
+                    torch.cat([each.filled(each.scores) for each in contenders]),
+                    list(self._heads().values()),
+                    self.budget,
+                    self.allocation,
+                    None if numbers is None else torch.stack(numbers)[:, None, :, None],
+                )
+                return list(keep.split([len(each.indices) for each in contenders]))
+        scores = {index: layer for each in contenders for index, layer in zip(each.indices, each.scores, strict=False)}
+        kept = dict(
+            zip(self.layers, self._share_out_apart([scores[index] for index in self.layers], numbers), strict=True)
+        )
+        return [torch.stack([kept[index] for index in each.indices]) for each in contenders]
+
+    def _heads(self) -> dict[int, int]:
+        """KV heads of each layer that has handed in something, in that order."""
+        heads = {index: each.scores.shape[2] for each in self._contenders for index in each.indices}
+        return {index: heads[index] for index in self.layers}
+
+    def _share_out_apart(self, scores: list[torch.Tensor], numbers: list[torch.Tensor] | None) -> list[torch.Tensor]:
+        """As `share_out`, also where heads of other processes compete."""
+        if self.processes is None or self.allocation in ("uniform", "profile"):
+            return share_out(scores, self.budget, self.allocation, numbers)
+        # Each process sees everyone's scores, finds the same threshold and keeps its part.
         keep = share_out(self.processes.gather(scores), self.budget, self.allocation)
         return [
             self.processes.own(every, own.shape[1], 1)[..., : own.shape[2]]
@@ -113,52 +176,73 @@ class Eviction:
             reuse: pools to write into where they fit.
         """
         keep = self._share_out()
-        contenders, self._contenders = self._contenders, {}
-        groups: dict[Any, list[int]] = {}
-        for index, each in contenders.items():
-            kind = (each.keys.device, each.keys.dtype, each.keys.shape[-1], each.values.shape[-1])
-            groups.setdefault(kind, []).append(index)
-        kept = dict(zip(contenders, keep, strict=True))
-        prefixes = {}
-        for indices in groups.values():
-            prefixes.update(self._fill_pool(indices, contenders, kept, source_length, len(groups) == 1, reuse))
-        return {index: prefixes[index] for index in kept}
+        order, self.layers = self.layers, []
+        contenders, self._contenders = self._contenders, []
+        groups: dict[Any, list[tuple[_Contenders, torch.Tensor]]] = {}
+        while contenders:
+            each = contenders.pop(0)
+            groups.setdefault(_kind(each.keys[0], each.values[0])[:4], []).append((each, keep.pop(0)))
+        prefixes: dict[int, Prefix] = {}
+        for group in groups.values():
+            prefixes.update(self._fill_pool(group, source_length, len(groups) == 1, reuse))
+        return {index: prefixes[index] for index in order}
 
     def _fill_pool(
         self,
-        indices: list[int],
-        contenders: dict[int, _Contender],
-        kept: dict[int, torch.Tensor],
+        group: list[tuple[_Contenders, torch.Tensor]],
         source_length: int,
         alone: bool,
         reuse: Sequence[Pool],
     ) -> dict[int, Prefix]:
-        """Moves what is kept of layers of one kind into one pool."""
-        first = contenders[indices[0]]
-        lengths = [kept[index].sum(-1, dtype=torch.int32) for index in indices]
-        ends = torch.cat([layer.flatten() for layer in lengths]).cumsum(0)
-        batch = first.keys.shape[0]
-        on_host: list[list[int]] | None = None
+        """Moves what is kept of layers of one kind into one pool.
+
+        Args:
+            group: contenders, and which of them stay; emptied, to free them one after the other.
+            source_length: as for `settle`.
+            alone: whether all layers are of this kind.
+            reuse: as for `settle`.
+        """
+        first = group[0][0]
+        lengths = [kept.sum(-1, dtype=torch.int32) for _, kept in group]
+        counts = torch.cat([each.flatten() for each in lengths])
+        starts = (counts.cumsum(0) - counts).split([each.numel() for each in lengths])
+        longest: list[list[int]] | None = None
         if self.static and alone and self.processes is None:
             # As many as there can be: known without waiting, and the same for every prompt.
-            capacity = static_capacity(self.budget, batch, sum(layer.shape[1] for layer in lengths))
+            heads = sum(each.shape[0] * each.shape[2] for each in lengths)
+            capacity = static_capacity(self.budget, first.scores.shape[1], heads)
         else:
-            on_host = [layer.flatten().tolist() for layer in lengths]
-            capacity = sum(map(sum, on_host))
+            on_host = counts.cpu().split([each.numel() for each in lengths])  # the one time that the host waits
+            longest = [
+                own.view(each.shape[0], -1).amax(1).tolist() for own, each in zip(on_host, lengths, strict=True)
+            ]
+            capacity = sum(int(own.sum()) for own in on_host)
         pool = next((pool for pool in reuse if _fits(pool, capacity, first)), None)
         pool = Pool.empty(capacity, first.keys, first.values) if pool is None else pool
-        prefixes, done = {}, 0
-        for place, (index, layer) in enumerate(zip(indices, lengths, strict=True)):
-            starts = (ends[done : done + layer.numel()] - layer.flatten()).view(layer.shape)
-            done += layer.numel()
-            each = contenders.pop(index)
-            compact_segments(
-                kept[index], each.keys, each.values, each.positions, starts, pool.keys, pool.values, pool.positions
+        prefixes: dict[int, Prefix] = {}
+        for place in range(len(group)):
+            each, kept = group.pop(0)
+            start = starts[place].view(lengths[place].shape)
+            keys, values, positions = (
+                each.filled(tensor).flatten(0, 1) for tensor in (each.keys, each.values, each.positions)
             )
-            longest = each.keys.shape[2] if on_host is None else max(on_host[place])
-            if self.static:
-                longest = static_longest(self.budget, self.allocation, self.numbers(index, layer.shape[1]))
-            prefixes[index] = Prefix(pool, starts, layer, longest, source_length)
+            compact_segments(
+                kept.flatten(0, 1),
+                keys,
+                values,
+                positions,
+                start.flatten(0, 1),
+                pool.keys,
+                pool.values,
+                pool.positions,
+            )
+            of_layers = zip(each.indices, start.unbind(), lengths[place].unbind(), strict=True)
+            for layer, (index, start_of_layer, lengths_of_layer) in enumerate(of_layers):
+                if self.static:
+                    most = static_longest(self.budget, self.allocation, self.numbers(index, start.shape[2]))
+                else:
+                    most = kept.shape[-1] if longest is None else longest[place][layer]
+                prefixes[index] = Prefix(pool, start_of_layer, lengths_of_layer, most, source_length)
         return prefixes
 
 
@@ -177,7 +261,12 @@ def _rounded(entries: int) -> int:
     return ceil_div(entries, STATIC_MULTIPLE) * STATIC_MULTIPLE
 
 
-def _fits(pool: Pool, capacity: int, like: _Contender) -> bool:
+def _kind(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """Entries ``[batch, kv_heads, length, features]`` of one kind can lie in one pool; the shapes of one layer."""
+    return keys.device, keys.dtype, keys.shape[-1], values.shape[-1], keys.shape[:2]
+
+
+def _fits(pool: Pool, capacity: int, like: _Contenders) -> bool:
     return (
         pool.keys.shape == (capacity, like.keys.shape[-1])
         and pool.values.shape == (capacity, like.values.shape[-1])

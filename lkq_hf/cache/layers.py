@@ -178,18 +178,30 @@ class EvictedLayer(DynamicLayer):
         """Puts entries behind the tail, and returns the whole tail."""
         return super().update(key, value)
 
-    def candidates(self, key: torch.Tensor, value: torch.Tensor, tail: int, mask: torch.Tensor | None) -> Candidates:
+    def candidates(
+        self,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        tail: int,
+        mask: torch.Tensor | None,
+        order: torch.Tensor | None = None,
+    ) -> Candidates:
         """The prefix and the first ``tail`` entries of ``key`` and ``value``, ``[batch, kv_heads, >= tail, ...]``.
 
         With parking these are the whole text.
 
         Args:
+            key, value: as the cache holds them.
+            tail: entries to choose from.
             mask: ``[batch, length]`` over the text up to the last of them, True for real tokens; None if all are.
+            order: 0, 1, 2, ..., int32 ``[>= length]`` on their device, where a caller has it for many layers.
         """
         batch, kv_heads = key.shape[:2]
         prefix = self.attended_prefix
         first = 0 if prefix is None else prefix.source_length
-        places = torch.arange(first, first + tail, dtype=torch.int32, device=key.device).expand(batch, kv_heads, -1)
+        if order is None:
+            order = torch.arange(first + tail, dtype=torch.int32, device=key.device)
+        places = order[first : first + tail].expand(batch, kv_heads, -1)
         real = None if mask is None else mask[:, None, first : first + tail].to(key.device)
         if prefix is None:
             return Candidates(key, value, places, real)

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Collection, Iterator
 from functools import cache
 from inspect import signature
@@ -10,6 +11,9 @@ from typing import Any
 
 from torch import nn
 from transformers import Cache, PreTrainedModel
+
+# Decoders that were looked at, and the layers for which nothing had to be refused.
+_accepted: "weakref.WeakKeyDictionary[nn.Module, set[tuple[int, ...]]]" = weakref.WeakKeyDictionary()
 
 # By one of these names a module computes the weights of attention itself.
 _OWN_ATTENTION = frozenset({"softmax", "scaled_dot_product_attention"})
@@ -116,7 +120,7 @@ def refuse_own_cache(decoder: nn.Module) -> None:
 
 
 def refuse_other_layers(decoder: PreTrainedModel, layers: Collection[int]) -> None:
-    """Refuses a decoder whose attention modules and layers of a cache do not correspond.
+    """Refuses a decoder whose attention modules and layers of a cache do not correspond; looks at each one once.
 
     Args:
         decoder: the stack of layers.
@@ -125,6 +129,9 @@ def refuse_other_layers(decoder: PreTrainedModel, layers: Collection[int]) -> No
     Raises:
         NotImplementedError: a layer has no module, or one that keeps something else than tokens of the text.
     """
+    accepted = _accepted.setdefault(decoder, set())
+    if tuple(layers) in accepted:  # every module of the decoder would be looked at, while a GPU waits
+        return
     kind = type(decoder).__name__
     modules: dict[Any, nn.Module] = {module.layer_idx: module for module in attention_modules(decoder)}
     if missing := sorted(set(layers) - set(modules)):
@@ -147,6 +154,7 @@ def refuse_other_layers(decoder: PreTrainedModel, layers: Collection[int]) -> No
                 f"{type(modules[index]).__name__} reads it from the cache by itself. Generate with DynamicCache for "
                 "this model."
             )
+    accepted.add(tuple(layers))
 
 
 def named_in(module: nn.Module) -> frozenset[str]:

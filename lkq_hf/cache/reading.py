@@ -106,6 +106,7 @@ class Reading:
     _scores: dict[int, torch.Tensor] = field(default_factory=dict)
     _last_queries: dict[int, LastQueries] = field(default_factory=dict)
     _padding: torch.Tensor | None = field(init=False, default=None)
+    _orders: dict[torch.device, torch.Tensor] = field(default_factory=dict)
     stop_attending: Callable[[], None] = field(init=False)
 
     def start(self) -> None:
@@ -212,7 +213,7 @@ class Reading:
             new_length: how many these are.
         """
         length = tail[0].shape[2] - self.suffix_length
-        candidates = layer.candidates(*tail, length, self.text_mask)
+        candidates = layer.candidates(*tail, length, self.text_mask, self._order(tail[0].device))
         count = candidates.positions.shape[-1]
         scored_keys, scored_values = attended or (candidates.keys, candidates.values)
         scores = self.scorer.score(
@@ -238,10 +239,19 @@ class Reading:
             self._tails[index] = tail[0][:, :, :length].clone(), tail[1][:, :, :length].clone()
             self._scores[index] = scores
             return
-        layer.park(tail[0][:, :, :length], tail[1][:, :, :length])
+        if layer.parked is not None:
+            layer.park(tail[0][:, :, :length], tail[1][:, :, :length])
         if self.recent:
             candidates, scores = candidates.without_last(self.recent), scores[..., : count - self.recent]
         self.eviction.add(index, candidates, scores)
+
+    def _order(self, device: torch.device) -> torch.Tensor:
+        """Places of the text, int32, the same tensor for all layers on ``device``."""
+        order = self._orders.get(device)
+        if order is None:
+            order = torch.arange(self._seen + self.new_length, dtype=torch.int32, device=device)
+            self._orders[device] = order
+        return order
 
     def finish(self, output: Any) -> Any:
         """Cuts the layers to the budget, and the appended tokens off the output."""

@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
+from lkq_hf.kernels.launch import Launch
 
 _BLOCK_ENTRIES = 32
 
@@ -25,8 +26,10 @@ def compact_segments_triton(
         return
     keep = keep.contiguous()
     key_dim, value_dim = key.shape[-1], value.shape[-1]
-    with torch.cuda.device_of(key):
-        _compact_kernel[(ceil_div(n, _BLOCK_ENTRIES), kv_heads, batch)](
+    _launch(
+        key.device,
+        (ceil_div(n, _BLOCK_ENTRIES), kv_heads, batch),
+        (
             keep.view(torch.uint8),
             keep.cumsum(-1, dtype=torch.int32),
             key,
@@ -43,13 +46,16 @@ def compact_segments_triton(
             *out_keys.stride(),
             *out_values.stride(),
             out_positions.stride(0),
-            KEY_DIM=key_dim,
-            VALUE_DIM=value_dim,
-            BLOCK_KEY_DIM=next_power_of_2(key_dim),
-            BLOCK_VALUE_DIM=next_power_of_2(value_dim),
-            BLOCK_ENTRIES=_BLOCK_ENTRIES,
-            num_warps=4,
-        )
+        ),
+        {
+            "KEY_DIM": key_dim,
+            "VALUE_DIM": value_dim,
+            "BLOCK_KEY_DIM": next_power_of_2(key_dim),
+            "BLOCK_VALUE_DIM": next_power_of_2(value_dim),
+            "BLOCK_ENTRIES": _BLOCK_ENTRIES,
+        },
+        num_warps=4,
+    )
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -113,3 +119,6 @@ def _compact_kernel(
     tl.store(
         out_values + place[:, None] * out_values_stride_entry + feature * out_values_stride_feature, rows, mask=inside
     )
+
+
+_launch = Launch(_compact_kernel)

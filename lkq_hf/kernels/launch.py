@@ -57,6 +57,70 @@ def aligned(tensors: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[int,
     return tensors, addresses
 
 
+class OnDevice:
+    """A `RepeatedLaunch` on one device, whichever the current one is."""
+
+    def __init__(self, device: torch.device, launch: RepeatedLaunch) -> None:
+        self._device = device
+        self._launch = launch
+
+    def __call__(self, grid: tuple[int, int, int], *arguments: Any) -> None:
+        if self._launch.takes_addresses:
+            arguments = tuple([each.data_ptr() if isinstance(each, Tensor) else each for each in arguments])
+        if self._device.type != "cuda" or self._device.index == torch.cuda.current_device():
+            self._launch(grid, *arguments)
+        else:
+            with torch.cuda.device(self._device):
+                self._launch(grid, *arguments)
+
+
+class Launch:
+    """A Triton kernel that is launched with arguments of several kinds: a `RepeatedLaunch` for each of them.
+
+    Two calls are of one kind if Triton compiles the same code for them: it looks at the dtypes of tensors and at
+    whether they begin at a multiple of 16 bytes, and at which integers are 1 or a multiple of 16.
+
+    Args:
+        kernel: a function with ``triton.jit``, whose `tl.constexpr` arguments are its last ones.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self._kernel = kernel
+        self._launches: dict[Any, OnDevice] = {}
+
+    def __call__(
+        self,
+        device: torch.device,
+        grid: tuple[int, int, int],
+        arguments: tuple[Any, ...],
+        constants: dict[str, Any],
+        **options: Any,
+    ) -> None:
+        """Launches the kernel.
+
+        Args:
+            device: on which.
+            grid: so many thread blocks.
+            arguments: all but the constants, by place.
+            constants: in the order of the kernel's arguments.
+            options: of the launch, such as ``num_warps``.
+        """
+        kind = (device, *constants.values(), *options.values(), *map(_kind, arguments))
+        launch = self._launches.get(kind)
+        if launch is None:
+            launch = self._launches[kind] = OnDevice(device, RepeatedLaunch(self._kernel, constants, **options))
+        launch(grid, *arguments)
+
+
+def _kind(argument: Any) -> Any:
+    """What Triton looks at when it chooses the compiled code for an argument."""
+    if type(argument) is int:
+        return (argument % 16 == 0) + 2 * (argument == 1) + 4 * (argument.bit_length() > 31)
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % 16 == 0
+    return type(argument)
+
+
 def operator(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Makes a function an operator of torch, as `torch.library.custom_op` does: compilers do not look inside.
 

@@ -258,3 +258,76 @@ def test_long_prompts(device, use_kernels, length):
     scores = lookahead_scores(query, key, SCALING)
     use_kernels("torch")
     torch.testing.assert_close(scores, lookahead_scores(query, key, SCALING), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("length", [1, 16, 50, 64])
+@pytest.mark.parametrize("row_power", [1.0, 2.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_one_launch_for_both_passes(device, length, row_power, masked):
+    """With one split for each head nobody waits, so that the interpreter can run it too."""
+    kernels = pytest.importorskip("lkq_hf.kernels.lookahead_scores_triton")
+    query, key = make_inputs(device, batch=4, kv_heads=4, ratio=2, n=8, length=length)
+    mask = left_padding(device, length, [0, 0, 1, length // 2]) if masked else None
+    tile = kernels.Tile(rows=16, keys=16, warps=4, stages=2, programs=1)
+    found = [
+        kernels.lookahead_scores_triton(
+            query, key, mask, None, None, SCALING, None, row_power, False, tile=tile, one_launch=one_launch
+        )
+        for one_launch in (True, False)
+    ]
+    expected = definition(query, key, SCALING, mask, row_power=row_power, reduce_heads=False)
+    torch.testing.assert_close(found[0][0].double(), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+
+
+def two_and_one_launch(query, key, **options):
+    """What the kernel gives in two launches, and what runs it in one."""
+    from lkq_hf.kernels.lookahead_scores_triton import lookahead_scores_triton
+
+    options = {"mask": None, "row_mask": None, "sinks": None, "softcap": None, "row_power": 1.0} | options
+    inputs = options["mask"], options["row_mask"], options["sinks"], SCALING, options["softcap"], options["row_power"]
+
+    def run(one_launch):
+        return lookahead_scores_triton(query, key, *inputs, True, one_launch=one_launch)[0]
+
+    return run(False), lambda: run(True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("ratio", "head_dim"), [(4, 128), (3, 64), (4, 96), (2, 256)])
+@pytest.mark.parametrize("length", [1, 31, 255, 257, 4096, 5000, 8191, 33_000])
+def test_waiting_for_each_other_changes_nothing(device, dtype, ratio, head_dim, length):
+    query, key = make_inputs(device, 1, 8, ratio, 32, length, head_dim, dtype, spread=1.0)
+    mask = left_padding(device, length, [length // 3])
+    for options in ({}, {"mask": mask}, {"row_power": 2.0}, {"softcap": 5.0}):
+        expected, run = two_and_one_launch(query, key, **options)
+        first = run()
+        torch.testing.assert_close(first, expected, rtol=1e-4, atol=1e-8)
+        for _ in range(20):
+            assert torch.equal(run(), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_launch_in_graphs_and_on_other_streams(device):
+    query, key = make_inputs(device, 1, 8, 4, 32, 6000, 128, torch.bfloat16, spread=1.0)
+    expected, run = two_and_one_launch(query, key)
+    graphs, outputs = [torch.cuda.CUDAGraph() for _ in range(2)], []
+    run()
+    for graph in graphs:
+        with torch.cuda.graph(graph):
+            outputs.append([run() for _ in range(3)])
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    torch.cuda.synchronize()
+    for _ in range(50):
+        for stream, graph in zip(streams, graphs, strict=False):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        with torch.cuda.stream(streams[2]):
+            outputs.append([run()])
+        outputs.append([run()])
+    torch.cuda.synchronize()
+    for found in [each for several in outputs for each in several]:
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)

@@ -97,6 +97,35 @@ def test_strided_inputs_into_given_storage(device, use_kernels, implementation):
         assert (tensor[:, :, :4] == -1).all() and (tensor[:, :, 24:] == -1).all()
 
 
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("expanded", [False, True])
+def test_labels_and_scores_are_kept_beside(device, use_kernels, implementation, expanded):
+    scores, key, value = make_inputs(device, 90)
+    labels = torch.randint(0, 9999, (1, 1, 90) if expanded else (2, 3, 90), dtype=torch.int32, device=device)
+    labels = labels.expand(2, 3, -1)
+    storage = torch.full((2, 3, 30), -1, dtype=torch.int32, device=device)
+    out = (*(torch.empty(2, 3, 20, 64, device=device) for _ in range(2)), storage[..., 5:25])
+    out = (*out, torch.empty(2, 3, 20, device=device))
+    use_kernels(implementation)
+    *_, indices = select_compact(scores, key, value, 20, labels=labels, out=out)
+    expected = (*definition(scores, key, value, 20)[:2], labels.gather(-1, indices), scores.gather(-1, indices))
+    for found, wanted in zip(out, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+    assert (storage[..., :5] == -1).all() and (storage[..., 25:] == -1).all()
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+@pytest.mark.parametrize("length", [16_385, 17_000, 24_577])
+def test_pieces_of_a_long_row(device, use_kernels, implementation, length):
+    """The last piece may have fewer scores than are kept, and padding may fill whole pieces."""
+    scores, key, value = make_inputs(device, length, batch=2, kv_heads=2, key_dim=16, value_dim=16)
+    scores[0, 0] = -torch.inf
+    scores[0, 1, :-40] = -torch.inf
+    scores[1, 0] = 0.5
+    scores[1, 1, length - 3 :] = torch.inf
+    check(use_kernels, implementation, scores, key, value, 100)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -107,6 +136,8 @@ def test_strided_inputs_into_given_storage(device, use_kernels, implementation):
         ({"k": 11}, ValueError, "found 11"),
         ({"out": (torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 5, 8))}, ValueError, r"out\[1\]"),
         ({"out": (torch.zeros(2, 3, 4, 8), torch.zeros(2, 3, 4, 8).half())}, TypeError, r"out\[1\]"),
+        ({"labels": torch.zeros(2, 3, 10)}, ValueError, r"int32 \[2, 3, 10\]"),
+        ({"labels": torch.zeros(2, 3, 10).int()}, ValueError, "4 tensors with labels, found none"),
     ],
 )
 def test_errors(change, error, message):
