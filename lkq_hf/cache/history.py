@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 UNKNOWN = -1
@@ -75,12 +76,12 @@ class ReadText:
 
     def known(self, batch: int, length: int) -> torch.Tensor:
         """The first ``length`` ids, ``[batch, length]`` int32 on the CPU. Waits for the device."""
-        ids = torch.full((batch, length), UNKNOWN, dtype=torch.int32)
+        ids = np.full((batch, length), UNKNOWN, dtype=np.int32)
         self._pieces = [piece._replace(ids=piece.ids.cpu()) for piece in self._pieces]
         for piece in self._pieces:
             if piece.start < length:
-                ids[:, piece.start : piece.end] = piece.ids[:, : length - piece.start]
-        return ids
+                ids[:, piece.start : piece.end] = piece.ids[:, : length - piece.start].numpy()
+        return torch.from_numpy(ids)
 
     def digest(self, batch: int, length: int) -> str | None:
         """Digest of a text of ``length`` ids; None if one of them is not known."""
@@ -102,11 +103,12 @@ class ReadText:
         """
         self.cut(seen)  # of a forward that failed
         common = min(ids.shape[1], seen)
-        known = self.known(ids.shape[0], common)
-        differs = (known != ids[:, :common].cpu()) & (known != UNKNOWN)
+        # By numpy: torch would wake all cores for some ten thousand numbers, and wait for busy ones.
+        known = self.known(ids.shape[0], common).numpy()
+        differs = (known != ids[:, :common].cpu().numpy()) & (known != UNKNOWN)
         if mask is not None:
-            differs &= mask[:, :common].cpu().bool()
-        columns = differs.any(0).nonzero()
+            differs &= mask[:, :common].cpu().numpy() != 0
+        columns = differs.any(0).nonzero()[0]
         agreeing = int(columns[0]) if len(columns) else common
         if self.saved is None:
             return agreeing

@@ -30,7 +30,7 @@ from lkq_hf.cache.decode import masks_are_known, masks_on_device
 from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.guards import generation_option
 from lkq_hf.cache.recorded import record
-from lkq_hf.cache.row_products import row_products
+from lkq_hf.cache.row_products import RowProducts
 from lkq_hf.compat import CACHE_NAMES, pass_cache
 
 AHEAD = 3
@@ -268,7 +268,7 @@ class _Step:
         if config.options:
             config.options = config.options | {"triton.cudagraphs": False}
         elif config.mode in (None, "default") and config.backend == "inductor":
-            config.mode, config.options = None, {"post_grad_custom_pre_pass": row_products}
+            config.mode, config.options = None, {"post_grad_custom_pre_pass": RowProducts()}
         return torch.compile(self._model.__call__, **config.to_dict())
 
     def as_generate_does(self) -> None:

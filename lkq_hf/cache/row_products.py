@@ -4,6 +4,7 @@ Products that share their input (query, key and value; gate and up) become one l
 are called.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,9 +13,8 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 
 from lkq_hf.kernels.dense_rows import MOST_WEIGHTS
 
-_DTYPES = (torch.float16, torch.bfloat16)
 
-
+@dataclass(frozen=True)  # copies are equal, so that what was compiled with one is found with another
 class RowProducts(CustomGraphPass):
     """For the option ``post_grad_custom_pre_pass`` of ``torch.compile``.
 
@@ -23,8 +23,8 @@ class RowProducts(CustomGraphPass):
         dtypes: likewise.
     """
 
-    def __init__(self, device_type: str = "cuda", dtypes: tuple[torch.dtype, ...] = _DTYPES) -> None:
-        self._device_type, self._dtypes = device_type, dtypes
+    device_type: str = "cuda"
+    dtypes: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
 
     def __call__(self, graph: fx.Graph) -> None:
         sharing: dict[fx.Node, list[fx.Node]] = {}
@@ -41,11 +41,11 @@ class RowProducts(CustomGraphPass):
         # Only weights that are there before the step: the operator stands where the first of its products stood.
         if weight is None or weight.op not in ("placeholder", "get_attr") or row.shape[0] != 1:
             return False
-        known = row.device.type == self._device_type and row.dtype in self._dtypes
+        known = row.device.type == self.device_type and row.dtype in self.dtypes
         return known and row.is_contiguous() and weight.meta["val"].is_contiguous()
 
     def uuid(self) -> Any:
-        return get_hash_for_files((__file__,), f"{self._device_type}{self._dtypes}")
+        return get_hash_for_files((__file__,), f"{self.device_type}{self.dtypes}")
 
 
 def _weight(product: fx.Node) -> fx.Node | None:
@@ -95,7 +95,3 @@ def _values(arg: Any) -> Any:
         return [_values(each) for each in arg]
     value: Tensor | Any = arg.meta["val"] if isinstance(arg, fx.Node) else arg
     return value
-
-
-row_products = RowProducts()
-"""One for all, so that what was compiled with it is found again."""

@@ -8,6 +8,7 @@ from functorch.compile import make_boxed_func
 from models import prompt_ids, tiny_model
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
+from transformers import CompileConfig
 
 from lkq_hf.cache import row_products
 from lkq_hf.cache.row_products import RowProducts
@@ -85,7 +86,15 @@ def test_only_products_with_weights_that_are_there_are_taken(launches):
     assert launches == [3, 1]
 
 
-def test_what_was_compiled_with_it_can_be_found_again():
+def test_what_was_compiled_with_it_is_found_again():
+    # transformers copies the options of a CompileConfig whenever it compiles.
+    options = {"post_grad_custom_pre_pass": RowProducts()}
+    first, second = (CompileConfig(mode=None, options=options).to_dict() for _ in range(2))
+    assert first["options"] == second["options"] == options
+    assert RowProducts() != FOR_CPUS
+
+
+def test_the_cache_on_disk_can_name_it():
     assert FOR_CPUS.uuid() == RowProducts("cpu", (torch.float32,)).uuid()
     assert FOR_CPUS.uuid() != RowProducts().uuid()
     with patch.object(torch._inductor.config, "post_grad_custom_pre_pass", FOR_CPUS):
