@@ -20,11 +20,10 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-from common import L2_BYTES, LLAMA_8B, QWEN35_9B, describe, microseconds, milliseconds, parser, random_models, save
+from common import LLAMA_8B, QWEN35_9B, describe, milliseconds, parser, random_models, save
 from tables import RESULTS
 from transformers import DynamicCache
 
@@ -82,10 +81,7 @@ def main() -> None:
 
 
 def benchmark_kernels(length: int, hardware: dict[str, Any]) -> dict[str, Any]:
-    """Times of one layer of Llama-3.1-8B; keys and values come from memory, not from the L2 cache.
-
-    "scoring_in_a_row" is one of several calls in one graph, each with keys of its own: without the start of the graph.
-    """
+    """Times of one layer of Llama-3.1-8B; keys and values come from memory, not from the L2 cache."""
     heads, kv_heads, head_dim = 32, 8, 128
     scaling = head_dim**-0.5
     query = torch.randn(1, heads, LOOKAHEAD_TOKENS, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -93,11 +89,7 @@ def benchmark_kernels(length: int, hardware: dict[str, Any]) -> dict[str, Any]:
         2, 1, kv_heads, length + LOOKAHEAD_TOKENS, head_dim, device="cuda", dtype=torch.bfloat16
     ).unbind()
 
-    key_bytes = key.numel() * key.element_size()
-    several = [key, *(torch.randn_like(key) for _ in range(max(1, L2_BYTES // key_bytes)))]
     scores = lookahead_scores(query, key, scaling)
-    in_a_row = microseconds([partial(lookahead_scores, query, each, scaling) for each in several])
-    del several
     scoring = gpu_microseconds(lambda: lookahead_scores(query, key, scaling))
     selection = gpu_microseconds(lambda: select_compact(scores, key, value, BUDGET))
     plain = gpu_microseconds(lambda: plain_torch(query, key, value, scaling))
@@ -105,16 +97,15 @@ def benchmark_kernels(length: int, hardware: dict[str, Any]) -> dict[str, Any]:
     # The result is worthless if the kernels are wrong.
     torch.testing.assert_close(scores, plain_torch_scores(query, key, scaling), rtol=2e-2, atol=1e-7)
     bytes_per_microsecond = hardware["copy_bandwidth_tb_s"] * 1e6
+    key_bytes = key.numel() * key.element_size()
     return {
         "length": length,
         "scoring_us": scoring,
-        "scoring_in_a_row_us": in_a_row,
         "selection_us": selection,
         "plain_torch_us": plain,
         "host_us": both,
         "one_read_of_keys_us": key_bytes / bytes_per_microsecond,
         "scoring_share_of_copy_bandwidth_counting_one_read": key_bytes / bytes_per_microsecond / scoring,
-        "scoring_in_a_row_share_of_copy_bandwidth_counting_one_read": key_bytes / bytes_per_microsecond / in_a_row,
     }
 
 
