@@ -185,7 +185,7 @@ def chunked_prefill(file: str = "chunked_prefill") -> str:
 def long_answers() -> str:
     """Nats lost while an answer is long, by whose continuation it is."""
     rows = load("long_answers")["rows"]
-    return "\n\n".join(f"## {kind}\n\n{declared('long_answers', {'rows': each})}" for kind, each in rows.items())
+    return "\n\n".join(f"## {kind}\n\n{declared('long_answer', {'rows': each})}" for kind, each in rows.items())
 
 
 # Quantization
