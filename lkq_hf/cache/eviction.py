@@ -17,7 +17,6 @@ from lkq_hf.kernels.select_compact import select_compact
 STATIC_MULTIPLE = 64
 """Static shapes are multiples of this many entries."""
 
-
 _LAYERS_TOGETHER = 8
 """Contenders of so many layers lie in one piece of memory, so that one kernel moves what is kept of them."""
 

@@ -41,8 +41,12 @@ def test_an_adapter_has_embeddings_for_each_layer_and_they_count(family, monkeyp
     assert tokens.active_rows().shape == (1, 5, 6, 8)
     assert add_lookahead(tiny_model("qwen3")).model.lookahead.active_rows() is None
     seen = []
-    monkeypatch.setattr(Eviction, "add", lambda self, index, candidates, scores: seen.append(scores))
-    monkeypatch.setattr(Eviction, "layers", property(lambda self: [1, 2]))
+
+    def note(eviction, index, candidates, scores):
+        seen.append(scores)
+        eviction.layers.append(index)
+
+    monkeypatch.setattr(Eviction, "add", note)
     monkeypatch.setattr(Eviction, "settle", lambda *_: {})
 
     def scores():

@@ -176,11 +176,12 @@ def test_out_of_memory_in_the_choice(architecture, place, turn, room, monkeypatc
         stages, seen = [kept_entries(cache)], 47
         ids = torch.cat([ids, tokens, prompt_ids(1, 5, seed=3)], dim=1)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patched:
-        patched.setattr(f"lkq_hf.cache.eviction.{place}", fail)
+        for name in [place, "share_out_stacked"] if place == "share_out" else [place]:
+            patched.setattr(f"lkq_hf.cache.eviction.{name}", fail)
         with pytest.raises(torch.OutOfMemoryError):
             generate(model, ids, cache)
     assert cache.get_seq_length() == seen
