@@ -7,7 +7,7 @@ from typing import Any
 from report import DEFAULT, NOW, OURS, PEER, SMOLLM2, Runs, mean_and_error, runs_of, select
 from tables import load
 
-from lkq_hf.evaluation.plots import FULL_STYLE, STYLES, new_figure
+from lkq_hf.evaluation.plots import FULL_STYLE, STYLES, finish, new_figure
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 METHODS = {"oracle": "oracle (knows the answer)", "lookahead": "LookaheadCache", "snapkv": "SnapKV"}
@@ -49,12 +49,7 @@ def draw_eviction(results: Mapping[str, Any], length: int) -> Any:
         panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         panel.set_title(title, fontsize=10, loc="left")
         panel.set_xlabel("entries kept per KV head, and share of the prompt", fontsize=9)
-        panel.grid(color="0.92", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=9)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    finish(figure, fontsize=9)
     return figure
 
 

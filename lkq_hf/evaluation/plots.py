@@ -93,7 +93,7 @@ def plot_by_budget(rows: Sequence[Row], metric: str | None = None) -> "Figure":
         panel.remove()
     for panel in axes.flat[max(0, len(groups) - columns) : len(groups)]:
         panel.set_xlabel("budget (entries per KV head)", fontsize=9)
-    _finish(figure)
+    finish(figure)
     return figure
 
 
@@ -131,7 +131,7 @@ def plot_pareto(rows: Sequence[Row]) -> "Figure":
         panel.set_xlabel("keys and values of one prompt (MiB)")
         panel.set_ylim(-0.04, 1.06)
     axes[0, 0].set_ylabel("quality (mean over tasks)")
-    _finish(figure)
+    finish(figure)
     return figure
 
 
@@ -248,11 +248,12 @@ def _groups(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
     return groups
 
 
-def _finish(figure: "Figure") -> None:
+def finish(figure: "Figure", fontsize: int = 8) -> None:
+    """Gives all panels the look of this package's figures, and the figure one legend below them."""
     for panel in figure.axes:
         panel.grid(color="0.92", linewidth=0.8)
         panel.set_axisbelow(True)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
+        panel.tick_params(labelsize=fontsize)
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=fontsize)
