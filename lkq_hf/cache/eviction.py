@@ -60,8 +60,8 @@ class _Contenders:
 class Eviction:
     """Cuts the layers of a cache to a budget.
 
-    A layer hands in no more than a few times its share (`most_of_a_head`), so that at
-    most one layer is ever held in full.
+    A layer hands in no more than a few times its share (`most_of_a_head`), so that at most one layer is ever
+    held in full.
 
     Args:
         budget: mean number of entries to keep per KV head.
