@@ -185,6 +185,7 @@ def test_a_prompt_in_chunks_peaks_at_a_third(park, dtype, mask):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("queries", [96, 2048])
 @needs_gpu
+@torch.no_grad()
 def test_flash_attention_serves_what_is_not_padded(monkeypatch, queries, dtype):
     """At sizes of real models, and without a mask or copies of keys and values."""
     query, key, value = (
