@@ -276,7 +276,7 @@ class SteadyRefresh:
         if static:
             self._write(starts, lengths)
             return
-        longest = int(lengths.max()) if lengths.device.type == "cpu" else self._places.shape[-1]
+        longest = int(lengths.max())  # for which the host waits: what has grown is not recorded
         source_length = first.prefix.source_length + every
         parts = zip(starts.unbind(), lengths.unbind(), strict=True)
         prefixes = {index: Prefix(moved, *part, longest, source_length) for index, part in enumerate(parts)}

@@ -62,7 +62,8 @@ def assert_gradients_are_those_of_all(groups, device="cpu"):
     settings = {"refinement": BlockRefinement(steps=12, offset_rate=0.0)}
     ((_, alone, _),) = groups["one"](run_in_parts, settings, device, 16, True)
     runs = groups["two"](run_in_parts, settings, device, 8, False)
-    assert runs[0][1] == runs[1][1] == pytest.approx(alone, rel=1e-4)
+    # A GPU's sums of other batches differ in their last bits, and after the first block in what is rounded.
+    assert runs[0][1] == runs[1][1] == pytest.approx(alone, rel=1e-4 if device == "cpu" else 2e-3)
     assert all(after < 0.98 * before for before, after in zip(alone[::2], alone[1::2], strict=True))
 
 

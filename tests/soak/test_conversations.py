@@ -48,7 +48,7 @@ class Reference:
             seen = int(reading.cache.get_seq_length())
             kept = kept_entries(reading.cache)
             if reading.cache.park and reading.new_length and kept:  # what is parked is seen again while this reads
-                whole = {layer: torch.ones(*entries.shape[:2], seen).bool() for layer, entries in kept.items()}
+                whole = {layer: entries.new_ones(*entries.shape[:2], seen) for layer, entries in kept.items()}
                 self.stages.append((whole, seen))
             start(reading)
 
@@ -79,13 +79,13 @@ class Conversation:
         read: length of the text at the end of the last prompt.
     """
 
-    def __init__(self, draw, models):
-        self.draw = draw
+    def __init__(self, draw, models, device):
+        self.draw, self.device = draw, device
         self.architecture = draw.choice(ARCHITECTURES)
         self.base, self.model = models[self.architecture]
         self.model.set_attn_implementation(draw.choice(["eager", "sdpa"]))
         self.cache, self.reference = draw_cache(draw), Reference()
-        self.ids, self.mask = draw_prompt(draw)
+        self.ids, self.mask = (each.to(device) for each in draw_prompt(draw))
         self.trimmed = False
 
     def answer(self, patch):
@@ -155,16 +155,17 @@ class Conversation:
 
     def ask(self):
         last = self.ids.shape[1]
-        self.ids, self.mask = draw_following(self.draw, self.ids, self.mask)
+        longer = draw_following(self.draw, self.ids.cpu(), self.mask.cpu())
+        self.ids, self.mask = (each.to(self.device) for each in longer)
         if self.trimmed:  # no row may go on as its answer did, and padding is not compared
             known = self.cache.text.known(self.ids.shape[0], last + 1)[:, last]
             self.ids[:, last] = (known + 1) % 150 + 3
             self.mask[:, last] = 1
 
 
-def converse(models, seed, patch, directory):
+def converse(models, seed, patch, directory, device="cpu"):
     draw = random.Random(seed)
-    conversation = Conversation(draw, models)
+    conversation = Conversation(draw, models, device)
     try:
         conversation.answer(patch)
         for _ in range(draw.randint(1, 4)):
@@ -179,6 +180,13 @@ def converse(models, seed, patch, directory):
 
 def test_forty_conversations(models, monkeypatch, tmp_path):
     assert sum(converse(models, seed, monkeypatch, tmp_path) for seed in range(40)) > 80
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_conversations_on_a_gpu(models_on_gpu, monkeypatch, tmp_path):
+    for seed in range(150):
+        converse(models_on_gpu, seed, monkeypatch, tmp_path, "cuda")
 
 
 @pytest.mark.slow
