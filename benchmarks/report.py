@@ -408,8 +408,8 @@ def headline() -> str:
     turns = load("later_turns")
     kept, whole = (turns["lookahead, parked"][key] / 2**20 for key in ("bytes", "bytes_parked"))
     quick, plain = (
-        look_up(load(file), f"cells::weights=bf16&batch=1&cache={cache}::tokens_per_second")
-        for file, cache in (("decode_loop", "snapkv, static"), ("decode_ragged", "dynamic"))
+        look_up(load("decode_peers"), f"cells::weights=bf16&batch=1&cache={cache}::tokens_per_second")
+        for cache in ("snapkv, static", "dynamic")
     )
     ours, theirs = (statistics.fmean(nats_lost(runs_of(*SMOLLM2), each, 3).values()) for each in (DEFAULT, PEER))
     rivals = (
