@@ -11,6 +11,13 @@ from lkq_hf.kernels.round_columns_triton import launch_on_columns, nearest
 def _descend_columns(
     residual, hessian, integers, scale, best, moved, rows, columns, largest, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
+    size = tl.program_id(1).to(tl.int64) * columns * rows
+    residual += size
+    integers += size
+    best += size
+    moved += size
+    hessian += tl.program_id(1).to(tl.int64) * columns * columns
+    scale += tl.program_id(1).to(tl.int64) * rows
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = row < rows

@@ -17,14 +17,15 @@ def _group_quadratic_kernel(
     levels, hessian, quadratic, rows, groups, GROUP: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr
 ):
     i = groups - 1 - tl.program_id(0)  # the longest loops first
+    batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     column = tl.arange(0, GROUP)
     columns = groups * GROUP
-    tile = levels + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tile = levels + (batch * rows + row)[:, None] * columns + column[None, :]
     own = tl.load(tile + i * GROUP, mask=inside[:, None], other=0.0).to(PIECE)
-    square = hessian + (i * GROUP + column).to(tl.int64)[:, None] * columns + column[None, :]
-    out = quadratic + row
+    square = hessian + (batch * columns + i * GROUP + column)[:, None] * columns + column[None, :]
+    out = quadratic + batch * groups * groups * rows + row
     for j in range(0, i + 1):
         block = tl.load(square + j * GROUP)
         other = tl.load(tile + j * GROUP, mask=inside[:, None], other=0.0)
@@ -42,11 +43,11 @@ def _group_quadratic_kernel(
 
 def group_quadratic_triton(levels: Tensor, hessian: Tensor) -> Tensor:
     """See `lkq_hf.kernels.group_quadratic.group_quadratic`."""
-    rows, groups, group_size = levels.shape
-    quadratic = torch.empty(groups, groups, rows, device=levels.device)
+    batch, rows, groups, group_size = levels.shape
+    quadratic = torch.empty(batch, groups, groups, rows, device=levels.device)
     tile = 64
     with torch.cuda.device_of(levels):
-        _group_quadratic_kernel[(groups, ceil_div(rows, tile))](
+        _group_quadratic_kernel[(groups, ceil_div(rows, tile), batch)](
             levels,
             hessian,
             quadratic,

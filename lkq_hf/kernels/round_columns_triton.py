@@ -1,7 +1,7 @@
 """Triton kernel of `lkq_hf.kernels.round_columns`.
 
-The torch loop launches half a dozen kernels a column. Here a program keeps all columns of a few rows on the chip and
-walks through them without leaving it.
+The torch loop launches half a dozen kernels a column. Here a program keeps all columns of a few rows of one weight on
+the chip and walks through them without leaving it.
 """
 
 from typing import Any
@@ -26,6 +26,13 @@ def nearest(x):
 def _round_columns(
     block, scale, zero, unit, integers, errors, rows, columns, largest, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
+    size = tl.program_id(1).to(tl.int64) * columns * rows
+    block += size
+    scale += size
+    zero += size
+    integers += size
+    errors += size
+    unit += tl.program_id(1).to(tl.int64) * columns * columns
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, COLUMNS)
     inside = row < rows
@@ -53,19 +60,19 @@ def round_columns_triton(
 
 
 def launch_on_columns(kernel: Any, first: Tensor, *others: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Launches a kernel that walks through columns, each program with all columns of `ROWS` rows.
+    """Launches a kernel that walks through columns, each program with all columns of `ROWS` rows of one weight.
 
     Args:
         kernel: takes the tensors, its two results, the numbers of rows and of columns, and ``largest``.
-        first: float32 `[columns, rows]`, as the results are.
+        first: float32 `[batch, columns, rows]`, as the results are.
         others: further tensors.
         largest: integer of the grid.
     """
-    columns, rows = first.shape
+    batch, columns, rows = first.shape
     inputs = [tensor.contiguous() for tensor in (first, *others)]
     results = torch.empty_like(inputs[0]), torch.empty_like(inputs[0])
     with torch.cuda.device_of(first):
-        kernel[(ceil_div(rows, ROWS),)](
+        kernel[(ceil_div(rows, ROWS), batch)](
             *inputs, *results, rows, columns, float(largest), COLUMNS=max(16, next_power_of_2(columns)), ROWS=ROWS
         )
     return results

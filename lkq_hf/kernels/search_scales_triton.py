@@ -1,7 +1,7 @@
 """Triton kernel of stage 1's search (`lkq_hf.quantization.stage1`).
 
-The torch search writes an error matrix for every candidate. Here a program keeps one group of some rows, and the
-group's Hessian block, on the chip while it tries all of them.
+The torch search writes an error matrix for every candidate. Here a program keeps one group of some rows of a weight,
+and the group's Hessian block, on the chip while it tries all of them.
 """
 
 import torch
@@ -52,9 +52,12 @@ def _search_kernel(
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     inside = row < rows
     column = tl.arange(0, GROUP)
-    offsets = row.to(tl.int64)[:, None] * columns + group * GROUP + column[None, :]
+    # Of the rows of all weights.
+    whole_row = tl.program_id(2).to(tl.int64) * rows + row
+    groups = columns // GROUP
+    offsets = whole_row[:, None] * columns + group * GROUP + column[None, :]
     w = tl.load(weight + offsets, mask=inside[:, None], other=0.0)
-    square = blocks + group.to(tl.int64) * GROUP * GROUP
+    square = blocks + (tl.program_id(2).to(tl.int64) * groups + group) * GROUP * GROUP
     block = tl.load(square + column[:, None] * GROUP + column[None, :])
     low = tl.minimum(tl.min(w, 1), 0.0)
     high = tl.maximum(tl.max(w, 1), 0.0)
@@ -100,7 +103,7 @@ def _search_kernel(
         best_scale = tl.where(better, scale, best_scale)
         best_zero = tl.where(better, zero, best_zero)
         best_shrink = tl.where(better, shrink, best_shrink)
-    target = row * (columns // GROUP) + group
+    target = whole_row * groups + group
     tl.store(scales + target, best_scale, mask=inside)
     tl.store(zeros + target, best_zero, mask=inside)
 
@@ -108,23 +111,23 @@ def _search_kernel(
 def search_scales_triton(
     weight: Tensor, blocks: Tensor, bits: int, sym: bool, smallest_shrink: int, coarse_step: int
 ) -> tuple[Tensor, Tensor]:
-    """Scales and zero points, float32 `[out, groups]`.
+    """Scales and zero points, float32 `[batch, out, groups]`.
 
     Args:
-        weight: float32 `[out, in]`, contiguous.
-        blocks: diagonal blocks of the Hessian, float32 `[groups, group_size, group_size]`, contiguous.
+        weight: float32 `[batch, out, in]`, contiguous.
+        blocks: diagonal blocks of the Hessian, float32 `[batch, groups, group_size, group_size]`, contiguous.
         bits: bits per weight.
         sym: zero point fixed at `2**(bits - 1)`; scales of both signs are tried.
         smallest_shrink: per cent of the range that the narrowest candidate keeps.
         coarse_step: per cent between the first candidates; then all whole per cents around the best are tried.
     """
-    rows, columns = weight.shape
-    groups, group_size, _ = blocks.shape
-    scales = torch.empty(rows, groups, device=weight.device)
+    batch, rows, columns = weight.shape
+    _, groups, group_size, _ = blocks.shape
+    scales = torch.empty(batch, rows, groups, device=weight.device)
     zeros = torch.empty_like(scales)
     tile = 64
     with torch.cuda.device_of(weight):
-        _search_kernel[(groups, ceil_div(rows, tile))](
+        _search_kernel[(groups, ceil_div(rows, tile), batch)](
             weight,
             blocks,
             scales,

@@ -38,6 +38,11 @@ class Activations:
         """How many windows a batch holds."""
         return self._batches[index].shape[0]
 
+    def row_bytes(self, index: int) -> int:
+        """The size of one row of a batch."""
+        batch = self._batches[index]
+        return batch[:1].numel() * batch.element_size()
+
     def get(self, index: int) -> Tensor:
         """A copy of a batch on the compute device: blocks may write into their input."""
         return self._batches[index].to(self.device, copy=True)

@@ -26,49 +26,51 @@ def joint_descent(
     the residuals of all columns.
 
     Args:
-        target: float32 `[out, in]`.
-        hessian: float32 `[in, in]`.
-        integers: float32 `[out, in]`.
-        scales: stored values, float32 `[out, groups]`.
-        zeros: float32 `[out, groups]`.
+        target: float32 `[batch, out, in]`.
+        hessian: float32 `[batch, in, in]`.
+        integers: float32 `[batch, out, in]`.
+        scales: stored values, float32 `[batch, out, groups]`.
+        zeros: float32 `[batch, out, groups]`.
 
     Returns:
-        Integers float32 `[out, in]` and scales (stored values) `[out, groups]`.
+        Integers float32 `[batch, out, in]` and scales (stored values) `[batch, out, groups]`.
     """
     # [column, row] throughout, as in GPTQ: a column of all rows is contiguous.
-    residual = hessian @ (target - reconstruct(integers, scales, zeros, group_size)).T
-    integers, scales = (t.T.clone(memory_format=torch.contiguous_format) for t in (integers, scales))
-    zeros = zeros.T.contiguous()
+    residual = hessian @ (target - reconstruct(integers, scales, zeros, group_size)).mT
+    integers, scales = (t.mT.clone(memory_format=torch.contiguous_format) for t in (integers, scales))
+    zeros = zeros.mT.contiguous()
     for _ in range(sweeps):
-        for group, start in enumerate(range(0, hessian.shape[0], group_size)):
+        for group, start in enumerate(range(0, hessian.shape[1], group_size)):
             inside = slice(start, start + group_size)
             change = _descend_group(
-                residual[inside].clone(), hessian[inside, inside], integers[inside], scales[group], zeros[group], bits
+                residual[:, inside].clone(),
+                hessian[:, inside, inside],
+                integers[:, inside],
+                scales[:, group],
+                zeros[:, group],
+                bits,
             )
-            residual.addmm_(hessian[:, inside], change, alpha=-1)
-    return integers.T.contiguous(), scales.T.contiguous()
+            residual.baddbmm_(hessian[:, :, inside], change, alpha=-1)
+    return integers.mT.contiguous(), scales.mT.contiguous()
 
 
 def _descend_group(
     residual: Tensor, hessian: Tensor, integers: Tensor, scale: Tensor, zero: Tensor, bits: int
 ) -> Tensor:
-    """One pass over a group: `integers` `[group_size, rows]` and `scale` `[rows]` are updated in place, and the change
-    of the dequantized weights is returned, `[group_size, rows]`."""
-    before = (integers - zero) * scale
-    columns = hessian.shape[0]
+    """One pass over a group: `integers` `[batch, group_size, rows]` and `scale` `[batch, rows]` are updated in place,
+    and the change of the dequantized weights is returned, `[batch, group_size, rows]`."""
+    before = (integers - zero.unsqueeze(1)) * scale.unsqueeze(1)
+    columns = hessian.shape[1]
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        near = hessian[start:end, start:end].contiguous()
-        integers[start:end], moved = descend_columns(
-            residual[start:end], near, integers[start:end], scale, 2**bits - 1
+        integers[:, start:end], moved = descend_columns(
+            residual[:, start:end], hessian[:, start:end, start:end], integers[:, start:end], scale, 2**bits - 1
         )
-        residual[start:end].addmm_(near, moved, alpha=-1)
-        residual[:start].addmm_(hessian[:start, start:end], moved, alpha=-1)
-        residual[end:].addmm_(hessian[end:, start:end], moved, alpha=-1)
+        residual.baddbmm_(hessian[:, :, start:end], moved, alpha=-1)
 
-    level = integers - zero
-    curvature = (level * (hessian @ level)).sum(0)
-    free = curvature > torch.finfo(curvature.dtype).eps * hessian.diagonal().sum()
-    wanted = scale + (residual * level).sum(0) / torch.where(free, curvature, 1.0)
+    level = integers - zero.unsqueeze(1)
+    curvature = (level * (hessian @ level)).sum(1)
+    free = curvature > torch.finfo(curvature.dtype).eps * hessian.diagonal(dim1=1, dim2=2).sum(1, keepdim=True)
+    wanted = scale + (residual * level).sum(1) / torch.where(free, curvature, 1.0)
     scale.copy_(torch.where(free & (wanted * scale > 0), stored(wanted), scale))
-    return level * scale - before
+    return level * scale.unsqueeze(1) - before

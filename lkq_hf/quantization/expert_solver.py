@@ -1,6 +1,7 @@
 """Quantizing the experts of one layer, each on the tokens that it computes."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,7 +13,13 @@ from lkq_hf.quantization.experts import expert_weights, intermediate, projection
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.shrinkage import common_share, mixture
-from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
+from lkq_hf.quantization.solve import (
+    CannotBeQuantized,
+    Solution,
+    SolverSettings,
+    check_weights,
+    quantize_weights,
+)
 from lkq_hf.quantization.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)
@@ -20,6 +27,9 @@ logger = logging.getLogger(__name__)
 # Tokens through which an expert meets the layer's common input, for each feature of its down projection: enough that
 # these moments are not singular.
 SAMPLE = 4
+
+# Bytes that the experts which are solved together may take, roughly.
+TOGETHER = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -50,9 +60,10 @@ def quantize_experts(
     settings: SolverSettings,
     processes: Processes,
 ) -> tuple[dict[str, list[Solution]], ExpertCounts]:
-    """Quantizes one expert after another; afterwards `experts` compute with the quantized weights.
+    """Quantizes some experts after others; afterwards `experts` compute with the quantized weights.
 
-    Both projections of an expert are calibrated on a mixture of its own tokens and the layer's common input
+    As many are solved together as `TOGETHER` allows: alone, each would keep a GPU waiting for one small step after
+    another. Both projections of an expert are calibrated on a mixture of its own tokens and the layer's common input
     (`shrinkage.common_share`). What the down projection receives of either follows from them, through the expert's
     own, already quantized, first projection.
 
@@ -75,44 +86,47 @@ def quantize_experts(
     weights = {name: expert_weights(experts, name) for name in solutions}
     in_features = {name: weights[name][0].shape[1] for name in solutions}
 
-    def moments_of(projection: str, *parts: Tokens) -> InputMoments:
-        moments = InputMoments(in_features[projection], device, deviation)
-        for x, full, weight in parts:
+    def moments_of(projection: str, chunk: range, parts: Iterable[tuple[int, Tokens]]) -> list[InputMoments]:
+        moments = {expert: InputMoments(in_features[projection], device, deviation) for expert in chunk}
+        for expert, (x, full, weight) in parts:
             if full is None:
-                moments.deviation = None
-            moments.add(x, full, weights=weight)
-        processes.reduce(moments)
-        return moments
+                moments[expert].deviation = None
+            moments[expert].add(x, full, weights=weight)
+        for each in moments.values():
+            processes.reduce(each)
+        return list(moments.values())
 
-    def passed(part: Tokens) -> Tokens:
+    def passed(expert: int, part: Tokens) -> tuple[int, Tokens]:
         x, full, weight = part
         if full is not None:
             full = intermediate(twin, expert, full)
-        return intermediate(experts, expert, x), full, weight
+        return expert, (intermediate(experts, expert, x), full, weight)
 
-    def solve(projection: str, moments: InputMoments) -> None:
-        weight = weights[projection][expert]
-        name = f"{prefix}{projection}[{expert}]"
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name}: the weight contains NaN or infinity; the base checkpoint is damaged")
-        rows = weight.float()
-        try:
-            solution = processes.solve(len(rows), lambda part: quantize_weight(rows[part], moments, settings))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        weight.copy_(solution.weight.dequantize())
-        solutions[projection].append(_compact(solution))
+    def solve(projection: str, chunk: range, moments: list[InputMoments]) -> None:
+        dense = [weights[projection][expert] for expert in chunk]
 
-    common = moments_of(first, *inputs.all_tokens())
+        def quantize(part: slice) -> Solution:
+            try:
+                return quantize_weights(dense[part], moments[part], settings)
+            except CannotBeQuantized as error:
+                raise ValueError(f"{prefix}{projection}[{chunk[part][error.index]}]: {error}") from error
+
+        solution = processes.solve(len(chunk), quantize)
+        for weight, own in zip(dense, solution.unbind(), strict=True):
+            weight.copy_(own.weight.dequantize())
+            solutions[projection].append(_compact(own))
+
+    (common,) = moments_of(first, range(1), ((0, part) for part in inputs.all_tokens()))
     sample = list(inputs.sample(max(1, common.tokens // (SAMPLE * in_features[last]))))
-    tokens = []
-    for expert in range(len(weights[first])):
-        own = moments_of(first, *inputs.of_expert(expert))
-        share = common_share(own.tokens, in_features[first])
-        solve(first, mixture(own, common, share))
-        down = moments_of(last, *map(passed, inputs.of_expert(expert)))
-        solve(last, mixture(down, moments_of(last, *map(passed, sample)), share))
-        tokens.append(own.tokens)
+    tokens: list[int] = []
+    for chunk in _chunks(len(weights[first]), [weight[0].shape for weight in weights.values()]):
+        own = moments_of(first, chunk, inputs.of_experts(chunk))
+        shares = [common_share(each.tokens, in_features[first]) for each in own]
+        tokens.extend(each.tokens for each in own)
+        solve(first, chunk, [mixture(each, common, share) for each, share in zip(own, shares, strict=True)])
+        own = moments_of(last, chunk, (passed(*each) for each in inputs.of_experts(chunk)))
+        others = moments_of(last, chunk, (passed(expert, part) for expert in chunk for part in sample))
+        solve(last, chunk, [mixture(*each) for each in zip(own, others, shares, strict=True)])
     counts = ExpertCounts(
         tokens=common.tokens,
         experts=len(tokens),
@@ -130,6 +144,15 @@ def quantize_experts(
             counts.unseen,
         )
     return solutions, counts
+
+
+def _chunks(experts: int, shapes: Iterable[torch.Size]) -> list[range]:
+    """The experts, divided into those that are solved together, whose weights have these `shapes`."""
+    # Squares: moments and their mixture, the Hessian, its factor, and what is made on the way. Weights: the target,
+    # integers, errors and residuals, and copies in the order of columns.
+    largest = max(4 * (10 * columns * columns + 8 * rows * columns) for rows, columns in shapes)
+    size = max(1, TOGETHER // largest)
+    return [range(start, min(start + size, experts)) for start in range(0, experts, size)]
 
 
 def _compact(solution: Solution) -> Solution:

@@ -37,15 +37,19 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 def expert_weights(experts: Any, projection: str) -> list[Tensor]:
     """Each expert's weight as `[out, in]`: views of the parameter."""
+    return list(_weights(experts, projection))
+
+
+def _weights(experts: Any, projection: str) -> Tensor:
     weights = experts.get_parameter(projection).detach()
-    return list(weights.transpose(1, 2) if experts.is_transposed else weights)
+    return weights.transpose(1, 2) if experts.is_transposed else weights
 
 
 def intermediate(experts: Any, expert: int, x: Tensor) -> Tensor:
     """What one expert's down projection receives for tokens `x` `[tokens, hidden]`: `[tokens, intermediate]`."""
     first, _ = projections(experts)
     bias = experts.get_parameter(f"{first}_bias")[expert] if experts.has_bias else None
-    return _activated(experts, nn.functional.linear(x, expert_weights(experts, first)[expert], bias))
+    return _activated(experts, nn.functional.linear(x, _weights(experts, first)[expert], bias))
 
 
 def _activated(experts: Any, x: Tensor) -> Tensor:

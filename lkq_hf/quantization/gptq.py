@@ -13,15 +13,16 @@ def group_aware_order(diagonal: Tensor, group_size: int) -> Tensor:
     """The order in which columns are quantized: important inputs first, without splitting a group.
 
     Args:
-        diagonal: `diag(H)`, `[in]`.
+        diagonal: `diag(H)`, `[batch, in]`.
 
     Returns:
-        int64 `[in]`: groups by their largest diagonal entry, columns inside a group by theirs, both descending.
+        int64 `[batch, in]`: groups by their largest diagonal entry, columns inside a group by theirs, both descending.
     """
-    grouped = diagonal.view(-1, group_size)
-    inside = grouped.argsort(dim=1, descending=True, stable=True)
-    groups = grouped.amax(1).argsort(descending=True, stable=True)
-    return (inside + torch.arange(grouped.shape[0], device=diagonal.device).unsqueeze(1) * group_size)[groups].view(-1)
+    grouped = diagonal.unflatten(1, (-1, group_size))
+    inside = grouped.argsort(dim=2, descending=True, stable=True)
+    inside += torch.arange(grouped.shape[1], device=diagonal.device).unsqueeze(1) * group_size
+    groups = grouped.amax(2).argsort(dim=1, descending=True, stable=True)
+    return inside.gather(1, groups.unsqueeze(2).expand_as(inside)).flatten(1)
 
 
 def costliest_first_order(factor: Tensor) -> Tensor:
@@ -32,12 +33,17 @@ def costliest_first_order(factor: Tensor) -> Tensor:
     columns that stay costly at the end, where nothing is left to compensate, first keeps their sum small.
 
     Args:
-        factor: upper triangular `U` with `H^-1 = U^T U`, `[in, in]`, in the stored order.
+        factor: upper triangular `U` with `H^-1 = U^T U`, `[batch, in, in]`, in the stored order.
 
     Returns:
-        int64 `[in]`.
+        int64 `[batch, in]`.
     """
-    return factor.square().sum(0).argsort(stable=True)
+    return factor.square().sum(1).argsort(stable=True)
+
+
+def reordered(weight: Tensor, order: Tensor) -> Tensor:
+    """The columns of weights `[batch, out, in]` that `order`, int64 `[batch, columns]`, names for each of them."""
+    return weight.gather(2, order.unsqueeze(1).expand(-1, weight.shape[1], -1))
 
 
 def gptq(
@@ -47,38 +53,34 @@ def gptq(
     zeros: Tensor,
     bits: int,
     group_size: int,
-    order: Tensor | None = None,
+    order: Tensor,
 ) -> Tensor:
     """Integers that approximately minimize `(t - w^) H (t - w^)^T` for every row on a fixed grid (arXiv 2210.17323).
 
     Args:
-        target: the weight to approximate, float32 `[out, in]`.
-        factor: upper triangular `U`, float32 `[in, in]`, with `H^-1 = U^T U`; rows and columns already in `order`.
-        scales: `[out, groups]`, the stored values.
-        zeros: `[out, groups]`.
-        order: int64 `[in]`, the order in which columns are quantized; `None` for the stored order.
+        target: the weight to approximate, float32 `[batch, out, in]`.
+        factor: upper triangular `U`, float32 `[batch, in, in]`, with `H^-1 = U^T U`; rows and columns already in
+            `order`.
+        scales: `[batch, out, groups]`, the stored values.
+        zeros: `[batch, out, groups]`.
+        order: int64 `[batch, in]`, the order in which columns are quantized.
 
     Returns:
-        Integers in `0 .. 2**bits - 1`, float32 `[out, in]`, columns in the stored order.
+        Integers in `0 .. 2**bits - 1`, float32 `[batch, out, in]`, columns in the stored order.
     """
-    columns = target.shape[1]
-    if order is None:
-        order = torch.arange(columns, device=target.device)
+    columns = target.shape[2]
     group_of = order // group_size
     # Everything is kept as [column, row]: one column of all rows is then contiguous.
-    work = target.T[order]
-    scale, zero = scales.T.contiguous(), zeros.T.contiguous()
+    work = reordered(target, order).mT.contiguous()
     # Rows divided by their diagonal: the update of later columns then needs no division in the loop.
-    unit = factor / factor.diagonal().unsqueeze(1)
+    unit = factor / factor.diagonal(dim1=1, dim2=2).unsqueeze(2)
     integers = torch.empty_like(work)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
-        groups = group_of[start:end]
-        integers[start:end], errors = round_columns(
-            work[start:end], scale[groups], zero[groups], unit[start:end, start:end].contiguous(), 2**bits - 1
+        scale, zero = (reordered(each, group_of[:, start:end]).mT for each in (scales, zeros))
+        integers[:, start:end], errors = round_columns(
+            work[:, start:end], scale, zero, unit[:, start:end, start:end], 2**bits - 1
         )
         if end < columns:
-            work[end:].addmm_(unit[start:end, end:].T, errors, alpha=-1)
-    result = torch.empty_like(integers)
-    result[order] = integers
-    return result.T.contiguous()
+            work[:, end:].baddbmm_(unit[:, start:end, end:].mT, errors, alpha=-1)
+    return reordered(integers.mT, order.argsort(1))

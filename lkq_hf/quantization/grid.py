@@ -15,8 +15,8 @@ def stored(scales: Tensor) -> Tensor:
 
 
 def group_range(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """Smallest and largest weight of each group, widened to contain 0: two tensors `[out, groups]`."""
-    grouped = weight.view(weight.shape[0], -1, group_size)
+    """Smallest and largest weight of each group, widened to contain 0: two tensors `[..., out, groups]`."""
+    grouped = weight.unflatten(-1, (-1, group_size))
     return grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
 
 
@@ -33,7 +33,7 @@ def scales_of_range(low: Tensor, high: Tensor, bits: int) -> Tensor:
 
 
 def minmax_grid(weight: Tensor, bits: int, group_size: int, sym: bool) -> tuple[Tensor, Tensor]:
-    """Scales and zero points, both float32 `[out, groups]`, that span each group's minimum and maximum."""
+    """Scales and zero points, both float32 `[..., out, groups]`, that span each group's minimum and maximum."""
     low, high = group_range(weight, group_size)
     if sym:
         low, high = symmetric_range(low, high)
@@ -44,17 +44,17 @@ def minmax_grid(weight: Tensor, bits: int, group_size: int, sym: bool) -> tuple[
 
 
 def nearest(weight: Tensor, scales: Tensor, zeros: Tensor, bits: int, group_size: int) -> Tensor:
-    """Round-to-nearest integers, float32 `[out, in]`."""
-    grouped = weight.view(weight.shape[0], -1, group_size)
+    """Round-to-nearest integers, float32 `[..., out, in]`."""
+    grouped = weight.unflatten(-1, (-1, group_size))
     integers = (grouped / scales.unsqueeze(-1) + zeros.unsqueeze(-1)).round().clamp(0, 2**bits - 1)
-    return integers.view_as(weight)
+    return integers.flatten(-2)
 
 
 def levels(integers: Tensor, zeros: Tensor, group_size: int) -> Tensor:
-    """`V`, integers minus zero points, `[out, groups, group_size]`."""
-    return integers.view(integers.shape[0], -1, group_size) - zeros.unsqueeze(-1)
+    """`V`, integers minus zero points, `[..., out, groups, group_size]`."""
+    return integers.unflatten(-1, (-1, group_size)) - zeros.unsqueeze(-1)
 
 
 def reconstruct(integers: Tensor, scales: Tensor, zeros: Tensor, group_size: int) -> Tensor:
-    """The dequantized weight `[out, in]`."""
-    return (levels(integers, zeros, group_size) * scales.unsqueeze(-1)).view_as(integers)
+    """The dequantized weight `[..., out, in]`."""
+    return (levels(integers, zeros, group_size) * scales.unsqueeze(-1)).flatten(-2)

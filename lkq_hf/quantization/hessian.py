@@ -116,35 +116,37 @@ def _accumulate(moment: Tensor, left: Tensor, right: Tensor, keep: float, weight
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
-    """`H + damping * mean(diag H) * I`, `[in, in]`; an all-zero `H` becomes the identity (nearest rounding)."""
-    mean = hessian.diagonal().mean()
+    """`H + damping * mean(diag H) * I`, `[..., in, in]`; an all-zero `H` becomes the identity (nearest rounding)."""
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
     shift = torch.where(mean > 0, damping * mean, torch.ones_like(mean))
     result = hessian.clone()
-    result.diagonal().add_(shift)
+    result.diagonal(dim1=-2, dim2=-1).add_(shift)
     return result
 
 
 def inverse_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
-    """The upper triangular `U` with `H^-1 = U^T U`, `[in, in]`, for a positive definite `H`.
+    """The upper triangular `U` with `H^-1 = U^T U`, `[batch, in, in]`, for each positive definite `H`.
 
     Read backwards, `H` has the Cholesky factor `L`; turned round again `L` is upper triangular, its inverse is `U`.
     One factorization and one triangular inverse: `H^-1` itself is never formed. Besides `H`, two matrices of its size
     are alive at a time: for the widest layers of large models they decide what fits on a device.
 
     Args:
-        hessian: `H`.
-        order: of the rows and columns of `H` before anything is done, int64 `[in]`.
+        hessian: `H`, `[batch, in, in]`.
+        order: of the rows and columns of each `H` before anything is done, int64 `[batch, in]`.
 
-    Raises:
-        torch.linalg.LinAlgError: `H` is not positive definite in float32.
+    Returns:
+        `U`, all NaN for an `H` that is not positive definite in float32.
     """
     if order is None:
-        matrix = hessian.flip(0, 1)
+        matrix = hessian.flip(1, 2)
     else:
-        backwards = order.flip(0)
-        matrix = hessian[backwards][:, backwards]
+        each = torch.arange(len(hessian), device=hessian.device).view(-1, 1, 1)
+        backwards = order.flip(1)
+        matrix = hessian[each, backwards.unsqueeze(2), backwards.unsqueeze(1)]
     # One name for all steps, so that each frees what the one before made.
-    matrix = torch.linalg.cholesky(matrix)
-    matrix = matrix.flip(0, 1)
-    factor = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    return torch.linalg.solve_triangular(matrix, factor, upper=True, out=factor)
+    matrix, failed = torch.linalg.cholesky_ex(matrix)
+    matrix = matrix.flip(1, 2)
+    factor = torch.eye(matrix.shape[1], dtype=matrix.dtype, device=matrix.device).repeat(len(matrix), 1, 1)
+    factor = torch.linalg.solve_triangular(matrix, factor, upper=True, out=factor)
+    return factor.masked_fill_(failed.view(-1, 1, 1) > 0, torch.nan)

@@ -1,13 +1,14 @@
-"""One layer from its weight and input moments to integers, scales and zero points: the stages put together."""
+"""Layers from their weights and input moments to integers, scales and zero points: the stages put together."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from lkq_hf.quantization.descent import joint_descent
-from lkq_hf.quantization.gptq import costliest_first_order, gptq, group_aware_order
+from lkq_hf.quantization.gptq import costliest_first_order, gptq, group_aware_order, reordered
 from lkq_hf.quantization.grid import LARGEST_SCALE, SCALE_DTYPE, minmax_grid, nearest, reconstruct
 from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
 from lkq_hf.quantization.precision import full_float32
@@ -91,12 +92,39 @@ class Solution:
     `losses[step]` is `(t - w^) H (t - w^)^T` with the damped `H`, float32 `[out]`, and `energy` is `w H w^T`, to
     read it against. `offsets` are where the objective is least in each weight with all others fixed, from its integer
     and in grid steps, float16 `[out, in]`; only for a block that is refined later.
+
+    For weights that are solved together, all tensors have a leading batch dimension.
     """
 
     weight: QuantizedWeight
     losses: dict[str, Tensor]
     energy: Tensor
     offsets: Tensor | None = None
+
+    def unbind(self) -> list["Solution"]:
+        """The solutions of weights that were solved together, one by one."""
+        weight = self.weight
+        return [
+            Solution(
+                replace(weight, integers=weight.integers[i], scales=weight.scales[i], zeros=weight.zeros[i]),
+                {step: loss[i] for step, loss in self.losses.items()},
+                energy,
+                None if self.offsets is None else self.offsets[i],
+            )
+            for i, energy in enumerate(self.energy)
+        ]
+
+
+class CannotBeQuantized(ValueError):
+    """What is wrong with a weight or its moments.
+
+    Args:
+        index: the weight's place among those that are solved together.
+    """
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 def resolve_group_size(in_features: int, group_size: int) -> int:
@@ -125,22 +153,60 @@ def quantize_weight(weight: Tensor, moments: InputMoments, settings: SolverSetti
         ValueError: non-finite weights or moments, a group size that does not fit, scales beyond float16, or a Hessian
             that stays singular however much it is damped.
     """
+    return quantize_weights([weight], [moments], settings).unbind()[0]
+
+
+def quantize_weights(
+    weights: Sequence[Tensor], moments: Sequence[InputMoments], settings: SolverSettings
+) -> Solution:
+    """Quantizes weights of the same shape together, each with its own moments, as `quantize_weight` does.
+
+    Many small ones take little longer than one, as each step is one operation for all of them.
+
+    Returns:
+        A solution with a leading batch dimension.
+
+    Raises:
+        CannotBeQuantized: as `quantize_weight`, with the place of the first weight that cannot be quantized.
+    """
+    group_size = resolve_group_size(weights[0].shape[1], settings.group_size)
+    check_weights(weights, moments)
     with full_float32():
-        return _solve(weight, moments, settings)
+        return _solve(weights, moments, settings, group_size)
 
 
-def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> Solution:
-    if not bool(torch.isfinite(moments.hessian).all()):
-        raise ValueError("the calibration inputs contain NaN or infinity; run the base model in bfloat16 or float32")
+def check_weights(weights: Sequence[Tensor], moments: Sequence[InputMoments]) -> None:
+    """Refuses weights and moments that are not finite, and weights beyond the range of scales.
+
+    Raises:
+        CannotBeQuantized: with the place of the first.
+    """
+    largest_weights = _largest(weights)
+    for index, largest in enumerate(_largest([each.hessian for each in moments])):
+        if not math.isfinite(largest):
+            raise CannotBeQuantized(
+                "the calibration inputs contain NaN or infinity; run the base model in bfloat16 or float32", index
+            )
+        if not math.isfinite(largest_weights[index]):
+            raise CannotBeQuantized("the weight contains NaN or infinity; the base checkpoint is damaged", index)
+        if largest_weights[index] > LARGEST_SCALE:
+            raise CannotBeQuantized(
+                f"weights beyond {LARGEST_SCALE:g} have no float16 scale; leave the layer out", index
+            )
+
+
+def _largest(tensors: Sequence[Tensor]) -> list[float]:
+    """The largest magnitude of each, or NaN."""
+    return torch.stack([torch.linalg.vector_norm(each.detach(), torch.inf) for each in tensors]).tolist()
+
+
+def _solve(
+    weights: Sequence[Tensor], moments: Sequence[InputMoments], settings: SolverSettings, group_size: int
+) -> Solution:
     # Every step minimizes the damped objective: calibration data is a sample, and what fits only it is lost elsewhere.
-    hessian = damped(moments.hessian, settings.damp_percent)
-    w = weight.detach().to(hessian.device, torch.float32)
+    hessian = damped(_stacked([each.hessian for each in moments]), settings.damp_percent)
+    w = _stacked([weight.detach().to(hessian.device, torch.float32) for weight in weights])
     bits, sym = settings.bits, settings.sym
-    group_size = resolve_group_size(w.shape[1], settings.group_size)
-    if not bool(torch.isfinite(w).all()):
-        raise ValueError("the weight contains NaN or infinity; the base checkpoint is damaged")
-    if float(w.abs().max()) > LARGEST_SCALE:
-        raise ValueError(f"weights beyond {LARGEST_SCALE:g} have no float16 scale; leave the layer out")
 
     if "stage1" in settings.stages:
         scales, zeros = search_scales(w, bits, group_size, sym, hessian)
@@ -154,7 +220,7 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
     if not settings.round_to_nearest or settings.needs_deviation:
         order = _column_order(hessian, group_size, settings)
         factor = _inverse_factor(hessian, order)
-        deviation = moments.output_deviation(w) if settings.needs_deviation else None
+        deviation = _deviation(w, moments) if settings.needs_deviation else None
         if deviation is not None:
             target = corrected_target(w, deviation, factor, order, settings.alpha)
 
@@ -162,11 +228,11 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
 
     def record(step: str) -> None:
         error = target - reconstruct(integers, scales, zeros, group_size)
-        losses[step] = ((error @ hessian) * error).sum(1)
+        losses[step] = ((error @ hessian) * error).sum(2)
 
     integers = nearest(w, scales, zeros, bits, group_size)
     record("nearest")
-    if not settings.round_to_nearest and factor is not None:
+    if not settings.round_to_nearest and factor is not None and order is not None:
         goal = target if settings.corrected_target else w
         integers = gptq(goal, factor, scales, zeros, bits, group_size, order)
         record("gptq")
@@ -189,38 +255,60 @@ def _solve(weight: Tensor, moments: InputMoments, settings: SolverSettings) -> S
     offsets = None
     if settings.refinement is not None:
         error = target - reconstruct(integers, scales, zeros, group_size)
-        curvature = hessian.diagonal() * scales.repeat_interleave(group_size, 1)
+        curvature = hessian.diagonal(dim1=1, dim2=2).unsqueeze(1) * scales.repeat_interleave(group_size, 2)
         offsets = ((error @ hessian) / curvature).clamp(-1, 1).half()
-    return Solution(quantized, losses, ((w @ hessian) * w).sum(1), offsets)
+    return Solution(quantized, losses, ((w @ hessian) * w).sum(2), offsets)
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """Tensors with a leading batch dimension; of one alone no copy is made."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+
+
+def _deviation(weight: Tensor, moments: Sequence[InputMoments]) -> Tensor | None:
+    """The deviations of outputs, `[batch, out, in]`: zero for weights that have none beside ones that do."""
+    each = [moment.output_deviation(one) for one, moment in zip(weight, moments, strict=True)]
+    if all(deviation is None for deviation in each):
+        return None
+    return _stacked([torch.zeros_like(weight[0]) if deviation is None else deviation for deviation in each])
 
 
 def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, alpha: float) -> Tensor:
-    """`w + alpha D H^-1`, `[out, in]`: what a layer should compute on inputs that earlier layers already disturbed.
+    """`w + alpha D H^-1`, `[batch, out, in]`: what layers should compute on inputs that earlier ones already disturbed.
 
-    `D = E[(Y - Y~) X~^T]`, `[out, in]`, with the outputs `Y` of the full-precision network and `Y~` of `w` on the
+    `D = E[(Y - Y~) X~^T]`, `[batch, out, in]`, with the outputs `Y` of the full-precision network and `Y~` of `w` on the
     disturbed inputs. For `alpha = 1` it is the least-squares answer to `Y` by a weight that sees `X~`; smaller values
     hold back the part that fits this calibration set only. `factor` is `U` with `H^-1 = U^T U`, in `order`.
     """
-    target = weight.clone()
-    target[:, order] += alpha * (deviation[:, order] @ factor.T @ factor)
-    return target
+    correction = reordered(deviation, order) @ factor.mT @ factor
+    return weight.add(reordered(correction, order.argsort(1)), alpha=alpha)
 
 
 def _column_order(hessian: Tensor, group_size: int, settings: SolverSettings) -> Tensor:
     if settings.column_order == "costliest_first":
         return costliest_first_order(_inverse_factor(hessian))
     if settings.column_order == "group_aware":
-        return group_aware_order(hessian.diagonal(), group_size)
-    return torch.arange(hessian.shape[0], device=hessian.device)
+        return group_aware_order(hessian.diagonal(dim1=1, dim2=2), group_size)
+    return torch.arange(hessian.shape[1], device=hessian.device).repeat(len(hessian), 1)
 
 
 def _inverse_factor(hessian: Tensor, order: Tensor | None = None) -> Tensor:
-    for damping in (0.0, *EXTRA_DAMPING):
-        try:
-            return inverse_factor(damped(hessian, damping) if damping else hessian, order)
-        except torch.linalg.LinAlgError:
-            continue
-    raise ValueError(
-        f"the input moments stay singular when damped by {EXTRA_DAMPING[-1]:g} of their mean; "
-        "use more calibration tokens or a larger damp_percent"
-    )
+    """`inverse_factor`, of singular ones with extra damping."""
+    factor = inverse_factor(hessian, order)
+    for damping in EXTRA_DAMPING:
+        if not (singular := _singular(factor)):
+            return factor
+        again = damped(hessian[singular], damping)
+        factor[singular] = inverse_factor(again, None if order is None else order[singular])
+    if singular := _singular(factor):
+        raise CannotBeQuantized(
+            f"the input moments stay singular when damped by {EXTRA_DAMPING[-1]:g} of their mean; "
+            "use more calibration tokens or a larger damp_percent",
+            singular[0],
+        )
+    return factor
+
+
+def _singular(factor: Tensor) -> list[int]:
+    """The places of the moments that `inverse_factor` could not factorize."""
+    return factor[:, 0, 0].isnan().nonzero().flatten().tolist()

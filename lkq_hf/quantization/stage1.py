@@ -24,38 +24,36 @@ def search_scales(
     by this measure.
 
     Args:
-        weight: float32 `[out, in]`.
+        weight: float32 `[batch, out, in]`.
         bits: bits per weight.
         group_size: divides `in`.
         sym: zero point fixed at `2**(bits - 1)`.
-        hessian: float32 `[in, in]`; `None` weighs all errors alike (the mean-squared-error search of plain GPTQ).
+        hessian: float32 `[batch, in, in]`; `None` weighs all errors alike (the mean-squared-error search of plain GPTQ).
 
     Returns:
-        Scales (stored values) and zero points, both float32 `[out, groups]`.
+        Scales (stored values) and zero points, both float32 `[batch, out, groups]`.
     """
-    columns = weight.shape[1]
     blocks = None
     if hessian is not None:
-        groups = columns // group_size
-        blocks = hessian.view(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
-        blocks = blocks.contiguous()
+        grouped = hessian.unflatten(2, (-1, group_size)).unflatten(1, (-1, group_size))
+        blocks = grouped.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).contiguous()
         if use_triton(weight, dtypes=FLOAT32_ONLY):
             from lkq_hf.kernels.search_scales_triton import GROUP_SIZES, search_scales_triton
 
             if group_size in GROUP_SIZES:
                 return search_scales_triton(weight.contiguous(), blocks, bits, sym, SMALLEST_SHRINK, COARSE_STEP)
-    pieces = weight.split(max(1, PIECE // columns))
+    pieces = weight.split(max(1, PIECE // (len(weight) * weight.shape[2])), dim=1)
     found = [_search(piece, bits, group_size, sym, blocks) for piece in pieces]
-    return torch.cat([scales for scales, _ in found]), torch.cat([zeros for _, zeros in found])
+    return torch.cat([scales for scales, _ in found], 1), torch.cat([zeros for _, zeros in found], 1)
 
 
 def _search(weight: Tensor, bits: int, group_size: int, sym: bool, blocks: Tensor | None) -> tuple[Tensor, Tensor]:
     largest = 2**bits - 1
-    # [groups, rows, ...] so that each group's errors meet its Hessian block in one batched product.
-    low, high = (edge.T.contiguous() for edge in group_range(weight, group_size))
+    # [batch, groups, rows, ...] so that each group's errors meet its Hessian block in one batched product.
+    low, high = (edge.mT.contiguous() for edge in group_range(weight, group_size))
     if sym:
         low, high = symmetric_range(low, high)
-    minus = weight.view(weight.shape[0], -1, group_size).transpose(0, 1).neg()
+    minus = weight.unflatten(2, (-1, group_size)).transpose(1, 2).neg()
 
     def loss(scales: Tensor, zeros: Tensor) -> Tensor:
         scale, zero = scales.unsqueeze(-1), zeros.unsqueeze(-1)
@@ -63,7 +61,7 @@ def _search(weight: Tensor, bits: int, group_size: int, sym: bool, blocks: Tenso
         error = torch.addcmul(minus, level, scale)
         if blocks is None:
             return error.square_().sum(-1)
-        return torch.bmm(error, blocks).mul_(error).sum(-1)
+        return torch.matmul(error, blocks).mul_(error).sum(-1)
 
     best = torch.full_like(low, torch.inf)
     best_scales, best_zeros, best_shrink = torch.ones_like(low), torch.zeros_like(low), torch.full_like(low, 100.0)
@@ -91,4 +89,4 @@ def _search(weight: Tensor, bits: int, group_size: int, sym: bool, blocks: Tenso
     half = COARSE_STEP // 2
     for offset in (o for o in range(-half, half + 1) if o):
         consider((coarse + offset).clamp(SMALLEST_SHRINK, 100))
-    return best_scales.T.contiguous(), best_zeros.T.contiguous()
+    return best_scales.mT.contiguous(), best_zeros.mT.contiguous()

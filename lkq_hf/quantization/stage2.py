@@ -22,43 +22,43 @@ def refine_scales(
     objective.
 
     Args:
-        target: float32 `[out, in]`; with the deviation term, `t = w + alpha w R H^-1`.
-        hessian: float32 `[in, in]`.
-        integers: float32 `[out, in]`.
-        scales: stored values, float32 `[out, groups]`.
-        zeros: float32 `[out, groups]`.
+        target: float32 `[batch, out, in]`; with the deviation term, `t = w + alpha w R H^-1`.
+        hessian: float32 `[batch, in, in]`.
+        integers: float32 `[batch, out, in]`.
+        scales: stored values, float32 `[batch, out, groups]`.
+        zeros: float32 `[batch, out, groups]`.
 
     Returns:
-        Scales (stored values), float32 `[out, groups]`: a row whose objective did not fall keeps its old ones.
+        Scales (stored values), float32 `[batch, out, groups]`: a row whose objective did not fall keeps its old ones.
     """
-    groups = scales.shape[1]
-    rows = max(1, PIECE // (groups * groups + 2 * target.shape[1]))
-    pieces = zip(target.split(rows), integers.split(rows), scales.split(rows), zeros.split(rows), strict=True)
-    return torch.cat([_refine(t, hessian, q, s, z, group_size, sweeps) for t, q, s, z in pieces])
+    batch, _, groups = scales.shape
+    rows = max(1, PIECE // (batch * (groups * groups + 2 * target.shape[2])))
+    pieces = zip(*(each.split(rows, 1) for each in (target, integers, scales, zeros)), strict=True)
+    return torch.cat([_refine(t, hessian, q, s, z, group_size, sweeps) for t, q, s, z in pieces], 1)
 
 
 def _refine(
     target: Tensor, hessian: Tensor, integers: Tensor, scales: Tensor, zeros: Tensor, group_size: int, sweeps: int
 ) -> Tensor:
     level = levels(integers, zeros, group_size)
-    groups = level.shape[1]
+    groups = level.shape[2]
     linear = ((target @ hessian).view_as(level) * level).sum(-1)
     quadratic = group_quadratic(level, hessian)
-    own = quadratic.diagonal().T.contiguous()  # [groups, rows]
+    own = quadratic.diagonal(dim1=1, dim2=2).mT.contiguous()  # [batch, groups, rows]
     # A group whose levels are all 0, or see no input, leaves its scale undetermined.
-    free = own > torch.finfo(own.dtype).eps * own.amax(0, keepdim=True)
+    free = own > torch.finfo(own.dtype).eps * own.amax(1, keepdim=True)
     step = torch.where(free, 1 / torch.where(free, own, 1.0), 0.0)
 
-    current = scales.T.contiguous()
-    residual = linear.T - torch.einsum("ijr,jr->ir", quadratic, current)
+    current = scales.mT.contiguous()
+    residual = linear.mT - torch.einsum("bijr,bjr->bir", quadratic, current)
     start = residual.clone()
     for _ in range(sweeps):
         for i in range(groups):
-            wanted = torch.addcmul(current[i], residual[i], step[i])
-            new = torch.where((wanted * current[i] > 0) & free[i], stored(wanted), current[i])
-            change = new - current[i]
-            residual.addcmul_(quadratic[i], change.unsqueeze(0), value=-1)
-            current[i] = new
+            old = current[:, i]
+            wanted = torch.addcmul(old, residual[:, i], step[:, i])
+            new = torch.where((wanted * old > 0) & free[:, i], stored(wanted), old)
+            residual.addcmul_(quadratic[:, i], (new - old).unsqueeze(1), value=-1)
+            current[:, i] = new
     # f(s) - f(s_old) = -(s - s_old)^T (r_old + r): positive gain means that the objective fell.
-    gain = ((current - scales.T) * (start + residual)).sum(0)
-    return torch.where((gain > 0).unsqueeze(1), current.T, scales)
+    gain = ((current - scales.mT) * (start + residual)).sum(1)
+    return torch.where((gain > 0).unsqueeze(2), current.mT, scales)

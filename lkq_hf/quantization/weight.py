@@ -10,6 +10,8 @@ from torch import Tensor
 class QuantizedWeight:
     """A group-wise quantized weight: `w[o, k] = scales[o, g] * (integers[o, k] - zeros[o, g])`, `g = k // group_size`.
 
+    Weights that were solved together have a leading batch dimension in all tensors.
+
     Args:
         integers: int32 or uint8 `[out_features, in_features]` in `0 .. 2**bits - 1`, columns in their original order.
         scales: float16 `[out_features, groups]`, finite and not 0: the values that are stored. Negative ones only in
@@ -29,6 +31,5 @@ class QuantizedWeight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out_features, in_features]`, computed in float32 and rounded once to `dtype`."""
-        rows, columns = self.integers.shape
-        levels = self.integers.view(rows, -1, self.group_size) - self.zeros.unsqueeze(-1)
-        return (self.scales.float().unsqueeze(-1) * levels).view(rows, columns).to(dtype)
+        levels = self.integers.unflatten(-1, (-1, self.group_size)) - self.zeros.unsqueeze(-1)
+        return (self.scales.float().unsqueeze(-1) * levels).flatten(-2).to(dtype)

@@ -1,17 +1,42 @@
 """The arithmetic of one layer against naive float64 references."""
 
+import copy
+
 import pytest
 import torch
 
-from lkq_hf.quantization.descent import joint_descent
-from lkq_hf.quantization.gptq import costliest_first_order, gptq, group_aware_order
+from lkq_hf.quantization import descent, gptq as gptq_module, hessian as hessian_module, solve, stage1, stage2
 from lkq_hf.quantization.grid import minmax_grid, nearest, reconstruct, stored
-from lkq_hf.quantization.hessian import InputMoments, damped, inverse_factor
-from lkq_hf.quantization.solve import SolverSettings, corrected_target, quantize_weight, resolve_group_size
-from lkq_hf.quantization.stage1 import search_scales
-from lkq_hf.quantization.stage2 import refine_scales
+from lkq_hf.quantization.hessian import InputMoments, damped
+from lkq_hf.quantization.solve import (
+    CannotBeQuantized,
+    SolverSettings,
+    quantize_weight,
+    quantize_weights,
+    resolve_group_size,
+)
 
 ROWS, COLUMNS, GROUP = 24, 256, 64
+
+
+def of_one(function):
+    """A step of the solver, which takes batches, for one weight."""
+
+    def call(*args, **kwargs):
+        result = function(*(arg.unsqueeze(0) if isinstance(arg, torch.Tensor) else arg for arg in args), **kwargs)
+        return result[0] if isinstance(result, torch.Tensor) else tuple(each[0] for each in result)
+
+    return call
+
+
+search_scales = of_one(stage1.search_scales)
+inverse_factor = of_one(hessian_module.inverse_factor)
+costliest_first_order = of_one(gptq_module.costliest_first_order)
+group_aware_order = of_one(gptq_module.group_aware_order)
+gptq = of_one(gptq_module.gptq)
+refine_scales = of_one(stage2.refine_scales)
+joint_descent = of_one(descent.joint_descent)
+corrected_target = of_one(solve.corrected_target)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +360,7 @@ def test_stages_off_is_plain_gptq_and_nearest_is_nearest(problem):
     plain = settings(stages=(), column_order="stored", alpha=0.0, corrected_target=False)
     scales, zeros = minmax_grid(weight, 3, GROUP, False)
     factor = inverse_factor(damped(moments.hessian, 0.01))
-    expected = gptq(weight, factor, scales, zeros, 3, GROUP)
+    expected = gptq(weight, factor, scales, zeros, 3, GROUP, torch.arange(COLUMNS))
     assert torch.equal(quantize_weight(weight, moments, plain).weight.integers, expected.int())
     nearest_only = settings(stages=(), round_to_nearest=True, alpha=0.0)
     found = quantize_weight(weight, moments, nearest_only).weight

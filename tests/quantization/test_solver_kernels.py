@@ -33,50 +33,50 @@ def randn(*shape, seed):
 @pytest.mark.parametrize(("columns", "rows"), [(128, 50), (32, 16), (20, 7)])
 def test_round_columns_equals_the_reference(bits, columns, rows):
     largest = 2**bits - 1
-    block = randn(columns, rows, seed=0)
-    block[0] = 1e6  # far outside the grid
-    scale = (randn(columns, rows, seed=1).abs() + 0.5) * 4 / largest
+    block = randn(2, columns, rows, seed=0)
+    block[:, 0] = 1e6  # far outside the grid
+    scale = (randn(2, columns, rows, seed=1).abs() + 0.5) * 4 / largest
     zero = torch.full_like(block, 2 ** (bits - 1))
-    unit = torch.triu(randn(columns, columns, seed=2) * 0.1, 1) + torch.eye(columns, device=DEVICE)
-    unit[0, 1:] = 0  # its error is too large for the others to stay comparable
+    unit = torch.triu(randn(2, columns, columns, seed=2) * 0.1, 1) + torch.eye(columns, device=DEVICE)
+    unit[:, 0, 1:] = 0  # its error is too large for the others to stay comparable
     kept = block.clone()
-    found = round_columns(*(t.T.contiguous().T for t in (block, scale, zero, unit)), largest)
+    found = round_columns(*(t.mT.contiguous().mT for t in (block, scale, zero, unit)), largest)
     expected = round_columns_reference(block, scale, zero, unit, largest)
     assert torch.equal(block, kept)
     # A value on a rounding boundary may fall to either side, and its row differs from there on.
-    same = (found[0] == expected[0]).all(0)
-    assert same.float().mean() > 0.9
-    torch.testing.assert_close(found[1][:, same], expected[1][:, same], rtol=1e-4, atol=1e-4)
+    same = (found[0] == expected[0]).all(1)
+    assert same.float().mean() > 0.9 and not torch.equal(found[0][0], found[0][1])
+    torch.testing.assert_close(found[1].mT[same], expected[1].mT[same], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 8])
 @pytest.mark.parametrize(("columns", "rows"), [(128, 50), (32, 16), (20, 7)])
 def test_descend_columns_equals_the_reference(bits, columns, rows):
     largest = 2**bits - 1
-    inputs = randn(3 * columns, columns, seed=3)
-    inputs[:, 5] = 0
-    hessian = inputs.T @ inputs / len(inputs)
-    integers = torch.randint(0, largest + 1, (columns, rows), generator=torch.Generator().manual_seed(4)).to(DEVICE)
-    integers = integers.float()
-    scale = randn(rows, seed=5).abs() + 0.5
-    residual = randn(columns, rows, seed=6)
-    transposed = (t.T.contiguous().T for t in (residual, hessian, integers))  # any strides will do
-    found = descend_columns(*transposed, scale.repeat_interleave(2)[::2], largest)
+    inputs = randn(2, 3 * columns, columns, seed=3)
+    inputs[:, :, 5] = 0
+    hessian = inputs.mT @ inputs / inputs.shape[1]
+    integers = torch.randint(0, largest + 1, (2, columns, rows), generator=torch.Generator().manual_seed(4))
+    integers = integers.float().to(DEVICE)
+    scale = randn(2, rows, seed=5).abs() + 0.5
+    residual = randn(2, columns, rows, seed=6)
+    transposed = (t.mT.contiguous().mT for t in (residual, hessian, integers))  # any strides will do
+    found = descend_columns(*transposed, scale.repeat_interleave(2, 1)[:, ::2], largest)
     expected = descend_columns_reference(residual, hessian, integers, scale, largest)
-    same = (found[0] == expected[0]).all(0)
-    assert same.float().mean() > 0.9 and torch.equal(found[0][5], integers[5])
-    assert not torch.equal(found[0], integers)
-    torch.testing.assert_close(found[1][:, same], expected[1][:, same], rtol=1e-4, atol=1e-4)
+    same = (found[0] == expected[0]).all(1)
+    assert same.float().mean() > 0.9 and torch.equal(found[0][:, 5], integers[:, 5])
+    assert not (found[0] == integers).all(2).all(1).any()
+    torch.testing.assert_close(found[1].mT[same], expected[1].mT[same], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])
 @pytest.mark.parametrize("bits", [2, 4])
 @pytest.mark.parametrize("sym", [True, False])
 def test_search_scales_equals_the_reference(group_size, bits, sym, monkeypatch):
-    weight = randn(70, 2 * group_size, seed=7) * 0.02
-    weight[3] = 0
-    inputs = randn(4 * group_size, 2 * group_size, seed=8) @ randn(2 * group_size, 2 * group_size, seed=9)
-    hessian = inputs.T @ inputs / len(inputs)
+    weight = randn(2, 70, 2 * group_size, seed=7) * 0.02
+    weight[1, 3] = 0
+    inputs = randn(2, 4 * group_size, 2 * group_size, seed=8) @ randn(2, 2 * group_size, 2 * group_size, seed=9)
+    hessian = inputs.mT @ inputs / inputs.shape[1]
     scales, zeros = search_scales(weight, bits, group_size, sym, hessian)
     monkeypatch.setenv("LKQ_KERNELS", "torch")
     expected_scales, expected_zeros = search_scales(weight, bits, group_size, sym, hessian)
@@ -111,9 +111,9 @@ def test_the_compiled_search_carries_the_coarse_winner_through_its_loop():
 
 @pytest.mark.parametrize(("rows", "groups", "group_size"), [(70, 3, 32), (5, 1, 64), (64, 2, 128)])
 def test_group_quadratic_equals_the_reference(rows, groups, group_size):
-    levels = randn(rows, groups, group_size, seed=10).mul(60).round()
-    inputs = randn(2 * groups * group_size, groups * group_size, seed=11)
-    hessian = inputs.T @ inputs / len(inputs)
+    levels = randn(2, rows, groups, group_size, seed=10).mul(60).round()
+    inputs = randn(2, 2 * groups * group_size, groups * group_size, seed=11)
+    hessian = inputs.mT @ inputs / inputs.shape[1]
     found = group_quadratic(levels, hessian)
     expected = group_quadratic_reference(levels.double(), hessian.double())
     torch.testing.assert_close(found.double(), expected.double(), rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
