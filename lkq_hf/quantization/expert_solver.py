@@ -13,13 +13,7 @@ from lkq_hf.quantization.experts import expert_weights, intermediate, projection
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.shrinkage import common_share, mixture
-from lkq_hf.quantization.solve import (
-    CannotBeQuantized,
-    Solution,
-    SolverSettings,
-    check_weights,
-    quantize_weights,
-)
+from lkq_hf.quantization.solve import CannotBeQuantized, Solution, SolverSettings, quantize_weights
 from lkq_hf.quantization.weight import QuantizedWeight
 
 logger = logging.getLogger(__name__)

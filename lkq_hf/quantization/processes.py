@@ -18,7 +18,7 @@ class Processes:
     """This process among those that quantize a model together; the only one unless torch.distributed was initialized.
 
     Each passes its part of the calibration tokens through the blocks, takes the moments of its part, and solves its
-    part of every layer's rows. Moments are summed in the order of torch.distributed's all-reduce, each process's first
+    part of every layer's rows, or of the experts that are solved together. Moments are summed in the order of torch.distributed's all-reduce, each process's first
     over its own batches: next to one process they differ by float32 rounding. What is solved from them is sent whole,
     so all processes go on with the same weights to the last bit.
     """
@@ -107,13 +107,18 @@ class Processes:
             weight, integers=integers.to(weight.integers.dtype), scales=scales, zeros=zeros.to(weight.zeros.dtype)
         )
 
-    def solve(self, rows: int, quantize: Callable[[slice], Solution]) -> Solution:
-        """What `quantize` makes of all rows of a layer, each process of some: they do not depend on each other."""
+    def solve(self, size: int, quantize: Callable[[slice], Solution]) -> Solution:
+        """What `quantize` makes of a whole, each process of some: rows and weights do not depend on each other.
+
+        Args:
+            size: of the first dimension of the solution, in which it is divided: a layer's rows, or several weights.
+            quantize: called with a part of them.
+        """
         if self.size == 1:
-            return quantize(slice(0, rows))
-        # Where there are fewer rows than processes, the last ones repeat the last part.
-        count = min(self.size, rows)
-        edges = [rows * index // count for index in range(count + 1)]
+            return quantize(slice(0, size))
+        # Where there are fewer than processes, the last ones repeat the last part.
+        count = min(self.size, size)
+        edges = [size * index // count for index in range(count + 1)]
         mine = min(self.rank, count - 1)
         own = quantize(slice(edges[mine], edges[mine + 1]))
         sizes = [end - start for start, end in pairwise(edges)]

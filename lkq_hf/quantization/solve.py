@@ -156,9 +156,7 @@ def quantize_weight(weight: Tensor, moments: InputMoments, settings: SolverSetti
     return quantize_weights([weight], [moments], settings).unbind()[0]
 
 
-def quantize_weights(
-    weights: Sequence[Tensor], moments: Sequence[InputMoments], settings: SolverSettings
-) -> Solution:
+def quantize_weights(weights: Sequence[Tensor], moments: Sequence[InputMoments], settings: SolverSettings) -> Solution:
     """Quantizes weights of the same shape together, each with its own moments, as `quantize_weight` does.
 
     Many small ones take little longer than one, as each step is one operation for all of them.
@@ -170,17 +168,13 @@ def quantize_weights(
         CannotBeQuantized: as `quantize_weight`, with the place of the first weight that cannot be quantized.
     """
     group_size = resolve_group_size(weights[0].shape[1], settings.group_size)
-    check_weights(weights, moments)
+    _check(weights, moments)
     with full_float32():
         return _solve(weights, moments, settings, group_size)
 
 
-def check_weights(weights: Sequence[Tensor], moments: Sequence[InputMoments]) -> None:
-    """Refuses weights and moments that are not finite, and weights beyond the range of scales.
-
-    Raises:
-        CannotBeQuantized: with the place of the first.
-    """
+def _check(weights: Sequence[Tensor], moments: Sequence[InputMoments]) -> None:
+    """Refuses weights and moments that are not finite, and weights beyond the range of scales."""
     largest_weights = _largest(weights)
     for index, largest in enumerate(_largest([each.hessian for each in moments])):
         if not math.isfinite(largest):
@@ -261,8 +255,8 @@ def _solve(
 
 
 def _stacked(tensors: Sequence[Tensor]) -> Tensor:
-    """Tensors with a leading batch dimension; of one alone no copy is made."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
+    """Tensors as one, contiguous and with a leading batch dimension; without a copy if there is one alone."""
+    return tensors[0].contiguous().unsqueeze(0) if len(tensors) == 1 else torch.stack(list(tensors))
 
 
 def _deviation(weight: Tensor, moments: Sequence[InputMoments]) -> Tensor | None:
@@ -274,10 +268,10 @@ def _deviation(weight: Tensor, moments: Sequence[InputMoments]) -> Tensor | None
 
 
 def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: Tensor, alpha: float) -> Tensor:
-    """`w + alpha D H^-1`, `[batch, out, in]`: what layers should compute on inputs that earlier ones already disturbed.
+    """`w + alpha D H^-1`, `[batch, out, in]`: what a layer should compute on inputs that earlier ones disturbed.
 
-    `D = E[(Y - Y~) X~^T]`, `[batch, out, in]`, with the outputs `Y` of the full-precision network and `Y~` of `w` on the
-    disturbed inputs. For `alpha = 1` it is the least-squares answer to `Y` by a weight that sees `X~`; smaller values
+    `D = E[(Y - Y~) X~^T]`, `[batch, out, in]`, with the outputs `Y` of the full-precision network and `Y~` of `w` on
+    the disturbed inputs. For `alpha = 1` it is the least-squares answer to `Y` by a weight that sees `X~`; smaller values
     hold back the part that fits this calibration set only. `factor` is `U` with `H^-1 = U^T U`, in `order`.
     """
     correction = reordered(deviation, order) @ factor.mT @ factor

@@ -28,7 +28,8 @@ def search_scales(
         bits: bits per weight.
         group_size: divides `in`.
         sym: zero point fixed at `2**(bits - 1)`.
-        hessian: float32 `[batch, in, in]`; `None` weighs all errors alike (the mean-squared-error search of plain GPTQ).
+        hessian: float32 `[batch, in, in]`; `None` weighs all errors alike (the mean-squared-error search of plain
+            GPTQ).
 
     Returns:
         Scales (stored values) and zero points, both float32 `[batch, out, groups]`.

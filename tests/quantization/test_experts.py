@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
+from lkq_hf.quantization import expert_inputs as expert_inputs_module
 from lkq_hf.quantization import expert_solver as expert_solver_module
 from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.calibrate import find_layers
@@ -183,33 +184,36 @@ def test_an_expert_is_calibrated_on_its_tokens_with_the_squares_of_their_gates(t
     ((x, index, gates),) = received
     gate_up = experts.gate_up_proj.detach().clone()
     found, solved = [], []
-    original = expert_solver_module.quantize_weight
+    original = expert_solver_module.quantize_weights
 
     def own_alone(own, common, share):
         found.append((own.hessian, own.tokens, common.hessian, share))
         return own
 
+    def spy(weights, moments, settings):
+        solved.extend(each.hessian for each in moments)
+        return original(weights, moments, settings)
+
     monkeypatch.setattr(expert_solver_module, "mixture", own_alone)
-    monkeypatch.setattr(
-        expert_solver_module, "quantize_weight", lambda w, m, s: solved.append(m.hessian) or original(w, m, s)
-    )
+    monkeypatch.setattr(expert_solver_module, "quantize_weights", spy)
     # The attention before it stays as it is.
     quantized(model, tokens, config(exclude=["self_attn"]), batch_size=6)
     squares = gates.square()
     for expert in range(4):
         own = (squares * (index == expert)).sum(1)
-        hessian, count, common, share = found[2 * expert]
+        # The first projections of all four, then their last ones.
+        hessian, count, common, share = found[expert]
         assert count == int((index == expert).sum())
-        assert share == found[2 * expert + 1][3] == common_share(count, 64)
+        assert share == found[4 + expert][3] == common_share(count, 64)
         torch.testing.assert_close(hessian, (x * own[:, None]).T @ x / own.sum())
         torch.testing.assert_close(common, (x * squares.sum(1)[:, None]).T @ x / squares.sum())
-        torch.testing.assert_close(solved[2 * expert], hessian)
+        torch.testing.assert_close(solved[expert], hessian)
         # The down projection's inputs come from the quantized first projection: near those of the original one.
         gate, up = (x @ gate_up[expert].T).chunk(2, -1)
         inner = nn.functional.silu(gate) * up
         expected = (inner * own[:, None]).T @ inner / own.sum()
-        assert (solved[2 * expert + 1] - expected).norm() < 0.2 * expected.norm()
-        assert not torch.equal(solved[2 * expert + 1], expected)
+        assert (solved[4 + expert] - expected).norm() < 0.2 * expected.norm()
+        assert not torch.equal(solved[4 + expert], expected)
 
 
 def test_deviations_of_experts_are_those_of_their_own_tokens(tokens, monkeypatch):
@@ -228,7 +232,7 @@ def test_deviations_of_experts_are_those_of_their_own_tokens(tokens, monkeypatch
     for expert in range(4):
         own = (gates.square() * (index == expert)).sum(1, keepdim=True)
         expected = ((x - x_tilde) * own).T @ x_tilde / own.sum()
-        torch.testing.assert_close(found[8 + 2 * expert], expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[8 + expert], expected, rtol=1e-3, atol=1e-4)
 
 
 def test_few_tokens_of_its_own_are_mixed_with_the_common_input():
@@ -290,6 +294,37 @@ def test_experts_without_tokens_take_the_common_input_and_are_counted(tokens, tm
     resumed = quantized(again, tokens, config(), resume_dir=tmp_path)
     assert resumed.resumed_blocks == 2 and resumed.experts == report.experts
     assert torch.equal(logits(again, tokens), logits(model, tokens))
+
+
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+def test_experts_come_out_the_same_however_many_are_solved_together(name, tokens, monkeypatch):
+    """With rare ones and, in Mixtral, one without tokens."""
+    models = []
+    for together in (1, 1 << 20, 1 << 32):
+        models.append(built(name))
+        if name == "mixtral":
+            starve(models[-1], 1, 2)
+        monkeypatch.setattr(expert_solver_module, "TOGETHER", together)
+        report = quantized(models[-1], tokens, config(name, bits=3))
+    assert sum(counts.rare for counts in report.experts.values()) > 0
+    shapes = [(128, 64), (64, 128)]
+    monkeypatch.setattr(expert_solver_module, "TOGETHER", 1 << 20)
+    assert expert_solver_module._chunks(4, shapes) == [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]
+    for model in models[:2]:
+        for (key, one), (_, all_) in zip(modules_of(model).items(), modules_of(models[2]).items(), strict=True):
+            for projection in ("packed_gate_up_proj", "packed_down_proj"):
+                for expert in range(4):
+                    found = [each.get_submodule(projection).dequantize(expert) for each in (one, all_)]
+                    assert (found[0] != found[1]).float().mean() < 0.01, (key, projection, expert)
+
+
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_an_expert_that_cannot_be_quantized_is_named(projection, tokens):
+    model = built("mixtral")
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.get_parameter(projection)[2, 3, 4] = 1e6
+    with pytest.raises(ValueError, match=rf"layers\.1\.mlp\.experts\.{projection}\[2\]: weights beyond 65504 have no"):
+        quantized(model, tokens, config())
 
 
 def test_a_killed_walk_resumes_to_the_same_experts(tokens, tmp_path, monkeypatch):
@@ -496,21 +531,29 @@ def test_experts_whose_sizes_do_not_pack_are_refused_by_name():
         find_layers(built("qwen3_moe", moe_intermediate_size=48), config("qwen3_moe"))
 
 
-def test_tokens_of_an_expert_and_a_sample():
+def test_tokens_of_experts_and_a_sample(monkeypatch):
     inputs = ExpertInputs(3, torch.device("cpu"), "cpu", with_full=True)
     x = torch.arange(8.0).view(4, 2)
     index = torch.tensor([[0, 2], [2, 1], [0, 1], [2, 0]])
     gates = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0], [7.0, 8.0]])
     inputs.add(x, index, gates, x + 1)
     inputs.add(x + 100, index.flip(0), gates.flip(0), x + 101)
-    (first, full, weights), (second, _, _) = inputs.of_expert(2)
-    assert torch.equal(first, x[[0, 1, 3]]) and torch.equal(full, first + 1) and weights.tolist() == [4, 9, 49]
-    assert torch.equal(second, x[[0, 2, 3]] + 100)
-    assert [len(part[0]) for part in inputs.sample(3)] == [2, 2]
+    own = x[[0, 1, 3]], x[[0, 2, 3]] + 100
+    _, (expert, (found, full, weights)) = inputs.of_experts(range(1, 3))
+    assert expert == 2 and torch.equal(found, torch.cat(own)) and torch.equal(full, found + 1)
+    assert weights.tolist() == [4, 9, 49, 49, 9, 4]
+    # More than may be held at once comes batch by batch.
+    monkeypatch.setattr(expert_inputs_module, "GATHERED", 1)
+    pieces = list(inputs.of_experts(range(1, 3)))
+    assert [expert for expert, _ in pieces] == [1, 2, 1, 2]
+    assert all(torch.equal(piece[0], part) for (_, piece), part in zip(pieces[1::2], own, strict=True))
+    ((sample, _, weights),) = inputs.sample(3)
+    assert torch.equal(sample, torch.cat([x[[0, 3]], x[[0, 3]] + 100])) and weights.tolist() == [5, 113, 113, 5]
     assert next(inputs.all_tokens())[2].tolist() == [5, 25, 61, 113]
-    # Tokens that are not the same ones in both models have no deviation.
-    inputs.add(x, index, gates, x[:3])
-    assert all(part[1] is None for part in inputs.of_expert(0))
+    # An expert that computes nothing does not come; tokens that are not the same in both models have no deviation.
+    inputs = ExpertInputs(3, torch.device("cpu"), "cpu", with_full=True)
+    inputs.add(x, index.clamp(max=1), gates, x[:3])
+    assert [(expert, part[1]) for expert, part in inputs.of_experts(range(3))] == [(0, None), (1, None)]
 
 
 def test_a_packed_module_is_what_it_was_packed_from():

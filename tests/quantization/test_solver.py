@@ -5,7 +5,9 @@ import copy
 import pytest
 import torch
 
-from lkq_hf.quantization import descent, gptq as gptq_module, hessian as hessian_module, solve, stage1, stage2
+from lkq_hf.quantization import descent, solve, stage1, stage2
+from lkq_hf.quantization import gptq as gptq_module
+from lkq_hf.quantization import hessian as hessian_module
 from lkq_hf.quantization.grid import minmax_grid, nearest, reconstruct, stored
 from lkq_hf.quantization.hessian import InputMoments, damped
 from lkq_hf.quantization.solve import (
@@ -385,6 +387,102 @@ def test_rows_are_independent(problem):
     upper = quantize_weight(weight[:10], moments, settings()).weight
     assert (whole.integers[:10] == upper.integers).float().mean() > 0.999
     torch.testing.assert_close(whole.scales[:10], upper.scales, rtol=1e-2, atol=0)
+
+
+def random_layers(count, seed=5):
+    """Weights of one shape, each with moments of its own; the last saw nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    weights, moments = [], []
+    for index in range(count):
+        weights.append(torch.randn(ROWS, COLUMNS, generator=generator) * 0.05 * (index + 1))
+        moments.append(InputMoments(COLUMNS))
+        if index < count - 1:
+            x = torch.randn(300, COLUMNS, generator=generator) @ torch.randn(COLUMNS, COLUMNS, generator=generator)
+            moments[-1].add(x, x + 0.1 * torch.randn(x.shape, generator=generator))
+    return weights, moments
+
+
+def assert_same_solutions(found, expected):
+    """But for ties: a value half-way between two integers changes what follows in its row."""
+    assert found.losses.keys() == expected.losses.keys()
+    for step, loss in expected.losses.items():
+        torch.testing.assert_close(found.losses[step], loss, rtol=0.05, atol=1e-6)
+        torch.testing.assert_close(found.losses[step].sum(), loss.sum(), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found.energy, expected.energy)
+    assert (found.weight.integers == expected.weight.integers).float().mean() > 0.99
+    assert (found.weight.scales == expected.weight.scales).float().mean() > 0.99
+    assert (found.weight.zeros == expected.weight.zeros).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"stages": ("stage1", "stage2"), "sym": True},
+        {"column_order": "group_aware", "group_size": -1},
+        {"column_order": "stored", "stages": (), "scale_search": "mse"},
+        {"round_to_nearest": True},
+    ],
+)
+def test_weights_solved_together_come_out_as_alone(changes):
+    weights, moments = random_layers(4)
+    moments[1].deviation = None
+    together = quantize_weights(weights, moments, settings(**changes))
+    assert together.weight.integers.shape == (4, ROWS, COLUMNS)
+    for weight, own, found in zip(weights, moments, together.unbind(), strict=True):
+        expected = quantize_weight(weight, own, settings(**changes))
+        assert_same_solutions(found, expected)
+        assert found.weight.dequantize().shape == weight.shape and found.energy.shape == (ROWS,)
+
+
+def indefinite(moments, below):
+    """The same moments, but for one eigenvalue: so far below 0, as a part of the mean diagonal."""
+    broken = copy.copy(moments)
+    values, vectors = torch.linalg.eigh(moments.hessian.double())
+    values[0] = -below * values.mean()
+    broken.hessian = (vectors * values @ vectors.T).float()
+    return broken
+
+
+@pytest.mark.parametrize("below", [0.015, 0.05, 0.5])
+def test_only_moments_that_need_it_are_damped_more(below, monkeypatch):
+    weights, moments = random_layers(4)
+    moments[2] = indefinite(moments[2], below)
+    factored = []
+    original = hessian_module.inverse_factor
+    spy = lambda matrix, order=None: factored.append(len(matrix)) or original(matrix, order)  # noqa: E731
+    monkeypatch.setattr(solve, "inverse_factor", spy)
+    together = quantize_weights(weights, moments, settings()).unbind()
+    # Moments are damped by 0.01 before anything is tried.
+    tries = [4] + [1] * sum(0.01 + 1.01 * damping < below for damping in (0.0, *solve.EXTRA_DAMPING))
+    assert factored == tries + tries
+    for index, (weight, own) in enumerate(zip(weights, moments, strict=True)):
+        expected = quantize_weight(weight, own, settings())
+        if index != 2:  # whose loss is no sum of squares
+            assert_same_solutions(together[index], expected)
+        assert (together[index].weight.integers == expected.weight.integers).float().mean() > 0.98
+
+
+def test_of_weights_solved_together_the_one_that_cannot_be_is_told():
+    weights, moments = random_layers(4)
+    assert torch.isfinite(inverse_factor(damped(moments[2].hessian, 0.01))).all()
+    singular = [*moments[:2], indefinite(moments[2], 3), moments[3]]
+    assert inverse_factor(damped(singular[2].hessian, 1.0)).isnan().all()
+    too_large, broken = [each.clone() for each in weights], [each.clone() for each in weights]
+    too_large[3][0, 1] = 1e6
+    broken[1][0, 1] = torch.nan
+    overflown = [*moments[:2], copy.copy(moments[2]), moments[3]]
+    overflown[2].hessian = torch.full_like(moments[2].hessian, torch.inf)
+    cases = [
+        (weights, singular, 2, "stay singular"),
+        (too_large, moments, 3, "float16"),
+        (broken, moments, 1, "weight contains NaN"),
+        (weights, overflown, 2, "calibration inputs contain NaN"),
+    ]
+    for case_weights, case_moments, index, message in cases:
+        with pytest.raises(CannotBeQuantized, match=message) as error:
+            quantize_weights(case_weights, case_moments, settings())
+        assert error.value.index == index
 
 
 def test_dead_inputs_zero_groups_and_a_layer_that_saw_nothing():
