@@ -18,9 +18,10 @@ class Processes:
     """This process among those that quantize a model together; the only one unless torch.distributed was initialized.
 
     Each passes its part of the calibration tokens through the blocks, takes the moments of its part, and solves its
-    part of every layer's rows, or of the experts that are solved together. Moments are summed in the order of torch.distributed's all-reduce, each process's first
-    over its own batches: next to one process they differ by float32 rounding. What is solved from them is sent whole,
-    so all processes go on with the same weights to the last bit.
+    part of every layer's rows, or of the experts that are solved together. Moments are summed in the order of
+    torch.distributed's all-reduce, each process's first over its own batches: next to one process they differ by
+    float32 rounding. What is solved from them is sent whole, so all processes go on with the same weights to the last
+    bit.
     """
 
     rank: int

@@ -271,8 +271,8 @@ def corrected_target(weight: Tensor, deviation: Tensor, factor: Tensor, order: T
     """`w + alpha D H^-1`, `[batch, out, in]`: what a layer should compute on inputs that earlier ones disturbed.
 
     `D = E[(Y - Y~) X~^T]`, `[batch, out, in]`, with the outputs `Y` of the full-precision network and `Y~` of `w` on
-    the disturbed inputs. For `alpha = 1` it is the least-squares answer to `Y` by a weight that sees `X~`; smaller values
-    hold back the part that fits this calibration set only. `factor` is `U` with `H^-1 = U^T U`, in `order`.
+    the disturbed inputs. For `alpha = 1` it is the least-squares answer to `Y` by a weight that sees `X~`; smaller
+    values hold back the part that fits this calibration set only. `factor` is `U` with `H^-1 = U^T U`, in `order`.
     """
     correction = reordered(deviation, order) @ factor.mT @ factor
     return weight.add(reordered(correction, order.argsort(1)), alpha=alpha)
