@@ -54,10 +54,11 @@ def quantize_experts(
     settings: SolverSettings,
     processes: Processes,
 ) -> tuple[dict[str, list[Solution]], ExpertCounts]:
-    """Quantizes some experts after others; afterwards `experts` compute with the quantized weights.
+    """Quantizes experts, as many together as `TOGETHER` allows; afterwards they compute with the quantized weights.
 
-    As many are solved together as `TOGETHER` allows: alone, each would keep a GPU waiting for one small step after
-    another. Both projections of an expert are calibrated on a mixture of its own tokens and the layer's common input
+    One alone would leave a GPU nearly idle: its steps are small, and each waits for the one before.
+
+    Both projections of an expert are calibrated on a mixture of its own tokens and the layer's common input
     (`shrinkage.common_share`). What the down projection receives of either follows from them, through the expert's
     own, already quantized, first projection.
 

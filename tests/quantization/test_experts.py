@@ -299,17 +299,23 @@ def test_experts_without_tokens_take_the_common_input_and_are_counted(tokens, tm
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts_come_out_the_same_however_many_are_solved_together(name, tokens, monkeypatch):
     """With rare ones and, in Mixtral, one without tokens."""
-    models = []
-    for together in (1, 1 << 20, 1 << 32):
+    models, sizes = [], []
+    original = expert_solver_module.quantize_weights
+
+    def spy(weights, moments, settings):
+        sizes.append(len(weights))
+        return original(weights, moments, settings)
+
+    monkeypatch.setattr(expert_solver_module, "quantize_weights", spy)
+    for together, expected in ((1, 4 * [1, 1]), (2_000_000, [3, 3, 1, 1]), (1 << 32, [4, 4])):
         models.append(built(name))
         if name == "mixtral":
             starve(models[-1], 1, 2)
         monkeypatch.setattr(expert_solver_module, "TOGETHER", together)
         report = quantized(models[-1], tokens, config(name, bits=3))
+        assert sizes == 2 * expected
+        sizes.clear()
     assert sum(counts.rare for counts in report.experts.values()) > 0
-    shapes = [(128, 64), (64, 128)]
-    monkeypatch.setattr(expert_solver_module, "TOGETHER", 1 << 20)
-    assert expert_solver_module._chunks(4, shapes) == [range(0, 1), range(1, 2), range(2, 3), range(3, 4)]
     for model in models[:2]:
         for (key, one), (_, all_) in zip(modules_of(model).items(), modules_of(models[2]).items(), strict=True):
             for projection in ("packed_gate_up_proj", "packed_down_proj"):
