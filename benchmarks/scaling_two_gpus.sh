@@ -42,7 +42,7 @@ on() {  # GPU, seconds, script, results, arguments
 }
 
 alone() {
-    on 0 90 scaling_checks alone training eviction "sharing out" &
+    on 0 90 scaling_checks alone training "sharing out" &
     on 1 120 scaling_checks packed quantizing experts refining &
     wait
 }
@@ -56,8 +56,8 @@ figures() {
 {
     step tests timeout --signal INT 240 python3 -m pytest tests/distributed tests/compat/test_models_and_wrappers.py -m gpu \
         --junit-xml "$out/gpus.xml"
-    step ddp together 75 ddp ddp training eviction "sharing out"
-    step fsdp2 together 110 fsdp2 fsdp2 training eviction
+    step ddp together 75 ddp ddp training "sharing out"
+    step fsdp2 together 110 fsdp2 fsdp2 training
     step quantizing together 120 ddp quantizing quantizing experts refining
     step alone alone
     step figures figures
