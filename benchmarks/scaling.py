@@ -417,6 +417,8 @@ def tables(results: dict[str, Any]) -> str:
     parts[2:2] = _stages(results)
     hardware = results.get("hardware") or {"versions": {}}
     measured = f"Measured on: {machine(hardware)}."
+    if older := [name for name, figures in results["models"].items() if "together" not in figures]:
+        measured += f" Adapters of {', '.join(older)}: {OLDER}."
     if results.get("shrink", 1) != 1:
         measured += f" **A check of the script, with models shrunk by {results['shrink']}: the figures mean nothing.**"
     return "\n\n".join([measured, *parts, *_checks(results)])
@@ -467,6 +469,10 @@ def _checks(results: dict[str, Any]) -> list[str]:
     return ["### Runs of whole models, and what is computed for them", table(header, rows)] if rows else []
 
 
+OLDER = (
+    "by an older version, which decoded answers without the loop, trained on one prompt at a time, and left the "
+    "eviction objective out"
+)
 NOT_MEASURED = (
     "**Not measured yet**: there are no tables until `python benchmarks/scaling.py measure` has run on one GPU and "
     "`python benchmarks/scaling.py report` after it."

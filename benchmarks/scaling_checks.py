@@ -5,7 +5,7 @@
         benchmarks/scaling_checks.py training refining "sharing out" --results checks.json
     python benchmarks/scaling.py report --merge checks.json          # into the tables of docs/scaling.md
 
-The stages of an 8B adapter, on one GPU in two processes of about a hundred seconds each; prompts need no GPU:
+The stages of an 8B adapter, on one GPU in two processes of about two minutes each; prompts need no GPU:
 
     python benchmarks/scaling_checks.py prompts --device cpu --results prompts.json
     python benchmarks/scaling_checks.py answers "answers, plain" "answers, continuous" --results answers.json
