@@ -77,6 +77,9 @@ def test_few_answers_are_not_worth_a_compilation(tmp_path, switch_loop_on, monke
     monkeypatch.setattr(targets_module, "LEAST_STEPS", 25)
     generate_targets(tiny_model("llama", "sdpa"), prompts(), tmp_path / "many", max_new_tokens=6, batch_tokens=16)
     assert len(batches) == 5
+    answered = [{**row, "response_ids": [7]} for row in prompts()]
+    generate_targets(tiny_model("llama", "sdpa"), answered, tmp_path / "answered", max_new_tokens=6, batch_tokens=16)
+    assert len(batches) == 5
 
 
 OTHER_FAMILIES = ["qwen3_5_text", "lfm2", "mamba", "phi3"]
