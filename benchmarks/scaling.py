@@ -456,6 +456,8 @@ def _stages(results: dict[str, Any]) -> list[str]:
 def _checks(results: dict[str, Any]) -> list[str]:
     rows = []
     for run in results.get("checks", []):
+        if run["work"] == "prompts":
+            continue  # without a model
         layers = f"{run['layers']} layers" if run["layers"] > 1 else "one layer"
         prompts = f"{run['prompts']:,} prompts of " if run.get("prompts", 1) > 1 else ""
         what = f"{layers} of the {run['model']} model, {prompts}{run['tokens']:,} tokens"

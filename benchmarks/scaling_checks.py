@@ -108,7 +108,7 @@ def run_prompts(plan: str, device: str, shrink: int, add: Add) -> None:
     start = time.perf_counter()
     for index in range(count):
         builder.prompt(index)
-    add("prompts", "8B", 0, tokens, {"seconds": time.perf_counter() - start, "bytes": 0}, count)
+    add("prompts", "8B", 0, tokens, {"seconds": (time.perf_counter() - start) / count, "bytes": 0})
 
 
 def run_answers(plan: str, device: str, shrink: int, add: Add, way: str = "") -> None:
