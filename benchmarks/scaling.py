@@ -5,18 +5,21 @@
     python benchmarks/scaling.py report                  # writes the tables of docs/scaling.md
 
 `measure` builds one and three decoder layers of each model, with random weights in bfloat16, and times a training
-step, decoding, and the parts of a calibration walk. Half the difference is one layer, and times the number of layers
-the model. Models that one GPU cannot hold are thus measured at their own layers' sizes, not extrapolated from smaller
-ones. What does not fit even so is written down as null, and its cells say so.
+step of one prompt and of several, the answers to a batch, and the parts of a calibration walk. Half the difference is
+one layer, and times the number of layers the model. Models that one GPU cannot hold are thus measured at their own
+layers' sizes, not extrapolated from smaller ones. What does not fit even so is written down as null, and its cells say
+so.
 
 `report` adds what one GPU cannot show, the exchange between GPUs, from bandwidths that scaling_checks.py measured on
-several GPUs, or that are assumed (`ASSUMED`), and sets that script's runs beside what is computed for them. Each run
-writes a file of its own (`--results`), which `report --merge` puts together.
+several GPUs, or that are assumed (`ASSUMED`), and sets that script's runs beside what is computed for them. From those
+runs it also sums the stages of an 8B adapter. Each run writes a file of its own (`--results`), which `report --merge`
+puts together.
 """
 
 import argparse
 import functools
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -33,7 +36,15 @@ from peft import get_peft_model
 from tables import machine, table
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
+from lkq_hf import (
+    LookaheadCache,
+    LookaheadKVConfig,
+    LookaheadTrainer,
+    LookaheadTrainingArguments,
+    prepare_model_for_eviction,
+)
+from lkq_hf.cli.target_options import TargetOptions
+from lkq_hf.cli.train_options import TrainOptions
 from lkq_hf.quantization import TwoStageGPTQConfig
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.hessian import InputMoments
@@ -71,9 +82,20 @@ ASSUMED = {
     BETWEEN_HOSTS: 50,
     "bandwidth from main memory or disk to a GPU, GB/s": 10,
 }
+TOGETHER = 8
+"""Prompts of a training step that are measured in one forward, beside one alone."""
+ANSWERED = 16
+"""Prompts that are answered together."""
 WORK = {
+    "prompts": "building prompts, one CPU core",
+    "answers": "answering",
+    "answers, plain": "answering by `generate` alone",
+    "answers, continuous": "answering by `generate_batch`",
     "training": "a training step",
-    "eviction": "a training step with the eviction objective",
+    "importance": "a training step without the eviction objective",
+    "evaluating": "evaluating: loss and recall",
+    "judging": "judging evicted answers",
+    "profile": "measuring the profile",
     "quantizing": "quantizing",
     "experts": "quantizing experts",
     "refining": "quantizing and refining",
@@ -109,7 +131,8 @@ def measure(name: str, device: str, shrink: int, save: Callable[[dict[str, Any]]
     for part, measured in (
         ("solving", lambda: _solving(sizes, device)),  # first: whether the largest model's fits is a question
         ("calibration", lambda: _calibration(sizes, device, shrink)),
-        ("training", lambda: _per_layer(lambda layers: _training(sizes, layers, tokens, device, shrink))),
+        ("training", lambda: _per_layer(lambda layers: _training(sizes, layers, tokens, 1, device, shrink))),
+        ("together", lambda: _per_layer(lambda layers: _training(sizes, layers, tokens, TOGETHER, device, shrink))),
         ("decoding", lambda: _per_layer(lambda layers: _decoding(sizes, layers, tokens, device, shrink))),
     ):
         start = time.perf_counter()
@@ -156,19 +179,20 @@ def peak(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device.startswith("cuda") else 0
 
 
-def _training(sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int) -> dict[str, float]:
-    """One prompt's part of a training step: seconds and peak bytes, weights and optimizer included."""
+def _training(
+    sizes: dict[str, int], layers: int, tokens: int, prompts: int, device: str, shrink: int
+) -> dict[str, float]:
+    """A training step of some prompts in one forward: seconds and peak bytes, weights and optimizer included."""
     collect(device)
     model = get_peft_model(build(sizes, layers, device, shrink), LookaheadKVConfig())
     row = row_of(tokens, shrink)
     with tempfile.TemporaryDirectory() as directory:
         arguments = LookaheadTrainingArguments(
             output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
-            eviction_weight=0.0,
         )  # fmt: skip
         trainer = LookaheadTrainer(model, arguments, train_dataset=[row])
         trainer.create_optimizer()
-        inputs = {key: value.to(device) for key, value in trainer.data_collator([row]).items()}
+        inputs = {key: value.to(device) for key, value in trainer.data_collator([row] * prompts).items()}
 
         def step() -> None:
             trainer.compute_loss(trainer.model, inputs).backward()
@@ -186,17 +210,20 @@ def row_of(tokens: int, shrink: int) -> dict[str, list[int]]:
 
 
 def _decoding(sizes: dict[str, int], layers: int, tokens: int, device: str, shrink: int) -> dict[str, float]:
-    """Seconds of one prompt in a batch of 8: reading it, and one token of its answer."""
+    """Seconds of one prompt in a batch, as `generate_targets` answers it: reading, and one token of its answer."""
     collect(device)
     model = build(sizes, layers, device, shrink)
-    batch, few = 8, 16
-    ids = torch.randint(3, 1000 // shrink, (batch, tokens), device=device)
+    prepare_model_for_eviction(model)
+    ids = torch.randint(3, 1000 // shrink, (ANSWERED, tokens), device=device)
+    more = RECIPE["response_tokens"] // shrink
+
+    def answer(count: int) -> None:
+        cache = LookaheadCache(1.0, "streaming", max_new_tokens=more)
+        model.generate(ids, max_new_tokens=count, do_sample=False, past_key_values=cache)
+
     with torch.no_grad():
-        first, more = (
-            median_seconds(lambda count=count: model.generate(ids, max_new_tokens=count, do_sample=False), 2)  # type: ignore[misc]
-            for count in (1, 1 + few)
-        )
-    return {"prompt": first / batch, "token": (more - first) / few / batch}
+        one, all_ = (median_seconds(lambda count=count: answer(count), 2) for count in (1, more))  # type: ignore[misc]
+    return {"prompt": one / ANSWERED, "token": (all_ - one) / (more - 1) / ANSWERED}
 
 
 def _calibration(sizes: dict[str, int], device: str, shrink: int) -> dict[str, float]:
@@ -278,13 +305,19 @@ def _whole(part: dict[str, float], layers: int) -> float:
     return layers * part["layer"] + part["rest"]
 
 
-def prompt_cost(
-    sizes: dict[str, int], training: dict[str, Any], gpus: int, sharded: bool, links: dict[str, float]
+def forward_cost(
+    sizes: dict[str, int], figures: dict[str, Any], prompts: int, gpus: int, sharded: bool, links: dict[str, float]
 ) -> tuple[float, float]:
-    """Seconds of one prompt on each of the GPUs, and the bytes that each of them holds meanwhile."""
+    """Seconds of a training step of so many prompts on each of the GPUs, and the bytes that each of them holds."""
     layers = sizes["num_hidden_layers"]
     weights = 2 * parameters(sizes)
-    seconds, held = _whole(training["seconds"], layers), _whole(training["bytes"], layers)
+    one = figures["training"]
+    more = figures["together"] if prompts > 1 else one
+    seconds, held = (
+        _whole(one[what], layers)
+        + (prompts - 1) / (TOGETHER - 1) * (_whole(more[what], layers) - _whole(one[what], layers))
+        for what in ("seconds", "bytes")
+    )
     if sharded:
         # Three passes and a backward one gather every layer.
         seconds += 4 * weights * (gpus - 1) / gpus / bandwidth(gpus, links)
@@ -310,11 +343,12 @@ def training_cost(name: str, figures: dict[str, Any], gpus: int, links: dict[str
         return "does not fit"
     answer = _whole(decoding["prompt"], layers) + RECIPE["response_tokens"] * _whole(decoding["token"], layers)
     targets = RECIPE["prompts"] / replicas * answer
-    for sharded in (False, True) if gpus > 1 else (False,):
-        seconds, held = prompt_cost(sizes, figures["training"], gpus, sharded, links)
+    numbers = [number for number in (8, 4, 2, 1) if number <= prompts and (number == 1 or figures.get("together"))]
+    for sharded, number in itertools.product((False, True) if gpus > 1 else (False,), numbers):
+        seconds, held = forward_cost(sizes, figures, number, gpus, sharded, links)
         if held < 0.95 * memory:
             plan = "FSDP2" if sharded else "DDP" if gpus > 1 else "one GPU"
-            return Cost((targets + steps * prompts * seconds) / 3600, held / GIB, plan)
+            return Cost((targets + steps * math.ceil(prompts / number) * seconds) / 3600, held / GIB, plan)
     return "does not fit"
 
 
@@ -355,14 +389,16 @@ def _missing(figures: dict[str, Any], *parts: str) -> str | None:
 def predicted(run: dict[str, Any], results: dict[str, Any]) -> tuple[float, float] | None:
     """Seconds and bytes that the model gives for a run of `check`; None where it was measured for other prompts."""
     figures, links = results["models"].get(run["model"], {}), results.get("links", {})
+    prompts = run.get("prompts", 1)
     if run["work"] not in ("training", "quantizing") or run["model"] not in MODELS:
         return None
-    parts = ("training",) if run["work"] == "training" else ("calibration", "solving")
+    training = ("training", "together") if prompts > 1 else ("training",)
+    parts = training if run["work"] == "training" else ("calibration", "solving")
     if _missing(figures, *parts) or (run["work"] == "training" and run["tokens"] != figures["tokens"]):
         return None
     sizes = MODELS[run["model"]] | {"num_hidden_layers": run["layers"]}
     if run["work"] == "training":
-        return prompt_cost(sizes, figures["training"], run["gpus"], run["plan"] == "FSDP2", links)
+        return forward_cost(sizes, figures, prompts, run["gpus"], run["plan"] == "FSDP2", links)
     seconds = run["layers"] * layer_cost(sizes, figures, run["gpus"], links, loaded=False)
     return seconds, max(figures["calibration"]["bytes"], figures["solving"]["bytes"])
 
@@ -378,18 +414,53 @@ def tables(results: dict[str, Any]) -> str:
             for gpus in GPUS
         ]
         parts += [f"### {title}", table(["GPUs", *MODELS], rows)]
+    parts[2:2] = _stages(results)
     hardware = results.get("hardware") or {"versions": {}}
     measured = f"Measured on: {machine(hardware)}."
+    if older := [name for name, figures in results["models"].items() if "together" not in figures]:
+        measured += f" Adapters of {', '.join(older)}: {OLDER}."
     if results.get("shrink", 1) != 1:
         measured += f" **A check of the script, with models shrunk by {results['shrink']}: the figures mean nothing.**"
     return "\n\n".join([measured, *parts, *_checks(results)])
 
 
+def _stages(results: dict[str, Any]) -> list[str]:
+    """What one GPU takes from documents to an 8B adapter, stage by stage, each with its fastest number of prompts."""
+    training, answered = RECIPE["prompts"], RECIPE["prompts"] + TargetOptions.validation_count
+    # Every so many steps, after the last one, and once more with the best weights.
+    evaluations = math.ceil(math.ceil(training / RECIPE["prompts_in_a_step"]) / TrainOptions.eval_steps) + 1
+    counts = {
+        "prompts": answered,
+        "answers": answered,
+        "training": training,
+        "evaluating": TargetOptions.validation_count * evaluations,
+        "judging": TrainOptions.judge_prompts * evaluations,
+        "profile": TrainOptions.profile_prompts,
+    }
+    rows, hours = [], 0.0
+    for work, count in counts.items():
+        runs = [run for run in results.get("checks", []) if (run["work"], run["gpus"]) == (work, 1)]
+        runs = [run for run in runs if run["tokens"] == RECIPE["prompt_tokens"] and run["plan"] == "one GPU"]
+        if not runs:
+            return []
+        best = min(runs, key=lambda run: run["seconds"] / run["prompts"])
+        each = best["seconds"] / best["prompts"]
+        hours += count * each / 3600
+        size = f"{best['bytes'] / GIB:.0f}" if best["bytes"] else ""
+        rows.append([WORK[work], str(best["prompts"]), f"{each:.3f}", f"{count:,}", f"{count * each / 60:.1f}", size])
+    header = ["stage", "prompts together", "seconds a prompt", "prompts", "minutes", "GiB"]
+    rows.append(["all", "", "", "", f"{60 * hours:.0f}", ""])
+    return ["### An 8B adapter on one GPU, from documents to its files", table(header, rows)]
+
+
 def _checks(results: dict[str, Any]) -> list[str]:
     rows = []
     for run in results.get("checks", []):
+        if run["work"] == "prompts":
+            continue  # without a model
         layers = f"{run['layers']} layers" if run["layers"] > 1 else "one layer"
-        what = f"{layers} of the {run['model']} model, {run['tokens']:,} tokens"
+        prompts = f"{run['prompts']:,} prompts of " if run.get("prompts", 1) > 1 else ""
+        what = f"{layers} of the {run['model']} model, {prompts}{run['tokens']:,} tokens"
         found = predicted(run, results)
         seconds, size = ("", "") if found is None else (f"{found[0]:.2f}", f"{found[1] / GIB:.1f}")
         gpus = f"{run['gpus']} ({run['plan']})" if run["gpus"] > 1 else "1"
@@ -400,6 +471,10 @@ def _checks(results: dict[str, Any]) -> list[str]:
     return ["### Runs of whole models, and what is computed for them", table(header, rows)] if rows else []
 
 
+OLDER = (
+    "by an older version, which decoded answers without the loop, trained on one prompt at a time, and left the "
+    "eviction objective out"
+)
 NOT_MEASURED = (
     "**Not measured yet**: there are no tables until `python benchmarks/scaling.py measure` has run on one GPU and "
     "`python benchmarks/scaling.py report` after it."
@@ -437,7 +512,8 @@ def merged(results: dict[str, Any], files: list[Path]) -> dict[str, Any]:
     results = {"models": {}, "links": {}, "checks": []} | results
     for file in files:
         more = json.loads(file.read_text())
-        results |= {key: value for key, value in more.items() if key in ("hardware", "shrink")}
+        if "gpu" in more.get("hardware", {}) or "hardware" not in results:  # prompts are built without
+            results |= {key: value for key, value in more.items() if key in ("hardware", "shrink")}
         results["models"] |= more.get("models", {})
         results["links"] |= more.get("links", {})
         results["checks"] = _newest([*results["checks"], *more.get("checks", [])])
@@ -448,7 +524,8 @@ def _newest(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The last of each run that was made more than once."""
     return list(
         {
-            tuple(run[key] for key in ("work", "model", "layers", "tokens", "plan", "gpus")): run for run in runs
+            tuple(run.get(key, 1) for key in ("work", "model", "layers", "tokens", "prompts", "plan", "gpus")): run
+            for run in runs
         }.values()
     )
 

@@ -2,14 +2,24 @@
 
     python benchmarks/scaling_checks.py quantizing experts --results checks.json
     accelerate launch --config_file examples/accelerate/ddp.yaml --num_processes 2 \
-        benchmarks/scaling_checks.py training eviction refining "sharing out" --results checks.json
+        benchmarks/scaling_checks.py training refining "sharing out" --results checks.json
     python benchmarks/scaling.py report --merge checks.json          # into the tables of docs/scaling.md
+
+The stages of an 8B adapter, on one GPU in two processes of about two minutes each; prompts need no GPU:
+
+    python benchmarks/scaling_checks.py prompts --device cpu --results prompts.json
+    python benchmarks/scaling_checks.py answers "answers, plain" "answers, continuous" --results answers.json
+    python benchmarks/scaling_checks.py training evaluating judging profile --results training.json
 
 Sizes are those of real models, weights are random. Of each run: seconds of the slowest process, and the peak memory of
 the fullest GPU.
 
-    training, eviction    a step of LookaheadTrainer with one prompt for each process, without and with the eviction
-                          objective
+    prompts               prompts of SmolLM2 from Python's language reference
+    answers               one batch after another by generate_targets; "plain" without its loop, "continuous" by
+                          transformers' generate_batch
+    training              a step of LookaheadTrainer with some prompts for each process
+    evaluating, judging   the parts of an evaluation, and at the end the numbers for allocation="profile"
+    profile
     quantizing            two layers of the 8B model, by the default method
     experts               one layer of Qwen3-30B-A3B (128 experts)
     refining              one layer of the 8B model, with its refinement
@@ -19,21 +29,27 @@ the fullest GPU.
 
 import argparse
 import json
+import math
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from common import describe, save, synchronize
+from common import describe, documents_of, save, seconds_of, synchronize
 from experts import SHAPE as EXPERTS
 from experts import SMALL as FEW_EXPERTS
 from peft import get_peft_model
+from real_models import smollm2_directory
 from scaling import (
     BETWEEN_GPUS,
     COMMON,
@@ -49,42 +65,106 @@ from scaling import (
     sizes_of,
 )  # fmt: skip
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3MoeConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    Qwen3MoeConfig,
+    TrainerCallback,
+)  # fmt: skip
 
-from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments
+from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments, prepare_model_for_eviction
 from lkq_hf.cache.allocation import MOST, share_out
 from lkq_hf.cache.tensor_parallel import DividedHeads
+from lkq_hf.evaluation.judge import AnswerJudge
+from lkq_hf.evaluation.profile import measure_profile
 from lkq_hf.quantization import TwoStageGPTQConfig
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.refinement import BlockRefinement
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.walk import quantize_blocks
+from lkq_hf.training import generate_targets, targets
+from lkq_hf.training.prompts import PromptBuilder, PromptMix
 
-# By plan, (model, layers, prompt tokens).
+# By plan, (model, layers, prompts in a forward).
 TRAINING = {
-    "one GPU": [("8B", 32, 4096), ("8B", 32, 8192)],
-    "DDP": [("8B", 32, 4096)],
+    "one GPU": [("8B", 32, 1), ("8B", 32, 4), ("8B", 32, 8), ("8B", 32, 16)],
+    "DDP": [("8B", 32, 8)],
     # Two GPUs of 80 GB hold the second and one does not.
-    "FSDP2": [("8B", 32, 4096), ("70B", 56, 4096)],
+    "FSDP2": [("8B", 32, 8), ("70B", 56, 1)],
 }
 BUDGET = 1024
 
 Figures = dict[str, float]
-Add = Callable[[str, str, int, int, Figures], None]
+Add = Callable[..., None]
 
 
-def run_training(plan: str, device: str, shrink: int, add: Add, eviction: bool = False) -> None:
-    for name, layers, tokens in TRAINING[plan]:
-        if eviction and (name, tokens) != ("8B", 4096):
-            continue
+def run_prompts(plan: str, device: str, shrink: int, add: Add) -> None:
+    tokens, count = RECIPE["prompt_tokens"], 200 // shrink
+    tokenizer = AutoTokenizer.from_pretrained(smollm2_directory())
+    # Documents are tokenized once for all prompts, and Python's are fewer than anyone's own.
+    builder = PromptBuilder(documents_of(None), tokenizer, PromptMix(min_length=tokens, max_length=tokens))
+    start = time.perf_counter()
+    for index in range(count):
+        builder.prompt(index)
+    add("prompts", "8B", 0, tokens, {"seconds": (time.perf_counter() - start) / count, "bytes": 0})
+
+
+def run_answers(plan: str, device: str, shrink: int, add: Add, way: str = "") -> None:
+    model = build(sizes_of("8B", shrink), 32 // shrink, device, shrink)
+    tokens, answer = RECIPE["prompt_tokens"] // shrink, RECIPE["response_tokens"] // shrink
+    random = torch.Generator().manual_seed(0)
+
+    def prompts(count: int) -> list[list[int]]:
+        return torch.randint(3, 1000 // shrink, (count, tokens), generator=random).tolist()
+
+    def respond(ids: list[list[int]]) -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            rows = [{"input_ids": each} for each in ids]
+            generate_targets(model, rows, directory, answer, batch_tokens=len(ids) * (tokens + answer))
+
+    def continuous(ids: list[list[int]]) -> None:
+        config = GenerationConfig(max_new_tokens=answer, do_sample=False, eos_token_id=-1, pad_token_id=0)
+        found = model.generate_batch(ids, generation_config=config)
+        if sum(len(each.generated_tokens) for each in found.values()) != answer * len(ids):
+            raise RuntimeError("generate_batch has not answered everything")
+
+    targets.LEAST_STEPS = math.inf if way else 0  # type: ignore[assignment]
+    run = continuous if "continuous" in way else respond
+    for count in (16,) if "plain" in way else (32,) if way else (16, 32):
+        collect(device)
+        if way != ", plain":
+            run(prompts(count))  # compiles
+        ids = prompts(count)
+        seconds = seconds_of(lambda ids=ids: run(ids), 1, warm_up=0)[0][0]  # type: ignore[misc]
+        add("answers" + way, "8B", 32, RECIPE["prompt_tokens"], {"seconds": seconds, "bytes": peak(device)}, count)
+
+
+def run_training(plan: str, device: str, shrink: int, add: Add) -> None:
+    for name, layers, prompts in TRAINING[plan]:
         make = _build_repeated if plan == "FSDP2" else build
         model = make(sizes_of(name, shrink), layers // shrink or 1, device, shrink)
-        figures = _steps(model, tokens // shrink, device, shrink, eviction)
-        add("eviction" if eviction else "training", name, layers, tokens, figures)
+        figures = _steps(model, RECIPE["prompt_tokens"] // shrink, prompts, device, shrink)
+        add("training", name, layers, RECIPE["prompt_tokens"], figures, prompts)
 
 
-def run_eviction(plan: str, device: str, shrink: int, add: Add) -> None:
-    run_training(plan, device, shrink, add, eviction=True)
+def run_adapted(plan: str, device: str, shrink: int, add: Add, work: str) -> None:
+    """What comes between the steps of a training, and after them."""
+    model = get_peft_model(build(sizes_of("8B", shrink), 32 // shrink, device, shrink), LookaheadKVConfig()).eval()
+    prepare_model_for_eviction(model)
+    rows = [row_of(RECIPE["prompt_tokens"] // shrink, shrink)] * 8
+    judge = AnswerJudge(rows, [budget // shrink for budget in (64, 128, 256)])
+    budgets = [budget // shrink for budget in (64, 128, 256, 512, 1024)]
+    with _trainer(model, rows, 8, device) as trainer:
+        runs: dict[str, Callable[[], Any]] = {
+            "evaluating": lambda: trainer.evaluate(rows),
+            "judging": lambda: judge(model),
+            "profile": lambda: measure_profile(model, [row["input_ids"] for row in rows], budgets, progress=False),
+        }
+        collect(device)
+        seconds = seconds_of(runs[work], 1)[0][0]
+    add(work, "8B", 32, RECIPE["prompt_tokens"], {"seconds": seconds, "bytes": peak(device)}, len(rows))
 
 
 def run_quantizing(plan: str, device: str, shrink: int, add: Add) -> None:
@@ -126,8 +206,10 @@ def run_sharing_out(plan: str, device: str, shrink: int, add: Add) -> None:
 
 
 RUNS: dict[str, Callable[[str, str, int, Add], None]] = {
-    "training": run_training, "eviction": run_eviction, "quantizing": run_quantizing, "experts": run_experts,
-    "refining": run_refining, "sharing out": run_sharing_out,
+    "prompts": run_prompts, "answers": run_answers, "answers, plain": partial(run_answers, way=", plain"),
+    "answers, continuous": partial(run_answers, way=", continuous"), "training": run_training,
+    **{work: partial(run_adapted, work=work) for work in ("evaluating", "judging", "profile")},
+    "quantizing": run_quantizing, "experts": run_experts, "refining": run_refining, "sharing out": run_sharing_out,
 }  # fmt: skip
 
 
@@ -149,24 +231,34 @@ class _Clock(TrainerCallback):
         self.seconds.append(time.perf_counter() - self._start)
 
 
-def _steps(model: Any, tokens: int, device: str, shrink: int, eviction: bool) -> Figures:
-    """Seconds of a step with one prompt for each process, and the peak bytes, of LookaheadTrainer."""
-    collect(device)
-    clock = _Clock(device)
-    weight = {} if eviction else {"eviction_weight": 0.0}
+@contextmanager
+def _trainer(model: Any, rows: list[Any], prompts: int, device: str, *callbacks: Any) -> Iterator[Any]:
+    """Of seven steps with so many prompts for each process, in the order of the rows; gives back its memory."""
     with tempfile.TemporaryDirectory() as directory:
         arguments = LookaheadTrainingArguments(
             output_dir=directory, report_to=[], use_cpu=device == "cpu", save_strategy="no", disable_tqdm=True,
-            per_device_train_batch_size=1, max_steps=6, **weight,
+            per_device_train_batch_size=prompts, per_device_eval_batch_size=prompts, max_steps=7,
+            train_sampling_strategy="sequential",
         )  # fmt: skip
-        rows = [row_of(tokens, shrink)] * 6 * PartialState().num_processes
-        adapted = get_peft_model(model, LookaheadKVConfig())
-        trainer = LookaheadTrainer(adapted, arguments, train_dataset=rows, callbacks=[clock])
+        trainer = LookaheadTrainer(model, arguments, train_dataset=rows, callbacks=list(callbacks))
+        yield trainer
+        trainer.accelerator.free_memory()
+
+
+def _steps(model: Any, tokens: int, prompts: int, device: str, shrink: int) -> Figures:
+    """Seconds of a step with so many prompts for each process, and the peak bytes, of LookaheadTrainer.
+
+    A fifth of the prompts ends inside an answer, where lengths differ. Sorted by length, as they are in a training,
+    they fill one of five batches, which then is padded.
+    """
+    collect(device)
+    clock = _Clock(device)
+    of_a_step = prompts * PartialState().num_processes
+    even, uneven = ([row_of(tokens + by * row, shrink) for row in range(of_a_step)] for by in (0, 1))
+    rows = 3 * even + uneven + 3 * even
+    with _trainer(get_peft_model(model, LookaheadKVConfig()), rows, prompts, device, clock) as trainer:
         trainer.train()
-    figures = {"seconds": statistics.median(clock.seconds[2:]), "bytes": peak(device)}
-    # What a trainer holds on to goes with it.
-    trainer.accelerator.free_memory()
-    return figures
+    return {"seconds": statistics.mean(clock.seconds[2:]), "bytes": peak(device)}
 
 
 def _build_repeated(sizes: dict[str, int], layers: int, device: str, shrink: int) -> Any:
@@ -224,7 +316,7 @@ def main(arguments: list[str] | None = None) -> None:
     if state.num_processes > 1:
         results["links"][BETWEEN_GPUS] = round(bandwidth(place, options.shrink), 1)
 
-    def add(work: str, name: str, layers: int, tokens: int, figures: Figures) -> None:
+    def add(work: str, name: str, layers: int, tokens: int, figures: Figures, prompts: int = 1) -> None:
         # The slowest process, and the fullest GPU.
         values = torch.tensor([figures["seconds"], figures["bytes"]], dtype=torch.float64, device=place)
         if state.num_processes > 1:
@@ -233,14 +325,21 @@ def main(arguments: list[str] | None = None) -> None:
         of_heads = work in ("gathering", "sharing out") and state.num_processes > 1
         row = {"work": work, "model": name, "layers": layers, "tokens": tokens, "seconds": seconds}
         row["plan"] = "tensor parallel" if of_heads else plan
-        results["checks"].append(row | {"gpus": state.num_processes, "bytes": int(size)})
+        results["checks"].append(row | {"prompts": prompts, "gpus": state.num_processes, "bytes": int(size)})
         if state.is_main_process:
             print(WORK[work], json.dumps(results["checks"][-1]), flush=True)
             save(options.results, results)
 
+    failed = []
     for work in options.work:
-        RUNS[work](plan, place, options.shrink, add)
+        try:
+            RUNS[work](plan, place, options.shrink, add)
+        except Exception:  # the others are still worth their time
+            traceback.print_exc()
+            failed.append(work)
         collect(place)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

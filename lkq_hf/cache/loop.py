@@ -31,6 +31,7 @@ from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.guards import generation_option
 from lkq_hf.cache.recorded import record
 from lkq_hf.cache.row_products import RowProducts
+from lkq_hf.cache.tensor_parallel import is_divided
 from lkq_hf.compat import CACHE_NAMES, pass_cache
 
 AHEAD = 3
@@ -92,11 +93,7 @@ def with_decoding_loop(loop: "DecodingLoop", args: tuple[Any, ...], kwargs: dict
         or (option("num_beams") or 1) > 1
         or any(option(name) for name in _OTHER_MODES)
         or any(changed.get(name) for name in _ARGUMENTS_OF_OTHER_MODES)
-        or any(getattr(type(model), name, None) is not getattr(GenerationMixin, name) for name in _METHODS)
-        or model in _unrecordable
-        or not records_on(model.device)
-        or len(set(getattr(model, "hf_device_map", {"": 0}).values())) > 1
-        or _processes() > 1
+        or not can_be_recorded(model)
     ):
         return kwargs
     if strings is not None:
@@ -107,9 +104,15 @@ def with_decoding_loop(loop: "DecodingLoop", args: tuple[Any, ...], kwargs: dict
     return changed | {"custom_generate": loop}
 
 
-def _processes() -> int:
-    distributed = torch.distributed
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+def can_be_recorded(model: Any) -> bool:
+    """Whether steps of a model can be recorded, as far as is known before one is."""
+    return (
+        all(getattr(type(model), name, None) is getattr(GenerationMixin, name, None) for name in _METHODS)
+        and model not in _unrecordable
+        and records_on(model.device)
+        and len(set(getattr(model, "hf_device_map", {"": 0}).values())) == 1
+        and not is_divided(model)
+    )
 
 
 class DecodingLoop:

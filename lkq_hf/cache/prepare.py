@@ -18,10 +18,10 @@ from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf.attention import implementation_of, thread_state
 from lkq_hf.cache.batching import refuse_cache
-from lkq_hf.cache.decode import decoding, next_token_mask
+from lkq_hf.cache.decode import decoding, masks_are_known, next_token_mask
 from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.guards import guard_method, length_read_in_chunks, refuse_in, refuse_replica
-from lkq_hf.cache.loop import DecodingLoop, with_decoding_loop
+from lkq_hf.cache.loop import DecodingLoop, can_be_recorded, with_decoding_loop
 from lkq_hf.cache.modules import (
     attention_modules,
     forgets,
@@ -103,6 +103,34 @@ def prepare_model_for_eviction(model: nn.Module) -> EvictionHandle:
     if decoder not in (base, base.base_model):
         undo.append(guard_method(base, "forward", _remember_inputs))
     return EvictionHandle(undo)
+
+
+def prepare_model_for_decoding_loop(model: nn.Module) -> EvictionHandle | None:
+    """As `prepare_model_for_eviction`, if ``generate`` then decodes by the loop of a cache with static shapes.
+
+    Args:
+        model: any.
+
+    Returns:
+        The handle; None, and nothing was added, where ``generate`` would take another way.
+    """
+    base: Any = _base_model(model)
+    if not can_be_recorded(base) or base.generation_config.cache_implementation not in (None, "hybrid"):
+        return None
+    try:
+        handle = prepare_model_for_eviction(model)
+    except (TypeError, NotImplementedError):
+        return None
+    decoder, cache = get_decoder(model), EvictedCache(1.0, "streaming", max_new_tokens=1)
+    try:
+        cache.build_layers(decoder.config)
+        refuse_other_layers(decoder, cache.evicted_layers())
+        if masks_are_known(cache.layers, base.config):
+            return handle
+    except (ValueError, NotImplementedError):
+        pass
+    handle.remove()
+    return None
 
 
 def _generate(generate: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

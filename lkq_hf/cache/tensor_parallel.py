@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
@@ -61,6 +61,16 @@ class DividedHeads:
             ]
         )
         return [next(whole).to(layer.device) if layer.shape[1] < self.heads else layer for layer in scores]
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether a forward of this model waits for other processes, which hold parts of its weights."""
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return False
+    return any(isinstance(module, FullyShardedDataParallel) for module in model.modules()) or any(
+        isinstance(parameter, DTensor) or hasattr(parameter, "ds_id")  # DeepSpeed's, of ZeRO-3
+        for parameter in model.parameters()
+    )
 
 
 def divided_heads(decoder: nn.Module) -> DividedHeads | None:

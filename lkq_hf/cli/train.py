@@ -26,6 +26,8 @@ IN_THE_CARD = (
     "learning_rate", "batch_size", "importance_heads", "importance_power", "eviction_weight", "allocation",
     "inside_answer_share", "cut_loops", "max_repetition", "seed", "dtype",
 )  # fmt: skip
+# Prompts in a forward, if they fit: more are hardly faster.
+MOST_TOGETHER = 32
 # What it depends on besides.
 IN_THE_NOTE = ("base_model_name", "epochs", "max_steps", "eval_steps", "judge_prompts")
 
@@ -58,13 +60,14 @@ def run(options: TrainOptions) -> None:
     from lkq_hf.training import LookaheadTrainer, load_targets
     from lkq_hf.training.checkpoints import last_complete_checkpoint, save_adapter
     from lkq_hf.training.data import usable_targets
+    from lkq_hf.training.memory import prompts_that_fit
 
     out, adapter = options.out, options.adapter
     if adapter is not None:
         check_adapter(str(adapter))
     measured_budgets = whole_numbers("--profile-budgets", options.profile_budgets) if options.profile_budgets else []
     state, place = find_device(options.device)
-    forward_size = _largest_divisor(_share(options.batch_size, state.num_processes), options.device_batch_size)
+    share = _share(options.batch_size, state.num_processes)
     shape: dict[str, Any] = {
         "num_lookahead_tokens": options.num_lookahead_tokens,
         "r": options.rank,
@@ -122,16 +125,16 @@ def run(options: TrainOptions) -> None:
         def on_step_end(self, *states: Any, **rest: Any) -> None:
             noted.begin()
 
-    with naming(checkpoints):
-        trainer = LookaheadTrainer(
+    def make_trainer(together: int) -> LookaheadTrainer:
+        return LookaheadTrainer(
             peft_model,
             _arguments(
                 options,
                 output_dir=str(checkpoints),
                 metric_for_best_model="lost" if judge else None,
-                per_device_train_batch_size=forward_size,
-                per_device_eval_batch_size=forward_size,
-                gradient_accumulation_steps=options.batch_size // (forward_size * state.num_processes),
+                per_device_train_batch_size=together,
+                per_device_eval_batch_size=together,
+                gradient_accumulation_steps=share // together,
                 use_cpu=place == "cpu",
                 # DeepSpeed wants one type for all weights that it trains with.
                 bf16=deepspeed and options.dtype == "bfloat16",
@@ -141,6 +144,12 @@ def run(options: TrainOptions) -> None:
             eval_dataset=eval_dataset,
             callbacks=[NoteOfArguments()],
         )
+
+    with naming(checkpoints):
+        together = _largest_divisor(share, options.device_batch_size or MOST_TOGETHER)
+        trainer = make_trainer(together)
+        if options.device_batch_size is None and (fits := prompts_that_fit(trainer, together)) < together:
+            trainer = make_trainer(_largest_divisor(share, fits))
         trainer.train(resume_from_checkpoint=last)
         step = trainer.load_best()
         metrics = trainer.evaluate()
@@ -237,6 +246,4 @@ def _share(batch_size: int, processes: int) -> int:
 
 
 def _largest_divisor(number: int, limit: int) -> int:
-    if limit < 1:
-        raise ValueError(f"--device-batch-size must be at least 1, got {limit}")
     return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)

@@ -75,7 +75,10 @@ class TrainOptions:
     ] = 1.0
     learning_rate: Annotated[float, InFile("Peak learning rate.")] = 3e-3
     batch_size: Annotated[int, Shown("Prompts per step, over all processes.", min=1)] = 32
-    device_batch_size: Annotated[int, Shown("Most prompts in a forward of one device.", min=1)] = 32
+    device_batch_size: Annotated[
+        int | None,
+        Shown("Most prompts in a forward of one device. By default as many as its memory holds, up to 32.", min=1),
+    ] = None
     epochs: Annotated[float, Shown("Passes over the training set.")] = 1.0
     max_steps: Annotated[int, InFile("Steps; overrides epochs if positive.")] = -1
     eval_steps: Annotated[int, InFile("Steps between two evaluations, whose best one gives the adapter.", min=1)] = 50

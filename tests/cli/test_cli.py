@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForMaskedLM,
 
 import lkq_hf
 from lkq_hf.cli import app, main
-from lkq_hf.training import load_targets
+from lkq_hf.training import LookaheadTrainer, load_targets
 
 COMMANDS = {command.name for command in app.registered_commands} | {group.name for group in app.registered_groups}
 
@@ -342,6 +342,27 @@ def other(base, tmp_path):
     directory = shutil.copytree(base, tmp_path / "other")
     tiny_model(seed=1).save_pretrained(directory)
     return directory
+
+
+@pytest.mark.parametrize(("options", "fits", "expected"), [
+    ([], 3, [4, 2]), ([], 4, [4]), (["--device-batch-size", "2"], 1, [2]), (["--device-batch-size", "3"], 1, [2]),
+])  # fmt: skip
+def test_a_forward_takes_as_many_prompts_as_fit(run, base, tmp_path, monkeypatch, options, fits, expected):
+    made = []
+
+    class Noted(LookaheadTrainer):
+        def __init__(self, model, args, **kwargs):
+            made.append((args.per_device_train_batch_size, args.gradient_accumulation_steps))
+            super().__init__(model, args, **kwargs)
+
+    monkeypatch.setattr("lkq_hf.training.LookaheadTrainer", Noted)
+    monkeypatch.setattr("lkq_hf.training.memory.prompts_that_fit", lambda trainer, most: min(fits, most))
+    save_targets(tmp_path / "targets", seed=0)
+    small = ["--max-steps", "1", "--num-lookahead-tokens", "2", "--batch-size", "4", "--device", "cpu"]
+    small += ["--targets", tmp_path / "targets", "--out", tmp_path / "adapter", "--dtype", "float32"]
+    code, _, err = run("train", base, *small, *options)
+    assert code == 0, err
+    assert made == [(together, 4 // together) for together in expected]
 
 
 def test_a_training_goes_on_with_the_same_arguments_only(run, base, other, tmp_path):

@@ -4,10 +4,13 @@ import numpy as np
 import pytest
 import torch
 from models import add_adapter, add_lookahead, kept_entries, left_padded, prompt_ids, save_adapter, tiny_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 from workers import Group, launch
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.cache.tensor_parallel import is_divided
 from lkq_hf.evaluation.profile import set_profile
 from lkq_hf.hub import load_adapter
 
@@ -55,7 +58,15 @@ def tensor_parallel(directory, scorer, processes, device="cpu", **changes):
         model.load_adapter(str(directory / "adapter"))
     else:
         prepare_model_for_eviction(model)
+    assert is_divided(model) == (processes > 1)
     return answer(model, scorer)
+
+
+def _replica(directory):
+    model = AutoModelForCausalLM.from_pretrained(directory / "base")
+    divided = [is_divided(model)]
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    return [*divided, is_divided(model)]
 
 
 def loaded_by_us(directory):
@@ -97,6 +108,10 @@ def test_tensor_parallel_processes_keep_the_entries_of_one(saved, architecture, 
         for layer, entries in kept.items():
             assert np.array_equal(np.concatenate([run[2][layer] for run in runs], axis=1), entries)
             assert runs[0][3][layer][1] * 2 == shapes[layer][1]
+
+
+def test_replicas_are_not_divided_and_shards_are(saved):
+    assert launch(_replica, saved("llama")) == [[False, True]] * 2
 
 
 def test_an_adapter_that_we_load_is_the_one_that_transformers_loads(saved):

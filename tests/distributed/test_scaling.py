@@ -38,6 +38,36 @@ def test_gpus_share_the_prompts_of_a_step():
     assert alone.gib == pytest.approx((2 * 8.03e9 + 2e9) / 2**30, rel=1e-2)
 
 
+def test_prompts_share_a_forward_where_they_fit():
+    together = {"seconds": {"layer": 4.5, "rest": 0.0}, "bytes": {"layer": 0.0, "rest": 0.0}}
+    together["bytes"] = {"layer": figures()["training"]["bytes"]["layer"], "rest": 20e9}
+    eight = scaling.training_cost("8B", figures() | {"together": together}, 1)
+    assert eight.hours == pytest.approx(157 * 64 / 8 * 32 * 4.5 / 3600)
+    # Of 64 prompts on 32 GPUs two are in a forward: a seventh of the way from one to eight.
+    two = scaling.training_cost("8B", figures() | {"together": together}, 32)
+    assert two.hours == pytest.approx(157 * 32 * (1 + 3.5 / 7) / 3600)
+    together["bytes"]["rest"] = 200e9
+    four = scaling.training_cost("8B", figures() | {"together": together}, 1)
+    assert four.hours == pytest.approx(157 * 64 / 2 * 32 * (1 + 3.5 / 7) / 3600) and four.gib < 79
+
+
+def run_of(work, seconds, prompts, **others):
+    common = {"model": "8B", "layers": 32, "tokens": 4096, "plan": "one GPU", "gpus": 1, "bytes": 2**30}
+    return common | {"work": work, "seconds": seconds, "prompts": prompts} | others
+
+
+def test_stages_are_summed_up_once_all_are_measured():
+    works = ["prompts", "answers", "training", "evaluating", "judging", "profile"]
+    runs = [run_of(work, 3.6, 2) for work in works]
+    assert scaling._stages({"checks": runs[1:]}) == []
+    slower = [run_of("answers", 1.9, 1), run_of("training", 1.0, 8, plan="DDP", gpus=2)]
+    title, text = scaling._stages({"checks": slower + runs})
+    assert "documents" in title
+    prompts = 2 * 10_256 + 10_000 + 5 * (256 + 128) + 64  # evaluated after 50, 100, 150 and 157 steps, and at the end
+    assert f"| all |  |  |  | {prompts * 1.8 / 60:.0f} |" in text
+    assert "| answering | 2 | 1.800 | 10,256 | 307.7 | 1 |" in text
+
+
 def test_a_model_larger_than_a_gpu_is_sharded():
     costs = [scaling.training_cost("70B", figures(name="70B"), gpus) for gpus in (1, 8)]
     assert costs[0] == "does not fit" and costs[1].plan == "FSDP2"
@@ -71,7 +101,7 @@ def test_it_measures(tmp_path):
     scaling.main(["measure", "--model", "8B", "--device", "cpu", "--shrink", "32", *paths])
     scaling.main(["report", *paths])
     found = json.loads((tmp_path / "results.json").read_text())
-    assert found["models"]["8B"].keys() == {"tokens", "training", "decoding", "calibration", "solving"}
+    assert found["models"]["8B"].keys() == {"tokens", "training", "together", "decoding", "calibration", "solving"}
     assert found["models"]["8B"]["training"]["seconds"]["layer"] > 0
     assert found["models"]["8B"]["solving"]["rest"] > 0
     assert found["models"]["8B"]["calibration"]["block"] > 0
@@ -84,12 +114,17 @@ def test_it_measures(tmp_path):
 def test_runs_are_compared_with_what_is_computed(tmp_path):
     page, file, more = (tmp_path / name for name in ("page.md", "results.json", "more.json"))
     page.write_text(f"{scaling.BEGIN}\n{scaling.END}\n")
-    checks.main([*checks.RUNS, "--device", "cpu", "--shrink", "32", "--results", str(more)])
+    # generate_batch lays its cache out over all main memory.
+    works = [work for work in checks.RUNS if work != "answers, continuous"]
+    checks.main([*works, "--device", "cpu", "--shrink", "32", "--results", str(more)])
     runs = json.loads(more.read_text())["checks"]
     tokens = scaling.RECIPE["calibration_tokens"]
-    assert [(run["work"], run["tokens"], run["gpus"]) for run in runs] == [
-        ("training", 4096, 1), ("training", 8192, 1), ("eviction", 4096, 1), ("quantizing", tokens, 1),
-        ("experts", tokens // 4, 1), ("refining", tokens // 4, 1), ("sharing out", 4096, 1),
+    assert [(run["work"], run["tokens"], run["prompts"]) for run in runs] == [
+        ("prompts", 4096, 1), ("answers", 4096, 16), ("answers", 4096, 32), ("answers, plain", 4096, 16),
+        ("training", 4096, 1), ("training", 4096, 4), ("training", 4096, 8), ("training", 4096, 16),
+        ("evaluating", 4096, 8), ("judging", 4096, 8), ("profile", 4096, 8),
+        ("quantizing", tokens, 1), ("experts", tokens // 4, 1), ("refining", tokens // 4, 1),
+        ("sharing out", 4096, 1),
     ]  # fmt: skip
     assert all(run["seconds"] > 0 for run in runs)
     results = {"models": {"8B": figures() | {"tokens": 4096}}, "links": {scaling.BETWEEN_GPUS: 123.0}}
@@ -98,17 +133,15 @@ def test_runs_are_compared_with_what_is_computed(tmp_path):
         scaling.main(["report", "--results", str(file), "--page", str(page), "--merge", str(more)])
     found = scaling.merged(json.loads(file.read_text()), [])
     assert found["checks"] == runs
-    assert [scaling.predicted(run, found) for run in runs] == [
-        pytest.approx((32.0, 2 * scaling.parameters(scaling.MODELS["8B"]) + 2e9)),
-        None,
-        None,
-        pytest.approx((2 * (tokens * 1e-4 + 11), 6e9)),
-        None,
-        None,
-        None,
-    ]
+    predicted = {(run["work"], run["prompts"]): scaling.predicted(run, found) for run in runs}
+    assert {key: value for key, value in predicted.items() if value is not None} == {
+        ("training", 1): pytest.approx((32.0, 2 * scaling.parameters(scaling.MODELS["8B"]) + 2e9)),
+        ("quantizing", 1): pytest.approx((2 * (tokens * 1e-4 + 11), 6e9)),
+    }
     text = page.read_text()
     assert "| a training step: 32 layers of the 8B model, 4,096 tokens | 1 |" in text
+    assert "| a training step: 32 layers of the 8B model, 4 prompts of 4,096 tokens | 1 |" in text
+    assert "### An 8B adapter on one GPU" in text and text.count("building prompts") == 1
     assert "| 123.0 (measured) |" in text
 
 

@@ -1,8 +1,14 @@
+import gc
+import weakref
+
 import pytest
 import torch
-from models import prompt_ids, tiny_model
-from transformers import DynamicCache
+from models import Graphs, compiled_by, prompt_ids, tiny_model
+from real_models import load_smollm2
+from tiny import tiny_model as of_any_type
+from transformers import DynamicCache, GenerationMixin
 
+from lkq_hf.cache import loop
 from lkq_hf.training import TargetCollator, generate_targets, load_targets
 from lkq_hf.training import targets as targets_module
 from lkq_hf.training.data import before_loop
@@ -25,6 +31,114 @@ def test_responses_are_the_models_greedy_answers(tmp_path):
         expected = model.generate(ids, max_new_tokens=6, do_sample=False, past_key_values=DynamicCache())
         assert found["input_ids"] == row["input_ids"]
         assert found["response_ids"] == expected[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture
+def switch_loop_on(monkeypatch):
+    """Called, lets the decoding loop run on a CPU and returns a list to which each of its batches adds its shape."""
+
+    def switch():
+        batches, run = [], loop._Run.run
+
+        def noted(one, first):
+            batches.append(tuple(one._stop.prompt.shape))
+            return run(one, first)
+
+        monkeypatch.setattr(loop._Run, "run", noted)
+        monkeypatch.setattr(loop, "records_on", lambda device: True)
+        monkeypatch.setattr(loop, "record", lambda run, device: run)
+        monkeypatch.setattr(targets_module, "LEAST_STEPS", 0)
+        return batches
+
+    return switch
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3"])
+def test_the_decoding_loop_gives_the_same_answers(architecture, tmp_path, switch_loop_on):
+    model, rows = tiny_model(architecture, "sdpa"), prompts((40, 70, 40, 25, 40, 70))
+    hooks, methods = len(model.model._forward_hooks), set(vars(model))
+    free = generate_targets(model, rows, tmp_path / "free", max_new_tokens=12)["response_ids"]
+    model.generation_config.eos_token_id = [free[0][7], free[1][2]]
+    plain = generate_targets(model, rows, tmp_path / "plain", 12, batch_tokens=160, shard_size=4)
+    batches = switch_loop_on()
+    found = generate_targets(model, rows, tmp_path / "loop", 12, batch_tokens=160, shard_size=4)
+    assert found.to_list() == plain.to_list()
+    assert batches == [(3, 40), (1, 40), (1, 70), (1, 70)], "one of them with padding"
+    assert len({len(each) for each in found["response_ids"]}) > 1, "rows end before others"
+    assert (len(model.model._forward_hooks), set(vars(model))) == (hooks, methods)
+
+
+def test_few_answers_are_not_worth_a_compilation(tmp_path, switch_loop_on, monkeypatch):
+    batches = switch_loop_on()
+    # Five prompts of 38 tokens and 6 of each answer, in batches of 16 tokens: 26 steps.
+    monkeypatch.setattr(targets_module, "LEAST_STEPS", 26)
+    generate_targets(tiny_model("llama", "sdpa"), prompts(), tmp_path / "few", max_new_tokens=6, batch_tokens=16)
+    assert not batches
+    monkeypatch.setattr(targets_module, "LEAST_STEPS", 25)
+    generate_targets(tiny_model("llama", "sdpa"), prompts(), tmp_path / "many", max_new_tokens=6, batch_tokens=16)
+    assert len(batches) == 5
+    answered = [{**row, "response_ids": [7]} for row in prompts()]
+    generate_targets(tiny_model("llama", "sdpa"), answered, tmp_path / "answered", max_new_tokens=6, batch_tokens=16)
+    assert len(batches) == 5
+
+
+OTHER_FAMILIES = ["qwen3_5_text", "lfm2", "mamba", "phi3"]
+
+
+@pytest.mark.parametrize("why", [*OTHER_FAMILIES, "own _sample", "eager attention", "another cache"])
+def test_models_that_the_loop_does_not_know_answer_without_it(why, tmp_path, switch_loop_on, monkeypatch):
+    model = of_any_type(why) if why in OTHER_FAMILIES else tiny_model("llama", "sdpa")
+    if why == "own _sample":
+        sample = GenerationMixin._sample
+        monkeypatch.setattr(type(model), "_sample", lambda *args, **kwargs: sample(*args, **kwargs), raising=False)
+    if why == "eager attention":
+        model.set_attn_implementation("eager")
+    if why == "another cache":
+        model.generation_config.cache_implementation = "static"
+    plain = generate_targets(model, prompts(), tmp_path / "plain", max_new_tokens=6)
+    batches = switch_loop_on()
+    assert generate_targets(model, prompts(), tmp_path / "loop", max_new_tokens=6).to_list() == plain.to_list()
+    assert not batches
+
+
+def test_batches_do_not_pile_up_in_memory(tmp_path, switch_loop_on, monkeypatch):
+    model, caches, most = tiny_model("llama", "sdpa"), weakref.WeakSet(), []
+
+    class Counted(targets_module.LookaheadCache):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            caches.add(self)
+            most.append(len(caches))
+
+    monkeypatch.setattr(targets_module, "LookaheadCache", Counted)
+    graphs = Graphs()
+    model.generation_config.compile_config = compiled_by(graphs)["compile_config"]
+    switch_loop_on()
+    rows = prompts((70, 150, 150, 210, 210, 330))
+    gc.disable()
+    try:
+        generate_targets(model, rows, tmp_path, max_new_tokens=6, batch_tokens=330)
+    finally:
+        gc.enable()
+    assert len(most) == 5 and max(most) == 1
+    assert graphs.count == 3, "for one prompt, for any number of slots, for several prompts"
+
+
+@pytest.mark.real_model
+def test_the_decoding_loop_gives_the_answers_of_a_real_model(tmp_path, switch_loop_on):
+    model, tokenizer = load_smollm2()
+    filler = "The ferry left the harbour at noon and the gulls followed it past the old lighthouse. "
+    texts = [filler * 8 + "Who left the harbour?", filler * 3 + "What is old?", "List three harbours."]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    rows = [
+        {"input_ids": tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)}
+        for chat in chats
+    ]
+    plain = generate_targets(model, rows, tmp_path / "plain", max_new_tokens=24)
+    batches = switch_loop_on()
+    found = generate_targets(model, rows, tmp_path / "loop", max_new_tokens=24)
+    assert found.to_list() == plain.to_list()
+    assert len(batches) == 1
 
 
 def test_a_response_ends_with_its_end_token(tmp_path):
