@@ -1,0 +1,41 @@
+"""Recording of what is asked of a GPU, as a CUDA graph."""
+
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import torch
+
+_lock = threading.Lock()
+
+
+def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    """Records what ``run`` asks of a GPU, without doing it; returns what does it.
+
+    Raises:
+        RuntimeError: it waits for the GPU, or there is no memory.
+    """
+    try:
+        return _capture(run, device)
+    except torch.OutOfMemoryError:
+        # A graph has memory of its own, and cannot take what torch keeps for others.
+        torch.cuda.empty_cache()
+        return _capture(run, device)
+
+
+def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
+    graph = torch.cuda.CUDAGraph()
+    # torch records one graph at a time; other threads go on with what they do.
+    with _lock, torch.cuda.device(device), torch.cuda.stream(_stream(device)):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            run()
+        finally:
+            graph.capture_end()
+    return graph.replay
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: products have working memory for each stream."""
+    return torch.cuda.Stream(device)
