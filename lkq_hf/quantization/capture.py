@@ -64,6 +64,14 @@ class BlockCall:
         """Whether some of the arguments are what the block before returned besides its hidden states."""
         return _has_placeholder(self.arguments)
 
+    def on(self, device: torch.device) -> "BlockCall":
+        """This call with all arguments on a device; what batches share stays shared."""
+        return BlockCall(move(self.arguments, device, {}), self.returns)
+
+    def same_arguments(self, batch: int, other: int) -> bool:
+        """Whether two batches have the same arguments, and the same tensors in them."""
+        return _same(self.arguments[batch], self.arguments[other])
+
     def returned(self, hidden: Tensor) -> Any:
         """What the block would return with these hidden states, with placeholders for what follows them."""
         if self.returns is None:
@@ -103,15 +111,31 @@ def _has_placeholder(value: Any) -> bool:
     return isinstance(value, Placeholder)
 
 
-def move(value: Any, device: torch.device) -> Any:
-    """Nested arguments with every tensor on `device`."""
+def move(value: Any, device: torch.device, moved: dict[Tensor, Tensor] | None = None) -> Any:
+    """Nested arguments with every tensor on `device`.
+
+    Args:
+        moved: tensors that are there already, by what they were; it is added to.
+    """
     if isinstance(value, Tensor):
-        return value.to(device)
+        if moved is None:
+            return value.to(device)
+        if value not in moved:
+            moved[value] = value.to(device)
+        return moved[value]
     if isinstance(value, tuple | list):
-        return type(value)(move(item, device) for item in value)
+        return type(value)(move(item, device, moved) for item in value)
     if isinstance(value, dict):
-        return {key: move(item, device) for key, item in value.items()}
+        return {key: move(item, device, moved) for key, item in value.items()}
     return value
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple | list) and isinstance(other, tuple | list):
+        return len(value) == len(other) and all(map(_same, value, other))
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(_same(item, other[key]) for key, item in value.items())
+    return value is other or (isinstance(value, int | float | str) and bool(value == other))
 
 
 def _share(value: Any, like: Any) -> Any:

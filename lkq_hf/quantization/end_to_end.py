@@ -13,7 +13,13 @@ from transformers import PreTrainedModel
 
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.capture import capture_block_calls
-from lkq_hf.quantization.gradient_steps import compute_dtype, held_out_windows, precision, take_steps
+from lkq_hf.quantization.gradient_steps import (
+    changed_parameters,
+    compute_dtype,
+    held_out_windows,
+    precision,
+    take_steps,
+)
 from lkq_hf.quantization.head import Head
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.processes import Processes
@@ -74,7 +80,8 @@ def tune_end_to_end(
         layers.append({name: RefinedWeight(m.quantized_weight(), settings) for name, m in inside.items()})
         for name, module in inside.items():
             _set_module(block, name, _shell(module))
-    changed = [p for inside in layers for weight in inside.values() for p in weight.parameters() if p.requires_grad]
+    tuned_weights = [weight for inside in layers for weight in inside.values()]
+    changed = changed_parameters(tuned_weights)
     dtype = model.dtype
 
     def hidden_states(batch: int, weights: Sequence[dict[str, RefinedWeight]], weight_dtype: torch.dtype) -> Tensor:
@@ -88,13 +95,13 @@ def tune_end_to_end(
             state = checkpoint(run, state, use_reentrant=False) if torch.is_grad_enabled() else run(state)
         return state
 
-    def add_gradients(batch: int) -> None:
+    def gradients(batch: int) -> Sequence[Tensor | None]:
         kept = (~held_out[batch]).nonzero().flatten().to(device)
         with precision(dtype, device, settings):
             state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
         gradient = torch.zeros_like(state)
         _, gradient[kept] = divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
-        state.backward(gradient / len(state), inputs=changed)
+        return torch.autograd.grad(state, changed, gradient / len(state), allow_unused=True)
 
     @torch.no_grad()
     def error() -> float:
@@ -109,9 +116,7 @@ def tune_end_to_end(
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     before = error()
-    take_steps(
-        [weight for inside in layers for weight in inside.values()], settings, held_out, add_gradients, processes
-    )
+    take_steps(tuned_weights, settings, held_out, gradients, processes)
     tuned = [{name: processes.same(w.quantized()) for name, w in inside.items()} for inside in layers]
     frozen = EndToEnd(steps=0, offset_rate=0, scale_rate=0, zero_rate=0)
     layers = [{name: RefinedWeight(weight, frozen) for name, weight in inside.items()} for inside in tuned]

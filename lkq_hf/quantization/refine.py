@@ -11,9 +11,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lkq_hf.quantization.activations import Activations
+from lkq_hf.quantization.block_gradients import BlockGradients
 from lkq_hf.quantization.blocks import linear_weight
 from lkq_hf.quantization.capture import BlockCall
-from lkq_hf.quantization.gradient_steps import compute_dtype, held_out_windows, precision, take_steps
+from lkq_hf.quantization.gradient_steps import (
+    changed_parameters,
+    compute_dtype,
+    held_out_windows,
+    precision,
+    take_steps,
+)
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import BlockRefinement
@@ -96,23 +103,22 @@ def refine_block(
     }
     device, dtype = paths.quantized.device, linear_weight(paths.block.get_submodule(next(iter(weights)))).dtype
 
-    changed = [parameter for layer in layers.values() for parameter in layer.parameters() if parameter.requires_grad]
     kept = [(~chosen).to(device).unsqueeze(1) for chosen in held_out]
+    call = paths.call.on(device)
     if settings.rounding == "vertex":
         for key, curvature in _curvatures(paths, targets, weights, settings, factor).items():
             layers[key].curvature = curvature
 
-    def add_gradients(batch: int) -> None:
+    def loss(hidden: Tensor, target: Tensor, kept: Tensor, batch: int) -> Tensor:
         with precision(dtype, device, settings):
             used = compute_dtype(dtype, device, settings)
-            run = with_weights(paths.block, {key: layer(used) for key, layer in layers.items()})
-            output = paths.call.run(run, paths.quantized.get(batch), batch)
-        target = targets.get(batch)
+            output = call.run(with_weights(paths.block, {key: layer(used) for key, layer in layers.items()}), hidden, batch)
         # Multiplied and not selected: the device need not wait for the number of windows.
-        error = _squared_error(output, target, settings.token_power, factor) * kept[batch]
-        (error.sum() / target.numel()).backward(inputs=changed)
+        return (_squared_error(output, target, settings.token_power, factor) * kept).sum() / target.numel()
 
-    take_steps(list(layers.values()), settings, held_out, add_gradients, paths.processes)
+    gradients = BlockGradients(loss, changed_parameters(list(layers.values())), paths.quantized, targets, kept, call)
+    take_steps(list(layers.values()), settings, held_out, gradients, paths.processes)
+    del gradients
     refined = {key: paths.processes.same(layer.quantized()) for key, layer in layers.items()}
     after = _error(paths, targets, held_out, refined, settings, factor)
     report = BlockReport(name, before, after)

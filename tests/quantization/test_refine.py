@@ -86,7 +86,7 @@ def test_gradients_are_those_of_rounding_taken_for_the_identity(sym):
 
 def test_what_moves_stays_inside_the_grid_and_within_its_bound():
     weight = random_weight(sym=False)
-    refined = RefinedWeight(weight, GradientSteps(offset_bound=1.0))
+    refined = RefinedWeight(weight, GradientSteps(zero_rate=0.3, offset_bound=1.0))
     with torch.no_grad():
         refined.position.add_(torch.randn(6, 64, generator=torch.Generator().manual_seed(3)) * 5)
         refined.zero.add_(100)
