@@ -5,8 +5,6 @@ from torch import Tensor
 
 from lkq_hf.kernels.dispatch import use_triton
 
-# How far a position may pass the ends of the grid: it still rounds to them.
-MARGIN = 0.49
 # Wider groups do not fit into a program of a kernel.
 WIDEST = 4096
 
@@ -79,6 +77,7 @@ def move_reference(
     rate: float,
     bound: float,
     largest: int,
+    margin: float,
 ) -> None:
     """The definition of `move`."""
     rows, columns = curvature
@@ -88,7 +87,7 @@ def move_reference(
     position.sub_(away, alpha=rate)
     origin = start.float()
     torch.maximum(torch.minimum(position, origin + bound), origin - bound, out=position)
-    position.clamp_(-MARGIN, largest + MARGIN)
+    position.clamp_(-margin, largest + margin)
 
 
 def move(
@@ -100,6 +99,7 @@ def move(
     rate: float,
     bound: float,
     largest: int,
+    margin: float,
 ) -> None:
     """Moves positions toward their vertices, in place: to where the loss is least in each with all others fixed.
 
@@ -115,13 +115,14 @@ def move(
         rate: the part of the way that is gone.
         bound: the largest distance from `start`, in grid steps.
         largest: the largest integer of the grid.
+        margin: how far a position may pass the ends of the grid; less than a half, so that it rounds to them.
     """
     if _use_triton(position, scale):
         from lkq_hf.kernels.grid_positions_triton import move_triton
 
-        move_triton(position, gradient, scale, start, curvature, rate, bound, largest)
+        move_triton(position, gradient, scale, start, curvature, rate, bound, largest, margin)
     else:
-        move_reference(position, gradient, scale, start, curvature, rate, bound, largest)
+        move_reference(position, gradient, scale, start, curvature, rate, bound, largest, margin)
 
 
 def _use_triton(position: Tensor, scale: Tensor, *others: Tensor) -> bool:

@@ -6,8 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
-from lkq_hf.kernels.grid_positions import MARGIN, WIDEST
 from lkq_hf.kernels.round_columns_triton import nearest
+
+# Weights of one program.
+WEIGHTS = 4096
 
 
 @triton.jit
@@ -106,19 +108,20 @@ def move_triton(
     rate: float,
     bound: float,
     largest: int,
+    margin: float,
 ) -> None:
     """See `lkq_hf.kernels.grid_positions.move`."""
     grid, shape, constants = _launch(position, scale)
     with torch.cuda.device_of(position):
         _move[grid](
             position, gradient, scale, start, *curvature, *shape, scale.shape[1], float(rate), float(bound),
-            float(largest), MARGIN, torch.finfo(torch.float32).tiny, **constants,
+            float(largest), margin, torch.finfo(torch.float32).tiny, **constants,
         )  # fmt: skip
 
 
 def _launch(position: Tensor, scale: Tensor) -> tuple[tuple[int], tuple[int, int], dict[str, int]]:
-    """Thread blocks, the number and size of groups, and the constants: each program has at most `WIDEST` weights."""
+    """Thread blocks, the number and size of groups, and the constants: each program has at most `WEIGHTS`."""
     size = position.shape[1] // scale.shape[1]
     width = next_power_of_2(size)
-    groups = WIDEST // width
+    groups = WEIGHTS // width
     return (ceil_div(scale.numel(), groups),), (scale.numel(), size), {"GROUPS": groups, "SIZE": width}

@@ -19,9 +19,9 @@ Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 class BlockGradients:
     """The gradients of a loss for some parameters, by the index of a batch.
 
-    On a GPU the first batch runs kernel by kernel. The next one is recorded, and from then on one graph is launched for
-    each batch with the same shapes and arguments. Where a block cannot be recorded (it waits for the GPU, as routing
-    to experts does), all batches run kernel by kernel.
+    On a GPU the first batch runs kernel by kernel. The next one is recorded, and from then on one graph is launched
+    for each batch with the same shapes and arguments. Where a block cannot be recorded (it waits for the GPU, as
+    routing to experts does), all batches run kernel by kernel.
 
     Args:
         loss: what has gradients.
@@ -65,6 +65,13 @@ class BlockGradients:
         self._replay()
         return self._found
 
+    def release(self) -> None:
+        """Gives back the memory of the graph; to be called after the last batch."""
+        if self._replay is not None:
+            self._replay, self._inputs, self._found, self._fails = None, [], (), True
+            # What a graph had is not handed to others as long as torch keeps it.
+            torch.cuda.empty_cache()
+
     def _gradients(self, hidden: Tensor, target: Tensor, kept: Tensor, batch: int) -> tuple[Tensor | None, ...]:
         return torch.autograd.grad(self._loss(hidden, target, kept, batch), self._parameters, allow_unused=True)
 
@@ -77,9 +84,11 @@ class BlockGradients:
 
         def run() -> None:
             # A block may write into its input, which is to stay for the next batch.
-            given.copy_(self._inputs[0])
-            self._found = self._gradients(given, *self._inputs[1:], batch)
+            hidden, target, kept = self._inputs
+            self._found = self._gradients(given.copy_(hidden), target, kept, batch)
 
+        if self._hidden.device.type == "cuda":
+            torch.cuda.empty_cache()  # a graph has memory of its own: what the first batch needed comes on top
         try:
             self._replay = record(run, self._hidden.device)
         except RuntimeError as error:

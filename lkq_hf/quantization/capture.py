@@ -65,8 +65,10 @@ class BlockCall:
         return _has_placeholder(self.arguments)
 
     def on(self, device: torch.device) -> "BlockCall":
-        """This call with all arguments on a device; what batches share stays shared."""
-        return BlockCall(move(self.arguments, device, {}), self.returns)
+        """This call with what all batches share with the first one on a device, once."""
+        first = move(self.arguments[0], device)
+        shared = [first if self.same_arguments(0, batch) else each for batch, each in enumerate(self.arguments)]
+        return BlockCall(shared, self.returns)
 
     def same_arguments(self, batch: int, other: int) -> bool:
         """Whether two batches have the same arguments, and the same tensors in them."""
@@ -111,22 +113,14 @@ def _has_placeholder(value: Any) -> bool:
     return isinstance(value, Placeholder)
 
 
-def move(value: Any, device: torch.device, moved: dict[Tensor, Tensor] | None = None) -> Any:
-    """Nested arguments with every tensor on `device`.
-
-    Args:
-        moved: tensors that are there already, by what they were; it is added to.
-    """
+def move(value: Any, device: torch.device) -> Any:
+    """Nested arguments with every tensor on `device`."""
     if isinstance(value, Tensor):
-        if moved is None:
-            return value.to(device)
-        if value not in moved:
-            moved[value] = value.to(device)
-        return moved[value]
+        return value.to(device)
     if isinstance(value, tuple | list):
-        return type(value)(move(item, device, moved) for item in value)
+        return type(value)(move(item, device) for item in value)
     if isinstance(value, dict):
-        return {key: move(item, device, moved) for key, item in value.items()}
+        return {key: move(item, device) for key, item in value.items()}
     return value
 
 

@@ -12,8 +12,8 @@ from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import GradientSteps
 
-# Of so many batches of calibration windows, the last is held out: it decides whether a result is kept. Of fewer batches,
-# the last of so many windows.
+# Of so many batches of calibration windows, the last is held out: it decides whether a result is kept. Where there are
+# fewer batches, the last of so many windows is.
 HELD_OUT = 8
 
 

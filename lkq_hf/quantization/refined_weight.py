@@ -5,10 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lkq_hf.kernels.grid_positions import MARGIN, gradients, move, value
+from lkq_hf.kernels.grid_positions import gradients, move, value
 from lkq_hf.quantization.grid import SCALE_DTYPE, stored
 from lkq_hf.quantization.refinement import GradientSteps
 from lkq_hf.quantization.weight import QuantizedWeight
+
+# How far a weight's position may pass the ends of the grid: it still rounds to them.
+MARGIN = 0.49
 
 
 class RefinedWeight(nn.Module):
@@ -54,8 +57,8 @@ class RefinedWeight(nn.Module):
     def move_to_vertex(self, rate: float) -> None:
         """Moves positions so much of the way to where the loss is least in each with all others fixed (`move`)."""
         if self.curvature is not None and self.position.grad is not None:
-            gradient = self.position.grad
-            move(self.position, gradient, self._scale(), self.start, self.curvature, rate, self.bound, self.largest)
+            near = rate, self.bound, self.largest, MARGIN
+            move(self.position, self.position.grad, self._scale(), self.start, self.curvature, *near)
 
     @torch.no_grad()
     def project(self) -> None:
@@ -95,5 +98,6 @@ class _Dequantize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad
-        of_position, of_scale, of_zero = gradients(gradient[0], *ctx.saved_tensors, ctx.largest, needed[0])
+        position, scale, zero = ctx.saved_tensors
+        of_position, of_scale, of_zero = gradients(gradient[0], position, scale, zero, ctx.largest, needed[0])
         return of_position, of_scale if needed[1] else None, of_zero if needed[2] else None, None, None

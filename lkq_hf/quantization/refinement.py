@@ -64,7 +64,9 @@ class BlockRefinement(GradientSteps):
 
 @dataclass(frozen=True)
 class EndToEnd(GradientSteps):
-    """How the whole model is tuned to the full-precision model's logits, after its last block."""
+    """How the whole model is tuned to the full-precision model's logits, after its last block.
 
-    rounding: str = "straight_through"
+    With an `offset_rate`, the positions of all weights are in memory, four bytes each.
+    """
+
     offset_rate: float = 0.0

@@ -59,8 +59,8 @@ def test_positions_move_as_in_the_reference(rows, columns, size, device):
     gradient = (gradient - 0.5) * 0.1
     of_columns[2] = 0  # an input that is always 0
     expected, before = position.clone(), position.clone()
-    grid_positions.move_reference(expected, gradient, scale, start, (of_rows, of_columns), 0.4, 0.75, 3)
-    grid_positions.move(position, gradient, scale, start, (of_rows, of_columns), 0.4, 0.75, 3)
+    grid_positions.move_reference(expected, gradient, scale, start, (of_rows, of_columns), 0.4, 0.75, 3, 0.49)
+    grid_positions.move(position, gradient, scale, start, (of_rows, of_columns), 0.4, 0.75, 3, 0.49)
     torch.testing.assert_close(position, expected, rtol=1e-5, atol=1e-5)
     assert (position - start).abs().max() <= 0.75 and not torch.equal(position, before)
 
