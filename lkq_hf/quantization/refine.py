@@ -75,8 +75,8 @@ def refine_block(
     """Minimizes the squared error of a block's output over scales, zero points and roundings of its layers.
 
     The block sees the quantized path's inputs; its output is compared with the full-precision block's
-    (`BlockRefinement.target_mix`). Every eighth calibration window is held out, and the refined weights are kept only
-    if the error there fell.
+    (`BlockRefinement.target_mix`). Some calibration windows are held out (`held_out_windows`), and the refined weights
+    are kept only if the error there fell.
 
     Args:
         paths: the block as it was solved, and what enters it.
