@@ -118,7 +118,7 @@ def tune_end_to_end(
                 torch.autograd.grad(state, changed, drawn, allow_unused=True)
                 tokens += state.shape[0] * state.shape[1]
         processes.sum(tokens)
-        found = curvature.factors(processes.size / tokens.item(), processes)
+        found = curvature.factors(processes.size / tokens.item() * (1 + settings.damping), processes)
         for index, name in names:
             layers[index][name].curvature = found[f"{index}.{name}"]
 

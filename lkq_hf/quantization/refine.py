@@ -181,7 +181,8 @@ def _curvatures(
     paths.processes.sum(sums)
     tokens, width = sums.tolist()
     # Every process adds the gradient of its batch's squared error, divided by the batch's elements.
-    return curvature.factors(2 * paths.processes.size**2 / (tokens * width), paths.processes)
+    weight = 2 * paths.processes.size**2 / (tokens * width)
+    return curvature.factors(weight * (1 + settings.damping), paths.processes)
 
 
 @torch.no_grad()
