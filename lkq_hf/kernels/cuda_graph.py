@@ -1,7 +1,9 @@
 """Recording of what is asked of a GPU, as a CUDA graph."""
 
 import threading
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -21,6 +23,25 @@ def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
         # A graph has memory of its own, and cannot take what torch keeps for others.
         torch.cuda.empty_cache()
         return _capture(run, device)
+
+
+@contextmanager
+def refusing_to_wait(device: torch.device) -> Iterator[None]:
+    """What waits for the GPU inside is a RuntimeError: whether something can be recorded.
+
+    A recording that fails is worse: torch's allocator takes it for one that goes on, and frees nothing anymore.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from lkq_hf.kernels.cuda_graph import record
+from lkq_hf.kernels.cuda_graph import record, refusing_to_wait
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.capture import BlockCall
 
@@ -19,7 +19,7 @@ Loss = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 class BlockGradients:
     """The gradients of a loss for some parameters, by the index of a batch.
 
-    On a GPU the first batch runs kernel by kernel. The next one is recorded, and from then on one graph is launched
+    On a GPU the first batches run kernel by kernel. Then one is recorded, and from then on one graph is launched
     for each batch with the same shapes and arguments. Where a block cannot be recorded (it waits for the GPU, as
     routing to experts does), all batches run kernel by kernel.
 
@@ -80,19 +80,20 @@ class BlockGradients:
 
     def _record(self, batch: int) -> None:
         self._inputs = [self._hidden.get(batch), self._targets.get(batch), self._kept[batch].clone()]
-        given = self._hidden.get(batch)
 
         def run() -> None:
-            # A block may write into its input, which is to stay for the next batch.
             hidden, target, kept = self._inputs
-            self._found = self._gradients(given.copy_(hidden), target, kept, batch)
+            self._found = self._gradients(hidden, target, kept, batch)
 
-        if self._hidden.device.type == "cuda":
-            torch.cuda.empty_cache()  # a graph has memory of its own: what the first batch needed comes on top
+        device = self._hidden.device
         try:
-            self._replay = record(run, self._hidden.device)
+            with refusing_to_wait(device):
+                run()
+            # A graph has memory of its own, beside what torch keeps of the batches before.
+            torch.cuda.empty_cache()
+            self._replay = record(run, device)
         except RuntimeError as error:
-            self._fails, self._inputs = True, []
+            self._fails, self._inputs, self._found = True, [], ()
             logger.info("steps are launched kernel by kernel, as they cannot be recorded as a CUDA graph: %s", error)
 
 
