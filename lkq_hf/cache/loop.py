@@ -29,10 +29,10 @@ from lkq_hf.cache.choice import TokenChoice
 from lkq_hf.cache.decode import masks_are_known, masks_on_device
 from lkq_hf.cache.evicted import EvictedCache
 from lkq_hf.cache.guards import generation_option
-from lkq_hf.cache.recorded import record
 from lkq_hf.cache.row_products import RowProducts
 from lkq_hf.cache.tensor_parallel import is_divided
 from lkq_hf.compat import CACHE_NAMES, pass_cache
+from lkq_hf.kernels.cuda_graph import record
 
 AHEAD = 3
 """Steps that are queued behind the token that the host looks at. More bridge longer pauses of the host, and as many

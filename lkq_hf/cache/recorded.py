@@ -4,18 +4,14 @@ The host then launches one graph in the place of some two thousand kernels. What
 lay when it was recorded, so it serves one cache with static shapes, as long as storage and weights stay in place.
 """
 
-import threading
 import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
-import torch
 from torch import nn
 
 from lkq_hf.cache.steady import Inputs, SteadyRefresh
-
-_lock = threading.Lock()
+from lkq_hf.kernels.cuda_graph import record
 
 
 class RecordedRefresh:
@@ -75,35 +71,3 @@ def _weights(decoder: nn.Module) -> list[tuple[int, int]]:
         (parameter.data_ptr(), 0 if parameter.is_inference() else parameter._version)
         for parameter in decoder.parameters()
     ]
-
-
-def record(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    """Records what ``run`` asks of a GPU, without doing it; returns what does it.
-
-    Raises:
-        RuntimeError: it waits for the GPU, or there is no memory.
-    """
-    try:
-        return _capture(run, device)
-    except torch.OutOfMemoryError:
-        # A graph has memory of its own, and cannot take what torch keeps for others.
-        torch.cuda.empty_cache()
-        return _capture(run, device)
-
-
-def _capture(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    graph = torch.cuda.CUDAGraph()
-    # torch records one graph at a time; other threads go on with what they do.
-    with _lock, torch.cuda.device(device), torch.cuda.stream(_stream(device)):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            run()
-        finally:
-            graph.capture_end()
-    return graph.replay
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs: products have working memory for each stream."""
-    return torch.cuda.Stream(device)

@@ -47,6 +47,10 @@ class Activations:
         """A copy of a batch on the compute device: blocks may write into their input."""
         return self._batches[index].to(self.device, copy=True)
 
+    def copy_to(self, index: int, into: Tensor) -> None:
+        """Overwrites a tensor on the compute device with a batch of its shape."""
+        into.copy_(self._batches[index])
+
     def rows(self, index: int, rows: Tensor | slice) -> Tensor:
         """A copy of some rows of a batch on the compute device."""
         batch = self._batches[index]

@@ -64,6 +64,16 @@ class BlockCall:
         """Whether some of the arguments are what the block before returned besides its hidden states."""
         return _has_placeholder(self.arguments)
 
+    def on(self, device: torch.device) -> "BlockCall":
+        """This call with what all batches share with the first one on a device, once."""
+        first = move(self.arguments[0], device)
+        shared = [first if self.same_arguments(0, batch) else each for batch, each in enumerate(self.arguments)]
+        return BlockCall(shared, self.returns)
+
+    def same_arguments(self, batch: int, other: int) -> bool:
+        """Whether two batches have the same arguments, and the same tensors in them."""
+        return _same(self.arguments[batch], self.arguments[other])
+
     def returned(self, hidden: Tensor) -> Any:
         """What the block would return with these hidden states, with placeholders for what follows them."""
         if self.returns is None:
@@ -112,6 +122,14 @@ def move(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {key: move(item, device) for key, item in value.items()}
     return value
+
+
+def _same(value: Any, other: Any) -> bool:
+    if isinstance(value, tuple | list) and isinstance(other, tuple | list):
+        return len(value) == len(other) and all(map(_same, value, other))
+    if isinstance(value, dict) and isinstance(other, dict):
+        return value.keys() == other.keys() and all(_same(item, other[key]) for key, item in value.items())
+    return value is other or (isinstance(value, int | float | str) and bool(value == other))
 
 
 def _share(value: Any, like: Any) -> Any:

@@ -1,7 +1,7 @@
-"""End-to-end tuning: scales and zero points of all blocks, by gradient of the divergence of the logits."""
+"""End-to-end tuning: scales and roundings of all blocks, by gradient of the divergence of the logits."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.capture import capture_block_calls
-from lkq_hf.quantization.gradient_steps import compute_dtype, held_out_windows, precision, take_steps
+from lkq_hf.quantization.curvature import CURVATURE_BATCHES, Curvature
+from lkq_hf.quantization.gradient_steps import (
+    changed_parameters,
+    compute_dtype,
+    held_out_windows,
+    precision,
+    take_steps,
+)
 from lkq_hf.quantization.head import Head
 from lkq_hf.quantization.linear import QuantizedLinear
 from lkq_hf.quantization.processes import Processes
@@ -74,7 +81,8 @@ def tune_end_to_end(
         layers.append({name: RefinedWeight(m.quantized_weight(), settings) for name, m in inside.items()})
         for name, module in inside.items():
             _set_module(block, name, _shell(module))
-    changed = [p for inside in layers for weight in inside.values() for p in weight.parameters() if p.requires_grad]
+    tuned_weights = [weight for inside in layers for weight in inside.values()]
+    changed = changed_parameters(tuned_weights)
     dtype = model.dtype
 
     def hidden_states(batch: int, weights: Sequence[dict[str, RefinedWeight]], weight_dtype: torch.dtype) -> Tensor:
@@ -88,13 +96,31 @@ def tune_end_to_end(
             state = checkpoint(run, state, use_reentrant=False) if torch.is_grad_enabled() else run(state)
         return state
 
-    def add_gradients(batch: int) -> None:
+    def gradients(batch: int) -> Sequence[Tensor | None]:
         kept = (~held_out[batch]).nonzero().flatten().to(device)
         with precision(dtype, device, settings):
             state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
         gradient = torch.zeros_like(state)
         _, gradient[kept] = divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
-        state.backward(gradient / len(state), inputs=changed)
+        return torch.autograd.grad(state, changed, gradient / len(state), allow_unused=True)
+
+    def curvatures() -> None:
+        """Of the divergence, by the gradients of the likelihood of tokens that are drawn from the predictions."""
+        names = [(index, name) for index, inside in enumerate(layers) for name in inside]
+        curvature = Curvature({f"{index}.{name}": blocks[index].get_submodule(name) for index, name in names}, device)
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        tokens = torch.zeros((), dtype=torch.float64, device=device)
+        with curvature.watching():
+            for batch in range(min(CURVATURE_BATCHES, len(batches))):
+                with precision(dtype, device, settings):
+                    state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
+                drawn = likelihood_gradient(head, state.detach(), generator)
+                torch.autograd.grad(state, changed, drawn, allow_unused=True)
+                tokens += state.shape[0] * state.shape[1]
+        processes.sum(tokens)
+        found = curvature.factors(processes.size / tokens.item() * (1 + settings.damping), processes)
+        for index, name in names:
+            layers[index][name].curvature = found[f"{index}.{name}"]
 
     @torch.no_grad()
     def error() -> float:
@@ -109,9 +135,9 @@ def tune_end_to_end(
         return (sums[0] / sums[1].clamp(min=1)).item()
 
     before = error()
-    take_steps(
-        [weight for inside in layers for weight in inside.values()], settings, held_out, add_gradients, processes
-    )
+    if settings.offset_rate > 0 and settings.rounding == "vertex":
+        curvatures()
+    take_steps(tuned_weights, settings, held_out, gradients, processes)
     tuned = [{name: processes.same(w.quantized()) for name, w in inside.items()} for inside in layers]
     frozen = EndToEnd(steps=0, offset_rate=0, scale_rate=0, zero_rate=0)
     layers = [{name: RefinedWeight(weight, frozen) for name, weight in inside.items()} for inside in tuned]
@@ -132,26 +158,50 @@ def divergence(head: Head, student: Tensor, teacher: Tensor, gradients: bool) ->
     Returns:
         The sum, and its gradient for `student`, of its shape, divided by the length; zeros without `gradients`.
     """
-    length = max(student.shape[1], 1)
-    gradient = torch.zeros_like(student).flatten(0, 1)
-    total = torch.zeros((), dtype=torch.float64, device=student.device)
-    pieces = zip(
-        student.flatten(0, 1).split(head.tokens),
-        teacher.flatten(0, 1).split(head.tokens),
-        gradient.split(head.tokens),
-        strict=True,
-    )
-    for state, reference, into in pieces:
+
+    def loss(logits: Tensor, reference: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = head(reference).log_softmax(-1)
+        return F.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
+
+    total, gradient = _by_token(head, (student, teacher), loss, gradients)
+    return total, gradient / max(student.shape[1], 1)
+
+
+def likelihood_gradient(head: Head, state: Tensor, generator: torch.Generator) -> Tensor:
+    """The gradient of the summed log-likelihood of tokens drawn from the predictions, of the shape of `state`.
+
+    Args:
+        state: hidden states after the last block, `[windows, length, hidden]`.
+    """
+
+    def loss(logits: Tensor) -> Tensor:
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
+        return F.cross_entropy(logits, drawn, reduction="sum")
+
+    return _by_token(head, (state,), loss, True)[1]
+
+
+def _by_token(
+    head: Head, states: Sequence[Tensor], loss: Callable[..., Tensor], gradients: bool
+) -> tuple[Tensor, Tensor]:
+    """The sum of a loss over tokens, float64, and its gradient for the first of the hidden states, if it is wanted.
+
+    Args:
+        states: `[windows, length, hidden]` each.
+        loss: of the logits of some tokens, and their hidden states in the others of `states`.
+    """
+    gradient = torch.zeros_like(states[0]).flatten(0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=gradient.device)
+    pieces = zip(*(state.flatten(0, 1).split(head.tokens) for state in (gradient.unsqueeze(0), *states)), strict=True)
+    for into, state, *others in pieces:
         leaf = state.detach().requires_grad_(gradients)
         with torch.enable_grad() if gradients else nullcontext():
-            found = head(leaf).log_softmax(-1)
-            piece = F.kl_div(found, wanted, reduction="sum", log_target=True)
+            piece = loss(head(leaf), *others)
         if gradients:
-            into.copy_(torch.autograd.grad(piece, leaf)[0] / length)
+            into.copy_(torch.autograd.grad(piece, leaf)[0])
         total += piece.detach().double()
-    return total, gradient.view_as(student)
+    return total, gradient.view_as(states[0])
 
 
 def _shell(packed: QuantizedLinear) -> nn.Module:

@@ -6,19 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import SGD, Adam, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim import Adam, Optimizer
 
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import GradientSteps
 
-# Of so many calibration windows, the last is held out: it decides whether a result is kept.
+# Of so many batches of calibration windows, the last is held out: it decides whether a result is kept. Where there are
+# fewer batches, the last of so many windows is.
 HELD_OUT = 8
 
 
 def held_out_windows(sizes: Sequence[int]) -> list[Tensor]:
     """Which windows of batches of these sizes are held out, one bool `[windows]` a batch."""
+    if len(sizes) >= HELD_OUT:
+        return [torch.full((size,), batch % HELD_OUT == HELD_OUT - 1) for batch, size in enumerate(sizes)]
     total = sum(sizes)
     chosen = torch.arange(total) % HELD_OUT == HELD_OUT - 1
     if 1 < total < HELD_OUT:
@@ -38,60 +40,68 @@ def precision(dtype: torch.dtype, device: torch.device, settings: GradientSteps)
     return nullcontext() if used == dtype else torch.autocast(device.type, dtype=used)
 
 
+def changed_parameters(weights: Sequence[RefinedWeight]) -> list[Tensor]:
+    """The parameters that have gradients."""
+    return [parameter for weight in weights for parameter in weight.parameters() if parameter.requires_grad]
+
+
 def take_steps(
     weights: Sequence[RefinedWeight],
     settings: GradientSteps,
     held_out: Sequence[Tensor],
-    add_gradients: Callable[[int], None],
+    gradients: Callable[[int], Sequence[Tensor | None]],
     processes: Processes,
 ) -> None:
     """Changes `weights` by gradient, one batch a step.
 
     Args:
         held_out: from `held_out_windows`; a batch without another window is passed over.
-        add_gradients: adds the gradients of one batch's loss to the parameters, given the batch's index.
+        gradients: of one batch's loss for the `changed_parameters`, given the batch's index; they may be overwritten.
         processes: whose gradients are added up.
     """
-    optimizers = _optimizers(weights, settings)
-    schedules = [LambdaLR(optimizer, lambda step: 1 - step / settings.steps) for optimizer in optimizers]
-    parameters = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    parameters = changed_parameters(weights)
+    optimizer = _optimizer(weights, settings)
     # A process all of whose windows are held out adds nothing to the gradients, but has to take every step.
     order = _batches([batch for batch, out in enumerate(held_out) if not bool(out.all())] or [0], settings.seed)
-    for _ in range(settings.steps):
+    for step in range(settings.steps):
+        part = 1 - step / settings.steps
         with torch.enable_grad():
-            add_gradients(next(order))
+            found = gradients(next(order))
+        for parameter, gradient in zip(parameters, found, strict=True):
+            parameter.grad = gradient
         processes.sum_gradients(parameters)
         if settings.rounding == "vertex":
             for weight in weights:
-                weight.aim_at_vertex()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+                weight.move_to_vertex(settings.offset_rate * part)
+        if optimizer is not None:
+            for group in optimizer.param_groups:
+                group["lr"] = group["first"] * part
             optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
         for weight in weights:
             weight.project()
+    for parameter in parameters:
+        parameter.grad = None
 
 
-def _optimizers(weights: Sequence[RefinedWeight], settings: GradientSteps) -> list[Optimizer]:
-    """The chosen optimizer, and one for what goes to vertices."""
-    first = 2 / settings.steps  # of a fall to 0 whose mean is 1 / steps
-    positions = [weight.position for weight in weights] if settings.offset_rate > 0 else []
-    to_vertex = settings.rounding == "vertex"
-    groups: list[dict[str, Any]] = [
-        {"params": [] if to_vertex else positions, "lr": settings.offset_rate * first},
-        {"params": [weight.factor for weight in weights], "lr": settings.scale_rate * first},
-        {"params": [weight.zero for weight in weights if not weight.sym], "lr": settings.zero_rate * first},
-    ]
-    groups = [group for group in groups if group["params"] and group["lr"] > 0]
-    optimizers: list[Optimizer] = []
-    if groups:
-        # Far below any gradient: whatever the scale of the loss, a step has the length of its rate.
-        # Without its memory Adam divides a gradient by its own size: the sign is left.
-        memory = (0.0, 0.0) if settings.optimizer == "sign" else (0.9, 0.999)
-        optimizers.append(Adam(groups, betas=memory, eps=1e-16))
-    if to_vertex and positions:
-        optimizers.append(SGD(positions, lr=settings.offset_rate))
-    return optimizers
+def _optimizer(weights: Sequence[RefinedWeight], settings: GradientSteps) -> Optimizer | None:
+    """Of all that does not go to vertices, with the rate of the first step of each group as `first`."""
+    first = 2 / settings.steps if settings.steps else 0.0  # of a fall to 0 whose mean is 1 / steps
+    rates = {
+        "position": 0.0 if settings.rounding == "vertex" else settings.offset_rate,
+        "factor": settings.scale_rate,
+        "zero": settings.zero_rate,
+    }
+    groups: list[dict[str, Any]] = []
+    for name, rate in rates.items():
+        parameters = [weight.get_parameter(name) for weight in weights if getattr(weight, name).requires_grad]
+        if parameters and rate > 0:
+            groups.append({"params": parameters, "first": rate * first})
+    if not groups:
+        return None
+    # Far below any gradient: whatever the scale of the loss, a step has the length of its rate.
+    # Without its memory Adam divides a gradient by its own size: the sign is left.
+    memory = (0.0, 0.0) if settings.optimizer == "sign" else (0.9, 0.999)
+    return Adam(groups, betas=memory, eps=1e-16, fused=groups[0]["params"][0].is_cuda)
 
 
 def _batches(usable: Sequence[int], seed: int) -> Iterator[int]:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +10,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lkq_hf.quantization.activations import Activations
+from lkq_hf.quantization.block_gradients import BlockGradients
 from lkq_hf.quantization.blocks import linear_weight
 from lkq_hf.quantization.capture import BlockCall
-from lkq_hf.quantization.gradient_steps import compute_dtype, held_out_windows, precision, take_steps
+from lkq_hf.quantization.curvature import CURVATURE_BATCHES, Curvature
+from lkq_hf.quantization.gradient_steps import (
+    changed_parameters,
+    compute_dtype,
+    held_out_windows,
+    precision,
+    take_steps,
+)
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import BlockRefinement
 from lkq_hf.quantization.weight import QuantizedWeight
-
-# From so many batches the curvature is estimated.
-CURVATURE_BATCHES = 2
 
 logger = logging.getLogger(__name__)
 
@@ -71,8 +75,8 @@ def refine_block(
     """Minimizes the squared error of a block's output over scales, zero points and roundings of its layers.
 
     The block sees the quantized path's inputs; its output is compared with the full-precision block's
-    (`BlockRefinement.target_mix`). Every eighth calibration window is held out, and the refined weights are kept only
-    if the error there fell.
+    (`BlockRefinement.target_mix`). Some calibration windows are held out (`held_out_windows`), and the refined weights
+    are kept only if the error there fell.
 
     Args:
         paths: the block as it was solved, and what enters it.
@@ -96,23 +100,23 @@ def refine_block(
     }
     device, dtype = paths.quantized.device, linear_weight(paths.block.get_submodule(next(iter(weights)))).dtype
 
-    changed = [parameter for layer in layers.values() for parameter in layer.parameters() if parameter.requires_grad]
     kept = [(~chosen).to(device).unsqueeze(1) for chosen in held_out]
+    call = paths.call.on(device)
     if settings.rounding == "vertex":
         for key, curvature in _curvatures(paths, targets, weights, settings, factor).items():
             layers[key].curvature = curvature
 
-    def add_gradients(batch: int) -> None:
+    def loss(hidden: Tensor, target: Tensor, kept: Tensor, batch: int) -> Tensor:
         with precision(dtype, device, settings):
             used = compute_dtype(dtype, device, settings)
             run = with_weights(paths.block, {key: layer(used) for key, layer in layers.items()})
-            output = paths.call.run(run, paths.quantized.get(batch), batch)
-        target = targets.get(batch)
+            output = call.run(run, hidden, batch)
         # Multiplied and not selected: the device need not wait for the number of windows.
-        error = _squared_error(output, target, settings.token_power, factor) * kept[batch]
-        (error.sum() / target.numel()).backward(inputs=changed)
+        return (_squared_error(output, target, settings.token_power, factor) * kept).sum() / target.numel()
 
-    take_steps(list(layers.values()), settings, held_out, add_gradients, paths.processes)
+    gradients = BlockGradients(loss, changed_parameters(list(layers.values())), paths.quantized, targets, kept, call)
+    take_steps(list(layers.values()), settings, held_out, gradients, paths.processes)
+    gradients.release()
     refined = {key: paths.processes.same(layer.quantized()) for key, layer in layers.items()}
     after = _error(paths, targets, held_out, refined, settings, factor)
     report = BlockReport(name, before, after)
@@ -155,53 +159,30 @@ def _curvatures(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """For each layer two vectors, `[out]` and `[in]`, whose outer product is the loss's curvature in its weights.
 
-    The diagonal of Gauss and Newton's matrix, factored as in K-FAC (arXiv 1503.05671): the mean square of the layer's
-    inputs, and that of what random signs in place of the residuals send back to its outputs.
+    Random signs in place of the residuals are what is sent back (`Curvature`).
     """
     device = paths.quantized.device
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
     generator = torch.Generator(device).manual_seed(settings.seed)
-
-    def add(into: dict[str, Tensor], name: str, value: Tensor) -> None:
-        squares = value.detach().float().flatten(0, -2).square().sum(0)
-        into[name] = into[name] + squares if name in into else squares
-
-    def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            add(inputs, name, args[0])
-            output.register_hook(lambda gradient: add(outputs, name, gradient))
-
-        return hook
-
-    counts = torch.zeros(2, dtype=torch.float64, device=device)
-    dense = {}
-    for key, weight in weights.items():
-        dense[key] = weight.dequantize(linear_weight(paths.block.get_submodule(key)).dtype).requires_grad_()
-    with ExitStack() as stack, torch.enable_grad():
-        for key in weights:
-            stack.callback(paths.block.get_submodule(key).register_forward_hook(watch(key)).remove)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)  # of tokens, and of the width in all processes
+    layers = {key: paths.block.get_submodule(key) for key in weights}
+    dense = {
+        key: weight.dequantize(linear_weight(layers[key]).dtype).requires_grad_() for key, weight in weights.items()
+    }
+    curvature = Curvature(layers, device)
+    with curvature.watching():
         for batch in range(min(CURVATURE_BATCHES, len(paths.quantized))):
             target = targets.get(batch)
             output = paths.call.run(with_weights(paths.block, dense), paths.quantized.get(batch), batch)
             residual = _residual(output, target, settings.token_power, factor)
             signs = torch.randint(0, 2, residual.shape, generator=generator, device=device).mul_(2).sub_(1)
             torch.autograd.grad((residual * signs).sum(), list(dense.values()), allow_unused=True)
-            counts += torch.tensor([target.shape[0] * target.shape[1], target.shape[-1]], device=device)
-            counts[1] = target.shape[-1]
-    paths.processes.sum(counts)
-    tokens, width = counts.tolist()
-    width /= paths.processes.size
-    result = {}
-    for key, weight in weights.items():
-        out_features, in_features = weight.integers.shape
-        rows = outputs.get(key, torch.zeros(out_features, device=device))
-        columns = inputs.get(key, torch.zeros(in_features, device=device))
-        for moment in (rows, columns):
-            paths.processes.sum(moment)
-        # Every process adds the gradient of its batch's squared error, divided by the batch's elements.
-        result[key] = (rows * (2 * paths.processes.size / (tokens * width)), columns / tokens)
-    return result
+            sums[0] += target.shape[0] * target.shape[1]
+            sums[1] = target.shape[-1]
+    paths.processes.sum(sums)
+    tokens, width = sums.tolist()
+    # Every process adds the gradient of its batch's squared error, divided by the batch's elements.
+    weight = 2 * paths.processes.size**2 / (tokens * width)
+    return curvature.factors(weight * (1 + settings.damping), paths.processes)
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lkq_hf.kernels.grid_positions import gradients, move, value
 from lkq_hf.quantization.grid import SCALE_DTYPE, stored
 from lkq_hf.quantization.refinement import GradientSteps
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -34,85 +35,69 @@ class RefinedWeight(nn.Module):
         self.largest = 2**weight.bits - 1
         self.bound = settings.offset_bound
         self.curvature: tuple[Tensor, Tensor] | None = None
-        self.register_buffer("start", weight.integers.to(torch.uint8))
-        self.register_buffer("scales", weight.scales)
+        self.register_buffer("start", weight.integers.to(torch.uint8).contiguous())
+        self.register_buffer("scales", weight.scales.contiguous())
         if settings.offset_rate > 0:
-            position = weight.integers.float()
+            position = weight.integers.float().contiguous()
             if offsets is not None:
                 position += offsets.float().clamp(-MARGIN, MARGIN)
             self.position = nn.Parameter(position)
         else:
             self.position = self.start
-        self.factor = nn.Parameter(torch.zeros_like(weight.scales, dtype=torch.float32), settings.scale_rate > 0)
-        self.zero = nn.Parameter(weight.zeros.float(), requires_grad=settings.zero_rate > 0 and not weight.sym)
+        self.factor = nn.Parameter(torch.zeros_like(self.scales, dtype=torch.float32), settings.scale_rate > 0)
+        zero = weight.zeros.float().contiguous()
+        self.zero = nn.Parameter(zero, requires_grad=settings.zero_rate > 0 and not weight.sym)
 
     def forward(self, dtype: torch.dtype) -> Tensor:
         """The dequantized weight, `[out, in]`."""
-        scale = self.scales.float() * self.factor.exp()
-        weight: Tensor = _Dequantize.apply(self.position, scale, self.zero, self.largest, self.group_size, dtype)
+        weight: Tensor = _Dequantize.apply(self.position, self._scale(), self.zero, self.largest, dtype)
         return weight
 
     @torch.no_grad()
-    def aim_at_vertex(self) -> None:
-        """Turns the position's gradient into its way from the vertex: where the loss is least with all others fixed.
-
-        With the curvature `h` of the loss in the weight, the vertex lies `-dL/dw / (h s)` grid steps from the integer.
-        """
-        if self.curvature is None or self.position.grad is None:
-            return
-        rows, columns = self.curvature
-        scale = (self.scales.float() * self.factor.exp()).repeat_interleave(self.group_size, 1)
-        curvature = torch.outer(rows, columns).mul_(scale.square_())
-        away = self.position.grad.div_(curvature.clamp(min=torch.finfo(torch.float32).tiny)).clamp_(-1, 1)
-        away.add_(self.position - self.position.round().clamp_(0, self.largest))
+    def move_to_vertex(self, rate: float) -> None:
+        """Moves positions so much of the way to where the loss is least in each with all others fixed (`move`)."""
+        if self.curvature is not None and self.position.grad is not None:
+            near = rate, self.bound, self.largest, MARGIN
+            move(self.position, self.position.grad, self._scale(), self.start, self.curvature, *near)
 
     @torch.no_grad()
     def project(self) -> None:
         """Takes positions and zero points back to where they may be."""
-        if self.position is not self.start:
+        if self.position.requires_grad and self.curvature is None:
             start = self.start.float()
             bounded = torch.maximum(torch.minimum(self.position, start + self.bound), start - self.bound)
             self.position.copy_(bounded.clamp_(-MARGIN, self.largest + MARGIN))
-        self.zero.clamp_(0, self.largest)
+        if self.zero.requires_grad:
+            self.zero.clamp_(0, self.largest)
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
         """The weight as it is stored."""
         return QuantizedWeight(
             integers=self.position.float().round().clamp(0, self.largest).to(torch.int32),
-            scales=stored(self.scales.float() * self.factor.exp()).to(SCALE_DTYPE),
+            scales=stored(self._scale()).to(SCALE_DTYPE),
             zeros=self.zero.round().to(torch.int32),
             bits=self.bits,
             group_size=self.group_size,
             sym=self.sym,
         )
 
+    def _scale(self) -> Tensor:
+        return self.scales.float() * self.factor.exp()
+
 
 class _Dequantize(torch.autograd.Function):
-    """`scale * (round(position) - round(zero))`; keeps none of what it computes for the backward pass."""
+    """`value`; keeps none of what it computes for the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any, position: Tensor, scale: Tensor, zero: Tensor, largest: int, group_size: int, dtype: torch.dtype
-    ) -> Tensor:
+    def forward(ctx: Any, position: Tensor, scale: Tensor, zero: Tensor, largest: int, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(position, scale, zero)
-        ctx.largest, ctx.group_size = largest, group_size
-        return _level(position, zero, largest, group_size).mul_(scale.unsqueeze(-1)).view(position.shape).to(dtype)
+        ctx.largest = largest
+        return value(position, scale, zero, largest, dtype)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gradient: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad
         position, scale, zero = ctx.saved_tensors
-        gradient = gradients[0].float().reshape(*scale.shape, ctx.group_size)
-        of_position = of_scale = of_zero = None
-        if ctx.needs_input_grad[0]:
-            of_position = (gradient * scale.unsqueeze(-1)).view(position.shape)
-        if ctx.needs_input_grad[1]:
-            of_scale = _level(position, zero, ctx.largest, ctx.group_size).mul_(gradient).sum(-1)
-        if ctx.needs_input_grad[2]:
-            of_zero = -scale * gradient.sum(-1)
-        return of_position, of_scale, of_zero, None, None, None
-
-
-def _level(position: Tensor, zero: Tensor, largest: int, group_size: int) -> Tensor:
-    integers = position.float() if position.dtype == torch.uint8 else position.round().clamp_(0, largest)
-    return integers.view(*zero.shape, group_size).sub_(zero.round().unsqueeze(-1))
+        of_position, of_scale, of_zero = gradients(gradient[0], position, scale, zero, ctx.largest, needed[0])
+        return of_position, of_scale if needed[1] else None, of_zero if needed[2] else None, None, None

@@ -21,6 +21,8 @@ class GradientSteps:
             integer changes only if that lowers the loss.
         offset_rate: of the roundings; 0 keeps the integers. In grid steps with `"straight_through"`; with `"vertex"`
             the part of the way to the vertex of one batch that the first step goes.
+        damping: with `"vertex"`, the part by which the curvature is raised: all weights move at once, and each would
+            otherwise correct what others correct as well.
         scale_rate: of the logarithms of the scales; 0 keeps the scales.
         zero_rate: of the zero points, in grid steps; 0 keeps them, and symmetric weights always do.
         offset_bound: how far a weight's position may move from its integer, in grid steps.
@@ -32,6 +34,7 @@ class GradientSteps:
     optimizer: str = "adam"
     rounding: str = "vertex"
     offset_rate: float = 0.1
+    damping: float = 0.0
     scale_rate: float = 0.05
     zero_rate: float = 0.0
     offset_bound: float = 1.0
@@ -64,7 +67,9 @@ class BlockRefinement(GradientSteps):
 
 @dataclass(frozen=True)
 class EndToEnd(GradientSteps):
-    """How the whole model is tuned to the full-precision model's logits, after its last block."""
+    """How the whole model is tuned to the full-precision model's logits, after its last block.
 
-    rounding: str = "straight_through"
+    With an `offset_rate`, the positions of all weights are in memory, four bytes each.
+    """
+
     offset_rate: float = 0.0

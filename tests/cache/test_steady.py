@@ -12,7 +12,7 @@ from lkq_hf import LookaheadCache
 from lkq_hf.cache import prepare, recorded, refresh
 from lkq_hf.cache.recorded import RecordedRefresh
 from lkq_hf.cache.steady import SteadyRefresh
-from lkq_hf.kernels import ragged_attention
+from lkq_hf.kernels import cuda_graph, ragged_attention
 
 
 @pytest.fixture
@@ -184,8 +184,8 @@ def test_a_recording_for_which_memory_has_to_be_freed_first(monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory")
         return run
 
-    monkeypatch.setattr(recorded, "_capture", capture)
-    assert recorded.record(print, torch.device("cuda")) is print and tried == [print, print]
+    monkeypatch.setattr(cuda_graph, "_capture", capture)
+    assert cuda_graph.record(print, torch.device("cuda")) is print and tried == [print, print]
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from models import tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig
+from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, block_gradients
 from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.curvature import Curvature
 from lkq_hf.quantization.fisher import error_factor, output_fisher
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
@@ -30,7 +31,7 @@ def quantized(model, tokens, bits=2, sym=False, exclude=None, **settings):
     model = copy.deepcopy(model)
     config = TwoStageGPTQConfig(bits=bits, group_size=32, sym=sym, modules_to_not_convert=exclude)
     name, layers = find_layers(model, config)
-    resume = settings.pop("resume_dir", None)
+    resume, device = settings.pop("resume_dir", None), settings.pop("device", "cpu")
     report = quantize_blocks(
         model,
         name,
@@ -39,6 +40,7 @@ def quantized(model, tokens, bits=2, sym=False, exclude=None, **settings):
         replace(config.solver_settings(), **settings),
         batch_size=8,
         resume_dir=resume,
+        device=device,
     )
     return model, report
 
@@ -86,7 +88,7 @@ def test_gradients_are_those_of_rounding_taken_for_the_identity(sym):
 
 def test_what_moves_stays_inside_the_grid_and_within_its_bound():
     weight = random_weight(sym=False)
-    refined = RefinedWeight(weight, GradientSteps(offset_bound=1.0))
+    refined = RefinedWeight(weight, GradientSteps(zero_rate=0.3, offset_bound=1.0))
     with torch.no_grad():
         refined.position.add_(torch.randn(6, 64, generator=torch.Generator().manual_seed(3)) * 5)
         refined.zero.add_(100)
@@ -156,11 +158,96 @@ def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
         return float(F.kl_div(found, wanted, log_target=True, reduction="sum") / others.numel())
 
     plain, _ = quantized(model, tokens)
-    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1, zero_rate=0.0))
+    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1))
+    rounded, _ = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1, offset_rate=0.2))
     assert report.end_to_end.accepted
-    assert divergence(tuned) < divergence(plain)
+    assert divergence(rounded) < divergence(tuned) < divergence(plain)
     for name, weight in packed(plain).items():
         assert torch.equal(packed(tuned)[name].integers, weight.integers)
+    assert any(not torch.equal(w.integers, packed(rounded)[name].integers) for name, w in packed(plain).items())
+
+
+def test_a_curvature_is_that_of_the_loss():
+    """Of a linear loss function of a linear layer it is exact for inputs and gradients that do not depend."""
+    layer, generator = torch.nn.Linear(6, 4, bias=False), torch.Generator().manual_seed(0)
+    inputs = torch.randn(50_000, 6, generator=generator) * torch.arange(1, 7)
+    weights = torch.tensor([1.0, 2.0, 0.5, 3.0])
+    curvature = Curvature({"layer": layer, "unused": torch.nn.Linear(3, 2)}, torch.device("cpu"))
+    with curvature.watching():
+        # The Gauss-Newton matrix of sum((weights * output) ** 2) / 2 is the second moment of this one's gradient.
+        signs = torch.randint(0, 2, (50_000, 4), generator=generator).mul(2).sub(1)
+        (layer(inputs) * weights * signs).sum().backward()
+    found = curvature.factors(1 / 50_000, Processes.current())
+    expected = torch.autograd.functional.hessian(
+        lambda w: ((inputs @ w.T * weights) ** 2).sum() / 100_000, layer.weight.detach()
+    )
+    diagonal = expected.view(24, 24).diagonal().view(4, 6)
+    torch.testing.assert_close(torch.outer(*found["layer"]), diagonal, rtol=1e-4, atol=1e-4)
+    assert torch.equal(torch.outer(*found["unused"]), torch.zeros(2, 3))
+
+
+@pytest.fixture
+def recordings(monkeypatch):
+    """Steps are recorded as on a GPU: what a recording replays is run anew."""
+    found = []
+
+    def record(run, device):
+        found.append(run)
+        return run
+
+    monkeypatch.setattr(block_gradients, "records", lambda _: True)
+    monkeypatch.setattr(block_gradients, "record", record)
+    return found
+
+
+def test_recorded_steps_are_those_of_each_batch(recordings, monkeypatch):
+    # The last batch is smaller, and runs by itself.
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(36)
+    settings = BlockRefinement(steps=16)
+    recorded, report = quantized(model, tokens, bits=3, refinement=settings)
+    assert len(recordings) == 2
+    monkeypatch.setattr(block_gradients, "records", lambda _: False)
+    expected, expected_report = quantized(model, tokens, bits=3, refinement=settings)
+    assert report.blocks == expected_report.blocks
+    for name, weight in packed(expected).items():
+        assert torch.equal(packed(recorded)[name].integers, weight.integers)
+        assert torch.equal(packed(recorded)[name].scales, weight.scales)
+
+
+def test_steps_that_cannot_be_recorded_run_kernel_by_kernel(recordings, monkeypatch):
+    def record(run, device):
+        recordings.append(run)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(block_gradients, "record", record)
+    model, tokens = tiny_model("llama", num_hidden_layers=1), random_tokens(32)
+    _, report = quantized(model, tokens, bits=3, refinement=BlockRefinement(steps=8))
+    assert len(recordings) == 1
+    monkeypatch.setattr(block_gradients, "records", lambda _: False)
+    _, expected = quantized(model, tokens, bits=3, refinement=BlockRefinement(steps=8))
+    assert report.blocks == expected.blocks
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpu_replays_the_steps_that_it_recorded(dtype, monkeypatch):
+    model, tokens = tiny_model("llama", num_hidden_layers=2).to("cuda", dtype), random_tokens(128)
+    recordings, real = [], block_gradients.record
+
+    def record(run, device):
+        recordings.append(real(run, device))
+        return recordings[-1]
+
+    monkeypatch.setattr(block_gradients, "record", record)
+    settings = BlockRefinement(steps=40)
+    _, recorded = quantized(model, tokens, bits=3, refinement=settings, device="cuda")
+    assert len(recordings) == 2
+    monkeypatch.setattr(block_gradients, "records", lambda _: False)
+    _, expected = quantized(model, tokens, bits=3, refinement=settings, device="cuda")
+    for found, other in zip(recorded.blocks, expected.blocks, strict=True):
+        assert (found.before, found.after) == pytest.approx((other.before, other.after), rel=1e-2)
+        assert found.after < found.before
 
 
 @pytest.mark.parametrize("mixed", [False, True])
