@@ -170,6 +170,11 @@ def left_padded(rows):
     return ids, mask
 
 
+def padded_prompts(long=40, short=25, seed=0):
+    """Token ids and mask of two prompts."""
+    return left_padded([prompt_ids(1, long, seed=seed)[0], prompt_ids(1, short, seed=seed + 1)[0]])
+
+
 def full_layers(model):
     config = get_decoder(model).config
     types = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers

@@ -2,15 +2,12 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from small_checkpoint import save_small_checkpoint
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = ROOT / "benchmarks" / "method_comparison.py"
 PRESS = """
 import contextlib
 
@@ -58,39 +55,40 @@ def folder(tmp_path_factory):
     return directory
 
 
-def run(folder, *methods, length=640):
-    command = [sys.executable, str(SCRIPT), *(str(folder / f"{name}.json") for name in methods)]
-    command += ["--model", str(folder / "model"), "--texts", str(folder / "texts.jsonl"), "--length", str(length)]
-    command += ["--prompts", "1", "--answer-tokens", "4", "--device", "cpu", "--out", str(folder / "rows")]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder)
+@pytest.fixture
+def run(folder, run_script):
+    def run(*methods, length=640):
+        options = ["--model", folder / "model", "--texts", folder / "texts.jsonl", "--length", length]
+        options += ["--prompts", 1, "--answer-tokens", 4, "--device", "cpu", "--out", folder / "rows"]
+        run_script("method_comparison", *(folder / f"{name}.json" for name in methods), *options)
+
+    return run
 
 
-def test_one_command_adds_a_row(folder):
-    done = run(folder, "press", "lookahead")
-    assert not done.returncode, done.stderr
+def test_one_command_adds_a_row(folder, run):
+    run("press", "lookahead")
     before = json.loads((folder / "rows.json").read_text())["rows"]
     assert list(before) == ["full cache", "press", "lookahead"], "the full cache comes first, unasked"
     assert before["full cache"]["summarise"]["word_f1"] == 1
     assert before["press"]["bytes"] < before["full cache"]["bytes"] / 10
     assert before["lookahead"]["bytes"] < before["full cache"]["bytes"] / 4
-    done = run(folder, "streaming")
-    assert not done.returncode, done.stderr
+    run("streaming")
     after = json.loads((folder / "rows.json").read_text())["rows"]
     assert list(after) == [*before, "streaming"] and {name: after[name] for name in before} == before
     table = (folder / "rows.md").read_text()
     assert all(f"| {name} |" in table for name in after) and "a test" in table
 
 
-def test_rows_of_other_prompts_are_refused(folder):
-    run(folder, "streaming")
+def test_rows_of_other_prompts_are_refused(folder, run):
+    run("streaming")
     before = (folder / "rows.json").read_bytes()
-    done = run(folder, "streaming", length=700)
-    assert done.returncode and "holds rows of other prompts" in done.stderr
+    with pytest.raises(SystemExit, match="holds rows of other prompts"):
+        run("streaming", length=700)
     assert (folder / "rows.json").read_bytes() == before
 
 
 def test_every_file_is_a_method(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     import method_comparison
 
     methods = [method_comparison.Method.read(path) for path in sorted(method_comparison.METHODS.glob("*.json"))]

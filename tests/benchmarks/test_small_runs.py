@@ -11,18 +11,22 @@ from small_checkpoint import save_small_checkpoint
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
-def run(tmp_path, script, *options):
-    out = tmp_path / "results.json"
-    command = [sys.executable, str(BENCHMARKS / script), *options, "--out", str(out)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
-    assert not done.returncode, done.stderr
-    return json.loads(out.read_text())
+@pytest.fixture
+def run(tmp_path, run_script):
+    """Runs a script and reads its results."""
+
+    def run(script, *options):
+        out = tmp_path / "results.json"
+        run_script(script, *options, "--out", out)
+        return json.loads(out.read_text())
+
+    return run
 
 
-def test_decode_speed(tmp_path):
+def test_decode_speed(run):
     cells = ("dynamic", "snapkv", "snapkv, static", "lookahead")
     options = ("--small", "--batches", "1", "--quantized", "4", "--minutes", "9", "--cells", *cells)
-    found = run(tmp_path, "decode_speed.py", *options)
+    found = run("decode_speed", *options)
     assert [cell.get("error") for cell in found["cells"]] == [None] * (len(cells) + 2)
     assert all(cell["tokens_per_second"] > 0 for cell in found["cells"]) and not found["skipped"]
 
@@ -45,15 +49,15 @@ def test_the_kernels_of_a_step(monkeypatch):
 @pytest.mark.parametrize(
     ("script", "options", "key"),
     [
-        ("training_memory.py", ("--layers", "2", "--lengths", "256"), "rows"),
-        ("cpu_decode.py", ("--hidden", "256", "--layers", "1", "--tokens", "1"), "rows"),
-        ("experts.py", ("--small",), "packed"),
-        ("decode_profile.py", ("--small",), "steps"),
-        ("host_time.py", ("--repeats", "1"), "results"),
+        ("training_memory", ("--layers", "2", "--lengths", "256"), "rows"),
+        ("cpu_decode", ("--hidden", "256", "--layers", "1", "--tokens", "1"), "rows"),
+        ("experts", ("--small",), "packed"),
+        ("decode_profile", ("--small",), "steps"),
+        ("host_time", ("--repeats", "1"), "results"),
     ],
 )
-def test_it_measures(tmp_path, script, options, key):
-    assert run(tmp_path, script, *options)[key]
+def test_it_measures(run, script, options, key):
+    assert run(script, *options)[key]
 
 
 @pytest.mark.slow

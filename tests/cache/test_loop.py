@@ -8,8 +8,7 @@ import threading
 
 import pytest
 import torch
-from models import Graphs, Waits, compiled_by, kept_entries, left_padded, lookahead_model, prompt_ids, tiny_model
-from real_models import load_smollm2
+from models import Graphs, Waits, compiled_by, kept_entries, lookahead_model, padded_prompts, prompt_ids, tiny_model
 from transformers import LogitsProcessor, StoppingCriteria
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
@@ -62,10 +61,6 @@ def loops(monkeypatch):
 
 def static_cache(budget=7, scorer="lookahead", max_new_tokens=NEW_TOKENS, **options):
     return LookaheadCache(budget, scorer, max_new_tokens=max_new_tokens, **options)
-
-
-def padded_prompts(long=40, short=25, seed=0):
-    return left_padded([prompt_ids(1, long, seed=seed)[0], prompt_ids(1, short, seed=seed + 1)[0]])
 
 
 def generate(model, ids, cache, mask=None, new_tokens=NEW_TOKENS, **options):
@@ -451,22 +446,17 @@ def test_one_compiled_graph_for_all_prompts(rows, reset_compiler, loops, monkeyp
 
 
 @pytest.mark.real_model
-def test_a_real_model(loops):
-    model, tokenizer = load_smollm2()
-    prepare_model_for_eviction(model)
-    filler = "The ferry left the harbour at noon and the gulls followed it past the old lighthouse. "
-    texts = [filler * 8 + "The captain said that", filler * 3 + "The lighthouse"]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = inputs.input_ids, inputs.attention_mask
+def test_a_real_model(real_prompts, loops):
+    model, tokenizer, ids, mask = real_prompts
 
     def cache():
-        return static_cache(48, "snapkv", 24)
+        return static_cache(48, "snapkv", 12)
 
-    assert_same_answers(loops, model, ids, mask, cache, new_tokens=24, eos_token_id=None)
-    text = assert_same_answers(loops, model, ids, mask, cache, do_sample=True, new_tokens=24, top_p=0.9)
+    assert_same_answers(loops, model, ids, mask, cache, new_tokens=12, eos_token_id=None)
+    text = assert_same_answers(loops, model, ids, mask, cache, do_sample=True, new_tokens=12, top_p=0.9)
     words = tokenizer.decode(text[0, ids.shape[1] :]).split()
     found = assert_same_answers(
-        loops, model, ids, mask, cache, do_sample=True, new_tokens=24, top_p=0.9, stop_strings=words[3],
+        loops, model, ids, mask, cache, do_sample=True, new_tokens=12, top_p=0.9, stop_strings=words[3],
         tokenizer=lambda: tokenizer,
     )  # fmt: skip
     assert words[3] in tokenizer.decode(found[0, ids.shape[1] :])

@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from models import ARCHITECTURES, Graphs, compiled_by, left_padded, lookahead_model, prompt_ids, tiny_model
+from models import ARCHITECTURES, Graphs, compiled_by, lookahead_model, padded_prompts, prompt_ids, tiny_model
 from peft import get_peft_model
-from real_models import load_smollm2
 from transformers.masking_utils import create_masks_for_generate
 
 from lkq_hf import LookaheadCache, LookaheadKVConfig, prepare_model_for_eviction
@@ -36,10 +35,6 @@ def assert_same(found, expected, tolerance=1e-4):
 
 def static_cache(budget=7, scorer="lookahead", max_new_tokens=NEW_TOKENS):
     return LookaheadCache(budget, scorer, max_new_tokens=max_new_tokens)
-
-
-def padded_prompts(long=40, short=11, seed=0):
-    return left_padded([prompt_ids(1, long, seed=seed)[0], prompt_ids(1, short, seed=seed + 1)[0]])
 
 
 def addresses(cache):
@@ -300,16 +295,11 @@ def test_what_is_no_number_of_tokens_is_refused(value, error, message):
 
 
 @pytest.mark.real_model
-def test_a_real_model(graphs):
-    model, tokenizer = load_smollm2()
-    prepare_model_for_eviction(model)
-    filler = "The ferry left the harbour at noon and the gulls followed it past the old lighthouse. "
-    texts = [filler * 8 + "The captain said that", filler * 3 + "The lighthouse"]
-    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
-    ids, mask = inputs.input_ids, inputs.attention_mask
+def test_a_real_model(real_prompts, graphs):
+    model, _, ids, mask = real_prompts
     for budget in (48, 0.3):
-        expected = generate(model, ids, LookaheadCache(budget, "snapkv"), mask)
-        found = generate(model, ids, static_cache(budget, "snapkv"), mask, **compiled_by(graphs))
+        expected = generate(model, ids, LookaheadCache(budget, "snapkv"), mask, 6)
+        found = generate(model, ids, static_cache(budget, "snapkv"), mask, 6, **compiled_by(graphs))
         assert_same(found, expected, tolerance=5e-3)
     assert graphs.count == 1
 

@@ -155,7 +155,7 @@ lkq_hf.inspection
 
 LOADING = """
 import importlib, os, sys, traceback
-import torch
+import accelerate, datasets, torch, torch._dynamo, torch.distributed.tensor
 
 base, adapter, quantized = sys.argv[1:4]
 
@@ -194,7 +194,7 @@ for order in sys.stdin.read().split("\\n"):
 
 @pytest.mark.parametrize("orders", [ORDERS, pytest.param(MORE_ORDERS, marks=pytest.mark.slow)], ids=["few", "many"])
 def test_imports_in_any_order_register(orders, tmp_path):
-    """In children of a process that has imported nothing but torch, as each would be a process of its own."""
+    """In children of a process that has imported what nothing is registered with, as if each were one of its own."""
     from small_checkpoint import save_small_checkpoint
 
     from lkq_hf import TwoStageQuantizer

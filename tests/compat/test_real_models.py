@@ -30,6 +30,7 @@ PASSAGE = (
     "1911 the harbour froze, and the mail came over the ice on sledges drawn by dogs. The keeper's daughter, Ada, "
     "counted the ships: in good years more than three hundred passed the point, in bad years fewer than sixty. "
 )
+SHORT = PASSAGE[: PASSAGE.index("The keeper's daughter")]
 QUESTIONS = [
     "Question: Who counted the ships?\nAnswer: The ships were counted by",
     "Question: When did the harbour freeze?\nAnswer: The harbour froze in the winter of",
@@ -73,7 +74,7 @@ def ids_of(tokenizer, text):
 @item("left-padded batches of very unequal lengths")
 def test_padded_rows(real):
     base, model, tokenizer = real
-    texts = (PASSAGE * 2 + QUESTIONS[0], QUESTIONS[1], PASSAGE + QUESTIONS[1])
+    texts = (PASSAGE + QUESTIONS[0], QUESTIONS[1], SHORT + QUESTIONS[1])
     ids, mask = left_padded([ids_of(tokenizer, text)[0] for text in texts])
     ids = ids.masked_fill(mask == 0, tokenizer.pad_token_id)
     cache = LookaheadCache(budget=BUDGET)
@@ -117,7 +118,7 @@ def test_a_streamer(real, capsys):
 @pytest.mark.parametrize("style", ["all ids", "new ids"])
 def test_turns_of_a_conversation(real, style):
     base, model, tokenizer = real
-    ids, mask = left_padded([ids_of(tokenizer, text + QUESTIONS[0])[0] for text in (PASSAGE * 2, PASSAGE)])
+    ids, mask = left_padded([ids_of(tokenizer, text + QUESTIONS[0])[0] for text in (PASSAGE, SHORT)])
     length, cache, conversation, stages = ids.shape[1], LookaheadCache(budget=BUDGET), ids, []
     following = ids_of(tokenizer, "\n" + QUESTIONS[1]).expand(2, -1)
     for _ in range(3):
@@ -133,7 +134,7 @@ def test_turns_of_a_conversation(real, style):
 @item("deepcopy: one prefilled cache for many questions")
 def test_many_questions_over_one_document(real):
     base, model, tokenizer = real
-    document, cache = ids_of(tokenizer, PASSAGE * 2), LookaheadCache(budget=BUDGET)
+    document, cache = ids_of(tokenizer, PASSAGE), LookaheadCache(budget=BUDGET)
     with torch.no_grad():
         model(document, past_key_values=cache)
     for question in QUESTIONS:

@@ -13,7 +13,7 @@ import inspect
 import re
 import shlex
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -47,9 +47,10 @@ SMALLER = {
     "evaluate eviction": "--length 640 --examples 1 --device cpu",
     "evaluate perplexity": "--max-windows 2 --device cpu",
     "inspect": "--max-new-tokens 4 --device cpu",
+    "profile": "--count 2 --device cpu",
     "generate-targets": "--count 4 --validation-count 2 --max-length 512 --max-new-tokens 4 --dtype float32 "
     "--device cpu",
-    "train": "--count 4 --max-length 512 --max-new-tokens 4 --max-steps 1 --judge-prompts 2 "
+    "train": "--count 4 --max-length 512 --max-new-tokens 4 --max-steps 1 --judge-prompts 2 --profile-prompts 2 "
     "--device-batch-size 2 --dtype float32 --device cpu",
     "quantize": "--num-samples 4 --model-seqlen 64 --device cpu",
 }
@@ -102,6 +103,10 @@ def furnished(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
         (tmp_path / name).symlink_to(checkpoint / kind)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     (tmp_path / "targets").mkdir()  # of commands that are parsed only
+    # Of `train`, which has no option for it.
+    train = sys.modules["lkq_hf.cli.train"]
+    make_targets = train.make_targets
+    monkeypatch.setattr(train, "make_targets", lambda options: make_targets(replace(options, validation_count=2)))
     # The adapter that comes with the package is one for the tiny model, too.
     monkeypatch.setattr("lkq_hf.shipped.BESIDE", tmp_path)
     save_texts(tmp_path)
@@ -212,6 +217,7 @@ def all_options(command) -> set[str]:
     return options.union({"--help"}, *(all_options(child) for child in getattr(command, "commands", {}).values()))
 
 
+@pytest.mark.slow  # test_wheel.py runs those of the README outside of a clone
 @pytest.mark.real_model
 @pytest.mark.parametrize("name", ["README.md", "docs/quickstart.md"])
 def test_the_first_snippets_run_on_the_real_model(name: str, furnished: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,7 @@
-"""The snippets of docs/evaluating.md, with the real model in the place of its id on the Hub."""
+"""The snippets of docs/evaluating.md, with the real model in the place of its id on the Hub.
+
+tests/docs/test_snippets.py runs them with a tiny one.
+"""
 
 import gzip
 import json
@@ -40,6 +43,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_python(folder):
@@ -49,6 +53,7 @@ def test_python(folder):
     assert namespace["figure"].axes
 
 
+@pytest.mark.slow
 @pytest.mark.real_model
 @pytest.mark.skipif(find_spec("matplotlib") is None, reason="needs matplotlib")
 def test_commands(folder, monkeypatch):

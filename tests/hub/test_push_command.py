@@ -2,22 +2,38 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import ModelCard
+from warm_python import WarmPython
 
 
-def push(hub, tmp_path, *arguments, token=None):
+@pytest.fixture(scope="module")
+def python(server, tmp_path_factory):
+    """With a home of its own, and nothing to do with this process but the Hub."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home")} | ({"HF_TOKEN": token} if token else {})
-    command = [sys.executable, "-m", "lkq_hf.cli", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+    with WarmPython("import peft, transformers, lkq_hf.cli, lkq_hf.hub", env=environment) as python:
+        yield python
 
 
-def test_it_uploads_and_prints_the_url(hub, adapter, tmp_path):
-    done = push(hub, tmp_path, "push", adapter, "alice/adapter", "--private", "--token", "hf_alice")
+@pytest.fixture
+def push(hub, python):
+    def push(*arguments, token=None):
+        return python.run(f"""
+import os, sys
+from lkq_hf.cli import main
+
+os.environ |= {{"HF_TOKEN": {token!r}}} if {token!r} else {{}}
+sys.argv = {["lkq-hf", *map(str, arguments)]!r}
+main()
+""")
+
+    return push
+
+
+def test_it_uploads_and_prints_the_url(hub, adapter, push):
+    done = push("push", adapter, "alice/adapter", "--private", "--token", "hf_alice")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"{hub.url}/alice/adapter/commit/") and done.stdout.count("\n") == 1
     assert hub.repositories["alice/adapter"].private
@@ -25,12 +41,11 @@ def test_it_uploads_and_prints_the_url(hub, adapter, tmp_path):
     assert "hf_alice" not in done.stdout + done.stderr
 
 
-def test_a_pull_request_as_json(hub, adapter, tmp_path):
+def test_a_pull_request_as_json(hub, adapter, tmp_path, push):
     hub.create("alice/adapter")
     results = tmp_path / "results.json"
     results.write_text(json.dumps({"rows": [{"nll": 2.5}]}))
-    arguments = ["push", adapter, "alice/adapter", "--create-pr", "--results", results, "--json"]
-    done = push(hub, tmp_path, *arguments, token="hf_bob")
+    done = push("push", adapter, "alice/adapter", "--create-pr", "--results", results, "--json", token="hf_bob")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["repo_id"] == "alice/adapter" and found["url"].endswith("/discussions/1")
@@ -39,9 +54,8 @@ def test_a_pull_request_as_json(hub, adapter, tmp_path):
 
 
 @pytest.mark.parametrize("debug", [False, True])
-def test_a_refused_push_is_one_line_without_the_token(hub, adapter, tmp_path, debug):
-    arguments = [*(["--debug"] if debug else []), "push", adapter, "alice/adapter", "--token", "hf_wrong_token"]
-    done = push(hub, tmp_path, *arguments)
+def test_a_refused_push_is_one_line_without_the_token(adapter, debug, push):
+    done = push(*(["--debug"] if debug else []), "push", adapter, "alice/adapter", "--token", "hf_wrong_token")
     assert done.returncode == 1 and done.stdout == ""
     assert "lkq-hf: alice/adapter: the token is not valid" in done.stderr or debug
     assert ("Traceback" in done.stderr) == debug
