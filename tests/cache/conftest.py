@@ -3,7 +3,7 @@ import pytest
 
 @pytest.fixture
 def real_prompts():
-    """The first layers of SmolLM2, ready for eviction, its tokenizer, and two prompts with their mask, longer than 48 tokens."""
+    """The first layers of SmolLM2, ready for eviction, its tokenizer, and two prompts of over 48 tokens."""
     from real_models import load_smollm2
 
     from lkq_hf import prepare_model_for_eviction
