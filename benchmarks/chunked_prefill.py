@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import documents_of, parser, real_model, save
+from common import answer, documents_of, parser, real_model, save
 from tqdm import tqdm
 
 from lkq_hf import LookaheadCache, shipped_adapter
@@ -20,21 +20,14 @@ from lkq_hf.evaluation.tasks.needles import Needle
 from lkq_hf.text.passages import Corpus
 
 
-def answer(
+def answer_to(
     model: Any, tokenizer: Any, ids: list[int], budget: int, scorer: str, chunk: int | None, park: str | None
 ) -> tuple[str, torch.Tensor | None]:
     """The text, and which entries were kept, ``[layers, 1, kv_heads, tokens]``; None if all were."""
     cache = LookaheadCache(budget, scorer, park=park)
     inputs = torch.tensor([ids], device=model.device)
-    output = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        past_key_values=cache,
-        prefill_chunk_size=chunk,
-        max_new_tokens=Needle.max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id,
-    )
+    options = {"prefill_chunk_size": chunk, "pad_token_id": tokenizer.eos_token_id}
+    output = answer(model, inputs, cache, Needle.max_new_tokens, **options)
     kept = torch.stack([layer.kept() for layer in cache.layers]) if cache.has_prefix else None
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), kept
 
@@ -62,12 +55,12 @@ def main() -> None:
     prompts = list(Needle(Corpus(documents_of(given.texts), tokenizer)).examples(given.prompts, given.length))
     for count, prompt in enumerate(tqdm(prompts), 1):
         ids, expected = prompt["input_ids"], prompt["reference"] or []
-        text, _ = answer(model, tokenizer, ids, given.length, "streaming", None, None)  # keeps all
+        text, _ = answer_to(model, tokenizer, ids, given.length, "streaming", None, None)  # keeps all
         results["full cache"] += all(value in text for value in expected)
         whole: dict[Any, Any] = {}
         for name, way in ways.items():
             for budget in given.budgets:
-                text, kept = answer(model, tokenizer, ids, budget, *way)
+                text, kept = answer_to(model, tokenizer, ids, budget, *way)
                 found[name][str(budget)] += all(value in text for value in expected)
                 at_once = whole.setdefault((way[0], budget), kept)  # the first way
                 if kept is not None:

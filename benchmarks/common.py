@@ -3,6 +3,7 @@
 import argparse
 import copy
 import gc
+import json
 import platform
 import statistics
 import time
@@ -18,6 +19,7 @@ from real_models import gemma3_directory, smollm2_directory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadKVConfig, prepare_model_for_eviction
+from lkq_hf.compat import pass_cache
 from lkq_hf.files import write_json
 from lkq_hf.text.documents import read_documents
 
@@ -50,6 +52,9 @@ SMALL_HYBRID = QWEN35_9B | {
     "linear_key_head_dim": 16, "linear_value_head_dim": 16, "vocab_size": 256,
 }  # fmt: skip
 
+SIZES = {"llama": (LLAMA_8B, SMALL), "hybrid": (QWEN35_9B, SMALL_HYBRID)}
+"""Each kind of model, and a small one for smoke runs."""
+
 L2_BYTES = 256 * 2**20
 """What the data of timed calls together should exceed: five times the L2 cache of an H200."""
 
@@ -76,6 +81,14 @@ def save(path: Path | None, results: Any) -> None:
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path.with_suffix(".json"), results)
+
+
+def measure_all(cells: Mapping[str, Callable[[], Any]], rows: dict[str, Any], path: Path | None, results: Any) -> None:
+    """Measures cells one by one into ``rows``, a part of the results; each is printed and written when it is done."""
+    for name, measure in cells.items():
+        rows[name] = measure()
+        print(name, json.dumps(rows[name]), flush=True)
+        save(path, results)
 
 
 # Models
@@ -113,6 +126,12 @@ def random_models(sizes: Mapping[str, Any], **adapter: Any) -> tuple[Any, Any]:
         each.requires_grad_(False)
         prepare_model_for_eviction(each)
     return model, adapted.eval()
+
+
+def answer(model: Any, ids: torch.Tensor, cache: Any, tokens: int, **options: Any) -> torch.Tensor:
+    """Ids with a greedy answer; ``options`` are those of ``generate``."""
+    given = {"attention_mask": torch.ones_like(ids), "do_sample": False} | pass_cache(cache) | options
+    return model.generate(ids, max_new_tokens=tokens, **given)
 
 
 def documents_of(texts: Sequence[Path] | None) -> list[dict[str, Any]]:

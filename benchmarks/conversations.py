@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, parser, real_model, save
+from common import DEVICE, answer, parser, real_model, save
 from tqdm import tqdm
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
@@ -120,14 +120,7 @@ def converse(
         else:
             asked = [later_turn(tokenizer, one.facts[turn][0]) if turn else one.question for one in batch]
             ids, mask = (torch.cat(parts, dim=1) for parts in zip((ids, mask), padded(asked), strict=True))
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=ANSWER_TOKENS,
-            do_sample=False,
-            pad_token_id=pad,
-        )
+        output = answer(model, ids, cache, ANSWER_TOKENS, attention_mask=mask, pad_token_id=pad)
         answers = output[:, ids.shape[1] :]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right.append([one.facts[turn][1] in text for one, text in zip(batch, texts, strict=True)])

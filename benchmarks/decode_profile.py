@@ -29,35 +29,15 @@ LONGEST = 20  # kernels listed by name
 
 # Parts of kernels' names, in the order in which they decide. Products before others: epilogues are fused into them.
 GROUPS = {
-    "products": (
-        "gemm",
-        "gemv",
-        "_rows_kernel",
-        "cutlass",
-        "nvjet",
-        "splitk",
-        "split_sum",
-        "dot_kernel",
-        "_mm",
-        "::mm",
-        "addmm",
-    ),
+    "products": ("gemm", "gemv", "_rows_kernel", "cutlass", "nvjet", "splitk", "split_sum", "dot_kernel", "_mm",
+                 "addmm", "::mm"),
     "attention": ("_attend_kernel", "_combine_kernel", "flash", "fmha", "scaled_dot", "attention"),
     "copies": ("memcpy", "memset"),
     "token choice": ("argmax", "arg_max", "softmax", "sort", "topk", "cumsum", "exponential", "distribution"),
     "norms, rotary, elementwise": (  # and masks
-        "triton_",
-        "elementwise",
-        "reduce",
-        "index",
-        "cat",
-        "scatter",
-        "gather",
-        "copy",
-        "fill",
-        "arange",
+        "triton_", "elementwise", "reduce", "index", "cat", "scatter", "gather", "copy", "fill", "arange",
     ),
-}
+}  # fmt: skip
 
 
 class Kernel(NamedTuple):

@@ -39,8 +39,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from common import DEVICE, LLAMA_8B, SMALL, describe, free_memory, parser, save, synchronize
-from common import random_models as build_models
+from common import DEVICE, LLAMA_8B, SMALL, answer, describe, free_memory, parser, random_models, save, synchronize
 from tables import RESULTS
 from torch import nn
 from transformers import Cache, DynamicCache, StaticCache
@@ -95,7 +94,7 @@ def main() -> None:
     if options.small:
         sizes = Sizes(256, 32, 12, 12)
     results: dict[str, Any] = {"hardware": describe(), "sizes": vars(sizes), "cells": [], "skipped": []}
-    model, adapted = build_models(SMALL if options.small else LLAMA_8B)
+    model, adapted = random_models(SMALL if options.small else LLAMA_8B)
     for batch in options.batches:
         for name in options.cells:
             chosen = adapted if METHODS[name].adapted else model
@@ -198,19 +197,10 @@ def generate(
     length = int(cache.get_seq_length()) + 1 if prompt is None else prompt
     input_ids = torch.randint(model.config.vocab_size, (batch, length), device=DEVICE)
     clock = StepClock()
-    options = {"custom_generate": partial(sample, clock)} if method.own_loop else {}
+    options: dict[str, Any] = {"custom_generate": partial(sample, clock)} if method.own_loop else {}
     synchronize()
     start = time.perf_counter()
-    ids = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        do_sample=False,
-        streamer=clock,
-        disable_compile=not method.compiled,
-        **options,
-    )
+    ids = answer(model, input_ids, cache, tokens, streamer=clock, disable_compile=not method.compiled, **options)
     synchronize()
     return ids, clock.milliseconds(), time.perf_counter() - start
 

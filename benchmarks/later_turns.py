@@ -9,15 +9,14 @@ all through ``generate``: milliseconds until a turn's first token, and of a deco
 turns. With entries parked in main memory and without, growing and static (compiled), beside transformers' own caches.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import LLAMA_8B, QWEN35_9B, SMALL, SMALL_HYBRID, describe, parser, save
-from decode_speed import DEVICE, StepClock, build_models, free_memory, synchronize
+from common import DEVICE, SIZES, answer, describe, measure_all, parser, random_models, synchronize
+from decode_speed import StepClock
 from tables import RESULTS
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
@@ -38,14 +37,7 @@ def converse(model: Any, cache: Cache, prompt: int, tokens: int) -> dict[str, An
         text, clock = torch.cat([text, new], dim=1), StepClock()
         synchronize()
         start = time.perf_counter()
-        text = model.generate(
-            text,
-            attention_mask=torch.ones_like(text),
-            past_key_values=cache,
-            max_new_tokens=tokens,
-            do_sample=False,
-            streamer=clock,
-        )
+        text = answer(model, text, cache, tokens, streamer=clock)
         reading.append(1e3 * (clock.marks[0] - start))
         steps.append(clock.milliseconds()[TOKENS_TO_WARM_UP:])
     found = {
@@ -65,8 +57,7 @@ def main() -> None:
     arguments.add_argument("--hybrid", action="store_true", help="a model with recurrent layers")
     options = arguments.parse_args()
     prompt, budget, tokens = (512, 32, 8) if options.small else (32_768, 1024, 24)
-    sizes = (SMALL, LLAMA_8B) if not options.hybrid else (SMALL_HYBRID, QWEN35_9B)
-    plain, adapted = build_models(sizes[not options.small])
+    plain, adapted = random_models(SIZES["hybrid" if options.hybrid else "llama"][options.small])
     rows: dict[str, tuple[Any, Callable[[], Cache]]] = {
         "dynamic": (plain, lambda: DynamicCache(config=plain.config)),
         "lookahead": (adapted, lambda: LookaheadCache(budget)),
@@ -76,13 +67,10 @@ def main() -> None:
         "offloaded": (plain, lambda: DynamicCache(config=plain.config, offloading=True)),
     }
     results: dict[str, Any] = {"hardware": describe(), "prompt": prompt, "budget": budget, "turn": TURN}
-    for name, (model, empty) in rows.items():
-        if name == "offloaded" and (DEVICE == "cpu" or options.hybrid):
-            continue
-        results[name] = converse(model, empty(), prompt, tokens)
-        print(name, json.dumps(results[name]), flush=True)
-        save(options.out, results)
-    free_memory()
+    if DEVICE == "cpu" or options.hybrid:
+        del rows["offloaded"]
+    cells = {name: lambda each=each: converse(each[0], each[1](), prompt, tokens) for name, each in rows.items()}
+    measure_all(cells, results, options.out, results)
 
 
 if __name__ == "__main__":

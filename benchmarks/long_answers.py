@@ -105,7 +105,7 @@ def main() -> None:
         results["rows"][kind] = lost(model, text, prompt, caches, every)
         results["seconds"] = time.monotonic() - started
         save(options.out, results)
-        print(kind, declared("long_answers", {"rows": results["rows"][kind]}), sep="\n\n")
+        print(kind, declared("long_answer", {"rows": results["rows"][kind]}), sep="\n\n")
 
 
 if __name__ == "__main__":

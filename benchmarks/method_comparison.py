@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, describe, parser, real_model, save
+from common import DEVICE, answer, describe, parser, real_model, save
 from quality import AGREEMENT_TASKS, FACT_TASKS, Prompts, answer_rows
 from tables import RESULTS, declared
 from tqdm import tqdm
 
 from lkq_hf import shipped_adapter
-from lkq_hf.compat import pass_cache
 from lkq_hf.evaluation.environment import digests
 from lkq_hf.evaluation.prefill import cache_bytes
 
@@ -88,14 +87,7 @@ def answers(method: Method, model: Any, tokenizer: Any, ids: list[int], new_toke
     inputs = torch.tensor([ids], device=model.device)
     cache = method.empty_cache(model)
     with method.surround(model):
-        output = model.generate(
-            inputs,
-            attention_mask=torch.ones_like(inputs),
-            **pass_cache(cache),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.eos_token_id,
-        )
+        output = answer(model, inputs, cache, new_tokens, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True), cache_bytes(cache)
 
 

@@ -9,14 +9,12 @@ what is allocated beyond the weights (activations and cache), the peak of what t
 stays allocated (the cache). Less than two minutes on an H200.
 """
 
-import json
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from common import describe, parser, save
-from decode_speed import DEVICE, LLAMA_8B, SMALL, build_models, free_memory, synchronize
+from common import DEVICE, LLAMA_8B, SMALL, describe, free_memory, measure_all, parser, random_models, synchronize
 from tables import RESULTS
 
 from lkq_hf import LookaheadCache
@@ -49,7 +47,7 @@ def main() -> None:
     arguments.add_argument("--small", action="store_true")
     options = arguments.parse_args()
     length, budget, chunk = (1024, 32, 128) if options.small else (131_072, 1024, 8192)
-    _, model = build_models(SMALL if options.small else LLAMA_8B)
+    _, model = random_models(SMALL if options.small else LLAMA_8B)
     ways: dict[str, tuple[int, Callable[[], LookaheadCache]]] = {
         "at once": (length, lambda: LookaheadCache(budget)),
         "at once, uniform": (length, lambda: LookaheadCache(budget, allocation="uniform")),
@@ -60,10 +58,8 @@ def main() -> None:
     rows: dict[str, Any] = {}
     results = {"hardware": describe(), "length": length, "budget": budget, "chunk": chunk, "rows": rows}
     read(model, 4 * chunk, chunk, LookaheadCache(budget))  # warm-up
-    for name, (piece, empty) in ways.items():
-        rows[name] = read(model, length, piece, empty())
-        print(name, json.dumps(rows[name]), flush=True)
-        save(options.out, results)
+    cells = {name: lambda way=way: read(model, length, way[0], way[1]()) for name, way in ways.items()}
+    measure_all(cells, rows, options.out, results)
 
 
 if __name__ == "__main__":

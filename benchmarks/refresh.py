@@ -8,14 +8,14 @@ storage that grows and with static shapes (compiled). A pass takes what its step
 first two passes, which compile and record, are listed apart. The slow-down is one pass for every 256 steps.
 """
 
-import json
 import statistics
 import time
+from functools import partial
 from typing import Any
 
 import torch
-from common import describe, parser, save
-from decode_speed import DEVICE, LLAMA_8B, SMALL, StepClock, build_models
+from common import DEVICE, LLAMA_8B, SMALL, answer, describe, measure_all, parser, random_models
+from decode_speed import StepClock
 from tables import RESULTS
 
 from lkq_hf import LookaheadCache
@@ -44,14 +44,7 @@ def measure(
     cache = Noted(clock, budget, scorer, max_new_tokens=tokens if static else None, refresh_every=every)
     ids = torch.randint(model.config.vocab_size, (1, prompt), device=DEVICE)
     start = time.perf_counter()
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
-        max_new_tokens=tokens,
-        do_sample=False,
-        streamer=clock,
-    )
+    answer(model, ids, cache, tokens, streamer=clock)
     steps = clock.milliseconds()
     step = statistics.median(steps)
     each = [steps[index - 1] - step for index in cache.refreshed]
@@ -72,14 +65,14 @@ def main() -> None:
     arguments.add_argument("--scorers", nargs="+", default=["lookahead", "snapkv"])
     options = arguments.parse_args()
     prompt, budget, every = (512, 32, 16) if options.small else (32_768, 1024, 256)
-    _, model = build_models(SMALL if options.small else LLAMA_8B)
+    _, model = random_models(SMALL if options.small else LLAMA_8B)
     results: dict[str, Any] = {"hardware": describe(), "prompt": prompt, "budget": budget, "refresh_every": every}
-    for scorer in options.scorers:
-        for static in (True, False):
-            name = f"{scorer}, {'static' if static else 'growing'}"
-            results[name] = measure(model, scorer, prompt, budget, every, 5 if static else 3, static)
-            print(name, json.dumps(results[name]), flush=True)
-            save(options.out, results)
+    cells = {
+        f"{scorer}, {storage}": partial(measure, model, scorer, prompt, budget, every, passes, storage == "static")
+        for scorer in options.scorers
+        for storage, passes in (("static", 5), ("growing", 3))
+    }
+    measure_all(cells, results, options.out, results)
 
 
 if __name__ == "__main__":

@@ -54,6 +54,9 @@ def test_the_kernels_of_a_step(monkeypatch):
         ("experts", ("--small",), "packed"),
         ("decode_profile", ("--small",), "steps"),
         ("host_time", ("--repeats", "1"), "results"),
+        ("later_turns", ("--small",), "lookahead, parked, static"),
+        ("refresh", ("--small", "--scorers", "snapkv"), "snapkv, growing"),
+        ("prefill_peaks", ("--small",), "rows"),
     ],
 )
 def test_it_measures(run, script, options, key):
