@@ -13,6 +13,7 @@ from workers import Group, _kill_at, launch
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.config import REFINEMENTS
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.walk import quantize_blocks
@@ -114,6 +115,7 @@ def files(tmp_path):
 def _block_by_block(files, out, by_block):
     PartialState(cpu=True)
     torch.set_num_threads(1)
+    REFINEMENTS["refined"] = BlockRefinement(steps=24)  # in this process, which is not used again
     rows = [{"input_ids": window} for window in TOKENS.tolist()]
     quantizer = TwoStageQuantizer(str(files / "base"))
     quantizer.quantize(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, block_gradients
 from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.config import REFINEMENTS
 from lkq_hf.quantization.curvature import Curvature
 from lkq_hf.quantization.fisher import error_factor, output_fisher
 from lkq_hf.quantization.processes import Processes
@@ -313,6 +314,9 @@ def test_refinement_leaves_no_gradients_behind():
 def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
     from lkq_hf.quantization import walk
 
+    steps = BlockRefinement(steps=40)
+    monkeypatch.setitem(REFINEMENTS, "refined", steps)
+
     tiny_llama.save_pretrained(tmp_path / "base")
     rows = [{"input_ids": window} for window in random_tokens(260).clamp(max=127)]
     options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 256, "model_seqlen": 64}
@@ -347,7 +351,7 @@ def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monk
     assert torch.equal(again(ids).logits, whole(ids).logits)
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stored["preset"] == "refined"
-    assert stored["meta"]["refinement"] == {**asdict(BlockRefinement()), "unrefined_blocks": {}}
+    assert stored["meta"]["refinement"] == {**asdict(steps), "unrefined_blocks": {}}
 
 
 def test_the_fisher_information_foretells_the_divergence_of_small_errors():
