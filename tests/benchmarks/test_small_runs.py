@@ -45,7 +45,6 @@ def test_the_kernels_of_a_step(monkeypatch):
     assert covered(found[0]) == 2 * len(names) and covered([Kernel("", 0.0, 5.0), Kernel("", 1.0, 2.0)]) == 5
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "options", "key"),
     [
