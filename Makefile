@@ -56,7 +56,8 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 # One process for each core, each with one thread.
-PYTEST := -m pytest --numprocesses auto --dist loadfile
+# In the order of their names: xdist begins with files of many tests, and one process would end with the longest test.
+PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 test: lint $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow and not gpu"

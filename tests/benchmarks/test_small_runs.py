@@ -24,7 +24,7 @@ def run(tmp_path, run_script):
 
 
 def test_decode_speed(run):
-    cells = ("dynamic", "snapkv", "snapkv, static", "lookahead")
+    cells = ("dynamic", "snapkv", "snapkv, static")
     options = ("--small", "--batches", "1", "--quantized", "4", "--minutes", "9", "--cells", *cells)
     found = run("decode_speed", *options)
     assert [cell.get("error") for cell in found["cells"]] == [None] * (len(cells) + 2)
