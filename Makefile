@@ -56,8 +56,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 # One process for each core, each with one thread.
-# In the order of their names: xdist begins with files of many tests, and one process would end with the longest test.
-PYTEST := -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+PYTEST := -m pytest --numprocesses auto --dist loadfile
 
 test: lint $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow and not gpu"
