@@ -1,7 +1,8 @@
 """An eviction between two tokens of a long answer, where all shapes are those of the eviction before.
 
 Once an answer has been refreshed, every layer holds a full prefix and, when the next refresh is due, a tail of twice
-``refresh_every`` tokens, of which the first half is up for eviction. So nothing has to be asked of the device.
+``refresh_every`` tokens, of which the first half is up for eviction. So with static shapes nothing has to be asked of
+the device; where storage grows, only how long the longest prefix has become.
 Entries stay where they lie until all layers are scored. One comparison over all heads decides, and one gather for
 keys, one for values and one for positions writes the new prefixes. `lkq_hf.cache.recorded` replays that as a CUDA
 graph.
@@ -156,7 +157,7 @@ class SteadyRefresh:
         return id(self.decoder), self.scorer, self.budget, self.allocation, shapes
 
     def run(self) -> None:
-        """What the device does; waits for nothing. With static shapes, `note` has to follow."""
+        """Carries out the refresh. With static shapes it waits for nothing, and `note` has to follow."""
         scores = self._score_all()
         keep = torch.stack(
             share_out(
@@ -276,7 +277,7 @@ class SteadyRefresh:
         if static:
             self._write(starts, lengths)
             return
-        longest = int(lengths.max())  # for which the host waits: what has grown is not recorded
+        longest = int(lengths.max())  # the host waits
         source_length = first.prefix.source_length + every
         parts = zip(starts.unbind(), lengths.unbind(), strict=True)
         prefixes = {index: Prefix(moved, *part, longest, source_length) for index, part in enumerate(parts)}

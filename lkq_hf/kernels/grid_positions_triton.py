@@ -8,7 +8,7 @@ from torch import Tensor
 from lkq_hf.kernels.dispatch import ceil_div, next_power_of_2
 from lkq_hf.kernels.round_columns_triton import nearest
 
-# Weights of one program.
+# Weights of one program: as many as the widest group has that comes here (`grid_positions.WIDEST`).
 WEIGHTS = 4096
 
 
