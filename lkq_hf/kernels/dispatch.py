@@ -3,6 +3,8 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +13,9 @@ ENVIRONMENT_VARIABLE = "LKQ_KERNELS"
 
 FLOATING_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32})
 FLOAT32_ONLY = frozenset({torch.float32})
+
+# Of all threads: torch's compiler does not trace what threads have of their own.
+_triton_is_off = False
 
 _OLDEST_CUDA_CAPABILITY = (8, 0)  # bfloat16 arithmetic and asynchronous copies start with Ampere
 
@@ -41,7 +46,18 @@ def use_triton(*tensors: torch.Tensor, dtypes: frozenset[torch.dtype] = FLOATING
 
 def forced_implementation() -> str:
     """What ``LKQ_KERNELS`` says; empty if each call chooses."""
-    return os.environ.get(ENVIRONMENT_VARIABLE, "")
+    return "torch" if _triton_is_off else os.environ.get(ENVIRONMENT_VARIABLE, "")
+
+
+@contextmanager
+def without_triton() -> Iterator[None]:
+    """Inside, every operation runs its torch reference: for a few tokens, no kernel is worth compiling."""
+    global _triton_is_off
+    _triton_is_off, before = True, _triton_is_off
+    try:
+        yield
+    finally:
+        _triton_is_off = before
 
 
 @functools.cache

@@ -13,6 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
+from lkq_hf.kernels.dispatch import without_triton
 from lkq_hf.quantization.blocks import find_blocks, weights_of
 from lkq_hf.quantization.capture import PROBE_TOKENS, BlockCall, probe_block_calls
 from lkq_hf.quantization.checkpoint import SAFETENSORS_DTYPES, Headers, check_checkpoint
@@ -200,7 +201,8 @@ class _Trial:
             install_packed(packed, name, self.weights)
         use_packed_experts(packed)
         try:
-            found = self.call.run(packed, self.hidden.clone(), 0)
+            with without_triton():
+                found = self.call.run(packed, self.hidden.clone(), 0)
         except (RuntimeError, ValueError, TypeError, AttributeError) as error:
             return f"{type(error).__name__}: {error}"
         difference = (found.float() - self.expected).norm(dim=-1) / self.expected.norm(dim=-1)
