@@ -92,7 +92,6 @@ WORK = {
     "answers, plain": "answering by `generate` alone",
     "answers, continuous": "answering by `generate_batch`",
     "training": "a training step",
-    "importance": "a training step without the eviction objective",
     "evaluating": "evaluating: loss and recall",
     "judging": "judging evicted answers",
     "profile": "measuring the profile",
@@ -387,10 +386,12 @@ def _missing(figures: dict[str, Any], *parts: str) -> str | None:
 
 
 def predicted(run: dict[str, Any], results: dict[str, Any]) -> tuple[float, float] | None:
-    """Seconds and bytes that the model gives for a run of `check`; None where it was measured for other prompts."""
+    """Seconds and bytes that the model gives for a run; None where it was measured for other prompts or GPUs."""
     figures, links = results["models"].get(run["model"], {}), results.get("links", {})
     prompts = run.get("prompts", 1)
     if run["work"] not in ("training", "quantizing") or run["model"] not in MODELS:
+        return None
+    if run.get("gpu") != results.get("hardware", {}).get("gpu"):
         return None
     training = ("training", "together") if prompts > 1 else ("training",)
     parts = training if run["work"] == "training" else ("calibration", "solving")
@@ -416,7 +417,7 @@ def tables(results: dict[str, Any]) -> str:
         parts += [f"### {title}", table(["GPUs", *MODELS], rows)]
     parts[2:2] = _stages(results)
     hardware = results.get("hardware") or {"versions": {}}
-    measured = f"Measured on: {machine(hardware)}."
+    measured = f"What one GPU takes is measured on: {machine(hardware)}."
     if older := [name for name, figures in results["models"].items() if "together" not in figures]:
         measured += f" Adapters of {', '.join(older)}: {OLDER}."
     if results.get("shrink", 1) != 1:
@@ -450,7 +451,7 @@ def _stages(results: dict[str, Any]) -> list[str]:
         rows.append([WORK[work], str(best["prompts"]), f"{each:.3f}", f"{count:,}", f"{count * each / 60:.1f}", size])
     header = ["stage", "prompts together", "seconds a prompt", "prompts", "minutes", "GiB"]
     rows.append(["all", "", "", "", f"{60 * hours:.0f}", ""])
-    return ["### An 8B adapter on one GPU, from documents to its files", table(header, rows)]
+    return [f"### An 8B adapter on one {_gpu(best)}, from documents to its files", table(header, rows)]
 
 
 def _checks(results: dict[str, Any]) -> list[str]:
@@ -463,12 +464,16 @@ def _checks(results: dict[str, Any]) -> list[str]:
         what = f"{layers} of the {run['model']} model, {prompts}{run['tokens']:,} tokens"
         found = predicted(run, results)
         seconds, size = ("", "") if found is None else (f"{found[0]:.2f}", f"{found[1] / GIB:.1f}")
-        gpus = f"{run['gpus']} ({run['plan']})" if run["gpus"] > 1 else "1"
+        gpus = f"{run['gpus']} {_gpu(run)}" + (f" ({run['plan']})" if run["gpus"] > 1 else "")
         digits = 2 if run["seconds"] > 0.1 else 4
         measured = f"{run['seconds']:.{digits}f}", f"{run['bytes'] / GIB:.1f}"
         rows.append([f"{WORK[run['work']]}: {what}", gpus, measured[0], seconds, measured[1], size])
     header = ["run", "GPUs", "seconds", "computed", "GiB of each GPU", "computed"]
     return ["### Runs of whole models, and what is computed for them", table(header, rows)] if rows else []
+
+
+def _gpu(run: dict[str, Any]) -> str:
+    return run.get("gpu", "GPU").removeprefix("NVIDIA ")
 
 
 OLDER = (
@@ -508,15 +513,16 @@ def write_page(results: dict[str, Any], page: Path = PAGE) -> None:
 
 
 def merged(results: dict[str, Any], files: list[Path]) -> dict[str, Any]:
-    """Results with those of other files."""
+    """Results with those of other files. `hardware` is that of the models' figures; every run names its own GPU."""
     results = {"models": {}, "links": {}, "checks": []} | results
     for file in files:
         more = json.loads(file.read_text())
-        if "gpu" in more.get("hardware", {}) or "hardware" not in results:  # prompts are built without
+        if more.get("models") or "hardware" not in results:
             results |= {key: value for key, value in more.items() if key in ("hardware", "shrink")}
         results["models"] |= more.get("models", {})
         results["links"] |= more.get("links", {})
-        results["checks"] = _newest([*results["checks"], *more.get("checks", [])])
+        gpu = {key: value for key, value in more.get("hardware", {}).items() if key == "gpu"}
+        results["checks"] = _newest([*results["checks"], *(gpu | run for run in more.get("checks", []))])
     return results
 
 

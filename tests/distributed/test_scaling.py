@@ -139,10 +139,23 @@ def test_runs_are_compared_with_what_is_computed(tmp_path):
         ("quantizing", 1): pytest.approx((2 * (tokens * 1e-4 + 11), 6e9)),
     }
     text = page.read_text()
-    assert "| a training step: 32 layers of the 8B model, 4,096 tokens | 1 |" in text
-    assert "| a training step: 32 layers of the 8B model, 4 prompts of 4,096 tokens | 1 |" in text
+    assert "| a training step: 32 layers of the 8B model, 4,096 tokens | 1 GPU |" in text
+    assert "| a training step: 32 layers of the 8B model, 4 prompts of 4,096 tokens | 1 GPU |" in text
     assert "### An 8B adapter on one GPU" in text and text.count("building prompts") == 1
     assert "| 123.0 (measured) |" in text
+
+
+def test_every_run_names_its_own_gpu(tmp_path):
+    results = {"models": {"8B": figures() | {"tokens": 4096}}, "hardware": {"gpu": "NVIDIA A", "versions": {}}}
+    tokens = scaling.RECIPE["calibration_tokens"]
+    runs = [run_of("quantizing", 3.0, 1, layers=2, tokens=tokens, gpus=gpus) for gpus in (1, 2)]
+    for run, gpu in zip(runs, "AB", strict=True):
+        more = {"hardware": {"gpu": f"NVIDIA {gpu}"}, "checks": [run]}
+        (tmp_path / gpu).write_text(json.dumps(more))
+    found = scaling.merged(results, [tmp_path / "A", tmp_path / "B"])
+    assert found["hardware"] == results["hardware"]
+    text = scaling.tables(found)
+    assert "| 1 A | 3.00 | 74.43 |" in text and "| 2 B (one GPU) | 3.00 |  |" in text  # computed for its own kind only
 
 
 def test_a_model_cut_among_gpus_is_one_layer_in_memory_before():
