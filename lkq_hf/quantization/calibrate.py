@@ -119,6 +119,9 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     }
     if settings.refinement is not None:
         config.meta["refinement"] = {**asdict(settings.refinement), "unrefined_blocks": report.unrefined}
+    if settings.end_to_end is not None:
+        tuned = report.untuned if report.end_to_end is None else asdict(report.end_to_end)
+        config.meta["end_to_end"] = {**asdict(settings.end_to_end), "divergence": tuned}
     return report
 
 

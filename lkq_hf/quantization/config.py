@@ -15,7 +15,7 @@ from lkq_hf.formats import QUANT_METHOD
 from lkq_hf.quantization.activations import OFFLOADS
 from lkq_hf.quantization.calibration_data import CalibrationSource
 from lkq_hf.quantization.packing import checkpoint_format as format_for
-from lkq_hf.quantization.refinement import BlockRefinement
+from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.solve import SolverSettings, SolverSwitches
 
 BITS = (2, 3, 4, 8)
@@ -24,8 +24,8 @@ SCALE_SEARCHES = ("minmax", "mse")
 COLUMN_ORDERS = ("stored", "group_aware", "costliest_first")
 
 # What each preset changes of the switches' defaults, which are the strongest method measured
-# (benchmarks/quantization.py). "paper" is the published two stages around plain GPTQ, "refined" the default and a
-# refinement of each block by gradient.
+# (benchmarks/quantization.py). "paper" is the published two stages around plain GPTQ, "refined" the default and what
+# REFINEMENTS adds.
 PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -38,8 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "refined": {},
 }
-REFINEMENTS = {"refined": BlockRefinement()}
-"""How presets refine each block by gradient."""
+REFINEMENTS: dict[str, dict[str, Any]] = {"refined": {"refinement": BlockRefinement(), "end_to_end": EndToEnd()}}
+"""What presets do by gradient, as fields of `SolverSettings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +86,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             By default the largest of 128, 64 and 32 that divides the inputs of all layers; the calibration sets it.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, `"paper"`, the
-            method as published (arXiv 2602.02126), or `"refined"`, the default and a refinement of each block's
-            scales and integers by gradient (`BlockRefinement`).
+            method as published (arXiv 2602.02126), or `"refined"`, the default, then each block's scales
+            and integers by gradient (`BlockRefinement`), and at the end the whole model's scales (`EndToEnd`).
         target_size (`int` or `str`, *optional*): instead of `bits`, the largest size of the checkpoint's weights, all
             of them, in bytes or with a unit, as in `"4.5GiB"`: widths of layers are chosen as for a mean.
         num_samples (`int`, defaults to 128): calibration windows.
@@ -290,7 +290,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             group_size=self.group_size,
             sym=self.sym,
             **{field.name: getattr(self, field.name) for field in fields(SolverSwitches)},
-            refinement=REFINEMENTS.get(self.preset),
+            **REFINEMENTS.get(self.preset, {}),
             layer_bits=self.layer_bits,
         )
 

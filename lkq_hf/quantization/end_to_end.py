@@ -1,7 +1,7 @@
-"""End-to-end tuning: scales and roundings of all blocks, by gradient of the divergence of the logits."""
+"""End-to-end tuning: the scales of all blocks, by gradient of the divergence of the logits."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.capture import capture_block_calls
-from lkq_hf.quantization.curvature import CURVATURE_BATCHES, Curvature
 from lkq_hf.quantization.gradient_steps import (
     changed_parameters,
     compute_dtype,
@@ -56,7 +56,7 @@ def tune_end_to_end(
     """Minimizes `KL(original || quantized)` over the packed layers of `blocks`, in place.
 
     Every block is run twice, without and with gradients (checkpointing), and logits are taken for some tokens at a
-    time, so that besides the packed model one block's activations and one batch's hidden states are in memory.
+    time, so that on the device are a byte a weight, one block's activations and one batch's hidden states.
 
     Args:
         model: on the device where it is tuned, with `QuantizedLinear` layers in its blocks.
@@ -66,7 +66,7 @@ def tune_end_to_end(
         teacher: the original model's hidden states after its last block, one tensor a batch.
 
     Returns:
-        The divergence before and after; what was tuned is kept only if it fell.
+        The divergence before and after; what was tuned is kept only if it fell. The layers may be on the CPU then.
     """
     device = teacher.device
     hidden, calls = capture_block_calls(model, blocks, batches)
@@ -76,11 +76,10 @@ def tune_end_to_end(
     head = Head(model, blocks, calls)
     held_out = held_out_windows([len(batch) for batch in batches])
     packed = [{name: m for name, m in block.named_modules() if isinstance(m, QuantizedLinear)} for block in blocks]
-    layers: list[dict[str, RefinedWeight]] = []
-    for block, inside in zip(blocks, packed, strict=True):
-        layers.append({name: RefinedWeight(m.quantized_weight(), settings) for name, m in inside.items()})
-        for name, module in inside.items():
-            _set_module(block, name, _shell(module))
+    layers = [
+        {name: RefinedWeight(module.quantized_weight(), settings) for name, module in inside.items()}
+        for inside in packed
+    ]
     tuned_weights = [weight for inside in layers for weight in inside.values()]
     changed = changed_parameters(tuned_weights)
     dtype = model.dtype
@@ -102,25 +101,8 @@ def tune_end_to_end(
             state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
         gradient = torch.zeros_like(state)
         _, gradient[kept] = divergence(head, state.detach()[kept], teacher.get(batch)[kept], True)
+        progress.update()
         return torch.autograd.grad(state, changed, gradient / len(state), allow_unused=True)
-
-    def curvatures() -> None:
-        """Of the divergence, by the gradients of the likelihood of tokens that are drawn from the predictions."""
-        names = [(index, name) for index, inside in enumerate(layers) for name in inside]
-        curvature = Curvature({f"{index}.{name}": blocks[index].get_submodule(name) for index, name in names}, device)
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        tokens = torch.zeros((), dtype=torch.float64, device=device)
-        with curvature.watching():
-            for batch in range(min(CURVATURE_BATCHES, len(batches))):
-                with precision(dtype, device, settings):
-                    state = hidden_states(batch, layers, compute_dtype(dtype, device, settings))
-                drawn = likelihood_gradient(head, state.detach(), generator)
-                torch.autograd.grad(state, changed, drawn, allow_unused=True)
-                tokens += state.shape[0] * state.shape[1]
-        processes.sum(tokens)
-        found = curvature.factors(processes.size / tokens.item() * (1 + settings.damping), processes)
-        for index, name in names:
-            layers[index][name].curvature = found[f"{index}.{name}"]
 
     @torch.no_grad()
     def error() -> float:
@@ -134,18 +116,28 @@ def tune_end_to_end(
         processes.sum(sums)
         return (sums[0] / sums[1].clamp(min=1)).item()
 
-    before = error()
-    if settings.offset_rate > 0 and settings.rounding == "vertex":
-        curvatures()
-    take_steps(tuned_weights, settings, held_out, gradients, processes)
-    tuned = [{name: processes.same(w.quantized()) for name, w in inside.items()} for inside in layers]
-    frozen = EndToEnd(steps=0, offset_rate=0, scale_rate=0, zero_rate=0)
-    layers = [{name: RefinedWeight(weight, frozen) for name, weight in inside.items()} for inside in tuned]
-    report = EndToEndReport(before, error())
-    logger.info("divergence on held-out windows %.4g nats, tuned %.4g", report.before, report.after)
-    for block, inside, weights in zip(blocks, packed, tuned, strict=True):
+    for block, inside in zip(blocks, packed, strict=True):
         for name, module in inside.items():
-            _set_module(block, name, _packed(module, weights[name]) if report.accepted else module)
+            _set_module(block, name, _shell(module))
+            module.to("cpu")  # its integers are there twice
+    try:
+        before = error()
+        with tqdm(total=settings.steps, desc="tuning", unit="step", disable=not processes.is_main) as progress:
+            take_steps(tuned_weights, settings, held_out, gradients, processes)
+        tuned = [{name: processes.same(w.quantized()) for name, w in inside.items()} for inside in layers]
+        frozen = EndToEnd(steps=0, scale_rate=0, zero_rate=0)
+        layers = [{name: RefinedWeight(weight, frozen) for name, weight in inside.items()} for inside in tuned]
+        report = EndToEndReport(before, error())
+        if report.accepted:
+            packed = [
+                {name: _packed(module, weights[name]) for name, module in inside.items()}
+                for inside, weights in zip(packed, tuned, strict=True)
+            ]
+    finally:
+        for block, inside in zip(blocks, packed, strict=True):
+            for name, module in inside.items():
+                _set_module(block, name, module)
+    logger.info("divergence on held-out windows %.4g nats, tuned %.4g", report.before, report.after)
     return report
 
 
@@ -158,50 +150,19 @@ def divergence(head: Head, student: Tensor, teacher: Tensor, gradients: bool) ->
     Returns:
         The sum, and its gradient for `student`, of its shape, divided by the length; zeros without `gradients`.
     """
-
-    def loss(logits: Tensor, reference: Tensor) -> Tensor:
+    gradient = torch.zeros_like(student).flatten(0, 1)
+    total = torch.zeros((), dtype=torch.float64, device=student.device)
+    pieces = zip(*(states.flatten(0, 1).split(head.tokens) for states in (student, teacher)), strict=True)
+    for into, (state, reference) in zip(gradient.split(head.tokens), pieces, strict=True):
+        leaf = state.detach().requires_grad_(gradients)
         with torch.no_grad():
             wanted = head(reference).log_softmax(-1)
-        return F.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
-
-    total, gradient = _by_token(head, (student, teacher), loss, gradients)
-    return total, gradient / max(student.shape[1], 1)
-
-
-def likelihood_gradient(head: Head, state: Tensor, generator: torch.Generator) -> Tensor:
-    """The gradient of the summed log-likelihood of tokens drawn from the predictions, of the shape of `state`.
-
-    Args:
-        state: hidden states after the last block, `[windows, length, hidden]`.
-    """
-
-    def loss(logits: Tensor) -> Tensor:
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator).squeeze(-1)
-        return F.cross_entropy(logits, drawn, reduction="sum")
-
-    return _by_token(head, (state,), loss, True)[1]
-
-
-def _by_token(
-    head: Head, states: Sequence[Tensor], loss: Callable[..., Tensor], gradients: bool
-) -> tuple[Tensor, Tensor]:
-    """The sum of a loss over tokens, float64, and its gradient for the first of the hidden states, if it is wanted.
-
-    Args:
-        states: `[windows, length, hidden]` each.
-        loss: of the logits of some tokens, and their hidden states in the others of `states`.
-    """
-    gradient = torch.zeros_like(states[0]).flatten(0, 1)
-    total = torch.zeros((), dtype=torch.float64, device=gradient.device)
-    pieces = zip(*(state.flatten(0, 1).split(head.tokens) for state in (gradient.unsqueeze(0), *states)), strict=True)
-    for into, state, *others in pieces:
-        leaf = state.detach().requires_grad_(gradients)
         with torch.enable_grad() if gradients else nullcontext():
-            piece = loss(head(leaf), *others)
+            piece = F.kl_div(head(leaf).log_softmax(-1), wanted, reduction="sum", log_target=True)
         if gradients:
             into.copy_(torch.autograd.grad(piece, leaf)[0])
         total += piece.detach().double()
-    return total, gradient.view_as(states[0])
+    return total, gradient.view_as(student) / max(student.shape[1], 1)
 
 
 def _shell(packed: QuantizedLinear) -> nn.Module:

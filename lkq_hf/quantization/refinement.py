@@ -67,9 +67,17 @@ class BlockRefinement(GradientSteps):
 
 @dataclass(frozen=True)
 class EndToEnd(GradientSteps):
-    """How the whole model is tuned to the full-precision model's logits, after its last block.
+    """How the scales of the whole model are tuned to the full-precision model's logits, after its last block.
 
-    With an `offset_rate`, the positions of all weights are in memory, four bytes each.
+    Integers stay: how a single weight moves the logits is lost in what differs from batch to batch, and integers that
+    followed their gradients made a real model useless.
+
+    Raises:
+        ValueError: an `offset_rate`.
     """
 
     offset_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.offset_rate:
+            raise ValueError(f"end-to-end tuning keeps the integers: expected offset_rate=0, found {self.offset_rate}")

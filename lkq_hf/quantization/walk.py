@@ -57,7 +57,8 @@ class WalkReport:
     """What a walk did. `peak_memory` is in bytes: of the GPU if the walk ran on one, else of the process.
 
     `experts` says of every module of fused experts on how many tokens they were calibrated, also of resumed blocks.
-    `blocks` are the refined blocks of this run; `unrefined` says of others, by name, why they are not refined.
+    `blocks` are the refined blocks of this run; `unrefined` says of others, by name, why they are not refined, and
+    `untuned` why the model is not tuned end to end.
     `coverage` is set by `calibrate`, which knows the whole model.
     """
 
@@ -66,6 +67,7 @@ class WalkReport:
     blocks: list[BlockReport] = field(default_factory=list)
     unrefined: dict[str, str] = field(default_factory=dict)
     end_to_end: EndToEndReport | None = None
+    untuned: str | None = None
     coverage: Coverage = field(default_factory=lambda: Coverage(0, {}))
     device: str = "cpu"
     resumed_blocks: int = 0
@@ -113,14 +115,13 @@ def quantize_blocks(
         load_block: called with a block and its name before its weights are needed.
 
     Raises:
-        ValueError: a layer that cannot be quantized, by name, a `resume_dir` of another walk, end-to-end tuning of
-            blocks that take more than hidden states from the one before, or a refinement that needs the whole model
-            together with `load_block`.
+        ValueError: a layer that cannot be quantized, by name, a `resume_dir` of another walk, or a refinement that
+            needs the whole model together with `load_block`.
     """
     start = time.perf_counter()
     processes = Processes.current()
     device = torch.device(device)
-    _refuse_what_needs_the_model(settings, load_block is not None, processes)
+    _refuse_what_needs_the_model(settings, load_block is not None)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     blocks = list(model.get_submodule(list_name).children())
@@ -140,11 +141,6 @@ def quantize_blocks(
     check_that_blocks_run_packed(model, list_name, blocks, layers, tokens.to(home), settings, device)
     batches = [batch.to(home) for batch in processes.part(tokens).split(batch_size)]
     hidden, calls = capture_block_calls(model, blocks, batches)
-    if settings.end_to_end is not None and any(call.takes_extras for call in calls):
-        raise ValueError(
-            "end-to-end tuning needs blocks that take nothing but hidden states from the block before; those of "
-            f"{type(model).__name__} take more. Quantize it without end_to_end"
-        )
     size = sum(state.numel() * state.element_size() for state in hidden)
     quantized = Activations(device, offload, size)
     full = Activations(device, offload, size) if settings.needs_full_path else None
@@ -159,6 +155,9 @@ def quantize_blocks(
     full_extras: list[Extras] = []
     fisher = _fisher(model, blocks, batches, settings, device, processes)
     report = WalkReport(device=str(device))
+    if settings.end_to_end is not None:
+        report.untuned = _reason_against_tuning(calls, load_block is not None, processes)
+    tunes = settings.end_to_end is not None and report.untuned is None
     progress = tqdm(range(len(blocks)), desc="quantizing", unit="block", disable=not processes.is_main)
     for index in progress:
         ensure_loaded(index)
@@ -208,7 +207,7 @@ def quantize_blocks(
             for name, weight in weights.items():
                 dense[name].copy_(weight.dequantize())
         report.experts.update({prefix + name: counts for name, counts in experts.items()})
-        if index < len(blocks) - 1 or settings.end_to_end is not None:
+        if index < len(blocks) - 1 or tunes:
             extras = _pass(block, call, quantized, keep_extras)
             if full is not None and twin is not None:
                 full_extras = _pass(twin, full_call, full, keep_extras)
@@ -220,11 +219,20 @@ def quantize_blocks(
             block.to("meta")
         calls[index].arguments.clear()
     use_packed_experts(model)
-    if settings.end_to_end is not None and full is not None:
-        nn.Module.to(model, device)
-        batches = [batch.to(device) for batch in batches]
-        report.end_to_end = tune_end_to_end(model, blocks, batches, quantized, full, settings.end_to_end, processes)
+    if settings.end_to_end is not None and tunes and full is not None:
+        try:
+            nn.Module.to(model, device)
+            on_device = [batch.to(device) for batch in batches]
+            report.end_to_end = tune_end_to_end(
+                model, blocks, on_device, quantized, full, settings.end_to_end, processes
+            )
+        except torch.OutOfMemoryError:
+            if processes.size > 1:  # the others wait for this one
+                raise
+            report.untuned = f"the quantized model does not fit on {device}"
         nn.Module.to(model, home)
+    if report.untuned is not None:
+        logger.warning("the scales of the whole model are not tuned end to end: %s", report.untuned)
     report.seconds = time.perf_counter() - start
     report.peak_memory = _peak_memory(device)
     logger.info(
@@ -256,18 +264,20 @@ def _reason_against_refining(block: nn.Module, names: Sequence[str], keep_extras
     return None
 
 
-def _refuse_what_needs_the_model(settings: SolverSettings, by_block: bool, processes: Processes) -> None:
-    if not by_block:
-        return
-    if settings.refinement is not None and settings.refinement.fisher_share:
+def _reason_against_tuning(calls: Sequence[BlockCall], by_block: bool, processes: Processes) -> str | None:
+    """Why the model's scales are not tuned end to end, if they are not."""
+    if any(call.takes_extras for call in calls):
+        return "its blocks take more than hidden states from the one before"
+    if by_block and processes.size > 1:
+        return f"blocks are read one at a time, so that only the first of {processes.size} processes has them all"
+    return None
+
+
+def _refuse_what_needs_the_model(settings: SolverSettings, by_block: bool) -> None:
+    if by_block and settings.refinement is not None and settings.refinement.fisher_share:
         raise ValueError(
             "refinement weighted by the Fisher information (fisher_share) runs the whole model backwards, and blocks "
             "are read one at a time here: set fisher_share=0, or load the whole model"
-        )
-    if settings.end_to_end is not None and processes.size > 1:
-        raise ValueError(
-            "end-to-end tuning runs the whole quantized model, and where blocks are read one at a time only the first "
-            f"of {processes.size} processes has it: use one process, or load the whole model"
         )
 
 

@@ -14,7 +14,6 @@ from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQua
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.config import REFINEMENTS
-from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.walk import quantize_blocks
 
@@ -115,7 +114,7 @@ def files(tmp_path):
 def _block_by_block(files, out, by_block):
     PartialState(cpu=True)
     torch.set_num_threads(1)
-    REFINEMENTS["refined"] = BlockRefinement(steps=24)  # in this process, which is not used again
+    REFINEMENTS["refined"] = {"refinement": BlockRefinement(steps=24)}  # in this process, which is not used again
     rows = [{"input_ids": window} for window in TOKENS.tolist()]
     quantizer = TwoStageQuantizer(str(files / "base"))
     quantizer.quantize(
@@ -143,12 +142,18 @@ def read_one_at_a_time(files, **settings):
     return model, report
 
 
-def test_what_needs_the_whole_model_is_refused_where_blocks_are_read_one_at_a_time(files, monkeypatch):
+def test_what_needs_the_whole_model_is_refused_where_blocks_are_read_one_at_a_time(files):
     with pytest.raises(ValueError, match="set fisher_share=0, or load the whole model"):
         read_one_at_a_time(files, refinement=BlockRefinement(steps=2, fisher_share=0.1))
-    monkeypatch.setattr(Processes, "current", classmethod(lambda cls: cls(0, 2)))
-    with pytest.raises(ValueError, match="only the first of 2 processes"):
-        read_one_at_a_time(files, end_to_end=EndToEnd(steps=2))
+
+
+def _untuned(files):
+    PartialState(cpu=True)
+    return read_one_at_a_time(files, end_to_end=EndToEnd(steps=2))[1].untuned
+
+
+def test_processes_do_not_tune_what_only_the_first_of_them_has(files):
+    assert all("only the first of 2 processes" in reason for reason in launch(_untuned, files))
 
 
 def test_one_process_tunes_end_to_end_what_it_read_block_by_block(files):

@@ -160,12 +160,29 @@ def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
 
     plain, _ = quantized(model, tokens)
     tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1))
-    rounded, _ = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1, offset_rate=0.2))
-    assert report.end_to_end.accepted
-    assert divergence(rounded) < divergence(tuned) < divergence(plain)
+    assert report.end_to_end.accepted and report.untuned is None
+    assert divergence(tuned) < divergence(plain)
     for name, weight in packed(plain).items():
         assert torch.equal(packed(tuned)[name].integers, weight.integers)
-    assert any(not torch.equal(w.integers, packed(rounded)[name].integers) for name, w in packed(plain).items())
+
+
+def test_end_to_end_tuning_keeps_integers():
+    with pytest.raises(ValueError, match="keeps the integers"):
+        EndToEnd(offset_rate=0.1)
+
+
+def test_a_model_without_room_to_be_tuned_stays_as_it_was(monkeypatch):
+    from lkq_hf.quantization import end_to_end
+
+    def run_out(*_):
+        raise torch.OutOfMemoryError("of a test")
+
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(16)
+    plain, _ = quantized(model, tokens)
+    monkeypatch.setattr(end_to_end, "take_steps", run_out)
+    other, report = quantized(model, tokens, end_to_end=EndToEnd(steps=4))
+    assert report.end_to_end is None and "does not fit on cpu" in report.untuned
+    assert torch.equal(other(tokens).logits, plain(tokens).logits)
 
 
 def test_a_curvature_is_that_of_the_loss():
@@ -300,8 +317,9 @@ def test_a_block_whose_other_results_are_used_stays_as_it_was_solved():
         if name.startswith("model.layers.0."):
             assert torch.equal(packed(refined)[name].integers, weight.integers)
             assert torch.equal(packed(refined)[name].scales, weight.scales)
-    with pytest.raises(ValueError, match="nothing but hidden states"):
-        quantized(model, tokens, exclude=exclude, end_to_end=EndToEnd(steps=1))
+    untuned, report = quantized(model, tokens, exclude=exclude, end_to_end=EndToEnd(steps=1))
+    assert report.end_to_end is None and "more than hidden states" in report.untuned
+    assert torch.equal(untuned(tokens).logits, plain(tokens).logits)
 
 
 def test_refinement_leaves_no_gradients_behind():
@@ -314,9 +332,8 @@ def test_refinement_leaves_no_gradients_behind():
 def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
     from lkq_hf.quantization import walk
 
-    steps = BlockRefinement(steps=40)
+    steps = {"refinement": BlockRefinement(steps=40), "end_to_end": EndToEnd(steps=4)}
     monkeypatch.setitem(REFINEMENTS, "refined", steps)
-
     tiny_llama.save_pretrained(tmp_path / "base")
     rows = [{"input_ids": window} for window in random_tokens(260).clamp(max=127)]
     options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 256, "model_seqlen": 64}
@@ -351,7 +368,9 @@ def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monk
     assert torch.equal(again(ids).logits, whole(ids).logits)
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert stored["preset"] == "refined"
-    assert stored["meta"]["refinement"] == {**asdict(steps), "unrefined_blocks": {}}
+    assert stored["meta"]["refinement"] == {**asdict(steps["refinement"]), "unrefined_blocks": {}}
+    tuned = asdict(resumed.hf_quantizer.report.end_to_end)
+    assert tuned["before"] > 0 and stored["meta"]["end_to_end"] == {**asdict(steps["end_to_end"]), "divergence": tuned}
 
 
 def test_the_fisher_information_foretells_the_divergence_of_small_errors():
