@@ -49,8 +49,8 @@ def quantize(
     preset: Annotated[
         str,
         typer.Option(
-            help="default (the strongest measured), paper (as published), or refined (the default and a refinement of "
-            "each block by gradient; new)."
+            help="default (quick and strong), paper (as published), or refined (loses least: the default, then blocks "
+            "and scales by gradient; wants a GPU)."
         ),
     ] = "default",
     num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
