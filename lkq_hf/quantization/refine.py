@@ -134,7 +134,7 @@ def _target(paths: BlockPaths, batch: int, mix: float) -> Tensor:
 
 
 def _residual(output: Tensor, target: Tensor, token_power: float, factor: Tensor | None) -> Tensor:
-    """What is squared to be the error, `[windows, length, hidden]`."""
+    """What is squared to be the error, `[windows, length, ..., hidden]`."""
     target = target.float()
     residual = output.float() - target
     if factor is not None:
@@ -147,7 +147,7 @@ def _residual(output: Tensor, target: Tensor, token_power: float, factor: Tensor
 
 def _squared_error(output: Tensor, target: Tensor, token_power: float, factor: Tensor | None) -> Tensor:
     """Squared errors by token, `[windows, length]`."""
-    return _residual(output, target, token_power, factor).square().sum(-1)
+    return _residual(output, target, token_power, factor).square().flatten(2).sum(-1)
 
 
 def _curvatures(
@@ -177,7 +177,7 @@ def _curvatures(
             signs = torch.randint(0, 2, residual.shape, generator=generator, device=device).mul_(2).sub_(1)
             torch.autograd.grad((residual * signs).sum(), list(dense.values()), allow_unused=True)
             sums[0] += target.shape[0] * target.shape[1]
-            sums[1] = target.shape[-1]
+            sums[1] = target[0, 0].numel()
     paths.processes.sum(sums)
     tokens, width = sums.tolist()
     # Every process adds the gradient of its batch's squared error, divided by the batch's elements.

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.blocks import linear_weight, weights_of
 from lkq_hf.quantization.capture import (
+    PROBE_TOKENS,
     BlockCall,
     Extras,
     InputGroup,
@@ -24,6 +25,7 @@ from lkq_hf.quantization.capture import (
     find_sum,
     layer_inputs,
     observe_order,
+    probe_block_calls,
 )
 from lkq_hf.quantization.coverage import Coverage
 from lkq_hf.quantization.dry_run import check_that_blocks_run_packed, first_of_each_kind
@@ -155,8 +157,11 @@ def quantize_blocks(
     full_extras: list[Extras] = []
     fisher = _fisher(model, blocks, batches, settings, device, processes)
     report = WalkReport(device=str(device))
+    without_gradients = None
+    if settings.refinement is not None or settings.end_to_end is not None:
+        without_gradients = _reason_against_gradients(model, blocks, batches[0])
     if settings.end_to_end is not None:
-        report.untuned = _reason_against_tuning(calls, load_block is not None, processes)
+        report.untuned = without_gradients or _reason_against_tuning(calls, load_block is not None, processes)
     tunes = settings.end_to_end is not None and report.untuned is None
     progress = tqdm(range(len(blocks)), desc="quantizing", unit="block", disable=not processes.is_main)
     for index in progress:
@@ -175,7 +180,7 @@ def quantize_blocks(
         }
         checksums = finished_blocks.checksums(dense)
         keep_extras = index < len(blocks) - 1 and calls[index + 1].takes_extras
-        reason = _reason_against_refining(block, names, keep_extras)
+        reason = without_gradients or _reason_against_refining(block, names, keep_extras)
         if settings.refinement is not None and reason is not None:
             report.unrefined[prefix.rstrip(".")] = reason
         finished = finished_blocks.read(index, checksums, bits)
@@ -253,6 +258,17 @@ def _pass(block: nn.Module, call: BlockCall, states: Activations, keep_extras: b
         states.replace(batch, hidden)
         kept.append(extras if keep_extras else ())
     return kept
+
+
+def _reason_against_gradients(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> str | None:
+    """Why nothing can be changed by gradient, if so; learnt from a few tokens in the first block."""
+    hidden, calls = probe_block_calls(model, blocks, tokens)
+    if hidden.shape[:2] != tokens[:1, :PROBE_TOKENS].shape:
+        return f"{type(model).__name__} hands other hidden states to its blocks than one for each token"
+    with torch.enable_grad():
+        # Of a copy that is no leaf: blocks may write into their input.
+        output = calls[0].run(blocks[0], hidden.clone().requires_grad_() * 1, 0)
+    return None if output.requires_grad else f"blocks of {type(model).__name__} pass no gradients"
 
 
 def _reason_against_refining(block: nn.Module, names: Sequence[str], keep_extras: bool) -> str | None:

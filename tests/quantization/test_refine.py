@@ -322,6 +322,29 @@ def test_a_block_whose_other_results_are_used_stays_as_it_was_solved():
     assert torch.equal(untuned(tokens).logits, plain(tokens).logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "exclude", "reason"),
+    [
+        ("prophetnet", [], "other hidden states"),
+        ("gemma3n_text", ["altup", "laurel", "per_layer_input_gate", "per_layer_projection"], "other hidden states"),
+        ("reformer", [], "no gradients"),
+    ],
+)
+def test_a_model_that_gradients_do_not_pass_stays_as_it_was_solved(name, exclude, reason):
+    model, tokens = tiny.tiny_model(name), random_tokens(8, length=16).clamp(max=127)
+    steps = {"refinement": BlockRefinement(steps=2), "end_to_end": EndToEnd(steps=2)}
+    _, report = quantized(model, tokens, exclude=exclude, **steps)
+    assert not report.blocks and report.end_to_end is None
+    assert reason in report.untuned and set(report.unrefined.values()) == {report.untuned}
+
+
+def test_hidden_states_in_several_streams_are_refined():
+    model, tokens = tiny.tiny_model("deepseek_v4"), random_tokens(32, length=16).clamp(max=127)
+    steps = {"refinement": BlockRefinement(steps=8), "end_to_end": EndToEnd(steps=8)}
+    _, report = quantized(model, tokens, exclude=["compressor", "kv_proj"], **steps)
+    assert report.blocks and report.end_to_end.accepted
+
+
 def test_refinement_leaves_no_gradients_behind():
     model, _ = quantized(
         tiny_model("llama", num_hidden_layers=1), random_tokens(8), refinement=BlockRefinement(steps=2)
