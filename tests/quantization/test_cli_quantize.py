@@ -45,6 +45,8 @@ def test_the_refined_preset(files):
     assert result.exit_code == 0, result.output
     stored = json.loads((files / "out" / "config.json").read_text())["quantization_config"]
     assert stored["preset"] == "refined" and stored["meta"]["refinement"]["steps"] > 0
+    assert stored["meta"]["end_to_end"]["divergence"].keys() == {"before", "after"}
+    assert "scales tuned, KL on held-out windows" in result.output
 
 
 def test_an_export_says_which_readers_were_tested(files):
