@@ -117,13 +117,13 @@ def quantize(
         mean = config.meta.get("mean_bits", config.bits)
         by_layer = ", ".join(f"{width} in {count}" for width, count in config.meta.get("layers_by_bits", {}).items())
         widths = f"{mean:.2f} bits on average ({by_layer} layers)" if by_layer else f"{mean} bits"
-        peak = f"peak memory {walk.peak_memory / 2**30:.2f} GiB"
+        took = f"{walk.seconds:.0f} s on {walk.device}, peak memory {walk.peak_memory / 2**30:.2f} GiB"
         tuned = "" if walk.untuned is None else f"; scales not tuned end to end: {walk.untuned}"
         if (found := walk.end_to_end) is not None:
             kept = "" if found.accepted else " (not kept)"
             tuned = f"; scales tuned, KL on held-out windows {found.before:.3g} before, {found.after:.3g} after{kept}"
         report(
-            f"{out}: {widths}, group size {used}; {walk.coverage}; {walk.seconds:.0f} s on {walk.device}, {peak}{tuned}",
+            f"{out}: {widths}, group size {used}; {walk.coverage}{tuned}; {took}",
             {
                 "checkpoint": out,
                 "bits": mean,
