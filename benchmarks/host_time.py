@@ -9,6 +9,7 @@ it is the only figure, of kernels that are not there.
 
 import argparse
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,7 +75,7 @@ def stubbed() -> Iterator[None]:
     if DEVICE == "cpu":
         patches += [
             patch.object(dispatch, "_obstacle", lambda *_: None),
-            patch.object(dispatch, "interpreting", lambda: False),
+            patch.dict(os.environ, {dispatch.ENVIRONMENT_VARIABLE: "triton"}),
             patch.object(autotune, "fastest", lambda key, candidates, plain: candidates[0]),
             patch("lkq_hf.kernels.quantized_matmul.fastest", lambda key, candidates, plain: candidates[0]),
         ]
