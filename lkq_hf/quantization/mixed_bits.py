@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lkq_hf.files import read_json
+from lkq_hf.kernels.bit_stream import BITS
 from lkq_hf.quantization.blocks import weights_of
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.finished_blocks import walk_arguments
 from lkq_hf.quantization.processes import Processes
-from lkq_hf.quantization.sensitivity import measure_sensitivity
+from lkq_hf.quantization.sensitivity import QuickQuantization, quick_quantization
 from lkq_hf.quantization.widths import Unit, choose_widths
 from lkq_hf.runs import Run
 
@@ -26,6 +28,9 @@ WIDTHS = "widths"
 
 # What a tensor takes in a file's header besides its name.
 HEADER = 128
+# What a smaller width of a layer loses counts so many times as much. The more layers change at once, the worse it is:
+# their losses add up to more than was measured one by one, and their gains to less.
+CAUTIONS = (4.0, 8.0, 16.0, float("inf"))
 
 
 def set_widths(
@@ -46,7 +51,7 @@ def set_widths(
         tokens: int64 `[samples, length]`.
 
     Raises:
-        ValueError: the smallest widths are too large, or layers that are not measured (`measure_sensitivity`).
+        ValueError: the smallest widths are too large, or layers that are not measured (`quick_quantization`).
     """
     processes = Processes.current()
     settings = config.solver_settings()
@@ -57,11 +62,11 @@ def set_widths(
     if name in run:
         plan = run.read(name, read_json)
     else:
-        units = measure_sensitivity(model, list_name, layers, tokens, settings, device)
-        chosen = _choose(model, config, layers, units)
-        bits = {layer: width for unit, width in zip(units, chosen, strict=True) for layer in unit.layers}
-        plan = {"bits": bits, "loss": sum(u.losses[w] for u, w in zip(units, chosen, strict=True))}
-        logger.info("widths of layers: %s; estimated divergence %.3g nats", Counter(chosen), plan["loss"])
+        with quick_quantization(model, list_name, layers, tokens, settings, device) as quick:
+            costs, budget = _costs(model, config, layers, quick.units)
+            bits, loss = _best(quick, costs, budget)
+        plan = {"bits": bits, "loss": loss}
+        logger.info("widths of layers: %s; estimated divergence %.3g nats", Counter(bits.values()), loss)
         plan = processes.first(plan)
         run.write(name, lambda path: path.write_text(json.dumps(plan), encoding="utf-8"))
     weights: Counter[int] = Counter()
@@ -92,22 +97,45 @@ def _weights(name: str, layer: nn.Module) -> int:
     return sum(weight.numel() for weight in weights_of(name, layer).values())
 
 
-def _choose(
-    model: PreTrainedModel, config: TwoStageGPTQConfig, layers: dict[str, nn.Module], units: list[Unit]
-) -> list[int]:
+def _costs(
+    model: PreTrainedModel, config: TwoStageGPTQConfig, layers: dict[str, nn.Module], units: Sequence[Unit]
+) -> tuple[list[dict[int, float]], float]:
+    """What each unit costs by width, in bits or bytes, and what all may cost together."""
     if config.mean_bits is not None:
         costs: list[dict[int, float]] = [{bits: bits * unit.weights for bits in unit.sizes} for unit in units]
-        return choose_widths(units, costs, config.mean_bits * sum(unit.weights for unit in units))
-    others = _bytes_of_the_rest(model, layers)
+        return costs, config.mean_bits * sum(unit.weights for unit in units)
+    others, target = _bytes_of_the_rest(model, layers), config.target_size or 0
     sizes: list[dict[int, float]] = [dict(unit.sizes) for unit in units]
-    try:
-        return choose_widths(units, sizes, (config.target_size or 0) - others)
-    except ValueError as error:
-        least = others + sum(min(size.values()) for size in sizes)
+    least = others + sum(size[BITS[0]] for size in sizes)
+    if least > target:
         raise ValueError(
-            f"target_size={config.target_size} is too little: with 2 bits in all layers the checkpoint takes "
+            f"target_size={config.target_size} is too little: with {BITS[0]} bits in all layers the checkpoint takes "
             f"{least:.0f} bytes, {others} of which are not quantized. A larger group_size takes less"
-        ) from error
+        )
+    return sizes, target - others
+
+
+def _best(quick: QuickQuantization, costs: Sequence[dict[int, float]], budget: float) -> tuple[dict[str, int], float]:
+    """Of several choices, from a bold one to the largest width that all layers can have, the one that loses least.
+
+    Returns:
+        Bits of each layer, and the divergence of the quick solver's model.
+    """
+    fitting = [bits for bits in BITS if sum(cost[bits] for cost in costs) <= budget]
+    uniform = max(fitting)
+    units = quick.measure(uniform)
+    choices: list[list[int]] = []
+    for caution in CAUTIONS:
+        choice = choose_widths([unit.cautious(uniform, caution) for unit in units], costs, budget)
+        if choice not in choices:
+            choices.append(choice)
+    layers = [
+        {layer: bits for unit, bits in zip(units, choice, strict=True) for layer in unit.layers} for choice in choices
+    ]
+    losses = [quick.divergence(bits) for bits in layers]
+    logger.info("divergence of choices, from bold to cautious: %s nats", ", ".join(f"{loss:.4g}" for loss in losses))
+    loss, best = min(zip(losses, range(len(losses)), strict=True))
+    return layers[best], loss
 
 
 def _bytes_of_the_rest(model: PreTrainedModel, layers: dict[str, nn.Module]) -> int:

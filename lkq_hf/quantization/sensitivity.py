@@ -1,8 +1,8 @@
-"""What the model's predictions lose by each layer at each bit width, measured by quantizing one at a time."""
+"""What the model's predictions lose by the bit widths of its layers, measured with a quick solver."""
 
-import statistics
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -11,52 +11,205 @@ from transformers import PreTrainedModel
 
 from lkq_hf.kernels.bit_stream import BITS
 from lkq_hf.quantization.blocks import linear_weight
-from lkq_hf.quantization.capture import BlockCall, Extras, capture_block_calls, layer_inputs, observe_order
+from lkq_hf.quantization.capture import BlockCall, Extras, InputGroup, capture_block_calls, layer_inputs, observe_order
 from lkq_hf.quantization.end_to_end import divergence
 from lkq_hf.quantization.experts import is_experts
 from lkq_hf.quantization.head import Head
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.packing import packed_shapes
-from lkq_hf.quantization.solve import SolverSettings, quantize_weight, resolve_group_size
-from lkq_hf.quantization.weight import QuantizedWeight
+from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight, resolve_group_size
 from lkq_hf.quantization.widths import Unit
 
-# Calibration windows of at most so many tokens: those on which predictions are compared, and those from which the
-# quick solver takes its moments.
+# Calibration windows of at most so many tokens: those on which units are measured, those on which whole choices are
+# compared, and those from which the quick solver takes its moments.
 MEASURED_WINDOWS = 4
+COMPARED_WINDOWS = 8
 SOLVED_WINDOWS = 12
 LENGTH = 512
-# The width at which predictions are compared, and rows of each weight that are solved at all others.
-MEASURED_BITS = 3
-ROWS = 128
+# Places of the batches of windows.
+MEASURED, COMPARED, SOLVED = 0, 1, 2
 
 
-@torch.no_grad()
-def measure_sensitivity(
+@dataclass(frozen=True)
+class _Group:
+    """Layers of one block that share their input: `unit` tells of them what does not depend on measuring."""
+
+    block: int
+    inputs: InputGroup
+    unit: Unit
+
+    @property
+    def layers(self) -> list[tuple[str, str]]:
+        """Each layer's name inside its block, and inside the list of blocks."""
+        return list(zip(self.inputs.names, self.unit.layers, strict=True))
+
+
+class QuickQuantization:
+    """Quantizes a whole model in place, again and again at other widths, to compare the divergence of its predictions.
+
+    The solver is a quick one: scales searched by their effect on the output, then GPTQ. As in the calibration walk,
+    every layer's input comes from the layers quantized before it. Use it as `quick_quantization` gives it: that puts
+    the full-precision weights back.
+
+    Args:
+        model: in full precision, whole and on the device.
+        list_name: name of the block list.
+        layers: by full name; linear ones only.
+        tokens: int64 `[samples, length]`, on the device, of which some are taken.
+        settings: of the quantization; `bits` and what the quick solver leaves out do not matter.
+
+    Attributes:
+        units: in the order in which they run, without losses.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        list_name: str,
+        layers: dict[str, nn.Module],
+        tokens: Tensor,
+        settings: SolverSettings,
+    ) -> None:
+        self.settings = settings
+        self.blocks = list(model.get_submodule(list_name).children())
+        batches = _batches(tokens)
+        self.hidden, self.calls = capture_block_calls(model, self.blocks, batches)
+        self.head = Head(model, self.blocks, self.calls)
+        self.dense = {
+            name.removeprefix(f"{list_name}."): linear_weight(layer).detach().cpu().clone()
+            for name, layer in layers.items()
+        }
+        self.groups: list[_Group] = []
+        states, extras = self._start()
+        for index, block in enumerate(self.blocks):
+            call = self.calls[index].with_extras(extras)
+            names = [name.removeprefix(f"{index}.") for name in self.dense if name.startswith(f"{index}.")]
+            for group in observe_order(block, names, call, states[MEASURED]) if names else []:
+                self.groups.append(_Group(index, group, self._unit(index, group)))
+            states, extras = _pass(block, call, states)
+        self.teacher = states[:SOLVED]
+        self.units = [group.unit for group in self.groups]
+
+    def divergence(self, bits: Mapping[str, int]) -> float:
+        """Quantizes everything.
+
+        Args:
+            bits: of each layer, by its name inside the list of blocks.
+
+        Returns:
+            The divergence from the full-precision model's predictions on windows of their own, in nats per token.
+        """
+        return self._divergence(self._quantize(bits, "comparing widths")[COMPARED], COMPARED)
+
+    def measure(self, bits: int) -> list[Unit]:
+        """Measures for each unit what another width of it alone changes, with all other layers quantized to `bits`.
+
+        The widths are `bits`, which loses 0, and the ones next to it. What a larger width gains is small beside the
+        noise of a difference of two divergences. So it is the mean of what was measured and of what the loss of the
+        smaller width lets one expect, in proportion to the squared errors of the layers' outputs. Units that saw no
+        token keep `bits`.
+        """
+        before = self._divergence(self._quantize(dict.fromkeys(self.dense, bits), "quantizing quickly")[MEASURED])
+        place = BITS.index(bits)
+        others = [width for width in BITS[max(place - 1, 0) : place + 2] if width != bits]
+        states, extras = self._start()
+        units: list[Unit] = []
+        for index, block in enumerate(tqdm(self.blocks, desc="measuring layers", unit="block")):
+            call = self.calls[index].with_extras(extras)
+            for group, moments in self._moments(index, None, call, states):
+                losses = {bits: 0.0}
+                if moments.tokens:
+                    errors = {bits: self._solve(group, moments, bits)[1]}
+                    for width in others:
+                        solved, errors[width] = self._solve(group, moments, width)
+                        with _changed(block, solved):
+                            state = self._finish(index, states[MEASURED], extras[MEASURED])
+                        losses[width] = self._divergence(state) - before
+                    losses = _steadied(losses, errors, bits)
+                units.append(replace(group.unit, losses=losses))
+            states, extras = _pass(block, call, states)
+        return units
+
+    def restore(self) -> None:
+        """Puts the full-precision weights back."""
+        for name, weight in self.dense.items():
+            index, _, inside = name.partition(".")
+            linear_weight(self.blocks[int(index)].get_submodule(inside)).copy_(weight)
+
+    def _start(self) -> tuple[list[Tensor], list[Extras]]:
+        return list(self.hidden), [() for _ in self.hidden]
+
+    def _divergence(self, state: Tensor, batch: int = MEASURED) -> float:
+        total, _ = divergence(self.head, state, self.teacher[batch], False)
+        return float(total) / (state.shape[0] * state.shape[1])
+
+    def _quantize(self, bits: Mapping[str, int], described: str) -> list[Tensor]:
+        """Quantizes everything; the hidden states after the last block."""
+        self.restore()
+        states, extras = self._start()
+        for index, block in enumerate(tqdm(self.blocks, desc=described, unit="block")):
+            call = self.calls[index].with_extras(extras)
+            for group in [group for group in self.groups if group.block == index]:
+                ((_, moments),) = self._moments(index, group, call, states)
+                for name, weight in self._solve(group, moments, bits[group.unit.layers[0]])[0].items():
+                    linear_weight(block.get_submodule(name)).copy_(weight)
+            states, extras = _pass(block, call, states)
+        return states
+
+    def _moments(
+        self, index: int, only: _Group | None, call: BlockCall, states: Sequence[Tensor]
+    ) -> list[tuple[_Group, InputMoments]]:
+        """Input moments of one group of a block, or of all, with the block's weights as they are."""
+        groups = [only] if only else [group for group in self.groups if group.block == index]
+        device = states[MEASURED].device
+        found = [
+            (group, InputMoments(self.dense[group.unit.layers[0]].shape[1], device, deviation=False))
+            for group in groups
+        ]
+        for batch in range(SOLVED, len(states) if groups else 0):
+            inputs, _ = layer_inputs(self.blocks[index], [g.inputs for g in groups], call, states[batch], batch)
+            for (_, moments), seen in zip(found, inputs, strict=True):
+                for x in seen:
+                    moments.add(x)
+        return found
+
+    def _solve(self, group: _Group, moments: InputMoments, bits: int) -> tuple[dict[str, Tensor], float]:
+        """A group's dequantized weights, by their names inside the block, and the squared error of their outputs."""
+        device, settings = moments.hessian.device, _quick(self.settings, bits)
+        solutions: dict[str, Solution] = {
+            name: quantize_weight(self.dense[full].to(device), moments, settings) for name, full in group.layers
+        }
+        error = sum(solution.losses["gptq"].sum().item() for solution in solutions.values())
+        return {name: solution.weight.dequantize() for name, solution in solutions.items()}, error
+
+    def _finish(self, index: int, state: Tensor, extras: Extras) -> Tensor:
+        """The measured batch's hidden states after the last block, from those that enter block `index`."""
+        for block, call in zip(self.blocks[index:], self.calls[index:], strict=True):
+            first = BlockCall(call.arguments[: MEASURED + 1], call.returns).with_extras([extras])
+            state, extras = first.results(block, state, MEASURED)
+        return state
+
+    def _unit(self, index: int, group: InputGroup) -> Unit:
+        names = tuple(f"{index}.{name}" for name in group.names)
+        sizes = dict.fromkeys(BITS, 0)
+        for out_features, in_features in (self.dense[name].shape for name in names):
+            group_size = resolve_group_size(in_features, self.settings.group_size)
+            for bits in BITS:
+                shapes = packed_shapes(in_features, out_features, bits, group_size).values()
+                sizes[bits] += sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
+        return Unit(names, sum(self.dense[name].numel() for name in names), sizes, {})
+
+
+@contextmanager
+def quick_quantization(
     model: PreTrainedModel,
     list_name: str,
     layers: dict[str, nn.Module],
     tokens: Tensor,
     settings: SolverSettings,
     device: torch.device | str,
-) -> list[Unit]:
-    """Measures for all layers how much their quantization alone moves the model's predictions.
-
-    Layers that share an input are quantized to 3 bits together, everything else being in full precision, and the
-    divergence from the full-precision model is taken on a few calibration windows. At other widths it is taken to be
-    in proportion to the squared error of the layers' outputs. The solver is a quick one: scales searched by their
-    effect on the output, then GPTQ.
-
-    Args:
-        model: in full precision and whole; it is back on its device afterwards.
-        list_name: name of the block list.
-        layers: by full name; linear ones only.
-        tokens: int64 `[samples, length]`, of which some are taken.
-        settings: of the quantization; `bits` and what the quick solver leaves out do not matter.
-        device: where the arithmetic runs; the model fits there.
-
-    Returns:
-        Units in the order in which they run.
+) -> Iterator[QuickQuantization]:
+    """A `QuickQuantization` with the model on `device`; at the end the model is as and where it was.
 
     Raises:
         ValueError: fused experts among the layers.
@@ -66,92 +219,53 @@ def measure_sensitivity(
             f"bits are chosen for linear layers only, found fused experts ({fused[0]}); give one width for all with "
             "bits, or leave the experts in full precision with modules_to_not_convert"
         )
-    device = torch.device(device)
     home = model.get_input_embeddings().get_parameter("weight").device
-    sample = tokens[: MEASURED_WINDOWS + SOLVED_WINDOWS, :LENGTH].to(device)
-    blocks = list(model.get_submodule(list_name).children())
-    nn.Module.to(model, device)
-    # The first batch is measured. Where there are few windows, the same ones serve for both.
-    batches = [
-        sample[:MEASURED_WINDOWS],
-        *(sample[MEASURED_WINDOWS:] if len(sample) > MEASURED_WINDOWS else sample).split(1),
-    ]
-    hidden, calls = capture_block_calls(model, blocks, batches)
-    extras: list[Extras] = [() for _ in batches]
-    head = Head(model, blocks, calls)
-    teacher, _ = _run(blocks, calls, hidden[0], ())
-    count = teacher.shape[0] * teacher.shape[1]
-    units: list[Unit] = []
-    for index, block in enumerate(tqdm(blocks, desc="measuring layers", unit="block")):
-        prefix = f"{list_name}.{index}."
-        names = [name.removeprefix(prefix) for name in layers if name.startswith(prefix)]
-        call = calls[index].with_extras(extras)
-        groups = observe_order(block, names, call, hidden[0]) if names else []
-        moments = [
-            InputMoments(linear_weight(block.get_submodule(group.names[0])).shape[1], device, deviation=False)
-            for group in groups
-        ]
-        for batch in range(1, len(batches)):
-            inputs, _ = layer_inputs(block, groups, call, hidden[batch], batch)
-            for accumulated, seen in zip(moments, inputs, strict=True):
-                for x in seen:
-                    accumulated.add(x)
-        for group, accumulated in zip(groups, moments, strict=True):
-            weights = {name: linear_weight(block.get_submodule(name)) for name in group.names}
-            unit, solved = _solve(index, weights, accumulated, settings)
-            loss = float("nan")
-            if solved:
-                dense = {name: weight.clone() for name, weight in weights.items()}
-                for name, weight in weights.items():
-                    weight.copy_(solved[name].dequantize())
-                student, _ = _run(blocks[index:], calls[index:], hidden[0], extras[0])
-                for name, weight in weights.items():
-                    weight.copy_(dense[name])
-                loss = float(divergence(head, student, teacher, False)[0]) / count
-            scale = loss / unit.losses[MEASURED_BITS]
-            units.append(replace(unit, losses={bits: error * scale for bits, error in unit.losses.items()}))
-        passed = [call.results(block, hidden[batch], batch) for batch in range(len(batches))]
-        hidden, extras = [state for state, _ in passed], [more for _, more in passed]
-    nn.Module.to(model, home)
-    return _with_unseen(units)
+    nn.Module.to(model, torch.device(device))
+    with torch.no_grad():
+        quick = QuickQuantization(model, list_name, layers, tokens.to(device), settings)
+        try:
+            yield quick
+        finally:
+            quick.restore()
+            nn.Module.to(model, home)
 
 
-def _run(
-    blocks: Sequence[nn.Module], calls: Sequence[BlockCall], state: Tensor, extras: Extras
-) -> tuple[Tensor, Extras]:
-    """The first batch's hidden states, and what comes with them, after some blocks."""
-    for block, call in zip(blocks, calls, strict=True):
-        first = BlockCall(call.arguments[:1], call.returns).with_extras([extras])
-        state, extras = first.results(block, state, 0)
-    return state, extras
+def _batches(tokens: Tensor) -> list[Tensor]:
+    """Windows to measure on, windows to compare on, and those of the moments, one by one; all, where there are few."""
+    start, batches = 0, []
+    for count in (MEASURED_WINDOWS, COMPARED_WINDOWS, SOLVED_WINDOWS):
+        part = tokens[start : start + count, :LENGTH]
+        batches.append(part if len(part) else tokens[:count, :LENGTH])
+        start += count
+    return [*batches[:SOLVED], *batches[SOLVED].split(1)]
 
 
-def _solve(
-    index: int, weights: dict[str, Tensor], moments: InputMoments, settings: SolverSettings
-) -> tuple[Unit, dict[str, QuantizedWeight]]:
-    """A unit with squared errors of outputs as its losses, and its weights at the width that is measured.
+def _pass(block: nn.Module, call: BlockCall, states: Sequence[Tensor]) -> tuple[list[Tensor], list[Extras]]:
+    passed = [call.results(block, state, batch) for batch, state in enumerate(states)]
+    return [state for state, _ in passed], [extras for _, extras in passed]
 
-    Both are empty of numbers where the layers saw no token.
-    """
-    sizes = dict.fromkeys(BITS, 0)
-    errors = dict.fromkeys(BITS, 0.0 if moments.tokens else float("nan"))
-    solved: dict[str, QuantizedWeight] = {}
-    for name, weight in weights.items():
-        out_features, in_features = weight.shape
-        group_size = resolve_group_size(in_features, settings.group_size)
-        every = max(1, out_features // ROWS)
-        for bits in BITS:
-            shapes = packed_shapes(in_features, out_features, bits, group_size).values()
-            sizes[bits] += sum(dtype.itemsize * torch.Size(shape).numel() for shape, dtype in shapes)
-            if not moments.tokens:
-                continue
-            measured = bits == MEASURED_BITS
-            solution = quantize_weight(weight if measured else weight[::every], moments, _quick(settings, bits))
-            if measured:
-                solved[name] = solution.weight
-            errors[bits] += solution.losses["gptq"][:: every if measured else 1].mean().item() * out_features
-    count = sum(weight.numel() for weight in weights.values())
-    return Unit(tuple(f"{index}.{name}" for name in weights), count, sizes, errors), solved
+
+@contextmanager
+def _changed(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    """A block with other weights in some of its layers."""
+    inside = {name: linear_weight(block.get_submodule(name)) for name in weights}
+    before = {name: weight.clone() for name, weight in inside.items()}
+    for name, weight in inside.items():
+        weight.copy_(weights[name])
+    yield
+    for name, weight in inside.items():
+        weight.copy_(before[name])
+
+
+def _steadied(losses: Mapping[int, float], errors: Mapping[int, float], bits: int) -> dict[int, float]:
+    """Losses with the larger width's averaged with what the smaller width's lets one expect."""
+    smaller, larger = ([width for width in losses if sign * (width - bits) > 0] for sign in (-1, 1))
+    found = dict(losses)
+    for low, high in zip(smaller, larger, strict=False):
+        if errors[low] > errors[bits]:
+            expected = losses[low] * (errors[high] - errors[bits]) / (errors[low] - errors[bits])
+            found[high] = (losses[high] + expected) / 2
+    return found
 
 
 def _quick(settings: SolverSettings, bits: int) -> SolverSettings:
@@ -168,13 +282,3 @@ def _quick(settings: SolverSettings, bits: int) -> SolverSettings:
         end_to_end=None,
         layer_bits={},
     )
-
-
-def _with_unseen(units: Sequence[Unit]) -> list[Unit]:
-    """Units that saw no token count, weight by weight, as the others do on average."""
-    seen = [unit for unit in units if unit.losses[BITS[0]] == unit.losses[BITS[0]]]
-    mean = {bits: statistics.fmean(unit.losses[bits] / unit.weights for unit in seen) for bits in BITS}
-    return [
-        unit if unit in seen else replace(unit, losses={bits: loss * unit.weights for bits, loss in mean.items()})
-        for unit in units
-    ]

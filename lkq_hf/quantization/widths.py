@@ -1,7 +1,7 @@
 """A bit width for each layer under a mean or a size: the choice, given what every width costs and loses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -14,14 +14,25 @@ class Unit:
         layers: their names inside the list of blocks, such as `0.mlp.down_proj`.
         weights: how many weights they have.
         sizes: bytes of their packed tensors, by width.
-        losses: by width, the divergence of the model's predictions that their quantization alone makes, in nats per
-            token.
+        losses: by width, what it adds to the divergence of the model's predictions, in nats per token; from where it
+            is counted does not matter.
     """
 
     layers: tuple[str, ...]
     weights: int
     sizes: dict[int, int]
     losses: dict[int, float]
+
+    def cautious(self, bits: int, factor: float) -> "Unit":
+        """This unit with the losses of widths below `bits`, counted from `bits`, times `factor`.
+
+        Without these widths if the factor is infinite.
+        """
+        if factor == float("inf"):
+            return replace(self, losses={width: loss for width, loss in self.losses.items() if width >= bits})
+        start = self.losses[bits]
+        losses = {w: start + (loss - start) * (factor if w < bits else 1) for w, loss in self.losses.items()}
+        return replace(self, losses=losses)
 
 
 def choose_widths(units: Sequence[Unit], costs: Sequence[dict[int, float]], budget: float) -> list[int]:

@@ -18,7 +18,7 @@ from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.blocks import find_layers, linear_weight
 from lkq_hf.quantization.export import export_checkpoint, known_readers
 from lkq_hf.quantization.hessian import InputMoments
-from lkq_hf.quantization.sensitivity import _quick, measure_sensitivity
+from lkq_hf.quantization.sensitivity import _quick, quick_quantization
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.widths import Unit, choose_widths
 from lkq_hf.sharing.cards import render_card
@@ -73,35 +73,93 @@ def test_a_larger_width_that_loses_more_is_no_step():
     assert choose_widths([unit], [unit.sizes], 100) == [3]
 
 
-def test_losses_are_measured_divergences():
-    model = tiny_model(vocab_size=96, initializer_range=0.2)
-    tokens = torch.randint(0, 96, (10, 48), generator=torch.Generator().manual_seed(0))
+def test_caution_weighs_what_smaller_widths_lose():
+    unit = Unit(("0.proj",), 1, {2: 2, 3: 3, 4: 4}, {2: 1.5, 3: 1.0, 4: 0.5})
+    assert unit.cautious(3, 4.0).losses == {2: 3.0, 3: 1.0, 4: 0.5}
+    assert unit.cautious(3, math.inf).losses == {3: 1.0, 4: 0.5}
+
+
+def divergence_of(model, other, tokens):
+    logits = (each(tokens).logits.log_softmax(-1) for each in (other, model))
+    return F.kl_div(*logits, log_target=True, reduction="none").sum(-1).mean().item()
+
+
+def solve_quickly(model, dense, names, bits, tokens, settings):
+    """Quantizes layers that share an input from their dense weights; the squared error of their outputs."""
+    layers = [model.get_submodule(name) for name in names]
+    moments = InputMoments(layers[0].in_features, deviation=False)
+    with layers[0].register_forward_pre_hook(lambda _, args: moments.add(args[0])):
+        for window in tokens.split(1):
+            model(window)
+    error = 0.0
+    for name, layer in zip(names, layers, strict=True):
+        solution = quantize_weight(dense[f"{name}.weight"], moments, _quick(settings, bits))
+        linear_weight(layer).copy_(solution.weight.dequantize())
+        error += solution.losses["gptq"].sum().item()
+    return error
+
+
+@torch.no_grad()
+def test_losses_are_divergences_around_the_uniform_model():
+    model, other = (tiny_model(vocab_size=96, initializer_range=0.2) for _ in range(2))
+    tokens = torch.randint(0, 96, (30, 48), generator=torch.Generator().manual_seed(0))
+    measured, compared, solved = tokens[:4], tokens[4:12], tokens[12:24]
     config = TwoStageGPTQConfig(bits=4, group_size=32, sym=False)
-    name, layers = find_layers(model, config)
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    units = measure_sensitivity(model, name, layers, tokens, config.solver_settings(), "cpu")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    settings = config.solver_settings()
+    list_name, layers = find_layers(model, config)
+    dense = {key: value.clone() for key, value in model.state_dict().items()}
+    with quick_quantization(model, list_name, layers, tokens, settings, "cpu") as quick:
+        units = quick.measure(3)
+        mixed = {layer: 2 if ".mlp." in layer else 4 for unit in units for layer in unit.layers}
+        found = quick.divergence(mixed)
+    assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
     assert [unit.layers for unit in units[:4]] == [
         ("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"),
         ("0.self_attn.o_proj",),
         ("0.mlp.gate_proj", "0.mlp.up_proj"),
         ("0.mlp.down_proj",),
     ]
-    for unit in units:
-        assert unit.losses[2] > unit.losses[3] > unit.losses[4] > unit.losses[8] > 0
-        changed = tiny_model(vocab_size=96, initializer_range=0.2)
-        layer = changed.get_submodule(f"{name}.{unit.layers[0]}")
-        moments = InputMoments(layer.in_features, deviation=False)
-        with layer.register_forward_pre_hook(lambda _, args, moments=moments: moments.add(args[0])), torch.no_grad():
-            for window in tokens[4:].split(1):
-                changed(window)
-        for inside in unit.layers:
-            weight = linear_weight(changed.get_submodule(f"{name}.{inside}"))
-            with torch.no_grad():
-                weight.copy_(quantize_weight(weight, moments, _quick(config.solver_settings(), 3)).weight.dequantize())
-        logits = (each(tokens[:4]).logits.log_softmax(-1) for each in (changed, model))
-        kl = F.kl_div(*logits, log_target=True, reduction="none").sum(-1).mean().item()
-        assert unit.losses[3] == pytest.approx(kl, rel=1e-3)
+    names = [[f"{list_name}.{layer}" for layer in unit.layers] for unit in units]
+    for unit, inside in zip(units, names, strict=True):
+        solve_quickly(other, dense, inside, mixed[unit.layers[0]], solved, settings)
+    assert found == pytest.approx(divergence_of(model, other, compared), rel=1e-3)
+    other.load_state_dict(dense)
+    for inside in names:
+        solve_quickly(other, dense, inside, 3, solved, settings)
+    uniform = {key: value.clone() for key, value in other.state_dict().items()}
+    start = divergence_of(model, other, measured)
+    for unit, inside in zip(units, names, strict=True):
+        errors, changes = {}, {}
+        for bits in (3, 2, 4):
+            other.load_state_dict(uniform)
+            errors[bits] = solve_quickly(other, dense, inside, bits, solved, settings)
+            changes[bits] = divergence_of(model, other, measured) - start
+        expected = changes[2] * (errors[4] - errors[3]) / (errors[2] - errors[3])
+        assert unit.losses[3] == 0
+        assert unit.losses[2] == pytest.approx(changes[2], rel=1e-2, abs=1e-4)
+        assert unit.losses[4] == pytest.approx((changes[4] + expected) / 2, rel=1e-2, abs=1e-4)
+
+
+class Rehearsed:
+    """Stands for a quick quantization that predicts best, or worst, with one width in all layers."""
+
+    def __init__(self, uniform_is_best):
+        self.uniform_is_best = uniform_is_best
+
+    def measure(self, bits):
+        losses = [{bits - 1: loss, bits: 0.0, bits + 1: -loss / 4} for loss in (0.001, 1.0, 0.03)]
+        return [Unit((f"{i}.proj",), 100, {b: b for b in WIDTHS}, each) for i, each in enumerate(losses)]
+
+    def divergence(self, bits):
+        return float((len(set(bits.values())) > 1) == self.uniform_is_best)
+
+
+@pytest.mark.parametrize("uniform_is_best", [True, False])
+def test_one_width_for_all_stays_unless_a_choice_loses_less(uniform_is_best):
+    costs = [{bits: 100 * bits for bits in WIDTHS}] * 3
+    bits, loss = mixed_bits._best(Rehearsed(uniform_is_best), costs, 900)
+    assert loss == 0
+    assert bits == ({f"{i}.proj": 3 for i in range(3)} if uniform_is_best else {"0.proj": 2, "1.proj": 4, "2.proj": 3})
 
 
 @pytest.mark.parametrize("bits", [2.4, 3.3])
@@ -156,7 +214,7 @@ def test_a_killed_run_keeps_its_widths(tiny_llama, settings, tmp_path, monkeypat
         patch.setattr(walk_module, "_quantize_block", killed)
         TwoStageQuantizer(str(tmp_path / "base")).quantize(tmp_path / "out", bits=3.3, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(mixed_bits, "measure_sensitivity", None)
+        patch.setattr(mixed_bits, "quick_quantization", None)
         quantizer = TwoStageQuantizer(str(tmp_path / "base"))
         model = quantizer.quantize(tmp_path / "out", bits=3.3, **settings)
     assert quantizer.report.resumed_blocks == 1
