@@ -30,7 +30,7 @@ WIDTHS = "widths"
 HEADER = 128
 # What a smaller width of a layer loses counts so many times as much. The more layers change at once, the worse it is:
 # their losses add up to more than was measured one by one, and their gains to less.
-CAUTIONS = (4.0, 8.0, 16.0, float("inf"))
+CAUTIONS = (4.0, 16.0, 64.0, float("inf"))
 
 
 def set_widths(

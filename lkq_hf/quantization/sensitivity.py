@@ -22,7 +22,7 @@ from lkq_hf.quantization.widths import Unit
 
 # Calibration windows of at most so many tokens: those on which units are measured, those on which whole choices are
 # compared, and those from which the quick solver takes its moments.
-MEASURED_WINDOWS = 4
+MEASURED_WINDOWS = 2
 COMPARED_WINDOWS = 8
 SOLVED_WINDOWS = 12
 LENGTH = 512

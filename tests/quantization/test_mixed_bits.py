@@ -103,7 +103,7 @@ def solve_quickly(model, dense, names, bits, tokens, settings):
 def test_losses_are_divergences_around_the_uniform_model():
     model, other = (tiny_model(vocab_size=96, initializer_range=0.2) for _ in range(2))
     tokens = torch.randint(0, 96, (30, 48), generator=torch.Generator().manual_seed(0))
-    measured, compared, solved = tokens[:4], tokens[4:12], tokens[12:24]
+    measured, compared, solved = tokens[:2], tokens[2:10], tokens[10:22]
     config = TwoStageGPTQConfig(bits=4, group_size=32, sym=False)
     settings = config.solver_settings()
     list_name, layers = find_layers(model, config)
