@@ -55,7 +55,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# One process for each core, each with one thread.
+# Processes of one thread each.
 PYTEST := -m pytest --numprocesses auto --dist loadfile
 
 test: lint $(VENV)/.smollm2
