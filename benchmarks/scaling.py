@@ -438,7 +438,7 @@ def _stages(results: dict[str, Any]) -> list[str]:
         "judging": TrainOptions.judge_prompts * evaluations,
         "profile": TrainOptions.profile_prompts,
     }
-    rows, hours = [], 0.0
+    rows, hours, gpus = [], 0.0, set()
     for work, count in counts.items():
         runs = [run for run in results.get("checks", []) if (run["work"], run["gpus"]) == (work, 1)]
         runs = [run for run in runs if run["tokens"] == RECIPE["prompt_tokens"] and run["plan"] == "one GPU"]
@@ -447,11 +447,13 @@ def _stages(results: dict[str, Any]) -> list[str]:
         best = min(runs, key=lambda run: run["seconds"] / run["prompts"])
         each = best["seconds"] / best["prompts"]
         hours += count * each / 3600
+        if work != "prompts":  # built without one
+            gpus.add(_gpu(best))
         size = f"{best['bytes'] / GIB:.0f}" if best["bytes"] else ""
         rows.append([WORK[work], str(best["prompts"]), f"{each:.3f}", f"{count:,}", f"{count * each / 60:.1f}", size])
     header = ["stage", "prompts together", "seconds a prompt", "prompts", "minutes", "GiB"]
     rows.append(["all", "", "", "", f"{60 * hours:.0f}", ""])
-    return [f"### An 8B adapter on one {_gpu(best)}, from documents to its files", table(header, rows)]
+    return [f"### An 8B adapter on one {' and '.join(sorted(gpus))}, from documents to its files", table(header, rows)]
 
 
 def _checks(results: dict[str, Any]) -> list[str]:
@@ -521,7 +523,8 @@ def merged(results: dict[str, Any], files: list[Path]) -> dict[str, Any]:
             results |= {key: value for key, value in more.items() if key in ("hardware", "shrink")}
         results["models"] |= more.get("models", {})
         results["links"] |= more.get("links", {})
-        gpu = {key: value for key, value in more.get("hardware", {}).items() if key == "gpu"}
+        hardware = more.get("hardware", {})
+        gpu = {"gpu": hardware["gpu"]} if "gpu" in hardware else {}  # prompts are built without
         results["checks"] = _newest([*results["checks"], *(gpu | run for run in more.get("checks", []))])
     return results
 
