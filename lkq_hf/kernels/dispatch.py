@@ -45,7 +45,7 @@ def use_triton(*tensors: torch.Tensor, dtypes: frozenset[torch.dtype] = FLOATING
 
 
 def forced_implementation() -> str:
-    """What ``LKQ_KERNELS`` says; empty if each call chooses."""
+    """What ``LKQ_KERNELS`` says, or `without_triton`; empty if each call chooses."""
     return "torch" if _triton_is_off else os.environ.get(ENVIRONMENT_VARIABLE, "")
 
 

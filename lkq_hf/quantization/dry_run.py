@@ -1,4 +1,4 @@
-"""Whether a model can be quantized, saved and loaded again, found out in seconds and before hours of work."""
+"""Whether a model can be quantized, refined, saved and loaded again, found out in seconds and before hours of work."""
 
 import copy
 import tempfile
@@ -208,6 +208,17 @@ class _Trial:
         difference = (found.float() - self.expected).norm(dim=-1) / self.expected.norm(dim=-1)
         # Of most tokens: rounding may send one to another expert.
         return None if float(difference.nanmedian()) < TOLERANCE else "it computes something else"
+
+
+def reason_against_gradients(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> str | None:
+    """Why nothing can be changed by gradient, if so; learnt from a few tokens in the first block."""
+    hidden, calls = probe_block_calls(model, blocks, tokens)
+    if hidden.shape[:2] != tokens[:1, :PROBE_TOKENS].shape:
+        return f"{type(model).__name__} hands other hidden states to its blocks than one for each token"
+    with torch.enable_grad():
+        # Of a copy that is no leaf: blocks may write into their input.
+        output = calls[0].run(blocks[0], hidden.clone().requires_grad_() * 1, 0)
+    return None if output.requires_grad else f"blocks of {type(model).__name__} pass no gradients"
 
 
 def first_of_each_kind(list_name: str, blocks: Sequence[nn.Module], layers: dict[str, nn.Module]) -> list[int]:

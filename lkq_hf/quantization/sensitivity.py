@@ -116,7 +116,8 @@ class QuickQuantization:
         units: list[Unit] = []
         for index, block in enumerate(tqdm(self.blocks, desc="measuring layers", unit="block")):
             call = self.calls[index].with_extras(extras)
-            for group, moments in self._moments(index, None, call, states):
+            groups = self._groups_of(index)
+            for group, moments in zip(groups, self._moments(groups, call, states), strict=True):
                 losses = {bits: 0.0}
                 if moments.tokens:
                     errors = {bits: self._solve(group, moments, bits)[1]}
@@ -149,26 +150,25 @@ class QuickQuantization:
         states, extras = self._start()
         for index, block in enumerate(tqdm(self.blocks, desc=described, unit="block")):
             call = self.calls[index].with_extras(extras)
-            for group in [group for group in self.groups if group.block == index]:
-                ((_, moments),) = self._moments(index, group, call, states)
+            for group in self._groups_of(index):
+                (moments,) = self._moments([group], call, states)
                 for name, weight in self._solve(group, moments, bits[group.unit.layers[0]])[0].items():
                     linear_weight(block.get_submodule(name)).copy_(weight)
             states, extras = _pass(block, call, states)
         return states
 
-    def _moments(
-        self, index: int, only: _Group | None, call: BlockCall, states: Sequence[Tensor]
-    ) -> list[tuple[_Group, InputMoments]]:
-        """Input moments of one group of a block, or of all, with the block's weights as they are."""
-        groups = [only] if only else [group for group in self.groups if group.block == index]
-        device = states[MEASURED].device
-        found = [
-            (group, InputMoments(self.dense[group.unit.layers[0]].shape[1], device, deviation=False))
-            for group in groups
-        ]
-        for batch in range(SOLVED, len(states) if groups else 0):
-            inputs, _ = layer_inputs(self.blocks[index], [g.inputs for g in groups], call, states[batch], batch)
-            for (_, moments), seen in zip(found, inputs, strict=True):
+    def _groups_of(self, index: int) -> list[_Group]:
+        return [group for group in self.groups if group.block == index]
+
+    def _moments(self, groups: Sequence[_Group], call: BlockCall, states: Sequence[Tensor]) -> list[InputMoments]:
+        """Input moments of groups of one block, with the block's weights as they are."""
+        if not groups:
+            return []
+        block, device = self.blocks[groups[0].block], states[MEASURED].device
+        inputs = [group.inputs for group in groups]
+        found = [InputMoments(self.dense[group.unit.layers[0]].shape[1], device, deviation=False) for group in groups]
+        for batch in range(SOLVED, len(states)):
+            for moments, seen in zip(found, layer_inputs(block, inputs, call, states[batch], batch)[0], strict=True):
                 for x in seen:
                     moments.add(x)
         return found

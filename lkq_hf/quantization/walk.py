@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.blocks import linear_weight, weights_of
 from lkq_hf.quantization.capture import (
-    PROBE_TOKENS,
     BlockCall,
     Extras,
     InputGroup,
@@ -25,10 +24,9 @@ from lkq_hf.quantization.capture import (
     find_sum,
     layer_inputs,
     observe_order,
-    probe_block_calls,
 )
 from lkq_hf.quantization.coverage import Coverage
-from lkq_hf.quantization.dry_run import check_that_blocks_run_packed, first_of_each_kind
+from lkq_hf.quantization.dry_run import check_that_blocks_run_packed, first_of_each_kind, reason_against_gradients
 from lkq_hf.quantization.end_to_end import EndToEndReport, tune_end_to_end
 from lkq_hf.quantization.expert_inputs import ExpertInputs, calls_of_experts
 from lkq_hf.quantization.expert_solver import ExpertCounts, quantize_experts
@@ -159,10 +157,10 @@ def quantize_blocks(
     report = WalkReport(device=str(device))
     without_gradients = None
     if settings.refinement is not None or settings.end_to_end is not None:
-        without_gradients = _reason_against_gradients(model, blocks, batches[0])
+        without_gradients = reason_against_gradients(model, blocks, batches[0])
     if settings.end_to_end is not None:
         report.untuned = without_gradients or _reason_against_tuning(calls, load_block is not None, processes)
-    tunes = settings.end_to_end is not None and report.untuned is None
+    tuning = settings.end_to_end if report.untuned is None else None
     progress = tqdm(range(len(blocks)), desc="quantizing", unit="block", disable=not processes.is_main)
     for index in progress:
         ensure_loaded(index)
@@ -212,7 +210,7 @@ def quantize_blocks(
             for name, weight in weights.items():
                 dense[name].copy_(weight.dequantize())
         report.experts.update({prefix + name: counts for name, counts in experts.items()})
-        if index < len(blocks) - 1 or tunes:
+        if index < len(blocks) - 1 or tuning is not None:
             extras = _pass(block, call, quantized, keep_extras)
             if full is not None and twin is not None:
                 full_extras = _pass(twin, full_call, full, keep_extras)
@@ -224,13 +222,11 @@ def quantize_blocks(
             block.to("meta")
         calls[index].arguments.clear()
     use_packed_experts(model)
-    if settings.end_to_end is not None and tunes and full is not None:
+    if tuning is not None and full is not None:
         try:
             nn.Module.to(model, device)
             on_device = [batch.to(device) for batch in batches]
-            report.end_to_end = tune_end_to_end(
-                model, blocks, on_device, quantized, full, settings.end_to_end, processes
-            )
+            report.end_to_end = tune_end_to_end(model, blocks, on_device, quantized, full, tuning, processes)
         except torch.OutOfMemoryError:
             if processes.size > 1:  # the others wait for this one
                 raise
@@ -258,17 +254,6 @@ def _pass(block: nn.Module, call: BlockCall, states: Activations, keep_extras: b
         states.replace(batch, hidden)
         kept.append(extras if keep_extras else ())
     return kept
-
-
-def _reason_against_gradients(model: PreTrainedModel, blocks: Sequence[nn.Module], tokens: Tensor) -> str | None:
-    """Why nothing can be changed by gradient, if so; learnt from a few tokens in the first block."""
-    hidden, calls = probe_block_calls(model, blocks, tokens)
-    if hidden.shape[:2] != tokens[:1, :PROBE_TOKENS].shape:
-        return f"{type(model).__name__} hands other hidden states to its blocks than one for each token"
-    with torch.enable_grad():
-        # Of a copy that is no leaf: blocks may write into their input.
-        output = calls[0].run(blocks[0], hidden.clone().requires_grad_() * 1, 0)
-    return None if output.requires_grad else f"blocks of {type(model).__name__} pass no gradients"
 
 
 def _reason_against_refining(block: nn.Module, names: Sequence[str], keep_extras: bool) -> str | None:
