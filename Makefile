@@ -55,7 +55,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-# Processes of one thread each.
+# One process for each core, each with one thread.
 PYTEST := -m pytest --numprocesses auto --dist loadfile
 
 test: lint $(VENV)/.smollm2

@@ -17,12 +17,6 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """Three for two cores: many tests wait for a disk or for processes of their own."""
-    return max(1, os.cpu_count() * 3 // 2)
-
-
 @pytest.fixture
 def reset_compiler():
     """What torch.compile remembers of other tests is forgotten, and what it learns in this one."""
