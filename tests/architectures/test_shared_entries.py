@@ -37,7 +37,8 @@ def test_turns_of_a_padded_batch(family, attention, scorer, static):
 def test_logits_of_the_last_positions(attention, target_modules):
     model = tiny_model("gemma4_unified_text", attention)
     ids = prompt_ids(2, 40)
-    with torch.no_grad():
+    # torch's compiled flex attention is wrong for 40 tokens on a CPU without AVX-512.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         expected = model(ids).logits
         prepare_model_for_eviction(model)
         add_lookahead(model, target_modules=target_modules)
