@@ -56,7 +56,7 @@ format: $(VENV)/.installed
 	$(VENV)/bin/ruff format .
 
 # One process for each core, each with one thread.
-PYTEST := -m pytest --numprocesses auto --dist loadfile
+PYTEST := -m pytest --numprocesses auto --dist worksteal
 
 test: lint $(VENV)/.smollm2
 	OMP_NUM_THREADS=1 $(RUN) $(PYTEST) -m "not slow and not gpu"
