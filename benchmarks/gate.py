@@ -43,6 +43,9 @@ from lkq_hf.training.eviction import eviction_gates, response_divergence, respon
 ROW_POWER = 2.0
 """Of the mean over an answer's tokens and a KV head's query heads that makes attention an importance."""
 
+LEAST = 1e-7
+"""Smaller importance counts as this much."""
+
 Rows = list[dict[str, Any]]
 Hidden = dict[int, torch.Tensor]
 """What each attention layer has read, ``[batch, length, hidden]``."""
@@ -58,7 +61,7 @@ class Gate(nn.Module):
         uses_entries: whether the heads' keys and values are features too.
     """
 
-    def __init__(self, size: int, width: int, kv_heads: int, uses_entries: bool = False) -> None:
+    def __init__(self, size: int, width: int, kv_heads: int, uses_entries: bool = True) -> None:
         super().__init__()
         self.uses_entries = uses_entries
         self.inner, self.outer = nn.Linear(size, width), nn.Linear(width, kv_heads)
@@ -128,11 +131,10 @@ def untrained_gates(model: Any, batch: dict[str, torch.Tensor], options: argpars
     hidden, prompt, target, _ = read(model, batch)
     gates = nn.ModuleDict()
     for layer, found in target.items():
-        entries = [prompt.layers[layer].keys, prompt.layers[layer].values] if options.uses_entries else []
+        entries = [prompt.layers[layer].keys, prompt.layers[layer].values] if not options.hidden_only else []
         size = hidden[layer].shape[-1] + sum(each.shape[1] * each.shape[3] for each in entries)
-        gates[str(layer)] = gate = Gate(size, options.width, prompt.kv_heads(layer), options.uses_entries)
-        mean = (found**options.importance_power).mean((0, 2)) ** (1 / options.importance_power)
-        gate.outer.bias.data.copy_(mean.log())
+        gates[str(layer)] = gate = Gate(size, options.width, prompt.kv_heads(layer), not options.hidden_only)
+        gate.outer.bias.data.copy_(found.clamp(min=LEAST).log().mean((0, 2)))
     return gates.to(model.device)
 
 
@@ -146,22 +148,21 @@ def losses(
 ) -> torch.Tensor:
     """The losses of some prompts of one length, in nats.
 
-    The first is the divergence of each head's importance. It says nothing about the sums over a head's entries, which
-    matter where heads compete: the second is the squared error of their logarithms. With a budget, the third is what
-    the answers lose over the evicted cache.
+    The first is the divergence of each head's importance, to which few entries matter, and not its sum. The second is
+    the squared error of the logarithms, to which all matter alike: so scores of all heads compare. With a budget, the
+    third is what the answers lose over the evicted cache.
     """
     hidden, prompt, found, full = read(model, batch, with_logits=budget is not None)
     layers = {index: prompt.layers[index] for index in found}
     scores = {index: gates[str(index)](hidden[index], layer.keys, layer.values) for index, layer in layers.items()}
-    power, target, predicted = options.importance_power, *(torch.cat([*each.values()], 1) for each in (found, scores))
-    sums = (target**power).sum(-1).log(), (power * predicted).logsumexp(-1)
-    parts = [importance.importance_divergence(target, predicted.exp(), power), F.mse_loss(*sums) / power**2]
+    target, predicted = (torch.cat(list(each.values()), 1) for each in (found, scores))
+    parts = [
+        importance.importance_divergence(target, predicted.exp(), options.importance_power),
+        F.mse_loss(predicted, target.clamp(min=LEAST).log()),
+    ]
     if budget is not None:
-        kv_heads, chosen = (
-            {index: each.shape[1] for index, each in scores.items()},
-            {i: s.exp() for i, s in scores.items()},
-        )
-        kept = eviction_gates(chosen, kv_heads, budget, temperature)
+        heads = {index: each.shape[1] for index, each in scores.items()}
+        kept = eviction_gates({index: each.exp() for index, each in scores.items()}, heads, budget, temperature)
         response = batch["response_ids"], batch["response_mask"]
         evicted = response_logits(model, get_decoder(model), prompt, *response, gates=kept)
         parts.append(response_divergence(full, evicted, response[1]))
@@ -177,10 +178,8 @@ def batches(rows: Rows, options: argparse.Namespace) -> Iterator[tuple[float, di
         size = max(1, options.batch_tokens // length)
         for start in range(0, len(same), size):
             batch = TargetCollator()(same[start : start + size])
-            yield (
-                len(batch["input_ids"]) / len(rows),
-                {name: tensor.to(options.device) for name, tensor in batch.items()},
-            )
+            share = len(batch["input_ids"]) / len(rows)
+            yield share, {name: tensor.to(options.device) for name, tensor in batch.items()}
 
 
 def steps(rows: Rows, options: argparse.Namespace) -> Iterator[Rows]:
@@ -197,18 +196,16 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--targets", type=Path, required=True, help="what adapter_training.py --prompts-only made")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, or a directory")
-    parser.add_argument(
-        "--adapter", default="smollm2-135m-instruct-lookahead-later", help='to compare with, or "none"'
-    )
+    parser.add_argument("--adapter", default="smollm2-135m-instruct-lookahead-later", help='or "none"')
     parser.add_argument("--width", type=int, default=128, help="of the layer between")
-    parser.add_argument("--uses-entries", action="store_true", help="keys and values are features too")
+    parser.add_argument("--hidden-only", action="store_true", help="keys and values are no features")
     parser.add_argument("--importance-power", type=float, default=1.5)
-    parser.add_argument("--sums-weight", type=float, default=0.1, help="of the second loss")
+    parser.add_argument("--logarithm-weight", type=float, default=0.1, help="of the second loss")
     parser.add_argument("--eviction-weight", type=float, default=0.5, help="of the third loss")
     parser.add_argument("--eviction-from", type=float, default=0.2, help="share of the training before that loss")
     parser.add_argument("--eviction-budgets", type=int, nargs=2, default=[48, 640])
     parser.add_argument("--temperature", type=float, nargs=2, default=[0.25, 0.1], help="first and last")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=5e-3)
     parser.add_argument("--minutes", type=float, default=3, help="of training, without evaluations")
     parser.add_argument("--max-steps", type=int, default=1_000_000)
     parser.add_argument("--batch-size", type=int, default=64, help="prompts in a step")
@@ -251,7 +248,7 @@ def main() -> None:
         save(options.out, results)
 
     evaluate(compared)
-    weights = torch.tensor([1.0, options.sums_weight, options.eviction_weight], device=options.device)
+    weights = torch.tensor([1.0, options.logarithm_weight, options.eviction_weight], device=options.device)
     (least, most), (warm, cold) = map(math.log, options.eviction_budgets), options.temperature
     draw, done = random.Random(options.seed), 0.0
     for rows in steps(train, options):
