@@ -202,7 +202,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--importance-power", type=float, default=1.5)
     parser.add_argument("--logarithm-weight", type=float, default=0.1, help="of the second loss")
     parser.add_argument("--eviction-weight", type=float, default=0.5, help="of the third loss")
-    parser.add_argument("--eviction-from", type=float, default=0.2, help="share of the training before that loss")
+    parser.add_argument("--eviction-from", type=float, default=0.1, help="share of the training before that loss")
     parser.add_argument("--eviction-budgets", type=int, nargs=2, default=[48, 640])
     parser.add_argument("--temperature", type=float, nargs=2, default=[0.25, 0.1], help="first and last")
     parser.add_argument("--learning-rate", type=float, default=5e-3)
