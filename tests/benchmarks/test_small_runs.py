@@ -1,11 +1,13 @@
 """The benchmarks' small runs: every cell of theirs is measured, without an error."""
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 from small_checkpoint import save_small_checkpoint
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -60,6 +62,27 @@ def test_the_kernels_of_a_step(monkeypatch):
 )
 def test_it_measures(run, script, options, key):
     assert run(script, *options)[key]
+
+
+@pytest.mark.parametrize(("eviction_weight", "features"), [(0.0, ["--hidden-only"]), (0.5, [])])
+def test_a_gate_learns(tmp_path, run, eviction_weight, features):
+    """What it was trained on, because the answers of a random model follow from nothing."""
+    save_small_checkpoint(tmp_path / "model", tmp_path / "adapter")
+    draw = random.Random(0)
+    rows = [
+        {"input_ids": draw.choices(range(500), k=length), "response_ids": draw.choices(range(500), k=answer)}
+        for length, answer in [(96, 4), (128, 7), (96, 5), (128, 3)]
+    ]
+    for name in ("train", "validation"):
+        Dataset.from_list(rows).to_parquet(tmp_path / name / "prompts.parquet")
+    model = ("--targets", tmp_path, "--model", tmp_path / "model", "--adapter", "none", "--device", "cpu")
+    training = ("--max-steps", "40", "--batch-size", "4", "--width", "32", "--learning-rate", "2e-2")
+    budgets = ("--budgets", "16", "32", "--eviction-budgets", "8", "32", "--eviction-weight", eviction_weight)
+    found = run("gate", *model, *training, *budgets, *features)
+    before, after = found["evaluations"][0], found["evaluations"][-1]
+    assert after["losses"][0] < 0.6 * before["losses"][0]
+    assert len(found["losses"][-1]) == (3 if eviction_weight else 2)
+    assert set(before["SnapKV"]) == set(after["gate"])
 
 
 @pytest.mark.slow
