@@ -62,6 +62,7 @@ def install_packed(block: nn.Module, name: str, weights: dict[str, QuantizedWeig
     )
     packed.replaces = type(module)
     _set_module(block, name, packed)
+    module.to("meta")  # whoever still has the layer keeps no weights alive
 
 
 def replace_by_packed(model: PreTrainedModel, config: TwoStageGPTQConfig) -> dict[str, PackedModule]:

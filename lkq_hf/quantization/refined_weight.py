@@ -72,9 +72,12 @@ class RefinedWeight(nn.Module):
 
     @torch.no_grad()
     def quantized(self) -> QuantizedWeight:
-        """The weight as it is stored."""
+        """The weight as it is stored, with a byte for each integer; integers that have stayed are not copied."""
+        integers = self.start
+        if self.position is not self.start:
+            integers = self.position.round().clamp(0, self.largest).to(torch.uint8)
         return QuantizedWeight(
-            integers=self.position.float().round().clamp(0, self.largest).to(torch.int32),
+            integers=integers,
             scales=stored(self._scale()).to(SCALE_DTYPE),
             zeros=self.zero.round().to(torch.int32),
             bits=self.bits,

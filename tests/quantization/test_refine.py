@@ -87,6 +87,14 @@ def test_gradients_are_those_of_rounding_taken_for_the_identity(sym):
         torch.testing.assert_close(refined.zero.grad, zero.grad)
 
 
+def test_integers_that_stay_take_one_byte_once():
+    weight = random_weight(sym=False)
+    refined = RefinedWeight(weight, EndToEnd())
+    result = refined.quantized()
+    assert result.integers.dtype == torch.uint8 and torch.equal(result.integers.int(), weight.integers)
+    assert result.integers.data_ptr() == refined.start.data_ptr()
+
+
 def test_what_moves_stays_inside_the_grid_and_within_its_bound():
     weight = random_weight(sym=False)
     refined = RefinedWeight(weight, GradientSteps(zero_rate=0.3, offset_bound=1.0))

@@ -504,6 +504,13 @@ def test_a_repeated_block_is_refused(tiny_llama):
         find_layers(tiny_llama, config())
 
 
+def test_replaced_layers_keep_no_weights_alive(tokens, tiny_llama):
+    settings = config()
+    list_name, layers = find_layers(tiny_llama, settings)
+    quantize_blocks(tiny_llama, list_name, layers, tokens, settings.solver_settings(), batch_size=3)
+    assert layers and all(layer.weight.is_meta for layer in layers.values())
+
+
 def test_tied_embeddings_stay_as_they_are(tokens):
     model = built(gemma3)
     before = model.get_input_embeddings().weight.clone()
