@@ -4,8 +4,8 @@
     python benchmarks/conversations.py --texts test.jsonl.gz \
         --adapter model_cards/smollm2-135m-instruct-lookahead --out benchmarks/results/conversations
 
-With ``--read-first`` the text is read, and evicted, before anything is asked. Methods: the full cache; LookaheadKV and
-SnapKV, each with entries parked in main memory and without; sinks + recent.
+Methods: the full cache; LookaheadKV and SnapKV, each with entries parked in main memory and without; sinks + recent.
+With ``--read-first`` the text is read, and evicted, before anything is asked, once for all methods; nothing is parked.
 Each reports the share of right answers by turn, and the bytes of its cache on the model's device after each turn.
 Writes OUT.json; pages.py writes the table. ``--small`` is a smoke test for a CPU.
 """
@@ -13,7 +13,8 @@ Writes OUT.json; pages.py writes the table. ``--small`` is a smoke test for a CP
 import itertools
 import random
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,10 @@ from transformers.cache_utils import Cache
 
 from lkq_hf import LookaheadCache
 from lkq_hf.evaluation.environment import environment
-from lkq_hf.evaluation.prefill import cache_bytes
+from lkq_hf.evaluation.prefill import cache_bytes, read_prompts
 from lkq_hf.evaluation.tasks.base import Draft
 from lkq_hf.evaluation.tasks.needles import FRAME, ONE_VALUE, Needle
+from lkq_hf.scoring import SCORERS
 from lkq_hf.text.documents import read_documents
 from lkq_hf.text.passages import Corpus
 
@@ -97,30 +99,41 @@ def later_turn(tokenizer: Any, key: str) -> list[int]:
     return tokenizer(text + prefix, add_special_tokens=False)["input_ids"]
 
 
+def padded(rows: list[list[int]], tokenizer: Any, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids with padding on the left, and their mask."""
+    longest = max(map(len, rows))
+    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in rows], device=device)
+    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+
+
+def read_texts(
+    model: Any, tokenizer: Any, batch: list[Conversation], budgets: list[int], scorers: list[str]
+) -> dict[str, Cache]:
+    """By name, caches that hold the texts."""
+    ids, mask = padded([one.text for one in batch], tokenizer, model.device)
+    prefill = read_prompts(model, ids, mask, {name: SCORERS[name]() for name in scorers}, budgets)
+    caches: dict[str, Cache] = {"full cache": prefill.full}
+    for (scorer, budget), cache in prefill.caches.items():
+        cache.evict_later_turns = True
+        caches[f"{budget}/{scorer}"] = cache
+    return caches
+
+
 @torch.no_grad()
 def converse(
     model: Any, tokenizer: Any, batch: list[Conversation], cache: Cache, turns: int, read_first: bool
 ) -> tuple[list[list[bool]], list[int]]:
     """Whether each conversation's answer is right, turn by turn, and the bytes of the cache."""
-    end, pad = tokenizer.eos_token_id, tokenizer.eos_token_id
-
-    def padded(rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids with padding on the left, and their mask."""
-        longest = max(map(len, rows))
-        ids = torch.tensor([[pad] * (longest - len(row)) + row for row in rows], device=model.device)
-        return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=model.device)
-
-    if read_first:
-        ids, mask = padded([one.text for one in batch])
-        model(input_ids=ids, attention_mask=mask, past_key_values=cache, logits_to_keep=1)
+    end, place = tokenizer.eos_token_id, (tokenizer, model.device)
+    ids, mask = padded([one.text for one in batch], *place)
     right, sizes = [], []
     for turn in range(turns):
         if turn == 0 and not read_first:
-            ids, mask = padded([one.text + one.question for one in batch])
+            ids, mask = padded([one.text + one.question for one in batch], *place)
         else:
             asked = [later_turn(tokenizer, one.facts[turn][0]) if turn else one.question for one in batch]
-            ids, mask = (torch.cat(parts, dim=1) for parts in zip((ids, mask), padded(asked), strict=True))
-        output = answer(model, ids, cache, ANSWER_TOKENS, attention_mask=mask, pad_token_id=pad)
+            ids, mask = (torch.cat(parts, dim=1) for parts in zip((ids, mask), padded(asked, *place), strict=True))
+        output = answer(model, ids, cache, ANSWER_TOKENS, attention_mask=mask, pad_token_id=end)
         answers = output[:, ids.shape[1] :]
         texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
         right.append([one.facts[turn][1] in text for one, text in zip(batch, texts, strict=True)])
@@ -131,10 +144,9 @@ def converse(
     return right, sizes
 
 
-def methods(budgets: list[int], with_adapter: bool, with_parked: bool) -> dict[str, Callable[[Any], Cache]]:
+def methods(budgets: list[int], scorers: list[str], with_parked: bool) -> dict[str, Callable[[Any], Cache]]:
     """By name, what makes an empty cache for a model's config."""
     found: dict[str, Callable[[Any], Cache]] = {"full cache": lambda config: DynamicCache(config=config)}
-    scorers = ["snapkv", "streaming"] + (["lookahead"] if with_adapter else [])
     for budget in budgets:
         for scorer in scorers:
             for park in (None, "cpu") if with_parked and scorer != "streaming" else (None,):
@@ -162,7 +174,8 @@ def main() -> None:
     started = time.monotonic()
     model, tokenizer = real_model(adapter=arguments.adapter, device=arguments.device)
     corpus = Corpus(read_documents(arguments.texts), tokenizer)
-    caches = methods(arguments.budgets, bool(arguments.adapter), not arguments.not_parked)
+    scorers = ["snapkv", "streaming"] + (["lookahead"] if arguments.adapter else [])
+    ways = methods(arguments.budgets, scorers, not arguments.not_parked)
     results: dict[str, Any] = {
         "about": environment(model.device),
         "adapter": Path(arguments.adapter).name if arguments.adapter else None,
@@ -173,16 +186,19 @@ def main() -> None:
     for length in arguments.lengths:
         made = conversations(corpus, arguments.conversations, length, arguments.turns)
         rows = results["lengths"][str(length)] = {}
-        for name, empty in tqdm(caches.items(), desc=f"{length} tokens"):
-            right = [0] * arguments.turns
-            sizes: list[int] = [0] * arguments.turns
-            for start in range(0, len(made), arguments.batch_size):
-                batch = made[start : start + arguments.batch_size]
-                cache = empty(model.config)
-                found, bytes_by_turn = converse(model, tokenizer, batch, cache, arguments.turns, arguments.read_first)
-                right = [total + sum(each) for total, each in zip(right, found, strict=True)]
-                sizes = [total + each for total, each in zip(sizes, bytes_by_turn, strict=True)]
-            rows[name] = {"right": [value / len(made) for value in right], "bytes": sizes}
+        right: dict[str, list[int]] = defaultdict(lambda: [0] * arguments.turns)
+        sizes: dict[str, list[int]] = defaultdict(lambda: [0] * arguments.turns)
+        for start in tqdm(range(0, len(made), arguments.batch_size), desc=f"{length} tokens"):
+            batch = made[start : start + arguments.batch_size]
+            caches: Iterator[tuple[str, Cache]] = ((name, empty(model.config)) for name, empty in ways.items())
+            if arguments.read_first:
+                caches = iter(read_texts(model, tokenizer, batch, arguments.budgets, scorers).items())
+            for name, cache in caches:
+                found, of_cache = converse(model, tokenizer, batch, cache, arguments.turns, arguments.read_first)
+                right[name] = [total + sum(each) for total, each in zip(right[name], found, strict=True)]
+                sizes[name] = [total + each for total, each in zip(sizes[name], of_cache, strict=True)]
+                done = start + len(batch)
+                rows[name] = {"right": [value / done for value in right[name]], "bytes": sizes[name]}
             results["seconds"] = time.monotonic() - started
             save(arguments.out, results)
 
