@@ -44,6 +44,7 @@ from lkq_hf.evaluation.divergence import token_statistics
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens
 from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
 from lkq_hf.quantization.packing import group_index, unpack_weight
 from lkq_hf.quantization.quantizer import restore_linear
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
@@ -59,7 +60,7 @@ class Experiment:
     """One setting; `config` is its entry of quantization.yaml."""
 
     method: str
-    bits: int
+    bits: float
     sym: bool
     seed: int
     group_size: int = 64
@@ -108,11 +109,20 @@ def quantized(
     steps = {"refinement": BlockRefinement, "end_to_end": EndToEnd}
     chosen = {name: made(**switches.pop(name)) for name, made in steps.items() if name in switches}
     how = {"bits": experiment.bits, "sym": experiment.sym, "group_size": experiment.group_size}
+    by_layer = switches.pop("widths_by_layer", False)
     config = TwoStageGPTQConfig(**how, preset=preset, advanced=switches)
     name, layers = find_layers(model, config)
+    details: dict[str, Any] = {}
+    if by_layer:
+        # Also for a whole number, which users get as one width for all.
+        config.mean_bits = float(experiment.bits)
+        start = time.perf_counter()
+        set_widths(model, config, name, layers, tokens, model.device)
+        details["choosing_seconds"] = round(time.perf_counter() - start, 2)
+        details |= describe_widths(config, name, layers)
     settings = replace(config.solver_settings(), **chosen)
     report = quantize_blocks(model, name, layers, tokens, settings, device=model.device, batch_size=config.batch_size)
-    details: dict[str, Any] = {"quantization_seconds": round(report.seconds, 2), "peak_memory": report.peak_memory}
+    details |= {"quantization_seconds": round(report.seconds, 2), "peak_memory": report.peak_memory}
     if report.blocks:
         details["blocks"] = [[round(block.before, 6), round(block.after, 6)] for block in report.blocks]
     if report.end_to_end is not None:
@@ -220,6 +230,10 @@ def measure(
         "worst_window": max(max(values) - statistics.fmean(values) for values in increase.values()),
         "divergence": divergence,
     }
+
+
+def number(text: str) -> float:
+    return int(text) if text.isdigit() else float(text)
 
 
 class Results:
@@ -359,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
     second.add_argument("--windows", type=Path, required=True, help="written by prepare")
     second.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=["default", "variants", "stages"])
     second.add_argument("--methods", nargs="+", metavar="METHOD", help="of these groups, by default all")
-    second.add_argument("--bits", nargs="+", type=int, default=[3, 2, 4])
+    second.add_argument("--bits", nargs="+", type=number, default=[3, 2, 4], help="3.0 or 3.5 is a mean")
     second.add_argument("--schemes", nargs="+", choices=["asym", "sym"], default=["asym", "sym"])
     second.add_argument("--group-size", type=int, default=64)
     second.add_argument("--samples", type=int, default=32, help="calibration windows")

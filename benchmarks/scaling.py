@@ -98,6 +98,7 @@ WORK = {
     "quantizing": "quantizing",
     "experts": "quantizing experts",
     "refining": "quantizing and refining",
+    "tuning": "a step of tuning all scales",
     "gathering": "gathering the scores of a prompt",
     "sharing out": "sharing a budget out by the scores of a prompt",
 }

@@ -23,6 +23,7 @@ the fullest GPU.
     quantizing            two layers of the 8B model, by the default method
     experts               one layer of Qwen3-30B-A3B (128 experts)
     refining              one layer of the 8B model, with its refinement
+    tuning                a step of tuning all scales of the 8B model, after its layers are rounded to nearest
     sharing out           one threshold over all heads of the 8B model, with four times a budget of 1,024 provisional
                           entries a head; under tensor parallelism also the gathering of the scores that it needs
 """
@@ -82,7 +83,7 @@ from lkq_hf.evaluation.judge import AnswerJudge
 from lkq_hf.evaluation.profile import measure_profile
 from lkq_hf.quantization import TwoStageGPTQConfig
 from lkq_hf.quantization.calibrate import find_layers
-from lkq_hf.quantization.refinement import BlockRefinement
+from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.walk import quantize_blocks
 from lkq_hf.training import generate_targets, targets
@@ -190,6 +191,19 @@ def run_refining(plan: str, device: str, shrink: int, add: Add) -> None:
     add("refining", "8B", 1, tokens, _walk(model, tokens, device, shrink, refinement=refinement))
 
 
+def run_tuning(plan: str, device: str, shrink: int, add: Add) -> None:
+    """A step's seconds are what two walks of different numbers of steps differ in; the first walk of all compiles."""
+    tokens, few, more = RECIPE["calibration_tokens"] // 4, 2, 12
+    walks = []
+    for steps in (few, few, more):
+        model = build(sizes_of("8B", shrink), 32 // shrink, device, shrink)
+        switches = {"stages": (), "round_to_nearest": True, "end_to_end": EndToEnd(steps=steps)}
+        walks.append(_walk(model, tokens, device, shrink, **switches))
+        del model
+    step = (walks[2]["seconds"] - walks[1]["seconds"]) / (more - few)
+    add("tuning", "8B", 32, tokens, {"seconds": step, "bytes": walks[2]["bytes"]})
+
+
 def run_sharing_out(plan: str, device: str, shrink: int, add: Add) -> None:
     processes, layers = PartialState().num_processes, MODELS["8B"]["num_hidden_layers"]
     shape = 1, COMMON["num_key_value_heads"] // processes, MOST * BUDGET // shrink
@@ -209,7 +223,8 @@ RUNS: dict[str, Callable[[str, str, int, Add], None]] = {
     "prompts": run_prompts, "answers": run_answers, "answers, plain": partial(run_answers, way=", plain"),
     "answers, continuous": partial(run_answers, way=", continuous"), "training": run_training,
     **{work: partial(run_adapted, work=work) for work in ("evaluating", "judging", "profile")},
-    "quantizing": run_quantizing, "experts": run_experts, "refining": run_refining, "sharing out": run_sharing_out,
+    "quantizing": run_quantizing, "experts": run_experts, "refining": run_refining, "tuning": run_tuning,
+    "sharing out": run_sharing_out,
 }  # fmt: skip
 
 
