@@ -22,7 +22,7 @@ GIVEN = {
     "docs/training-an-adapter.md": {"47 GiB"},
     "model_cards/gemma-3-270m-lookahead/README.md": {"3.7 MB", "4 minutes"},
     "model_cards/smollm2-135m-instruct-lookahead/README.md": {"4.8 MB", "5 %", "60 %", "8 minutes", "0.2 times"},
-    "model_cards/smollm2-135m-instruct-lookahead-later/README.md": {"4.8 MB", "5 minutes"},
+    "model_cards/smollm2-135m-instruct-lookahead-later/README.md": {"4.8 MB"},
     "model_cards/smollm2-135m-instruct-w3-g64/README.md": {"101.1 MB"},
     "model_cards/smollm2-135m-instruct-w4-g64/README.md": {"114.6 MB"},
 }
