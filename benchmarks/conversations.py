@@ -161,6 +161,7 @@ def main() -> None:
     options.add_argument("--adapter")
     options.add_argument("--lengths", nargs="+", type=int, default=[2048, 4096])
     options.add_argument("--budgets", nargs="+", type=int, default=[64, 128, 256])
+    options.add_argument("--scorers", nargs="+", choices=list(SCORERS), help="by default all that are named above")
     options.add_argument("--conversations", type=int, default=64)
     options.add_argument("--turns", type=int, default=8)
     options.add_argument("--batch-size", type=int, default=64)
@@ -174,7 +175,7 @@ def main() -> None:
     started = time.monotonic()
     model, tokenizer = real_model(adapter=arguments.adapter, device=arguments.device)
     corpus = Corpus(read_documents(arguments.texts), tokenizer)
-    scorers = ["snapkv", "streaming"] + (["lookahead"] if arguments.adapter else [])
+    scorers = arguments.scorers or ["snapkv", "streaming"] + (["lookahead"] if arguments.adapter else [])
     ways = methods(arguments.budgets, scorers, not arguments.not_parked)
     results: dict[str, Any] = {
         "about": environment(model.device),
