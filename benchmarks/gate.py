@@ -1,13 +1,13 @@
-"""A gate on hidden states beside learned tokens, for texts that are asked about later.
+"""A gate beside learned tokens, for texts that are asked about later.
 
     python benchmarks/adapter_training.py --texts texts.jsonl.gz --out later --prompts-only --workers 8 --count 2500 \\
         --validation-count 64 --max-length 6144 --seed 5 --mix '{"length_skew": 0, "asked_later_share": 1.0}'
     python benchmarks/gate.py --targets later/targets --minutes 3 --out gate
 
-The gate scores tokens by what each attention layer reads of them, and appends no tokens. It is trained on the
-importance that answers give to the entries of a prompt and, as adapters are, on what the answers lose over the evicted
-cache. `AnswerJudge` compares it with the shipped adapter and SnapKV on the same held-out prompts. Results go to
-``OUT.json``, the gate to ``OUT.safetensors``.
+The gate scores tokens by what each attention layer reads of them, and appends no tokens; with ``--features entry`` it
+sees an entry's key and value alone. It is trained on the importance that answers give to the entries of a prompt and,
+as adapters are, on what the answers lose over the evicted cache. `AnswerJudge` compares it with the shipped adapter and
+SnapKV on the same held-out prompts. Results go to ``OUT.json``, the gate to ``OUT.safetensors``.
 """
 
 import argparse
@@ -67,6 +67,11 @@ class Gate(nn.Module):
         self.inner, self.outer = nn.Linear(size, width), nn.Linear(width, kv_heads)
         nn.init.zeros_(self.outer.weight)
 
+    @property
+    def bias(self) -> nn.Parameter:
+        """Of each head's scores."""
+        return self.outer.bias
+
     def forward(self, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Float32 ``[batch, kv_heads, length]`` of ``[batch, length, hidden]`` and the entries of the same tokens."""
         entries = [each.transpose(1, 2).flatten(2) for each in (key, value)] if self.uses_entries else []
@@ -74,6 +79,31 @@ class Gate(nn.Module):
         # The wide product in the model's precision; scores in float32, because small differences decide.
         between = F.linear(features, self.inner.weight.to(features), self.inner.bias.to(features))
         return self.outer(F.gelu(between).float()).transpose(1, 2)
+
+
+class EntryGate(nn.Module):
+    """Log importance of entries in one layer, from nothing but the entry: its head's key and value of that token.
+
+    So it can score an entry at any time, also where heads hold different tokens.
+
+    Args:
+        size: of a key and a value together.
+        width: of the layer between.
+        kv_heads: heads to score.
+    """
+
+    def __init__(self, size: int, width: int, kv_heads: int) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(kv_heads, size, width) / math.sqrt(3 * size))
+        self.inner_bias = nn.Parameter(torch.zeros(kv_heads, 1, width))
+        self.outer = nn.Parameter(torch.zeros(kv_heads, width, 1))
+        self.bias = nn.Parameter(torch.zeros(kv_heads))
+
+    def forward(self, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As `Gate`'s; the hidden states are not looked at."""
+        features = torch.cat([F.rms_norm(each, each.shape[-1:]) for each in (key, value)], -1)
+        between = features @ self.inner.to(features) + self.inner_bias.to(features)
+        return (F.gelu(between).float() @ self.outer).squeeze(-1) + self.bias[:, None]
 
 
 @contextmanager
@@ -131,10 +161,17 @@ def untrained_gates(model: Any, batch: dict[str, torch.Tensor], options: argpars
     hidden, prompt, target, _ = read(model, batch)
     gates = nn.ModuleDict()
     for layer, found in target.items():
-        entries = [prompt.layers[layer].keys, prompt.layers[layer].values] if not options.hidden_only else []
-        size = hidden[layer].shape[-1] + sum(each.shape[1] * each.shape[3] for each in entries)
-        gates[str(layer)] = gate = Gate(size, options.width, prompt.kv_heads(layer), not options.hidden_only)
-        gate.outer.bias.data.copy_(found.clamp(min=LEAST).log().mean((0, 2)))
+        key, value, kv_heads = prompt.layers[layer].keys, prompt.layers[layer].values, prompt.kv_heads(layer)
+        of_entry = key.shape[-1] + value.shape[-1]
+        gate: Gate | EntryGate
+        if options.features == "entry":
+            gate = EntryGate(of_entry, options.width, kv_heads)
+        else:
+            uses_entries = options.features == "both"
+            size = hidden[layer].shape[-1] + kv_heads * of_entry * uses_entries
+            gate = Gate(size, options.width, kv_heads, uses_entries)
+        gate.bias.data.copy_(found.clamp(min=LEAST).log().mean((0, 2)))
+        gates[str(layer)] = gate
     return gates.to(model.device)
 
 
@@ -198,7 +235,12 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, or a directory")
     parser.add_argument("--adapter", default="smollm2-135m-instruct-lookahead-later", help='or "none"')
     parser.add_argument("--width", type=int, default=128, help="of the layer between")
-    parser.add_argument("--hidden-only", action="store_true", help="keys and values are no features")
+    parser.add_argument(
+        "--features",
+        default="both",
+        choices=["both", "hidden", "entry"],
+        help="hidden states, keys and values of all heads; hidden states; or for each head its own key and value",
+    )
     parser.add_argument("--importance-power", type=float, default=1.5)
     parser.add_argument("--logarithm-weight", type=float, default=0.1, help="of the second loss")
     parser.add_argument("--eviction-weight", type=float, default=0.5, help="of the third loss")

@@ -64,7 +64,7 @@ def test_it_measures(run, script, options, key):
     assert run(script, *options)[key]
 
 
-@pytest.mark.parametrize(("eviction_weight", "features"), [(0.0, ["--hidden-only"]), (0.5, [])])
+@pytest.mark.parametrize(("eviction_weight", "features"), [(0.0, "hidden"), (0.5, "both"), (0.5, "entry")])
 def test_a_gate_learns(tmp_path, run, eviction_weight, features):
     """What it was trained on, because the answers of a random model follow from nothing."""
     save_small_checkpoint(tmp_path / "model", tmp_path / "adapter")
@@ -78,7 +78,7 @@ def test_a_gate_learns(tmp_path, run, eviction_weight, features):
     model = ("--targets", tmp_path, "--model", tmp_path / "model", "--adapter", "none", "--device", "cpu")
     training = ("--max-steps", "40", "--batch-size", "4", "--width", "32", "--learning-rate", "2e-2")
     budgets = ("--budgets", "16", "32", "--eviction-budgets", "8", "32", "--eviction-weight", eviction_weight)
-    found = run("gate", *model, *training, *budgets, *features)
+    found = run("gate", *model, *training, *budgets, "--features", features)
     before, after = found["evaluations"][0], found["evaluations"][-1]
     assert after["losses"][0] < 0.6 * before["losses"][0]
     assert len(found["losses"][-1]) == (3 if eviction_weight else 2)
