@@ -6,8 +6,8 @@
 
 The gate scores tokens by what each attention layer reads of them, and appends no tokens; with ``--features entry`` it
 sees an entry's key and value alone. It is trained on the importance that answers give to the entries of a prompt and,
-as adapters are, on what the answers lose over the evicted cache. `AnswerJudge` compares it with the shipped adapter and
-SnapKV on the same held-out prompts. Results go to ``OUT.json``, the gate to ``OUT.safetensors``.
+as adapters are, on what the answers lose over the evicted cache. `AnswerJudge` compares it with the shipped adapter
+and SnapKV on the same held-out prompts. Results go to ``OUT.json``, the gate to ``OUT.safetensors``.
 """
 
 import argparse
