@@ -120,10 +120,15 @@ def eviction_quality(file: str) -> str:
 def later_questions() -> str:
     """A text is read before anything is asked, and facts in it are asked for afterwards."""
     rows = []
-    names = {"the adapter for later questions": "lookahead", "SnapKV": "snapkv", "sinks + recent": "streaming"}
-    for length, caches in load("later_questions")["lengths"].items():
-        full = sum(caches["full cache"]["right"])
-        for title, name in names.items():
+    peers = "later_questions_peers"
+    methods = {
+        "the adapter for later questions": ("later_questions", "lookahead"),
+        "SnapKV": (peers, "snapkv"),
+        "sinks + recent": (peers, "streaming"),
+    }
+    for title, (file, name) in methods.items():
+        for length, caches in load(file)["lengths"].items():
+            full = sum(caches["full cache"]["right"])
             shares = (f"{100 * sum(caches[f'{budget}/{name}']['right']) / full:.0f} %" for budget in BUDGETS)
             rows.append([f"{title}, {int(length):,} tokens", *shares])
     return table(["of the facts that the full cache finds", *map(str, BUDGETS)], rows)
