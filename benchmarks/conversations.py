@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
 from lkq_hf import LookaheadCache
+from lkq_hf.evaluation.decoding import pad_left
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.prefill import cache_bytes, read_prompts
 from lkq_hf.evaluation.tasks.base import Draft
@@ -100,10 +101,9 @@ def later_turn(tokenizer: Any, key: str) -> list[int]:
 
 
 def padded(rows: list[list[int]], tokenizer: Any, device: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids with padding on the left, and their mask."""
-    longest = max(map(len, rows))
-    ids = torch.tensor([[tokenizer.eos_token_id] * (longest - len(row)) + row for row in rows], device=device)
-    return ids, torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device)
+    """Ids with padding on the left, and their mask, on the device."""
+    ids, mask = pad_left(rows, tokenizer.eos_token_id)
+    return ids.to(device), mask.to(device)
 
 
 def read_texts(

@@ -2,7 +2,6 @@
 
 import os
 import socket
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -16,10 +15,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Only tests that force LKQ_KERNELS=triton run them: on the CPU the library itself chooses the torch references.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if find_spec("triton"):
-        from fast_interpreter import prepare_once_a_launch
+    from fast_interpreter import prepare_once_a_launch
 
-        prepare_once_a_launch()
+    prepare_once_a_launch()
 
 
 @pytest.fixture
