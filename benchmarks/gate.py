@@ -5,9 +5,10 @@
     python benchmarks/gate.py --targets later/targets --minutes 3 --out gate
 
 The gate scores tokens by what each attention layer reads of them, and appends no tokens; with ``--features entry`` it
-sees an entry's key and value alone. It is trained on the importance that answers give to the entries of a prompt and,
-as adapters are, on what the answers lose over the evicted cache. `AnswerJudge` compares it with the shipped adapter
-and SnapKV on the same held-out prompts. Results go to ``OUT.json``, the gate to ``OUT.safetensors``.
+sees an entry's key and value alone. With ``--times-adapter`` its scores multiply those of the adapter, which stays as
+it is. It is trained on the importance that answers give to the entries of a prompt and, as adapters are, on what the
+answers lose over the evicted cache. `AnswerJudge` compares it with the adapter and with SnapKV on the same held-out
+prompts. Results go to ``OUT.json``, the gate to ``OUT.safetensors``.
 """
 
 import argparse
@@ -36,6 +37,8 @@ from lkq_hf.cache.modules import attention_modules
 from lkq_hf.cache.prepare import get_decoder
 from lkq_hf.evaluation.judge import AnswerJudge
 from lkq_hf.scoring import LookaheadScorer, PrefillAttention, Scorer, SnapKVScorer
+from lkq_hf.scoring.lookahead import ADAPTER_ATTRIBUTE
+from lkq_hf.scoring.pooling import pool_scores
 from lkq_hf.training import TargetCollator, importance
 from lkq_hf.training.data import SeededLengthGroupedSampler
 from lkq_hf.training.eviction import eviction_gates, response_divergence, response_logits
@@ -99,7 +102,7 @@ class EntryGate(nn.Module):
         self.outer = nn.Parameter(torch.zeros(kv_heads, width, 1))
         self.bias = nn.Parameter(torch.zeros(kv_heads))
 
-    def forward(self, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As `Gate`'s; the hidden states are not looked at."""
         features = torch.cat([F.rms_norm(each, each.shape[-1:]) for each in (key, value)], -1)
         between = features @ self.inner.to(features) + self.inner_bias.to(features)
@@ -124,15 +127,49 @@ def reading_hidden(decoder: nn.Module) -> Iterator[Hidden]:
 
 @dataclass(frozen=True)
 class GateScorer(Scorer):
-    """Scores by a gate for each layer. Serves prompts that one forward reads inside of `reading_hidden`."""
+    """Scores by a gate for each layer.
+
+    Where it looks at hidden states, one forward must read the prompt inside of `reading_hidden`.
+    """
 
     gates: nn.ModuleDict
-    hidden: Hidden
+    hidden: Hidden | None = None
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
-        length, layer = attention.length, attention.layer_index
-        entries = attention.key[:, :, :length], attention.value[:, :, :length]
-        return self.gates[str(layer)](self.hidden[layer][:, :length], *entries).exp()
+        return gate_scores(self.gates, self.hidden, attention)
+
+
+@dataclass(frozen=True)
+class GatedLookaheadScorer(LookaheadScorer):
+    """The scores of an adapter times those of a `GateScorer`."""
+
+    gates: nn.ModuleDict | None = None
+    hidden: Hidden | None = None
+
+    def score(self, attention: PrefillAttention) -> torch.Tensor:
+        assert self.gates is not None
+        return super().score(attention) * gate_scores(self.gates, self.hidden, attention)
+
+
+def gate_scores(gates: nn.ModuleDict, hidden: Hidden | None, attention: PrefillAttention) -> torch.Tensor:
+    """The gate's importance of a layer's entries, float32 ``[batch, kv_heads, length]``."""
+    length, layer = attention.length, attention.layer_index
+    entries = attention.key[:, :, :length], attention.value[:, :, :length]
+    return gates[str(layer)](hidden[layer][:, :length] if hidden else None, *entries).exp()
+
+
+@torch.no_grad()
+def adapter_scores(model: Any, prompt: importance.PromptCache) -> dict[int, torch.Tensor]:
+    """By layer, the logarithms of what a `LookaheadScorer` gives: ``[batch, kv_heads, length]``."""
+    decoder = get_decoder(model)
+    tokens: Any = getattr(decoder, ADAPTER_ATTRIBUTE)
+    power = tokens.row_power()
+    found = importance.lookahead_importance(model, decoder, prompt, tokens.active_tokens(), power)
+    logarithms = {}
+    for layer, each in found.items():
+        scores = importance.mean_over_query_heads(each**power, prompt.kv_heads(layer)) ** (1 / power)
+        logarithms[layer] = pool_scores(scores, **tokens.pooling()).clamp(min=torch.finfo(scores.dtype).tiny).log()
+    return logarithms
 
 
 def read(model: Any, batch: dict[str, torch.Tensor], with_logits: bool = False) -> tuple[Any, ...]:
@@ -157,7 +194,7 @@ def read(model: Any, batch: dict[str, torch.Tensor], with_logits: bool = False) 
 
 
 def untrained_gates(model: Any, batch: dict[str, torch.Tensor], options: argparse.Namespace) -> nn.ModuleDict:
-    """One for each layer that is evicted, which gives all tokens the importance that they have on average."""
+    """One for each layer that is evicted: all tokens have the importance of the average, or what the adapter gives."""
     hidden, prompt, target, _ = read(model, batch)
     gates = nn.ModuleDict()
     for layer, found in target.items():
@@ -170,7 +207,8 @@ def untrained_gates(model: Any, batch: dict[str, torch.Tensor], options: argpars
             uses_entries = options.features == "both"
             size = hidden[layer].shape[-1] + kv_heads * of_entry * uses_entries
             gate = Gate(size, options.width, kv_heads, uses_entries)
-        gate.bias.data.copy_(found.clamp(min=LEAST).log().mean((0, 2)))
+        if not options.times_adapter:
+            gate.bias.data.copy_(found.clamp(min=LEAST).log().mean((0, 2)))
         gates[str(layer)] = gate
     return gates.to(model.device)
 
@@ -192,6 +230,9 @@ def losses(
     hidden, prompt, found, full = read(model, batch, with_logits=budget is not None)
     layers = {index: prompt.layers[index] for index in found}
     scores = {index: gates[str(index)](hidden[index], layer.keys, layer.values) for index, layer in layers.items()}
+    if options.times_adapter:
+        before = adapter_scores(model, prompt)
+        scores = {index: each + before[index] for index, each in scores.items()}
     target, predicted = (torch.cat(list(each.values()), 1) for each in (found, scores))
     parts = [
         importance.importance_divergence(target, predicted.exp(), options.importance_power),
@@ -233,7 +274,7 @@ def parse() -> argparse.Namespace:
     parser = common.parser(__doc__)
     parser.add_argument("--targets", type=Path, required=True, help="what adapter_training.py --prompts-only made")
     parser.add_argument("--model", default="smollm2", help=f"{', '.join(MODELS)}, or a directory")
-    parser.add_argument("--adapter", default="smollm2-135m-instruct-lookahead-later", help='or "none"')
+    parser.add_argument("--adapter", default="smollm2-135m-instruct-lookahead-later", help='or a directory, or "none"')
     parser.add_argument("--width", type=int, default=128, help="of the layer between")
     parser.add_argument(
         "--features",
@@ -241,6 +282,7 @@ def parse() -> argparse.Namespace:
         choices=["both", "hidden", "entry"],
         help="hidden states, keys and values of all heads; hidden states; or for each head its own key and value",
     )
+    parser.add_argument("--times-adapter", action="store_true", help="multiply the adapter's scores")
     parser.add_argument("--importance-power", type=float, default=1.5)
     parser.add_argument("--logarithm-weight", type=float, default=0.1, help="of the second loss")
     parser.add_argument("--eviction-weight", type=float, default=0.5, help="of the third loss")
@@ -271,19 +313,24 @@ def main() -> None:
     compared: dict[str, Scorer] = {"SnapKV": SnapKVScorer()}
     adapter = None
     if options.adapter != "none":
-        adapter = shipped_adapter(options.adapter)
+        adapter = options.adapter if Path(options.adapter).is_dir() else shipped_adapter(options.adapter)
         compared["tokens"] = LookaheadScorer()
     model, _ = real_model(options.model, adapter, options.device)
     model.requires_grad_(False)
     gates = untrained_gates(model, next(batches(train[: options.batch_size], options))[1], options)
     optimizer = torch.optim.AdamW(gates.parameters(), lr=0.0, weight_decay=0.0)
     judge = AnswerJudge(held_out, options.budgets)
-    results: dict[str, Any] = {"environment": describe(), "settings": settings(options), "evaluations": []}
+    results: dict[str, Any] = {
+        "environment": describe(),
+        "settings": settings(options) | {"adapter": Path(options.adapter).name},
+        "evaluations": [],
+    }
     results |= {"parameters": sum(weight.numel() for weight in gates.parameters()), "seconds": 0.0, "losses": []}
 
     def evaluate(scorers: dict[str, Scorer]) -> None:
         with torch.no_grad(), reading_hidden(get_decoder(model)) as hidden:
-            judged = judge.compare(model, {"gate": GateScorer(gates, hidden), **scorers})
+            made = GatedLookaheadScorer if options.times_adapter else GateScorer
+            judged = judge.compare(model, {"gate": made(gates=gates, hidden=hidden), **scorers})
             parts = sum(share * losses(model, gates, batch, options) for share, batch in batches(held_out, options))
         results["evaluations"].append({"step": len(results["losses"]), "losses": parts.tolist(), **judged})
         print(results["evaluations"][-1], flush=True)

@@ -64,8 +64,11 @@ def test_it_measures(run, script, options, key):
     assert run(script, *options)[key]
 
 
-@pytest.mark.parametrize(("eviction_weight", "features"), [(0.0, "hidden"), (0.5, "both"), (0.5, "entry")])
-def test_a_gate_learns(tmp_path, run, eviction_weight, features):
+@pytest.mark.parametrize(
+    ("eviction_weight", "features", "times_adapter"),
+    [(0.0, "hidden", False), (0.5, "both", False), (0.5, "entry", False), (0.5, "entry", True)],
+)
+def test_a_gate_learns(tmp_path, run, eviction_weight, features, times_adapter):
     """What it was trained on, because the answers of a random model follow from nothing."""
     save_small_checkpoint(tmp_path / "model", tmp_path / "adapter")
     draw = random.Random(0)
@@ -75,14 +78,17 @@ def test_a_gate_learns(tmp_path, run, eviction_weight, features):
     ]
     for name in ("train", "validation"):
         Dataset.from_list(rows).to_parquet(tmp_path / name / "prompts.parquet")
-    model = ("--targets", tmp_path, "--model", tmp_path / "model", "--adapter", "none", "--device", "cpu")
+    model = ("--targets", tmp_path, "--model", tmp_path / "model", "--device", "cpu")
+    adapter = ("--adapter", tmp_path / "adapter", "--times-adapter") if times_adapter else ("--adapter", "none")
     training = ("--max-steps", "40", "--batch-size", "4", "--width", "32", "--learning-rate", "2e-2")
     budgets = ("--budgets", "16", "32", "--eviction-budgets", "8", "32", "--eviction-weight", eviction_weight)
-    found = run("gate", *model, *training, *budgets, "--features", features)
+    found = run("gate", *model, *adapter, *training, *budgets, "--features", features)
     before, after = found["evaluations"][0], found["evaluations"][-1]
     assert after["losses"][0] < 0.6 * before["losses"][0]
     assert len(found["losses"][-1]) == (3 if eviction_weight else 2)
     assert set(before["SnapKV"]) == set(after["gate"])
+    if times_adapter:
+        assert before["gate"] == before["tokens"]  # it starts without effect
 
 
 @pytest.mark.slow
