@@ -73,14 +73,15 @@ def eviction() -> str:
     others = (*NOW, *BEFORE)
     scorers = {"lookahead": (OURS, NOW), "before the last round": (OURS, BEFORE[:1]), "SnapKV": ("snapkv", others)}
     scorers |= {"sinks + recent": ("sinks + recent", others), "oracle": ("oracle", NOW)}
-    return eviction_table([LIKELIHOOD, *FACTS], scorers)
+    return eviction_table(SHOWN, scorers)
 
 
-def eviction_before() -> str:
-    """What was not measured again after the adapter's last round of training."""
-    scorers = {"lookahead": (OURS, BEFORE[:1]), "lookahead, uniform": (OURS, BEFORE[2:]), "SnapKV": ("snapkv", BEFORE)}
-    scorers |= {"sinks + recent": ("sinks + recent", BEFORE), "oracle": ("oracle", BEFORE[:1])}
-    return eviction_table([LIKELIHOOD, *list(FACTS)[:2], *(each for each in SHOWN if "agreement" in each)], scorers)
+def eviction_uniform() -> str:
+    """What sharing the budget out among all heads brings, before the adapter's last round of training."""
+    scorers = {"shared among all heads": (OURS, BEFORE[:1]), "the same in every head": (OURS, BEFORE[2:])}
+    return eviction_table(
+        [each for each in SHOWN if all(each in load(file)["measurements"] for file in BEFORE)], scorers
+    )
 
 
 def gemma3() -> str:
@@ -120,11 +121,10 @@ def eviction_quality(file: str) -> str:
 def later_questions() -> str:
     """A text is read before anything is asked, and facts in it are asked for afterwards."""
     rows = []
-    peers = "later_questions_peers"
     methods = {
         "the adapter for later questions": ("later_questions", "lookahead"),
-        "SnapKV": (peers, "snapkv"),
-        "sinks + recent": (peers, "streaming"),
+        "SnapKV": ("later_questions", "snapkv"),
+        "sinks + recent": ("later_questions_peers", "streaming"),
     }
     for title, (file, name) in methods.items():
         for length, caches in load(file)["lengths"].items():
@@ -165,14 +165,15 @@ def conversations_all(file: str) -> str:
             [
                 name,
                 *(f"{share:.2f}" for share in of_the_full(cache, full)),
-                *(f"{cache['bytes'][n]:,}" for n in (0, -1)),
+                *(f"{cache['bytes'][n]:,}" for n in (0, -1) if "bytes" in cache),
             ]
             for name, cache in caches.items()
         ]
         turns = [f"turn {turn}" for turn in range(1, len(full["right"]) + 1)]
+        sizes = ["bytes, turn 1", f"bytes, {turns[-1]}"] if "bytes" in full else []
         parts += [f"## {length} tokens, {found['conversations']} conversations",
                   "Right answers of the full cache; of the others the share of the full cache's.",
-                  table(["cache", *turns, "bytes, turn 1", f"bytes, {turns[-1]}"], rows)]  # fmt: skip
+                  table(["cache", *turns, *sizes], rows)]  # fmt: skip
     return "\n\n".join(parts)
 
 
