@@ -192,11 +192,14 @@ def run_refining(plan: str, device: str, shrink: int, add: Add) -> None:
 
 
 def run_tuning(plan: str, device: str, shrink: int, add: Add) -> None:
-    """A step's seconds are what two walks of different numbers of steps differ in; the first walk of all compiles."""
+    """A step's seconds are what two walks of different numbers of steps differ in; the first walk of all compiles.
+
+    The model waits in main memory, as in the quantizer.
+    """
     tokens, few, more = RECIPE["calibration_tokens"] // 4, 2, 12
     walks = []
     for steps in (few, few, more):
-        model = build(sizes_of("8B", shrink), 32 // shrink, device, shrink)
+        model = build(sizes_of("8B", shrink), 32 // shrink, device, shrink).cpu()
         switches = {"stages": (), "round_to_nearest": True, "end_to_end": EndToEnd(steps=steps)}
         walks.append(_walk(model, tokens, device, shrink, **switches))
         del model
@@ -300,7 +303,7 @@ def _walk(model: Any, tokens: int, device: str, shrink: int, **changes: Any) -> 
     windows = torch.randint(3, 1000 // shrink, (tokens // 2048, 2048 // shrink), generator=torch.Generator())
     linear = {module.in_features: module for module in layers.values() if isinstance(module, torch.nn.Linear)}
     for module in linear.values():
-        quantize_weight(module.weight[:128], random_moments(module.in_features, device), settings)  # compiles
+        quantize_weight(module.weight[:128].to(device), random_moments(module.in_features, device), settings)  # compiles
     collect(device)
     report = quantize_blocks(model, name, layers, windows, settings, device=device, batch_size=8)
     return {"seconds": report.seconds, "bytes": report.peak_memory}
