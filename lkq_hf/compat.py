@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from packaging.version import Version
 
 TESTED_VERSIONS = {
-    "torch": ("2.11", "2.13.0"),
+    "torch": ("2.11", "2.15.0"),
     "transformers": ("5.17", "5.24.0"),
     "peft": ("0.21", "0.21.2"),
     "accelerate": ("1.11", "1.15.0"),
