@@ -26,6 +26,8 @@ from lkq_hf import LookaheadCache
 from lkq_hf.cache import static
 from lkq_hf.cache.layers import EvictedLayer
 
+pytestmark = pytest.mark.one_version
+
 HEADS = 2
 SETTINGS = settings(
     max_examples=100,

@@ -178,6 +178,7 @@ def test_the_decoder_loads_without_its_head(base, options, ids, tmp_path):
     assert torch.equal(logits(again, ids), logits(whole, ids))
 
 
+@pytest.mark.one_version
 def test_the_presets_differ_and_all_stages_off_is_gptq(base, options, ids):
     found = {}
     for name, changes in {
@@ -248,6 +249,7 @@ def quantize(base, out, options):
     TwoStageQuantizer.from_pretrained(base).quantize(out, device="cpu", **options)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("block_by_block", [False, True])
 def test_a_killed_run_leaves_no_checkpoint_and_the_same_call_gives_that_of_an_undisturbed_one(
     base, options, tmp_path, block_by_block

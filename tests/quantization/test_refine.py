@@ -63,6 +63,7 @@ def random_weight(sym):
     return QuantizedWeight(integers.int(), scales, zeros.int(), bits=3, group_size=32, sym=sym)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("sym", [False, True])
 def test_gradients_are_those_of_rounding_taken_for_the_identity(sym):
     weight = random_weight(sym)
@@ -108,6 +109,7 @@ def test_what_moves_stays_inside_the_grid_and_within_its_bound():
     assert (result.zeros == 7).all()
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("sym", [False, True])
 def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256)
@@ -124,6 +126,7 @@ def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
         assert not sym or torch.equal(weight.zeros, before[key].zeros)
 
 
+@pytest.mark.one_version
 def test_a_block_whose_error_rises_stays_as_it_was_solved():
     model, tokens = tiny_model("llama", num_hidden_layers=1), random_tokens(16)
     plain, _ = quantized(model, tokens)
@@ -134,6 +137,7 @@ def test_a_block_whose_error_rises_stays_as_it_was_solved():
         assert torch.equal(packed(kept)[name].integers, weight.integers)
 
 
+@pytest.mark.one_version
 def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
     from lkq_hf.quantization import walk
 
@@ -158,6 +162,7 @@ def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
         assert torch.equal(packed(resumed)[name].scales, weight.scales)
 
 
+@pytest.mark.one_version
 def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
     model, tokens, others = tiny_model("llama", num_hidden_layers=2), random_tokens(128), random_tokens(64, seed=1)
 
@@ -179,6 +184,7 @@ def test_end_to_end_tuning_keeps_integers():
         EndToEnd(offset_rate=0.1)
 
 
+@pytest.mark.one_version
 def test_a_model_without_room_to_be_tuned_stays_as_it_was(monkeypatch):
     from lkq_hf.quantization import end_to_end
 
@@ -193,6 +199,7 @@ def test_a_model_without_room_to_be_tuned_stays_as_it_was(monkeypatch):
     assert torch.equal(other(tokens).logits, plain(tokens).logits)
 
 
+@pytest.mark.one_version
 def test_a_curvature_is_that_of_the_loss():
     """Of a linear loss function of a linear layer it is exact for inputs and gradients that do not depend."""
     layer, generator = torch.nn.Linear(6, 4, bias=False), torch.Generator().manual_seed(0)
@@ -226,6 +233,7 @@ def recordings(monkeypatch):
     return found
 
 
+@pytest.mark.one_version
 def test_recorded_steps_are_those_of_each_batch(recordings, monkeypatch):
     # The last batch is smaller, and runs by itself.
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(36)
@@ -240,6 +248,7 @@ def test_recorded_steps_are_those_of_each_batch(recordings, monkeypatch):
         assert torch.equal(packed(recorded)[name].scales, weight.scales)
 
 
+@pytest.mark.one_version
 def test_steps_that_cannot_be_recorded_run_kernel_by_kernel(recordings, monkeypatch):
     def record(run, device):
         recordings.append(run)
@@ -276,6 +285,7 @@ def test_a_gpu_replays_the_steps_that_it_recorded(dtype, monkeypatch):
         assert found.after < found.before
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("mixed", [False, True])
 def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
     """A bfloat16 model, and a float32 model that is multiplied in bfloat16, as on a GPU."""
@@ -360,6 +370,7 @@ def test_refinement_leaves_no_gradients_behind():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.one_version
 def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
     from lkq_hf.quantization import walk
 
@@ -404,6 +415,7 @@ def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monk
     assert tuned["before"] > 0 and stored["meta"]["end_to_end"] == {**asdict(steps["end_to_end"]), "divergence": tuned}
 
 
+@pytest.mark.one_version
 def test_the_fisher_information_foretells_the_divergence_of_small_errors():
     model, tokens = tiny_model("llama", num_hidden_layers=2).double(), random_tokens(300, length=16)
     fisher = output_fisher(model, list(model.model.layers), tokens, Processes.current())[0]
