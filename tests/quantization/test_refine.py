@@ -112,9 +112,9 @@ def test_what_moves_stays_inside_the_grid_and_within_its_bound():
 @pytest.mark.one_version
 @pytest.mark.parametrize("sym", [False, True])
 def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
-    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256)
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256, length=32)
     plain, _ = quantized(model, tokens, bits=3, sym=sym)
-    settings = BlockRefinement(steps=80, offset_rate=0.1)
+    settings = BlockRefinement(steps=40, offset_rate=0.1)
     refined, report = quantized(model, tokens, bits=3, sym=sym, refinement=settings)
     assert [block.name for block in report.blocks] == ["model.layers.0", "model.layers.1"]
     assert all(block.accepted for block in report.blocks)
@@ -164,7 +164,7 @@ def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
 
 @pytest.mark.one_version
 def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
-    model, tokens, others = tiny_model("llama", num_hidden_layers=2), random_tokens(128), random_tokens(64, seed=1)
+    model, tokens, others = tiny_model("llama", num_hidden_layers=2), random_tokens(128, 32), random_tokens(64, 32, seed=1)
 
     def divergence(other):
         with torch.no_grad():
@@ -291,13 +291,13 @@ def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
     """A bfloat16 model, and a float32 model that is multiplied in bfloat16, as on a GPU."""
     from lkq_hf.quantization import end_to_end, gradient_steps
 
-    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(128)
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(128, length=32)
     if mixed:
         for module in (end_to_end, gradient_steps):
             monkeypatch.setattr(module, "compute_dtype", lambda *_: torch.bfloat16)
     else:
         model = model.bfloat16()
-    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1))
+    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=32, scale_rate=0.1))
     assert report.end_to_end.accepted
     assert tuned.dtype == model.dtype and tuned(tokens[:2]).logits.dtype == model.dtype
 
@@ -377,8 +377,8 @@ def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monk
     steps = {"refinement": BlockRefinement(steps=40), "end_to_end": EndToEnd(steps=4)}
     monkeypatch.setitem(REFINEMENTS, "refined", steps)
     tiny_llama.save_pretrained(tmp_path / "base")
-    rows = [{"input_ids": window} for window in random_tokens(260).clamp(max=127)]
-    options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 256, "model_seqlen": 64}
+    rows = [{"input_ids": window} for window in random_tokens(130, length=32).clamp(max=127)]
+    options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 128, "model_seqlen": 32}
 
     def quantize(preset, resume_dir=None):
         config = TwoStageGPTQConfig(**options, preset=preset, resume_dir=resume_dir)
