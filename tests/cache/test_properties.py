@@ -30,7 +30,7 @@ pytestmark = pytest.mark.one_version
 
 HEADS = 2
 SETTINGS = settings(
-    max_examples=100,
+    max_examples=60,
     stateful_step_count=20,
     deadline=None,
     derandomize=True,
