@@ -164,7 +164,8 @@ def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
 
 @pytest.mark.one_version
 def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
-    model, tokens, others = tiny_model("llama", num_hidden_layers=2), random_tokens(128, 32), random_tokens(64, 32, seed=1)
+    model = tiny_model("llama", num_hidden_layers=2)
+    tokens, others = random_tokens(128, length=32), random_tokens(64, length=32, seed=1)
 
     def divergence(other):
         with torch.no_grad():
