@@ -15,9 +15,9 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 # Only tests that force LKQ_KERNELS=triton run them: on the CPU the library itself chooses the torch references.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    from fast_interpreter import prepare_once_a_launch
+    from fast_interpreter import speed_up
 
-    prepare_once_a_launch()
+    speed_up()
 
 
 @pytest.fixture

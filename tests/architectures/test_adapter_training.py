@@ -48,7 +48,7 @@ def targets(count=8):
 def arguments(directory, **changes):
     values = {
         "output_dir": str(directory), "use_cpu": True, "report_to": [], "per_device_train_batch_size": 8,
-        "max_steps": 15, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
+        "max_steps": 8, "save_strategy": "no", "logging_steps": 1, "disable_tqdm": True, "seed": 0,
         "lr_scheduler_type": "constant", "warmup_steps": 0, "learning_rate": 1e-2,
         "eviction_weight": 0.5, "eviction_budgets": [3, 8],
     }  # fmt: skip

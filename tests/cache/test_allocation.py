@@ -12,6 +12,8 @@ from lkq_hf.cache.allocation import share_out
 from lkq_hf.cache.eviction import Eviction
 from lkq_hf.cache.layers import Candidates
 
+pytestmark = pytest.mark.one_version
+
 ALLOCATIONS = ("global", "layer", "uniform")
 SETTINGS = settings(max_examples=120, deadline=None, derandomize=True)
 

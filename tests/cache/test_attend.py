@@ -112,6 +112,7 @@ def test_padding_behind_real_tokens_is_no_left_padding():
     assert left_padding(padded("padding in the middle")) is None
 
 
+@pytest.mark.one_version
 def test_chunks_by_kernels_choose_what_a_whole_prompt_does(monkeypatch):
     model = lookahead_model("llama", "sdpa").to(DEVICE)
     ids, mask = left_padded([prompt_ids(1, 45)[0], prompt_ids(1, 15, seed=1)[0]])

@@ -290,6 +290,7 @@ def test_models_with_other_masks_or_inputs_go_to_generates_own_loop(architecture
     assert torch.equal(found, expected)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @pytest.mark.parametrize("eos_at", [None, 30, 37])
 def test_refreshes_between_steps(architecture, eos_at, loops):
@@ -305,6 +306,7 @@ def test_refreshes_between_steps(architecture, eos_at, loops):
     assert_same_answers(loops, model, ids, mask, cache=cache, **options)
 
 
+@pytest.mark.one_version
 def test_steady_refreshes_leave_the_recording(loops):
     """Storage moves at the first refresh, for it has another size than the prompt left; later ones write into it."""
     model = lookahead_model("llama", "sdpa")
@@ -314,6 +316,7 @@ def test_steady_refreshes_leave_the_recording(loops):
     assert loops.recordings <= 2
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_answers_longer_than_the_storage(architecture, loops):
     model, (ids, mask) = lookahead_model(architecture, "sdpa"), padded_prompts()
@@ -445,6 +448,7 @@ def test_one_compiled_graph_for_all_prompts(rows, reset_compiler, loops, monkeyp
     assert graphs.count == 1 and loops.answers == 2
 
 
+@pytest.mark.one_version
 @pytest.mark.real_model
 def test_a_real_model(real_prompts, loops):
     model, tokenizer, ids, mask = real_prompts

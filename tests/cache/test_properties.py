@@ -26,9 +26,11 @@ from lkq_hf import LookaheadCache
 from lkq_hf.cache import static
 from lkq_hf.cache.layers import EvictedLayer
 
+pytestmark = pytest.mark.one_version
+
 HEADS = 2
 SETTINGS = settings(
-    max_examples=100,
+    max_examples=60,
     stateful_step_count=20,
     deadline=None,
     derandomize=True,

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 
 from lkq_hf import LookaheadCache
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.one_version]
 
 ADAPTER = Path(__file__).parents[2] / "model_cards" / "smollm2-135m-instruct-lookahead"
 OPTIONS = {"do_sample": False, "max_new_tokens": 6, "return_dict_in_generate": True, "output_logits": True}

@@ -78,6 +78,7 @@ def test_the_last_free_slot_compiles_nothing(graphs):
     assert graphs.count == 1
 
 
+@pytest.mark.one_version
 def test_storage_that_runs_full_grows_with_one_more_compilation(graphs):
     model = lookahead_model("gemma3", "sdpa")
     ids, mask = padded_prompts()
@@ -294,6 +295,7 @@ def test_what_is_no_number_of_tokens_is_refused(value, error, message):
         LookaheadCache(7, max_new_tokens=value)
 
 
+@pytest.mark.one_version
 @pytest.mark.real_model
 def test_a_real_model(real_prompts, graphs):
     model, _, ids, mask = real_prompts

@@ -14,6 +14,8 @@ from lkq_hf.cache.recorded import RecordedRefresh
 from lkq_hf.cache.steady import SteadyRefresh
 from lkq_hf.kernels import cuda_graph, ragged_attention
 
+pytestmark = pytest.mark.one_version
+
 
 @pytest.fixture
 def steadily(monkeypatch):

@@ -67,6 +67,44 @@ def test_results_are_the_same_bits(monkeypatch):
     assert torch.equal(fast, plain)
 
 
+@triton.jit
+def _mixed(a, b, c, d):
+    # Whose result depends on the order.
+    return a * b.to(a.dtype) + c, tl.where(c > 0, b - d, d * 3)
+
+
+@triton.jit
+def _reduced(values, integers, first, second, AXIS: tl.constexpr):
+    place = tl.arange(0, 8)[:, None] * 8 + tl.arange(0, 8)
+    both = tl.reduce((tl.load(values + place), tl.load(integers + place)), AXIS, _mixed)
+    tl.store(first + tl.arange(0, 8), both[0])
+    tl.store(second + tl.arange(0, 8), both[1])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_reduction_by_a_function_of_ones_own_is_the_same(axis, dtype, monkeypatch):
+    def reduce():
+        torch.manual_seed(0)
+        results = torch.empty(8, dtype=dtype), torch.empty(8, dtype=torch.int32)
+        _reduced[(1,)](torch.randn(8, 8).to(dtype), torch.randint(-9, 9, (8, 8), dtype=torch.int32), *results, axis)
+        return results
+
+    fast = reduce()
+    monkeypatch.setattr(interpreter.ReduceOps, "generic_reduce", interpreter.ReduceOps.generic_reduce.__wrapped__)
+    assert all(map(torch.equal, fast, reduce()))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [tl.int1, tl.uint8, tl.int64, tl.float16, tl.bfloat16, tl.pointer_type(tl.float32), tl.block_type(tl.int8, [4])],
+    ids=str,
+)
+def test_a_type_is_that_of_triton(dtype):
+    expected = interpreter._get_np_dtype.__wrapped__(dtype)
+    assert [interpreter._get_np_dtype(dtype) for _ in range(2)] == [expected] * 2
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_launch_leaves_triton_as_it_was(fails):
     prepare, bool_of_a_tensor, exp = interpreter._patch_lang, tl.tensor.__dict__.get("__bool__"), tl.exp

@@ -175,11 +175,15 @@ CACHES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("options", CACHES, ids=str)
-def test_heads_of_all_processes_compete_as_those_of_one(saved, options):
-    directory = saved("llama")
+@pytest.fixture(scope="module")
+def groups():
     with Group(1) as one, Group(2) as two:
-        assert_heads_compete({"one": one, "two": two}, directory, options)
+        yield {"one": one, "two": two}
+
+
+@pytest.mark.parametrize("options", CACHES, ids=str)
+def test_heads_of_all_processes_compete_as_those_of_one(saved, groups, options):
+    assert_heads_compete(groups, saved("llama"), options)
 
 
 def assert_heads_compete(groups, directory, options, device="cpu"):

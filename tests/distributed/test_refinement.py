@@ -88,7 +88,7 @@ def test_a_killed_refinement_goes_on_in_another_number_of_processes(tmp_path, pr
 @pytest.mark.parametrize(
     "settings",
     [
-        {"refinement": BlockRefinement(steps=24)},
+        {"refinement": BlockRefinement(steps=12)},
         {"refinement": BlockRefinement(steps=6, fisher_share=0.3), "end_to_end": EndToEnd(steps=6)},
     ],
 )
@@ -114,7 +114,7 @@ def files(tmp_path):
 def _block_by_block(files, out, by_block):
     PartialState(cpu=True)
     torch.set_num_threads(1)
-    REFINEMENTS["refined"] = {"refinement": BlockRefinement(steps=24)}  # in this process, which is not used again
+    REFINEMENTS["refined"] = {"refinement": BlockRefinement(steps=8)}  # in this process, which is not used again
     rows = [{"input_ids": window} for window in TOKENS.tolist()]
     quantizer = TwoStageQuantizer(str(files / "base"))
     quantizer.quantize(

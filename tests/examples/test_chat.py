@@ -1,11 +1,11 @@
 import importlib.util
 import re
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from children import run, script
 from models import add_lookahead, tiny_model
 from small_checkpoint import small_tokenizer
 
@@ -58,9 +58,9 @@ def test_the_end_of_an_answer_is_written_once(example):
 
 @pytest.mark.real_model
 def test_the_real_model_chats():
-    command = [sys.executable, str(SCRIPT), "--file", str(LICENSE), "--budget", "128", "--max-new-tokens", "12"]
     questions = "What is the name of this license?\nWhat is its version?\n\n"
-    output = subprocess.run(command, input=questions, capture_output=True, text=True, check=True, timeout=400).stdout
+    options = ("--file", LICENSE, "--budget", 128, "--max-new-tokens", 12)
+    output = run(partial(script, typed=questions), SCRIPT, *options)
     assert "Apache" in output
     lines = re.findall(r"\[([\d,]+) entries a head on the device, ([\d,]+) parked, .* s\]", output)
     stored, parked = ([int(number.replace(",", "")) for number in column] for column in zip(*lines, strict=True))

@@ -1,16 +1,14 @@
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from children import run, script
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "quickstart.py"
 
 
 @pytest.mark.real_model
 def test_quickstart_answers_and_compares() -> None:
-    command = [sys.executable, str(SCRIPT), "--length", "500", "--questions", "1", "--budget", "64"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    output = run(script, SCRIPT, "--length", 500, "--questions", 1, "--budget", 64)
     assert "58203" in output
     for method in ("full cache", "LookaheadCache", "SnapKV", "sinks + recent"):
         assert f"\n{method}" in output

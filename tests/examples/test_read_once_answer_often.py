@@ -1,11 +1,10 @@
 import importlib.util
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from children import run, script
 from models import add_lookahead, tiny_model
 from small_checkpoint import small_tokenizer
 
@@ -39,12 +38,10 @@ def test_the_answer_is_that_of_the_process_that_read(example, tmp_path):
 
 @pytest.mark.real_model
 def test_a_second_process_answers_from_the_file(tmp_path):
-    command = [sys.executable, str(SCRIPT), str(LICENSE), "--question", QUESTION]
-    command += ["--budget", "256", "--max-new-tokens", "16", "--out", str(tmp_path / "cache")]
-    output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
-    assert "Apache" in output
+    options = ("--question", QUESTION, "--budget", 256, "--max-new-tokens", 16, "--out", tmp_path / "cache")
+    output = run(script, SCRIPT, LICENSE, *options)
     saved, whole = map(float, re.findall(r"([\d.]+) MiB", output))
     assert saved < whole / 8
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".safetensors"]
-    again = [sys.executable, str(SCRIPT), "--load", str(tmp_path / "cache"), "--question", QUESTION]
-    assert "Apache" in subprocess.run(again, capture_output=True, text=True, check=True, timeout=300).stdout
+    # The script starts itself anew with --load.
+    assert re.search(r"Apache.* s, loading included\)", output)

@@ -13,6 +13,7 @@ from peft import get_peft_model
 from sharing import BASE, base_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+from warm_python import WarmPython
 
 from lkq_hf import LookaheadKVConfig, TwoStageQuantizer
 
@@ -22,6 +23,15 @@ def server():
     server = LoopbackHub(urlsplit(os.environ["HF_ENDPOINT"]).port)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def python(server, tmp_path_factory):
+    """Of a reader: with a home of its own, and nothing to do with this process but the Hub."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("home"))}
+    with WarmPython("import peft, transformers, lkq_hf.cli, lkq_hf.hub", env=environment) as python:
+        yield python
 
 
 @pytest.fixture

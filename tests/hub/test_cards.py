@@ -1,11 +1,8 @@
 """Model cards: what the Hub reads in them, what people read in them, and their snippets, executed."""
 
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -17,19 +14,10 @@ from lkq_hf.quantization.export import export_checkpoint
 from lkq_hf.sharing.cards import BaseModel, is_unfilled
 
 
-def run_snippet(hub, tmp_path, repo_id):
-    """Executes the card's code as a reader would: in a Python of its own that knows nothing but the Hub."""
-    text = hub.text(repo_id, "README.md")
-    (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    environment = {"HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "hf_alice", "HF_ENDPOINT": hub.url}
-    return subprocess.run(
-        [sys.executable, "-c", snippet],
-        env={**os.environ, **environment},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def run_snippet(hub, python, repo_id):
+    """Executes the card's code as a reader would, in a process of its own."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", hub.text(repo_id, "README.md"), re.DOTALL)
+    return python.run(f"import os\nos.environ['HF_TOKEN'] = 'hf_alice'\n{snippet}")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +28,7 @@ def run_snippet(hub, tmp_path, repo_id):
         "compressed-tensors",
     ],
 )
-def test_the_snippet_of_a_pushed_card_runs(hub, adapter, checkpoint, tmp_path, kind):
+def test_the_snippet_of_a_pushed_card_runs(hub, python, adapter, checkpoint, tmp_path, kind):
     directory = {"adapter": adapter, "checkpoint": checkpoint, "both": checkpoint}.get(kind)
     if kind == "both":
         for file in adapter.glob("adapter_*"):
@@ -50,7 +38,7 @@ def test_the_snippet_of_a_pushed_card_runs(hub, adapter, checkpoint, tmp_path, k
         pytest.importorskip("compressed_tensors")
         directory = export_checkpoint(checkpoint, tmp_path / "export", "compressed-tensors")
     push_to_hub(directory, "alice/shared")
-    done = run_snippet(hub, tmp_path, "alice/shared")
+    done = run_snippet(hub, python, "alice/shared")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert ("LookaheadCache" in done.stdout) == (kind == "adapter")

@@ -1,20 +1,9 @@
 """`lkq-hf push` as a user runs it."""
 
 import json
-import os
 
 import pytest
 from huggingface_hub import ModelCard
-from warm_python import WarmPython
-
-
-@pytest.fixture(scope="module")
-def python(server, tmp_path_factory):
-    """With a home of its own, and nothing to do with this process but the Hub."""
-    environment = {name: value for name, value in os.environ.items() if name != "HF_TOKEN"}
-    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path_factory.mktemp("home"))}
-    with WarmPython("import peft, transformers, lkq_hf.cli, lkq_hf.hub", env=environment) as python:
-        yield python
 
 
 @pytest.fixture

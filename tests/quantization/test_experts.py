@@ -296,6 +296,7 @@ def test_experts_without_tokens_take_the_common_input_and_are_counted(tokens, tm
     assert torch.equal(logits(again, tokens), logits(model, tokens))
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_experts_come_out_the_same_however_many_are_solved_together(name, tokens, monkeypatch):
     """With rare ones and, in Mixtral, one without tokens."""
@@ -333,6 +334,7 @@ def test_an_expert_that_cannot_be_quantized_is_named(projection, tokens):
         quantized(model, tokens, config())
 
 
+@pytest.mark.one_version
 def test_a_killed_walk_resumes_to_the_same_experts(tokens, tmp_path, monkeypatch):
     whole = built("gpt_oss")
     quantized(whole, tokens, config("gpt_oss"))

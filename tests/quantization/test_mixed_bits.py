@@ -44,6 +44,7 @@ def random_units(count, seed):
     return units
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("seed", range(8))
 def test_the_choice_is_nearly_the_best_one(seed):
     units = random_units(6, seed)
@@ -99,6 +100,7 @@ def solve_quickly(model, dense, names, bits, tokens, settings):
     return error
 
 
+@pytest.mark.one_version
 @torch.no_grad()
 def test_losses_are_divergences_around_the_uniform_model():
     model, other = (tiny_model(vocab_size=96, initializer_range=0.2) for _ in range(2))
@@ -188,6 +190,7 @@ def test_a_mean_of_bits(tiny_llama, settings, tmp_path, bits):
     assert f"weights of {mean:.2f} bits on\naverage" in card and f"| {mean:.2f} on average, " in card
 
 
+@pytest.mark.one_version
 def test_a_size(tiny_llama, settings, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "base")
     quantizer = TwoStageQuantizer(str(tmp_path / "base"))
@@ -200,6 +203,7 @@ def test_a_size(tiny_llama, settings, tmp_path):
     assert least < found <= target and found > target - 0.5 * (most - least)
 
 
+@pytest.mark.one_version
 def test_a_killed_run_keeps_its_widths(tiny_llama, settings, tmp_path, monkeypatch):
     tiny_llama.save_pretrained(tmp_path / "base")
     whole = TwoStageQuantizer(str(tmp_path / "base")).quantize(tmp_path / "whole", bits=3.3, **settings)

@@ -15,6 +15,8 @@ from lkq_hf.quantization.packing import (
 )
 from lkq_hf.quantization.weight import QuantizedWeight
 
+pytestmark = pytest.mark.one_version
+
 BITS = (2, 3, 4, 8)
 
 

@@ -3,11 +3,10 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 
 import pytest
 import torch
+from children import Killed, run
 from models import add_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -16,6 +15,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 from lkq_hf import LookaheadKVConfig
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
+from lkq_hf.quantization.finished_blocks import FinishedBlocks
 
 
 @pytest.fixture
@@ -178,6 +178,7 @@ def test_the_decoder_loads_without_its_head(base, options, ids, tmp_path):
     assert torch.equal(logits(again, ids), logits(whole, ids))
 
 
+@pytest.mark.one_version
 def test_the_presets_differ_and_all_stages_off_is_gptq(base, options, ids):
     found = {}
     for name, changes in {
@@ -234,33 +235,29 @@ def test_a_failing_run_leaves_no_checkpoint_and_a_full_directory_is_not_touched(
     assert (tmp_path / "out" / "mine").read_text() == "kept"
 
 
+def killed_after_a_block():
+    write = FinishedBlocks.write
+
+    def write_and_die(*arguments):
+        write(*arguments)
+        os.kill(os.getpid(), signal.SIGKILL)  # No handler, no finally clause and no exit hook runs.
+
+    FinishedBlocks.write = write_and_die
+
+
+def quantize(base, out, options):
+    TwoStageQuantizer.from_pretrained(base).quantize(out, device="cpu", **options)
+
+
+@pytest.mark.one_version
 @pytest.mark.parametrize("block_by_block", [False, True])
 def test_a_killed_run_leaves_no_checkpoint_and_the_same_call_gives_that_of_an_undisturbed_one(
     base, options, tmp_path, block_by_block
 ):
-    TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "undisturbed", device="cpu", **options)
+    quantize(base, tmp_path / "undisturbed", options)
     out = tmp_path / "out"
-    # SIGKILL: no handler, no finally clause and no exit hook runs.
-    program = f"""
-import json, os, signal, sys
-from lkq_hf.quantization import TwoStageQuantizer
-from lkq_hf.quantization.finished_blocks import FinishedBlocks
-write = FinishedBlocks.write
-def write_and_die(*args):
-    write(*args)
-    os.kill(os.getpid(), signal.SIGKILL)
-FinishedBlocks.write = write_and_die
-options = json.load(sys.stdin)
-TwoStageQuantizer.from_pretrained(sys.argv[1]).quantize(sys.argv[2], block_by_block={block_by_block}, **options)
-"""
-    killed = subprocess.run(
-        [sys.executable, "-c", program, str(base), str(out)],
-        input=json.dumps(options),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr[-3000:]
+    with pytest.raises(Killed, match="SIGKILL"):
+        run(quantize, base, out, options | {"block_by_block": block_by_block}, fault=killed_after_a_block)
     assert not out.exists()
     assert sorted(path.name for path in (tmp_path / "out.partial").iterdir()) == [
         "block-00000.safetensors",

@@ -63,6 +63,7 @@ def random_weight(sym):
     return QuantizedWeight(integers.int(), scales, zeros.int(), bits=3, group_size=32, sym=sym)
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("sym", [False, True])
 def test_gradients_are_those_of_rounding_taken_for_the_identity(sym):
     weight = random_weight(sym)
@@ -108,11 +109,12 @@ def test_what_moves_stays_inside_the_grid_and_within_its_bound():
     assert (result.zeros == 7).all()
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("sym", [False, True])
 def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
-    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256)
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256, length=32)
     plain, _ = quantized(model, tokens, bits=3, sym=sym)
-    settings = BlockRefinement(steps=80, offset_rate=0.1)
+    settings = BlockRefinement(steps=40, offset_rate=0.1)
     refined, report = quantized(model, tokens, bits=3, sym=sym, refinement=settings)
     assert [block.name for block in report.blocks] == ["model.layers.0", "model.layers.1"]
     assert all(block.accepted for block in report.blocks)
@@ -124,6 +126,7 @@ def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
         assert not sym or torch.equal(weight.zeros, before[key].zeros)
 
 
+@pytest.mark.one_version
 def test_a_block_whose_error_rises_stays_as_it_was_solved():
     model, tokens = tiny_model("llama", num_hidden_layers=1), random_tokens(16)
     plain, _ = quantized(model, tokens)
@@ -134,6 +137,7 @@ def test_a_block_whose_error_rises_stays_as_it_was_solved():
         assert torch.equal(packed(kept)[name].integers, weight.integers)
 
 
+@pytest.mark.one_version
 def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
     from lkq_hf.quantization import walk
 
@@ -158,8 +162,10 @@ def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
         assert torch.equal(packed(resumed)[name].scales, weight.scales)
 
 
+@pytest.mark.one_version
 def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
-    model, tokens, others = tiny_model("llama", num_hidden_layers=2), random_tokens(128), random_tokens(64, seed=1)
+    model = tiny_model("llama", num_hidden_layers=2)
+    tokens, others = random_tokens(128, length=32), random_tokens(64, length=32, seed=1)
 
     def divergence(other):
         with torch.no_grad():
@@ -179,6 +185,7 @@ def test_end_to_end_tuning_keeps_integers():
         EndToEnd(offset_rate=0.1)
 
 
+@pytest.mark.one_version
 def test_a_model_without_room_to_be_tuned_stays_as_it_was(monkeypatch):
     from lkq_hf.quantization import end_to_end
 
@@ -193,6 +200,7 @@ def test_a_model_without_room_to_be_tuned_stays_as_it_was(monkeypatch):
     assert torch.equal(other(tokens).logits, plain(tokens).logits)
 
 
+@pytest.mark.one_version
 def test_a_curvature_is_that_of_the_loss():
     """Of a linear loss function of a linear layer it is exact for inputs and gradients that do not depend."""
     layer, generator = torch.nn.Linear(6, 4, bias=False), torch.Generator().manual_seed(0)
@@ -226,6 +234,7 @@ def recordings(monkeypatch):
     return found
 
 
+@pytest.mark.one_version
 def test_recorded_steps_are_those_of_each_batch(recordings, monkeypatch):
     # The last batch is smaller, and runs by itself.
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(36)
@@ -240,6 +249,7 @@ def test_recorded_steps_are_those_of_each_batch(recordings, monkeypatch):
         assert torch.equal(packed(recorded)[name].scales, weight.scales)
 
 
+@pytest.mark.one_version
 def test_steps_that_cannot_be_recorded_run_kernel_by_kernel(recordings, monkeypatch):
     def record(run, device):
         recordings.append(run)
@@ -276,18 +286,19 @@ def test_a_gpu_replays_the_steps_that_it_recorded(dtype, monkeypatch):
         assert found.after < found.before
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("mixed", [False, True])
 def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
     """A bfloat16 model, and a float32 model that is multiplied in bfloat16, as on a GPU."""
     from lkq_hf.quantization import end_to_end, gradient_steps
 
-    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(128)
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(128, length=32)
     if mixed:
         for module in (end_to_end, gradient_steps):
             monkeypatch.setattr(module, "compute_dtype", lambda *_: torch.bfloat16)
     else:
         model = model.bfloat16()
-    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1))
+    tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=32, scale_rate=0.1))
     assert report.end_to_end.accepted
     assert tuned.dtype == model.dtype and tuned(tokens[:2]).logits.dtype == model.dtype
 
@@ -360,14 +371,15 @@ def test_refinement_leaves_no_gradients_behind():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+@pytest.mark.one_version
 def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
     from lkq_hf.quantization import walk
 
     steps = {"refinement": BlockRefinement(steps=40), "end_to_end": EndToEnd(steps=4)}
     monkeypatch.setitem(REFINEMENTS, "refined", steps)
     tiny_llama.save_pretrained(tmp_path / "base")
-    rows = [{"input_ids": window} for window in random_tokens(260).clamp(max=127)]
-    options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 256, "model_seqlen": 64}
+    rows = [{"input_ids": window} for window in random_tokens(130, length=32).clamp(max=127)]
+    options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 128, "model_seqlen": 32}
 
     def quantize(preset, resume_dir=None):
         config = TwoStageGPTQConfig(**options, preset=preset, resume_dir=resume_dir)
@@ -404,6 +416,7 @@ def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monk
     assert tuned["before"] > 0 and stored["meta"]["end_to_end"] == {**asdict(steps["end_to_end"]), "divergence": tuned}
 
 
+@pytest.mark.one_version
 def test_the_fisher_information_foretells_the_divergence_of_small_errors():
     model, tokens = tiny_model("llama", num_hidden_layers=2).double(), random_tokens(300, length=16)
     fisher = output_fisher(model, list(model.model.layers), tokens, Processes.current())[0]

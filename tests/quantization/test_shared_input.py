@@ -117,6 +117,7 @@ def test_other_formats_do_not_share() -> None:
     assert mlp.gate_proj.shared_input is not mlp.up_proj.shared_input
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_have_weights_of_their_own(duplicate) -> None:  # type: ignore[no-untyped-def]
     model = packed_model()

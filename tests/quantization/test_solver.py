@@ -18,6 +18,8 @@ from lkq_hf.quantization.solve import (
     resolve_group_size,
 )
 
+pytestmark = pytest.mark.one_version
+
 ROWS, COLUMNS, GROUP = 24, 256, 64
 
 

@@ -15,6 +15,8 @@ from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.stage1 import search_scales
 
+pytestmark = pytest.mark.one_version
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

@@ -379,6 +379,7 @@ def test_the_residual_stream_is_corrected_by_default_where_a_layer_writes_to_it(
     assert any(not torch.equal(value, without[name]) for name, value in default.items()) == corrected
 
 
+@pytest.mark.one_version
 @pytest.mark.parametrize("make", [gemma3, phi3])
 @pytest.mark.parametrize("changes", [{}, {"alpha": 0.0}, {"true_sequential": False}])
 def test_a_killed_walk_resumes_to_the_same_result(make, tokens, tmp_path, changes, monkeypatch):

@@ -68,6 +68,7 @@ def test_the_decoding_loop_gives_the_same_answers(architecture, tmp_path, switch
     assert (len(model.model._forward_hooks), set(vars(model))) == (hooks, methods)
 
 
+@pytest.mark.one_version
 def test_few_answers_are_not_worth_a_compilation(tmp_path, switch_loop_on, monkeypatch):
     batches = switch_loop_on()
     # Five prompts of 38 tokens and 6 of each answer, in batches of 16 tokens: 26 steps.
@@ -101,6 +102,7 @@ def test_models_that_the_loop_does_not_know_answer_without_it(why, tmp_path, swi
     assert not batches
 
 
+@pytest.mark.one_version
 def test_batches_do_not_pile_up_in_memory(tmp_path, switch_loop_on, monkeypatch):
     model, caches, most = tiny_model("llama", "sdpa"), weakref.WeakSet(), []
 
@@ -124,6 +126,7 @@ def test_batches_do_not_pile_up_in_memory(tmp_path, switch_loop_on, monkeypatch)
     assert graphs.count == 3, "for one prompt, for any number of slots, for several prompts"
 
 
+@pytest.mark.one_version
 @pytest.mark.real_model
 def test_the_decoding_loop_gives_the_answers_of_a_real_model(tmp_path, switch_loop_on):
     model, tokenizer = load_smollm2()

@@ -339,6 +339,7 @@ def test_from_documents_to_an_adapter_on_the_command_line(tmp_path):
     assert saved["base_model.model.model.lookahead.lookahead_kv_tokens"].shape == (4, SIZES["hidden_size"])
 
 
+@pytest.mark.one_version
 def test_training_on_what_the_response_loses_lowers_it(tmp_path):
     def losses(weight):
         """Importance and what is lost by a hard choice of four entries, before and after a training."""

@@ -1,13 +1,17 @@
-"""Work in child processes that are killed, or find the disk full, at a chosen point."""
+"""Work in child processes, which may be killed, or find the disk full, at a chosen point."""
 
+import io
 import os
 import resource
+import runpy
 import signal
 import sys
 import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryFile
 
 # Imported once, in a server from which every child is forked.
 _processes = get_context("forkserver")
@@ -126,9 +130,6 @@ def command_line(*arguments):
     Raises:
         RuntimeError: it ended with an error; with what it printed.
     """
-    import io
-    from contextlib import redirect_stderr, redirect_stdout
-
     from lkq_hf.cli import main
 
     sys.argv = ["lkq-hf", *map(str, arguments)]
@@ -140,3 +141,16 @@ def command_line(*arguments):
             if end.code:
                 raise RuntimeError(printed.getvalue()) from None
     return printed.getvalue()
+
+
+def script(path, *arguments, typed=""):
+    """What ``python path`` with these arguments, and processes that it starts, print to someone who types this."""
+    sys.path.insert(0, str(path.parent))
+    sys.argv = [*map(str, (path, *arguments))]
+    sys.stdin = io.StringIO(typed)
+    with TemporaryFile("w+") as printed:
+        os.dup2(printed.fileno(), sys.stdout.fileno())
+        runpy.run_path(str(path), run_name="__main__")
+        sys.stdout.flush()
+        printed.seek(0)
+        return printed.read()
