@@ -303,7 +303,8 @@ def _walk(model: Any, tokens: int, device: str, shrink: int, **changes: Any) -> 
     windows = torch.randint(3, 1000 // shrink, (tokens // 2048, 2048 // shrink), generator=torch.Generator())
     linear = {module.in_features: module for module in layers.values() if isinstance(module, torch.nn.Linear)}
     for module in linear.values():
-        quantize_weight(module.weight[:128].to(device), random_moments(module.in_features, device), settings)  # compiles
+        rows = module.weight[:128].to(device)
+        quantize_weight(rows, random_moments(module.in_features, device), settings)  # compiles
     collect(device)
     report = quantize_blocks(model, name, layers, windows, settings, device=device, batch_size=8)
     return {"seconds": report.seconds, "bytes": report.peak_memory}
