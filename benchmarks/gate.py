@@ -19,7 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,7 @@ class EntryGate(nn.Module):
         self.outer = nn.Parameter(torch.zeros(kv_heads, width, 1))
         self.bias = nn.Parameter(torch.zeros(kv_heads))
 
-    def forward(self, hidden: torch.Tensor | None, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As `Gate`'s; the hidden states are not looked at."""
         features = torch.cat([F.rms_norm(each, each.shape[-1:]) for each in (key, value)], -1)
         between = features @ self.inner.to(features) + self.inner_bias.to(features)
@@ -127,35 +127,35 @@ def reading_hidden(decoder: nn.Module) -> Iterator[Hidden]:
 
 @dataclass(frozen=True)
 class GateScorer(Scorer):
-    """Scores by a gate for each layer.
-
-    Where it looks at hidden states, one forward must read the prompt inside of `reading_hidden`.
-    """
+    """Scores by a gate for each layer. Serves prompts that one forward reads inside of `reading_hidden`."""
 
     gates: nn.ModuleDict
-    hidden: Hidden | None = None
+    hidden: Hidden
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
-        return gate_scores(self.gates, self.hidden, attention)
+        length, layer = attention.length, attention.layer_index
+        entries = attention.key[:, :, :length], attention.value[:, :, :length]
+        return self.gates[str(layer)](self.hidden[layer][:, :length], *entries).exp()
 
 
 @dataclass(frozen=True)
 class GatedLookaheadScorer(LookaheadScorer):
-    """The scores of an adapter times those of a `GateScorer`."""
+    """The scores of an adapter times those of a gate."""
 
-    gates: nn.ModuleDict | None = None
-    hidden: Hidden | None = None
+    gate: GateScorer = field(kw_only=True)
 
     def score(self, attention: PrefillAttention) -> torch.Tensor:
-        assert self.gates is not None
-        return super().score(attention) * gate_scores(self.gates, self.hidden, attention)
+        return super().score(attention) * self.gate.score(attention)
 
 
-def gate_scores(gates: nn.ModuleDict, hidden: Hidden | None, attention: PrefillAttention) -> torch.Tensor:
-    """The gate's importance of a layer's entries, float32 ``[batch, kv_heads, length]``."""
-    length, layer = attention.length, attention.layer_index
-    entries = attention.key[:, :, :length], attention.value[:, :, :length]
-    return gates[str(layer)](hidden[layer][:, :length] if hidden else None, *entries).exp()
+def of_kv_heads(
+    found: dict[int, torch.Tensor], prompt: importance.PromptCache, power: float
+) -> dict[int, torch.Tensor]:
+    """``[batch, kv_heads, length]`` of each layer's ``[batch, heads, length]``: power means over query heads."""
+    return {
+        layer: importance.mean_over_query_heads(each**power, prompt.kv_heads(layer)) ** (1 / power)
+        for layer, each in found.items()
+    }
 
 
 @torch.no_grad()
@@ -165,11 +165,11 @@ def adapter_scores(model: Any, prompt: importance.PromptCache) -> dict[int, torc
     tokens: Any = getattr(decoder, ADAPTER_ATTRIBUTE)
     power = tokens.row_power()
     found = importance.lookahead_importance(model, decoder, prompt, tokens.active_tokens(), power)
-    logarithms = {}
-    for layer, each in found.items():
-        scores = importance.mean_over_query_heads(each**power, prompt.kv_heads(layer)) ** (1 / power)
-        logarithms[layer] = pool_scores(scores, **tokens.pooling()).clamp(min=torch.finfo(scores.dtype).tiny).log()
-    return logarithms
+    least = torch.finfo(torch.float32).tiny
+    return {
+        layer: pool_scores(scores, **tokens.pooling()).clamp(min=least).log()
+        for layer, scores in of_kv_heads(found, prompt, power).items()
+    }
 
 
 def read(model: Any, batch: dict[str, torch.Tensor], with_logits: bool = False) -> tuple[Any, ...]:
@@ -186,11 +186,7 @@ def read(model: Any, batch: dict[str, torch.Tensor], with_logits: bool = False) 
         found, logits = importance.read_response(model, decoder, prompt, *response, ROW_POWER)
     else:
         found, logits = importance.response_importance(decoder, prompt, *response, ROW_POWER), None
-    target = {
-        layer: importance.mean_over_query_heads(each**ROW_POWER, prompt.kv_heads(layer)) ** (1 / ROW_POWER)
-        for layer, each in found.items()
-    }
-    return hidden, prompt, target, logits
+    return hidden, prompt, of_kv_heads(found, prompt, ROW_POWER), logits
 
 
 def untrained_gates(model: Any, batch: dict[str, torch.Tensor], options: argparse.Namespace) -> nn.ModuleDict:
@@ -329,8 +325,9 @@ def main() -> None:
 
     def evaluate(scorers: dict[str, Scorer]) -> None:
         with torch.no_grad(), reading_hidden(get_decoder(model)) as hidden:
-            made = GatedLookaheadScorer if options.times_adapter else GateScorer
-            judged = judge.compare(model, {"gate": made(gates=gates, hidden=hidden), **scorers})
+            gate = GateScorer(gates, hidden)
+            scorer = GatedLookaheadScorer(gate=gate) if options.times_adapter else gate
+            judged = judge.compare(model, {"gate": scorer, **scorers})
             parts = sum(share * losses(model, gates, batch, options) for share, batch in batches(held_out, options))
         results["evaluations"].append({"step": len(results["losses"]), "losses": parts.tolist(), **judged})
         print(results["evaluations"][-1], flush=True)
