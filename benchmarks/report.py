@@ -79,9 +79,7 @@ def eviction() -> str:
 def eviction_uniform() -> str:
     """What sharing the budget out among all heads brings, before the adapter's last round of training."""
     scorers = {"shared among all heads": (OURS, BEFORE[:1]), "the same in every head": (OURS, BEFORE[2:])}
-    return eviction_table(
-        [each for each in SHOWN if all(each in load(file)["measurements"] for file in BEFORE)], scorers
-    )
+    return eviction_table([each for each in SHOWN if all(rows_of(file, each) for file in BEFORE)], scorers)
 
 
 def gemma3() -> str:
@@ -161,19 +159,19 @@ def conversations_all(file: str) -> str:
     found, parts = load(file), []
     for length, caches in found["lengths"].items():
         full = caches["full cache"]
+        sized = (0, -1) if "bytes" in full else ()  # turns whose bytes are shown
         rows = [
             [
                 name,
                 *(f"{share:.2f}" for share in of_the_full(cache, full)),
-                *(f"{cache['bytes'][n]:,}" for n in (0, -1) if "bytes" in cache),
+                *(f"{cache['bytes'][n]:,}" for n in sized),
             ]
             for name, cache in caches.items()
         ]
         turns = [f"turn {turn}" for turn in range(1, len(full["right"]) + 1)]
-        sizes = ["bytes, turn 1", f"bytes, {turns[-1]}"] if "bytes" in full else []
         parts += [f"## {length} tokens, {found['conversations']} conversations",
                   "Right answers of the full cache; of the others the share of the full cache's.",
-                  table(["cache", *turns, *sizes], rows)]  # fmt: skip
+                  table(["cache", *turns, *(f"bytes, {turns[n]}" for n in sized)], rows)]  # fmt: skip
     return "\n\n".join(parts)
 
 
