@@ -120,9 +120,8 @@ def test_processes_make_the_checkpoint_of_one(architecture, changes):
     for run in runs:
         assert_equal_states(run[0], runs[0][0])
         assert_nearly_equal_walks(run, alone)
-    if architecture == "llama":
-        again = launch(_walk, architecture, changes, processes=3)
-        assert_equal_states(again[0][0], runs[0][0])
+    again = launch(_walk, architecture, changes, processes=3)
+    assert_equal_states(again[0][0], runs[0][0])
 
 
 def _walk(architecture, changes, resume_dir=None, kill=None):

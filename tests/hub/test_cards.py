@@ -14,10 +14,10 @@ from lkq_hf.quantization.export import export_checkpoint
 from lkq_hf.sharing.cards import BaseModel, is_unfilled
 
 
-def run_snippet(hub, python, repo_id):
-    """Executes the card's code as a reader would, in a process of its own."""
+def run_snippet(hub, python, directory, repo_id):
+    """Executes the card's code as a reader would: in a process and a directory of its own."""
     (snippet,) = re.findall(r"```python\n(.*?)```", hub.text(repo_id, "README.md"), re.DOTALL)
-    return python.run(f"import os\nos.environ['HF_TOKEN'] = 'hf_alice'\n{snippet}")
+    return python.run(f"import os\nos.chdir({str(directory)!r})\nos.environ['HF_TOKEN'] = 'hf_alice'\n{snippet}")
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_the_snippet_of_a_pushed_card_runs(hub, python, adapter, checkpoint, tmp
         pytest.importorskip("compressed_tensors")
         directory = export_checkpoint(checkpoint, tmp_path / "export", "compressed-tensors")
     push_to_hub(directory, "alice/shared")
-    done = run_snippet(hub, python, "alice/shared")
+    done = run_snippet(hub, python, tmp_path, "alice/shared")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert ("LookaheadCache" in done.stdout) == (kind == "adapter")
