@@ -28,9 +28,6 @@ WIDTHS = "widths"
 
 # What a tensor takes in a file's header besides its name.
 HEADER = 128
-# What a smaller width of a layer loses counts so many times as much. The more layers change at once, the worse it is:
-# their losses add up to more than was measured one by one, and their gains to less.
-CAUTIONS = (4.0, 16.0, 64.0, float("inf"))
 
 
 def set_widths(
@@ -116,7 +113,8 @@ def _costs(
 
 
 def _best(quick: QuickQuantization, costs: Sequence[dict[int, float]], budget: float) -> tuple[dict[str, int], float]:
-    """Of several choices, from a bold one to the largest width that all layers can have, the one that loses least.
+    """Of the choice that should lose least, and of the one that makes no layer smaller than the largest width that all
+    layers can have, the one that loses less.
 
     Returns:
         Bits of each layer, and the divergence of the quick solver's model.
@@ -124,18 +122,15 @@ def _best(quick: QuickQuantization, costs: Sequence[dict[int, float]], budget: f
     fitting = [bits for bits in BITS if sum(cost[bits] for cost in costs) <= budget]
     uniform = max(fitting)
     units = quick.measure(uniform)
-    choices: list[list[int]] = []
-    for caution in CAUTIONS:
-        choice = choose_widths([unit.cautious(uniform, caution) for unit in units], costs, budget)
-        if choice not in choices:
-            choices.append(choice)
-    layers = [
-        {layer: bits for unit, bits in zip(units, choice, strict=True) for layer in unit.layers} for choice in choices
-    ]
-    losses = [quick.divergence(bits) for bits in layers]
-    logger.info("divergence of choices, from bold to cautious: %s nats", ", ".join(f"{loss:.4g}" for loss in losses))
-    loss, best = min(zip(losses, range(len(losses)), strict=True))
-    return layers[best], loss
+    tried: list[tuple[float, dict[str, int]]] = []
+    for among in (units, [unit.at_least(uniform) for unit in units]):
+        choice = choose_widths(among, costs, budget)
+        bits = {layer: width for unit, width in zip(units, choice, strict=True) for layer in unit.layers}
+        if bits not in [found for _, found in tried]:
+            tried.append((quick.divergence(bits), bits))
+    logger.info("divergence of choices: %s nats", ", ".join(f"{loss:.4g}" for loss, _ in tried))
+    loss, best = min(tried, key=lambda each: each[0])
+    return best, loss
 
 
 def _bytes_of_the_rest(model: PreTrainedModel, layers: dict[str, nn.Module]) -> int:

@@ -22,7 +22,7 @@ from lkq_hf.quantization.widths import Unit
 
 # Calibration windows of at most so many tokens: those on which units are measured, those on which whole choices are
 # compared, and those from which the quick solver takes its moments.
-MEASURED_WINDOWS = 2
+MEASURED_WINDOWS = 4
 COMPARED_WINDOWS = 8
 SOLVED_WINDOWS = 12
 LENGTH = 512
@@ -45,11 +45,10 @@ class _Group:
 
 
 class QuickQuantization:
-    """Quantizes a whole model in place, again and again at other widths, to compare the divergence of its predictions.
+    """Quantizes layers of a model in place and compares the divergence of its predictions.
 
-    The solver is a quick one: scales searched by their effect on the output, then GPTQ. As in the calibration walk,
-    every layer's input comes from the layers quantized before it. Use it as `quick_quantization` gives it: that puts
-    the full-precision weights back.
+    The solver is a quick one: scales searched by their effect on the output, then GPTQ. Use it as `quick_quantization`
+    gives it: that puts the full-precision weights back.
 
     Args:
         model: in full precision, whole and on the device.
@@ -91,7 +90,7 @@ class QuickQuantization:
         self.units = [group.unit for group in self.groups]
 
     def divergence(self, bits: Mapping[str, int]) -> float:
-        """Quantizes everything.
+        """Quantizes everything; as in the calibration walk, a layer's input comes from layers quantized before it.
 
         Args:
             bits: of each layer, by its name inside the list of blocks.
@@ -99,19 +98,15 @@ class QuickQuantization:
         Returns:
             The divergence from the full-precision model's predictions on windows of their own, in nats per token.
         """
-        return self._divergence(self._quantize(bits, "comparing widths")[COMPARED], COMPARED)
+        return self._divergence(self._quantize(bits)[COMPARED], COMPARED)
 
     def measure(self, bits: int) -> list[Unit]:
-        """Measures for each unit what another width of it alone changes, with all other layers quantized to `bits`.
+        """Measures what each unit loses at the smallest width, with all other layers in full precision.
 
-        The widths are `bits`, which loses 0, and the ones next to it. What a larger width gains is small beside the
-        noise of a difference of two divergences. So it is the mean of what was measured and of what the loss of the
-        smaller width lets one expect, in proportion to the squared errors of the layers' outputs. Units that saw no
-        token keep `bits`.
+        There its effect is largest beside the noise. What it loses at other widths follows, in proportion to the
+        squared errors of its layers' outputs. Units that saw no token keep `bits`.
         """
-        before = self._divergence(self._quantize(dict.fromkeys(self.dense, bits), "quantizing quickly")[MEASURED])
-        place = BITS.index(bits)
-        others = [width for width in BITS[max(place - 1, 0) : place + 2] if width != bits]
+        self.restore()
         states, extras = self._start()
         units: list[Unit] = []
         for index, block in enumerate(tqdm(self.blocks, desc="measuring layers", unit="block")):
@@ -120,13 +115,12 @@ class QuickQuantization:
             for group, moments in zip(groups, self._moments(groups, call, states), strict=True):
                 losses = {bits: 0.0}
                 if moments.tokens:
-                    errors = {bits: self._solve(group, moments, bits)[1]}
-                    for width in others:
-                        solved, errors[width] = self._solve(group, moments, width)
-                        with _changed(block, solved):
-                            state = self._finish(index, states[MEASURED], extras[MEASURED])
-                        losses[width] = self._divergence(state) - before
-                    losses = _steadied(losses, errors, bits)
+                    smallest, error = self._solve(group, moments, BITS[0])
+                    with _changed(block, smallest):
+                        state = self._finish(index, states[MEASURED], extras[MEASURED])
+                    errors = {BITS[0]: error} | {width: self._solve(group, moments, width)[1] for width in BITS[1:]}
+                    per_error = self._divergence(state) / error if error else 0.0
+                    losses = {width: per_error * each for width, each in errors.items()}
                 units.append(replace(group.unit, losses=losses))
             states, extras = _pass(block, call, states)
         return units
@@ -144,11 +138,11 @@ class QuickQuantization:
         total, _ = divergence(self.head, state, self.teacher[batch], False)
         return float(total) / (state.shape[0] * state.shape[1])
 
-    def _quantize(self, bits: Mapping[str, int], described: str) -> list[Tensor]:
+    def _quantize(self, bits: Mapping[str, int]) -> list[Tensor]:
         """Quantizes everything; the hidden states after the last block."""
         self.restore()
         states, extras = self._start()
-        for index, block in enumerate(tqdm(self.blocks, desc=described, unit="block")):
+        for index, block in enumerate(tqdm(self.blocks, desc="comparing widths", unit="block")):
             call = self.calls[index].with_extras(extras)
             for group in self._groups_of(index):
                 (moments,) = self._moments([group], call, states)
@@ -255,17 +249,6 @@ def _changed(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
     yield
     for name, weight in inside.items():
         weight.copy_(before[name])
-
-
-def _steadied(losses: Mapping[int, float], errors: Mapping[int, float], bits: int) -> dict[int, float]:
-    """Losses with the larger width's averaged with what the smaller width's lets one expect."""
-    smaller, larger = ([width for width in losses if sign * (width - bits) > 0] for sign in (-1, 1))
-    found = dict(losses)
-    for low, high in zip(smaller, larger, strict=False):
-        if errors[low] > errors[bits]:
-            expected = losses[low] * (errors[high] - errors[bits]) / (errors[low] - errors[bits])
-            found[high] = (losses[high] + expected) / 2
-    return found
 
 
 def _quick(settings: SolverSettings, bits: int) -> SolverSettings:

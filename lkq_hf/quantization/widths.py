@@ -23,16 +23,9 @@ class Unit:
     sizes: dict[int, int]
     losses: dict[int, float]
 
-    def cautious(self, bits: int, factor: float) -> "Unit":
-        """This unit with the losses of widths below `bits`, counted from `bits`, times `factor`.
-
-        Without these widths if the factor is infinite.
-        """
-        if factor == float("inf"):
-            return replace(self, losses={width: loss for width, loss in self.losses.items() if width >= bits})
-        start = self.losses[bits]
-        losses = {w: start + (loss - start) * (factor if w < bits else 1) for w, loss in self.losses.items()}
-        return replace(self, losses=losses)
+    def at_least(self, bits: int) -> "Unit":
+        """This unit without widths below `bits`."""
+        return replace(self, losses={width: loss for width, loss in self.losses.items() if width >= bits})
 
 
 def choose_widths(units: Sequence[Unit], costs: Sequence[dict[int, float]], budget: float) -> list[int]:
