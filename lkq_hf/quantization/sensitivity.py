@@ -1,4 +1,4 @@
-"""What the model's predictions lose by the bit widths of its layers, measured with a quick solver."""
+"""What the model's predictions lose by the bit widths of its layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ from lkq_hf.quantization.experts import is_experts
 from lkq_hf.quantization.head import Head
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.packing import packed_shapes
-from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight, resolve_group_size
+from lkq_hf.quantization.solve import SolverSettings, quantize_weight, resolve_group_size
 from lkq_hf.quantization.widths import Unit
 
 # Calibration windows of at most so many tokens: those on which units are measured, those on which whole choices are
@@ -45,17 +45,16 @@ class _Group:
 
 
 class QuickQuantization:
-    """Quantizes layers of a model in place and compares the divergence of its predictions.
+    """Quantizes layers of a model in place and measures the divergence of its predictions.
 
-    The solver is a quick one: scales searched by their effect on the output, then GPTQ. Use it as `quick_quantization`
-    gives it: that puts the full-precision weights back.
+    Use it as `quick_quantization` gives it: that puts the full-precision weights back.
 
     Args:
         model: in full precision, whole and on the device.
         list_name: name of the block list.
         layers: by full name; linear ones only.
         tokens: int64 `[samples, length]`, on the device, of which some are taken.
-        settings: of the quantization; `bits` and what the quick solver leaves out do not matter.
+        settings: of the quantization; `bits` do not matter.
 
     Attributes:
         units: in the order in which they run, without losses.
@@ -90,7 +89,9 @@ class QuickQuantization:
         self.units = [group.unit for group in self.groups]
 
     def divergence(self, bits: Mapping[str, int]) -> float:
-        """Quantizes everything; as in the calibration walk, a layer's input comes from layers quantized before it.
+        """Quantizes everything, each layer with its input from those before it, as in the calibration walk.
+
+        The solver is a quick one: scales searched by their effect on the output, then GPTQ.
 
         Args:
             bits: of each layer, by its name inside the list of blocks.
@@ -103,8 +104,9 @@ class QuickQuantization:
     def measure(self, bits: int) -> list[Unit]:
         """Measures what each unit loses at the smallest width, with all other layers in full precision.
 
-        There its effect is largest beside the noise. What it loses at other widths follows, in proportion to the
-        squared errors of its layers' outputs. Units that saw no token keep `bits`.
+        There its effect is largest beside the noise. Each bit more quarters a weight's squared error, and with it the
+        loss. The solver is the walk's own: the quick one doubles what some layers lose. Units that saw no token keep
+        `bits`.
         """
         self.restore()
         states, extras = self._start()
@@ -115,12 +117,9 @@ class QuickQuantization:
             for group, moments in zip(groups, self._moments(groups, call, states), strict=True):
                 losses = {bits: 0.0}
                 if moments.tokens:
-                    smallest, error = self._solve(group, moments, BITS[0])
-                    with _changed(block, smallest):
-                        state = self._finish(index, states[MEASURED], extras[MEASURED])
-                    errors = {BITS[0]: error} | {width: self._solve(group, moments, width)[1] for width in BITS[1:]}
-                    per_error = self._divergence(state) / error if error else 0.0
-                    losses = {width: per_error * each for width, each in errors.items()}
+                    with _changed(block, self._solve(group, moments, _of_one_layer(self.settings, BITS[0]))):
+                        alone = self._divergence(self._finish(index, states[MEASURED], extras[MEASURED]))
+                    losses = {width: alone / 4 ** (width - BITS[0]) for width in BITS}
                 units.append(replace(group.unit, losses=losses))
             states, extras = _pass(block, call, states)
         return units
@@ -146,7 +145,8 @@ class QuickQuantization:
             call = self.calls[index].with_extras(extras)
             for group in self._groups_of(index):
                 (moments,) = self._moments([group], call, states)
-                for name, weight in self._solve(group, moments, bits[group.unit.layers[0]])[0].items():
+                settings = _quick(self.settings, bits[group.unit.layers[0]])
+                for name, weight in self._solve(group, moments, settings).items():
                     linear_weight(block.get_submodule(name)).copy_(weight)
             states, extras = _pass(block, call, states)
         return states
@@ -167,14 +167,13 @@ class QuickQuantization:
                     moments.add(x)
         return found
 
-    def _solve(self, group: _Group, moments: InputMoments, bits: int) -> tuple[dict[str, Tensor], float]:
-        """A group's dequantized weights, by their names inside the block, and the squared error of their outputs."""
-        device, settings = moments.hessian.device, _quick(self.settings, bits)
-        solutions: dict[str, Solution] = {
-            name: quantize_weight(self.dense[full].to(device), moments, settings) for name, full in group.layers
+    def _solve(self, group: _Group, moments: InputMoments, settings: SolverSettings) -> dict[str, Tensor]:
+        """A group's dequantized weights, by their names inside the block."""
+        device = moments.hessian.device
+        return {
+            name: quantize_weight(self.dense[full].to(device), moments, settings).weight.dequantize()
+            for name, full in group.layers
         }
-        error = sum(solution.losses["gptq"].sum().item() for solution in solutions.values())
-        return {name: solution.weight.dequantize() for name, solution in solutions.items()}, error
 
     def _finish(self, index: int, state: Tensor, extras: Extras) -> Tensor:
         """The measured batch's hidden states after the last block, from those that enter block `index`."""
@@ -251,13 +250,11 @@ def _changed(block: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[None]:
         weight.copy_(before[name])
 
 
-def _quick(settings: SolverSettings, bits: int) -> SolverSettings:
+def _of_one_layer(settings: SolverSettings, bits: int) -> SolverSettings:
+    """Without what needs the layers before, or comes after the layers."""
     return replace(
         settings,
         bits=bits,
-        stages=("stage1",),
-        round_to_nearest=False,
-        column_order="stored",
         alpha=0.0,
         corrected_target=False,
         corrected_residual=False,
@@ -265,3 +262,8 @@ def _quick(settings: SolverSettings, bits: int) -> SolverSettings:
         end_to_end=None,
         layer_bits={},
     )
+
+
+def _quick(settings: SolverSettings, bits: int) -> SolverSettings:
+    alone = _of_one_layer(settings, bits)
+    return replace(alone, stages=("stage1",), round_to_nearest=False, column_order="stored")

@@ -18,7 +18,7 @@ from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.blocks import find_layers, linear_weight
 from lkq_hf.quantization.export import export_checkpoint, known_readers
 from lkq_hf.quantization.hessian import InputMoments
-from lkq_hf.quantization.sensitivity import _quick, quick_quantization
+from lkq_hf.quantization.sensitivity import _of_one_layer, _quick, quick_quantization
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.widths import Unit, choose_widths
 from lkq_hf.sharing.cards import render_card
@@ -84,19 +84,16 @@ def divergence_of(model, other, tokens):
     return F.kl_div(*logits, log_target=True, reduction="none").sum(-1).mean().item()
 
 
-def solve_quickly(model, dense, names, bits, tokens, settings):
-    """Quantizes layers that share an input from their dense weights; the squared error of their outputs."""
+def solve(model, dense, names, tokens, settings):
+    """Quantizes layers that share an input from their dense weights."""
     layers = [model.get_submodule(name) for name in names]
     moments = InputMoments(layers[0].in_features, deviation=False)
     with layers[0].register_forward_pre_hook(lambda _, args: moments.add(args[0])):
         for window in tokens.split(1):
             model(window)
-    error = 0.0
     for name, layer in zip(names, layers, strict=True):
-        solution = quantize_weight(dense[f"{name}.weight"], moments, _quick(settings, bits))
+        solution = quantize_weight(dense[f"{name}.weight"], moments, settings)
         linear_weight(layer).copy_(solution.weight.dequantize())
-        error += solution.losses["gptq"].sum().item()
-    return error
 
 
 @pytest.mark.one_version
@@ -122,15 +119,13 @@ def test_losses_are_divergences_of_one_unit_alone():
     ]
     names = [[f"{list_name}.{layer}" for layer in unit.layers] for unit in units]
     for unit, inside in zip(units, names, strict=True):
-        solve_quickly(other, dense, inside, mixed[unit.layers[0]], solved, settings)
+        solve(other, dense, inside, solved, _quick(settings, mixed[unit.layers[0]]))
     assert found == pytest.approx(divergence_of(model, other, compared), rel=1e-3)
     for unit, inside in zip(units, names, strict=True):
-        errors = {}
-        for bits in reversed(WIDTHS):
-            other.load_state_dict(dense)
-            errors[bits] = solve_quickly(other, dense, inside, bits, solved, settings)
+        other.load_state_dict(dense)
+        solve(other, dense, inside, solved, _of_one_layer(settings, 2))
         alone = divergence_of(model, other, measured)
-        expected = {bits: alone * error / errors[2] for bits, error in errors.items()}
+        expected = {2: alone, 3: alone / 4, 4: alone / 16, 8: alone / 4096}
         assert unit.losses == pytest.approx(expected, rel=1e-2, abs=1e-6)
 
 
