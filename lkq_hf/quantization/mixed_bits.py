@@ -17,7 +17,7 @@ from lkq_hf.quantization.blocks import weights_of
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.finished_blocks import walk_arguments
 from lkq_hf.quantization.processes import Processes
-from lkq_hf.quantization.sensitivity import QuickQuantization, quick_quantization
+from lkq_hf.quantization.sensitivity import TrialQuantization, trial_quantization
 from lkq_hf.quantization.widths import Unit, choose_widths
 from lkq_hf.runs import Run
 
@@ -48,7 +48,7 @@ def set_widths(
         tokens: int64 `[samples, length]`.
 
     Raises:
-        ValueError: the smallest widths are too large, or layers that are not measured (`quick_quantization`).
+        ValueError: the smallest widths are too large, or layers that are not measured (`trial_quantization`).
     """
     processes = Processes.current()
     settings = config.solver_settings()
@@ -59,9 +59,9 @@ def set_widths(
     if name in run:
         plan = run.read(name, read_json)
     else:
-        with quick_quantization(model, list_name, layers, tokens, settings, device) as quick:
-            costs, budget = _costs(model, config, layers, quick.units)
-            bits, loss = _best(quick, costs, budget)
+        with trial_quantization(model, list_name, layers, tokens, settings, device) as trial:
+            costs, budget = _costs(model, config, layers, trial.units)
+            bits, loss = _best(trial, costs, budget)
         plan = {"bits": bits, "loss": loss}
         logger.info("widths of layers: %s; estimated divergence %.3g nats", Counter(bits.values()), loss)
         plan = processes.first(plan)
@@ -112,7 +112,7 @@ def _costs(
     return sizes, target - others
 
 
-def _best(quick: QuickQuantization, costs: Sequence[dict[int, float]], budget: float) -> tuple[dict[str, int], float]:
+def _best(trial: TrialQuantization, costs: Sequence[dict[int, float]], budget: float) -> tuple[dict[str, int], float]:
     """Of the choice that should lose least, and of the one that makes no layer smaller than the largest width that all
     layers can have, the one that loses less.
 
@@ -121,13 +121,13 @@ def _best(quick: QuickQuantization, costs: Sequence[dict[int, float]], budget: f
     """
     fitting = [bits for bits in BITS if sum(cost[bits] for cost in costs) <= budget]
     uniform = max(fitting)
-    units = quick.measure(uniform)
+    units = trial.measure(uniform)
     tried: list[tuple[float, dict[str, int]]] = []
     for among in (units, [unit.at_least(uniform) for unit in units]):
         choice = choose_widths(among, costs, budget)
         bits = {layer: width for unit, width in zip(units, choice, strict=True) for layer in unit.layers}
         if bits not in [found for _, found in tried]:
-            tried.append((quick.divergence(bits), bits))
+            tried.append((trial.divergence(bits), bits))
     logger.info("divergence of choices: %s nats", ", ".join(f"{loss:.4g}" for loss, _ in tried))
     loss, best = min(tried, key=lambda each: each[0])
     return best, loss

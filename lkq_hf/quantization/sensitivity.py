@@ -21,7 +21,7 @@ from lkq_hf.quantization.solve import SolverSettings, quantize_weight, resolve_g
 from lkq_hf.quantization.widths import Unit
 
 # Calibration windows of at most so many tokens: those on which units are measured, those on which whole choices are
-# compared, and those from which the quick solver takes its moments.
+# compared, and those from which a solver takes its moments.
 MEASURED_WINDOWS = 4
 COMPARED_WINDOWS = 8
 SOLVED_WINDOWS = 12
@@ -44,10 +44,10 @@ class _Group:
         return list(zip(self.inputs.names, self.unit.layers, strict=True))
 
 
-class QuickQuantization:
+class TrialQuantization:
     """Quantizes layers of a model in place and measures the divergence of its predictions.
 
-    Use it as `quick_quantization` gives it: that puts the full-precision weights back.
+    Use it as `trial_quantization` gives it: that puts the full-precision weights back.
 
     Args:
         model: in full precision, whole and on the device.
@@ -194,15 +194,15 @@ class QuickQuantization:
 
 
 @contextmanager
-def quick_quantization(
+def trial_quantization(
     model: PreTrainedModel,
     list_name: str,
     layers: dict[str, nn.Module],
     tokens: Tensor,
     settings: SolverSettings,
     device: torch.device | str,
-) -> Iterator[QuickQuantization]:
-    """A `QuickQuantization` with the model on `device`; at the end the model is as and where it was.
+) -> Iterator[TrialQuantization]:
+    """A `TrialQuantization` with the model on `device`; at the end the model is as and where it was.
 
     Raises:
         ValueError: fused experts among the layers.
@@ -215,11 +215,11 @@ def quick_quantization(
     home = model.get_input_embeddings().get_parameter("weight").device
     nn.Module.to(model, torch.device(device))
     with torch.no_grad():
-        quick = QuickQuantization(model, list_name, layers, tokens.to(device), settings)
+        trial = TrialQuantization(model, list_name, layers, tokens.to(device), settings)
         try:
-            yield quick
+            yield trial
         finally:
-            quick.restore()
+            trial.restore()
             nn.Module.to(model, home)
 
 

@@ -18,7 +18,7 @@ from lkq_hf.quantization import walk as walk_module
 from lkq_hf.quantization.blocks import find_layers, linear_weight
 from lkq_hf.quantization.export import export_checkpoint, known_readers
 from lkq_hf.quantization.hessian import InputMoments
-from lkq_hf.quantization.sensitivity import _of_one_layer, _quick, quick_quantization
+from lkq_hf.quantization.sensitivity import _of_one_layer, _quick, trial_quantization
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.widths import Unit, choose_widths
 from lkq_hf.sharing.cards import render_card
@@ -106,10 +106,10 @@ def test_losses_are_divergences_of_one_unit_alone():
     settings = config.solver_settings()
     list_name, layers = find_layers(model, config)
     dense = {key: value.clone() for key, value in model.state_dict().items()}
-    with quick_quantization(model, list_name, layers, tokens, settings, "cpu") as quick:
-        units = quick.measure(3)
+    with trial_quantization(model, list_name, layers, tokens, settings, "cpu") as trial:
+        units = trial.measure(3)
         mixed = {layer: 2 if ".mlp." in layer else 4 for unit in units for layer in unit.layers}
-        found = quick.divergence(mixed)
+        found = trial.divergence(mixed)
     assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
     assert [unit.layers for unit in units[:4]] == [
         ("0.self_attn.q_proj", "0.self_attn.k_proj", "0.self_attn.v_proj"),
@@ -130,7 +130,7 @@ def test_losses_are_divergences_of_one_unit_alone():
 
 
 class Rehearsed:
-    """Stands for a quick quantization that predicts best, or worst, with one width in all layers."""
+    """Stands for a trial quantization that predicts best, or worst, with one width in all layers."""
 
     def __init__(self, uniform_is_best):
         self.uniform_is_best = uniform_is_best
@@ -205,7 +205,7 @@ def test_a_killed_run_keeps_its_widths(tiny_llama, settings, tmp_path, monkeypat
         patch.setattr(walk_module, "_quantize_block", killed)
         TwoStageQuantizer(str(tmp_path / "base")).quantize(tmp_path / "out", bits=3.3, **settings)
     with monkeypatch.context() as patch:
-        patch.setattr(mixed_bits, "quick_quantization", None)
+        patch.setattr(mixed_bits, "trial_quantization", None)
         quantizer = TwoStageQuantizer(str(tmp_path / "base"))
         model = quantizer.quantize(tmp_path / "out", bits=3.3, **settings)
     assert quantizer.report.resumed_blocks == 1
