@@ -124,13 +124,24 @@ def check_targets(directories: Sequence[Path]) -> None:
             )
 
 
-def check_dataset(dataset: str) -> None:
-    """Checks that what can only be a file is there; the id of a data set on the Hub passes.
+def check_dataset(dataset: str | None, own_text: float | None) -> None:
+    """Checks that there is calibration data: what can only be a file is there; the id of a data set on the Hub passes.
+
+    Args:
+        own_text: share of the data that the model writes itself.
 
     Raises:
         FileNotFoundError: there is no such file.
         IsADirectoryError: it is a directory.
+        ValueError: no data, or a data set that would not be used.
     """
+    if (dataset is None) != (own_text == 1):
+        raise ValueError(
+            f"expected calibration data: either --dataset or --own-text 1, with which the model writes all of it; got "
+            f"{'neither' if dataset is None else 'both'}"
+        )
+    if dataset is None:
+        return
     path = Path(dataset).expanduser()
     if path.is_dir():
         raise IsADirectoryError(

@@ -22,8 +22,13 @@ from lkq_hf.files import check_free
 
 def quantize(
     model: Model,
-    dataset: Annotated[str, typer.Option(help="Calibration data: a text or .jsonl file, or a dataset id on the Hub.")],
     out: Annotated[Path, typer.Option(help="Directory for the checkpoint; must not exist or be empty.")],
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            help="Calibration data: a text or .jsonl file, or a dataset id on the Hub; none with --own-text 1."
+        ),
+    ] = None,
     bits: Annotated[
         float,
         typer.Option(
@@ -53,6 +58,15 @@ def quantize(
             "and scales by gradient; wants a GPU)."
         ),
     ] = "default",
+    own_text: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the calibration windows that the model writes itself, against losses on texts that are "
+            "unlike the dataset; 1 needs no dataset. By default 0.5 with --preset refined, 0 with others.",
+            min=0,
+            max=1,
+        ),
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration windows.", min=1)] = 128,
     model_seqlen: Annotated[int, typer.Option(help="Tokens in a calibration window.", min=1)] = 2048,
     batch_size: Annotated[int, typer.Option(help="Windows that run through a block at once.", min=1)] = 8,
@@ -82,7 +96,7 @@ def quantize(
     if target_size is not None:
         check_size("--target-size", target_size)
     check_choice("--preset", preset, PRESETS)
-    check_dataset(dataset)
+    check_dataset(dataset, own_text)
     check_free(out)
     check_writable(out)
     check_model_directory(model, quantized=False)
@@ -100,6 +114,7 @@ def quantize(
         group_size=group_size,
         sym=sym,
         preset=preset,
+        own_text=own_text,
         dataset=dataset,
         num_samples=num_samples,
         model_seqlen=model_seqlen,
@@ -121,14 +136,18 @@ def quantize(
         if (found := walk.end_to_end) is not None:
             kept = "" if found.accepted else " (not kept)"
             tuned = f"; scales tuned, KL on held-out windows {found.before:.3g} before, {found.after:.3g} after{kept}"
+        recipe = config.meta["calibration"]
+        own = f"; {recipe['written_by_model']} of {recipe['samples']} windows are text of the model's own"
+        written = own if recipe["written_by_model"] else ""
         report(
-            f"{out}: {widths}, group size {used}; {walk.coverage}{tuned}; {took}",
+            f"{out}: {widths}, group size {used}; {walk.coverage}{written}{tuned}; {took}",
             {
                 "checkpoint": out,
                 "bits": mean,
                 "group_size": used,
                 "quantized_share": walk.coverage.share,
                 "in_full_precision": walk.coverage.dense,
+                "written_by_model": recipe["written_by_model"],
                 "seconds": walk.seconds,
                 "device": walk.device,
                 "peak_memory_bytes": walk.peak_memory,

@@ -2,21 +2,23 @@
 
 import copy
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from transformers import PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf import __version__
 from lkq_hf.quantization.base_weights import forget_quantized_origin
 from lkq_hf.quantization.blocks import check_names, find_layers, weights_of
-from lkq_hf.quantization.calibration_data import calibration_tokens, find_tokenizer
+from lkq_hf.quantization.calibration_data import CalibrationRecipe, calibration_tokens, digest, find_tokenizer
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
+from lkq_hf.quantization.own_text import OwnTextError, interleave, write_windows
 from lkq_hf.quantization.packing import MULTIPLE
 from lkq_hf.quantization.walk import WalkReport, quantize_blocks
 
@@ -49,11 +51,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         ValueError: no data, or a model or layer that cannot be quantized; nothing has been changed if it is found
             before the first block, and a message names the layer if it is found later.
     """
-    if config.dataset is None:
-        raise ValueError(
-            "quantizing needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
-            "text or .jsonl file, or a Hub dataset id)"
-        )
+    check_data(config)
     places = set(getattr(model, "hf_device_map", {}).values())
     if len(places) > 1:
         raise ValueError(
@@ -78,18 +76,16 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     # Models without a limit have None or -1.
     if longest is not None and 0 < longest < config.model_seqlen:
         raise ValueError(f"model_seqlen={config.model_seqlen} is more than the model's {longest} positions")
-    config.tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
-    tokens, recipe = calibration_tokens(
-        config.dataset, config.tokenizer, config.num_samples, config.model_seqlen, config.seed, config.text_column
-    )
+    config.tokenizer = tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
+    training = model.training
+    model.eval()
+    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    tokens, recipe, unwritten = _calibration_windows(model, config, tokenizer, device)
     if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
         raise ValueError(
             "the calibration data has token ids beyond the model's vocabulary; pass the model's own tokenizer, or "
             "rows of input_ids that it made"
         )
-    training = model.training
-    model.eval()
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if config.chooses_widths:
         set_widths(model, config, list_name, layers, tokens, device)
     widths = describe_widths(config, list_name, layers) if config.layer_bits else {}
@@ -117,12 +113,69 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         "calibration": recipe.to_dict(),
         **widths,
     }
+    if unwritten is not None:
+        config.meta["no_own_text"] = unwritten
     if settings.refinement is not None:
         config.meta["refinement"] = {**asdict(settings.refinement), "unrefined_blocks": report.unrefined}
     if settings.end_to_end is not None:
         tuned = report.untuned if report.end_to_end is None else asdict(report.end_to_end)
         config.meta["end_to_end"] = {**asdict(settings.end_to_end), "divergence": tuned}
     return report
+
+
+def check_data(config: TwoStageGPTQConfig) -> None:
+    """Checks that there is something to calibrate on.
+
+    Raises:
+        ValueError: no data, or data that would not be used.
+    """
+    if config.dataset is None and config.own_share < 1:
+        raise ValueError(
+            "quantizing needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
+            "text or .jsonl file, or a Hub dataset id), or own_text=1, with which the model writes all of it"
+        )
+    if config.dataset is not None and config.own_share == 1:
+        raise ValueError("found a dataset and own_text=1, with which it would not be used: leave one of them out")
+
+
+def _calibration_windows(
+    model: PreTrainedModel,
+    config: TwoStageGPTQConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+    device: torch.device | str,
+) -> tuple[Tensor, CalibrationRecipe, str | None]:
+    """The windows of the dataset, and among them those that the model writes itself.
+
+    Returns:
+        Token ids, int64 `[samples, length]`; their recipe; why the model wrote none although the preset asks for it.
+
+    Raises:
+        ValueError: a dataset that cannot be used, or an `own_text` of the user's that the model cannot write.
+    """
+    samples, share = config.num_samples, config.own_share
+    count = samples if share == 1 else min(round(share * samples), samples - 1)
+    given, recipe = _dataset_windows(config, tokenizer, samples - count)
+    if not count:
+        return given, recipe, None
+    place: dict[str, Any] = {"device": device, "resume_dir": config.resume_dir}
+    try:
+        own = write_windows(model, tokenizer, count, config.model_seqlen, config.seed, **place)
+    except OwnTextError as error:
+        if config.own_text is not None:
+            raise
+        logger.warning("calibrating on the dataset alone: %s", error)
+        return *_dataset_windows(config, tokenizer, samples), str(error)
+    tokens = interleave(given, own)
+    return tokens, replace(recipe, samples=samples, written_by_model=count, tokens_sha256=digest(tokens)), None
+
+
+def _dataset_windows(
+    config: TwoStageGPTQConfig, tokenizer: PreTrainedTokenizerBase | None, count: int
+) -> tuple[Tensor, CalibrationRecipe]:
+    length, seed = config.model_seqlen, config.seed
+    if config.dataset is not None and count:
+        return calibration_tokens(config.dataset, tokenizer, count, length, seed, config.text_column)
+    return torch.empty(0, length, dtype=torch.int64), CalibrationRecipe(None, None, 0, length, seed, "")
 
 
 def _refuse_adapters(model: PreTrainedModel) -> None:

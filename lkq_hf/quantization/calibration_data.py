@@ -30,14 +30,18 @@ OVERSAMPLING = 4
 
 @dataclass(frozen=True)
 class CalibrationRecipe:
-    """How the calibration tokens came to be: goes into a checkpoint's `meta`."""
+    """How the calibration tokens came to be: goes into a checkpoint's `meta`.
 
-    dataset: str
+    Of `samples` windows the model wrote `written_by_model` (`own_text.write_windows`); the others are of the dataset.
+    """
+
+    dataset: str | None
     tokenizer: str | None
     samples: int
     length: int
     seed: int
     tokens_sha256: str
+    written_by_model: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,7 +105,7 @@ def calibration_tokens(
     """
     if samples < 1 or length < 2:
         raise ValueError(f"calibration needs samples >= 1 and length >= 2, found samples={samples}, length={length}")
-    start = [] if tokenizer is None else _window_start(tokenizer)
+    start = [] if tokenizer is None else window_start(tokenizer)
     body = length - len(start)
     enough = samples * length * CHARACTERS_PER_TOKEN * OVERSAMPLING
     shuffler = random.Random(seed)
@@ -141,12 +145,17 @@ def calibration_tokens(
         samples=samples,
         length=length,
         seed=seed,
-        tokens_sha256=hashlib.sha256(tokens.numpy().tobytes()).hexdigest(),
+        tokens_sha256=digest(tokens),
     )
     return tokens, recipe
 
 
-def _window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def digest(tokens: Tensor) -> str:
+    """The SHA-256 of tokens."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+
+
+def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The begin-of-text token where the tokenizer itself adds one: such models see no text without it."""
     ids = tokenizer("a")["input_ids"]
     return [ids[0]] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []

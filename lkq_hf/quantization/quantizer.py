@@ -8,7 +8,7 @@ from accelerate import dispatch_model, infer_auto_device_map
 from transformers import PreTrainedModel
 from transformers.quantizers.base import HfQuantizer
 
-from lkq_hf.quantization.calibrate import calibrate
+from lkq_hf.quantization.calibrate import calibrate, check_data
 from lkq_hf.quantization.checkpoint import check_checkpoint, tensor_headers
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.install import replace_by_packed, restore_linear
@@ -30,11 +30,8 @@ class TwoStageGPTQHfQuantizer(HfQuantizer):
         self.report: Any = None
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        if not self.pre_quantized and self.quantization_config.dataset is None:
-            raise ValueError(
-                "the checkpoint is not quantized, and to quantize it TwoStageGPTQConfig needs dataset= (a list of "
-                "texts, a dataset, a text or .jsonl file, or a Hub dataset id)"
-            )
+        if not self.pre_quantized:
+            check_data(self.quantization_config)
 
     def update_device_map(self, device_map: Any) -> Any:
         if self.pre_quantized:

@@ -15,6 +15,7 @@ from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig
 from lkq_hf.quantization.base_weights import open_base
 from lkq_hf.quantization.calibrate import calibrate, find_layers
 from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.own_text import write_windows
 from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.quantizer import restore_linear
@@ -197,6 +198,17 @@ def test_a_killed_walk_goes_on_in_any_number_of_processes(tmp_path):
         assert_equal_states(runs[-1][0], runs[0][0])
         if processes == 2:
             assert_equal_states(runs[0][0], expected)
+
+
+def _written(resume_dir=None):
+    join()
+    return write_windows(tiny_model(), None, 100, 12, resume_dir=resume_dir).numpy()
+
+
+def test_processes_write_the_windows_of_one(tmp_path):
+    (alone,) = launch(_written, processes=1)
+    for found in [*launch(_written, tmp_path, processes=3), *launch(_written, tmp_path)]:
+        assert np.array_equal(found, alone)
 
 
 def test_more_processes_than_samples_are_refused():

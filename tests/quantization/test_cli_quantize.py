@@ -47,6 +47,21 @@ def test_the_refined_preset(files):
     assert stored["preset"] == "refined" and stored["meta"]["refinement"]["steps"] > 0
     assert stored["meta"]["end_to_end"]["divergence"].keys() == {"before", "after"}
     assert "scales tuned, KL on held-out windows" in result.output
+    assert "2 of 4 windows are text of the model's own" in result.output
+
+
+def test_text_of_the_models_own_needs_no_dataset(files):
+    app = typer.Typer()
+    app.command()(quantize)
+    shape = ["--num-samples", "4", "--model-seqlen", "32", "--device", "cpu", "--out", str(files / "out")]
+    result = CliRunner().invoke(app, [str(files / "base"), "--own-text", "1", *shape, "--json"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["written_by_model"] == 4
+    stored = json.loads((files / "out" / "config.json").read_text())["quantization_config"]
+    assert stored["meta"]["calibration"]["dataset"] is None
+    for options, found in (([], "neither"), (["--own-text", "1", "--dataset", str(files / "texts.jsonl")], "both")):
+        result = CliRunner().invoke(app, [str(files / "base"), *options, *shape])
+        assert isinstance(result.exception, ValueError) and f"got {found}" in str(result.exception)
 
 
 def test_an_export_says_which_readers_were_tested(files):

@@ -71,7 +71,7 @@ def test_quantize_on_load_save_and_load_again(base, options, ids, tmp_path, tiny
 def test_quantizing_again_what_is_quantized_is_refused(base, options, tmp_path):
     TwoStageQuantizer.from_pretrained(base).quantize(tmp_path / "out", **options)
     config = TwoStageGPTQConfig(**{**options, "bits": 2})
-    with pytest.raises(ValueError, match="quantized already, and quantization_config has a dataset"):
+    with pytest.raises(ValueError, match="quantized already, and quantization_config has calibration data"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", quantization_config=config)
     # Without data it asks for nothing, and transformers says that it is not used.
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
