@@ -5,11 +5,13 @@
     python benchmarks/texts.py anarchism_*.deb --characters 8000000 --out anarchism.jsonl.gz
     python benchmarks/quantization.py prepare --calibration python3.11-doc.jsonl.gz \\
         --texts debian-handbook.jsonl.gz anarchism.jsonl.gz --out windows.safetensors
+    python benchmarks/quantization.py write --windows windows.safetensors --device cuda
     python benchmarks/quantization.py run --windows windows.safetensors --groups default stages --device cuda \\
         --processes 6 --minutes 9 --out benchmarks/results/quantization_smollm2_gpu
 
-The settings are in quantization.yaml. `prepare` writes the windows of tokens, so that all settings see the same ones,
-and `run` needs neither texts nor a tokenizer. The processes take the settings in their order. A run holds the windows'
+The settings are in quantization.yaml. `prepare` makes the windows of tokens, so that all settings see the same ones,
+and `run` needs neither texts nor a tokenizer. `write` adds windows that the model writes itself, which settings with
+`own_text` need. The processes take the settings in their order. A run holds the windows'
 increase, the KL divergence from the full-precision model (mean and 99th percentile over tokens, in nats), the share of
 tokens for which both models have the same most likely token, and the seconds. Each is written when it is finished, and
 what the file holds is not repeated: the same command goes on after a stop.
@@ -42,9 +44,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from lkq_hf.evaluation.divergence import token_statistics
 from lkq_hf.quantization.calibrate import find_layers
-from lkq_hf.quantization.calibration_data import calibration_tokens
-from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.calibration_data import calibration_tokens, digest
+from lkq_hf.quantization.config import OWN_TEXT, TwoStageGPTQConfig
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
+from lkq_hf.quantization.own_text import interleave, write_windows
 from lkq_hf.quantization.packing import group_index, unpack_weight
 from lkq_hf.quantization.quantizer import restore_linear
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
@@ -68,9 +71,13 @@ class Experiment:
     length: int = 512
     config: dict[str, Any] = field(default_factory=dict)
 
-    @property
-    def calibration(self) -> str:
-        return f"calibration.{self.samples}x{self.length}.{self.seed}"
+    def calibration(self, tensors: dict[str, Tensor]) -> Tensor:
+        """The calibration windows, int64 `[samples, length]`."""
+        size = f"{self.samples}x{self.length}.{self.seed}"
+        dataset = tensors[f"calibration.{size}"]
+        share = self.config.get("own_text", OWN_TEXT.get(self.config.get("preset", "default"), 0))
+        count = round(share * self.samples)
+        return interleave(dataset[count:], tensors[f"own.{size}"][:count] if count else dataset[:0]).long()
 
 
 def model_and_tokenizer(source: str, tokenizer: str | None = None) -> tuple[PreTrainedModel, Any]:
@@ -99,6 +106,19 @@ def prepare(given: argparse.Namespace) -> None:
     save_file(tensors, given.out, metadata=digests)
 
 
+def write(given: argparse.Namespace) -> None:
+    """Adds to the windows as many that the model writes itself."""
+    model, tokenizer = model_and_tokenizer(given.model)
+    tensors, digests, _ = windows_of(given)
+    for name in [name for name in tensors if name.startswith("calibration.")]:
+        _, size, seed = name.split(".")
+        own, (count, length) = f"own.{size}.{seed}", map(int, size.split("x"))
+        if int(seed) in given.seeds and size in given.sizes:
+            tokens = write_windows(model.eval(), tokenizer, count, length, int(seed), device=given.device)
+            tensors[own], digests[own] = tokens.int(), digest(tokens)
+            save_file(tensors, given.windows, metadata=digests)
+
+
 def quantized(
     model: PreTrainedModel, experiment: Experiment, tokens: Tensor
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
@@ -106,6 +126,7 @@ def quantized(
     model = copy.deepcopy(model)
     switches = dict(experiment.config)
     preset = switches.pop("preset", "default")
+    switches.pop("own_text", None)  # the windows hold it already
     steps = {"refinement": BlockRefinement, "end_to_end": EndToEnd}
     chosen = {name: made(**switches.pop(name)) for name, made in steps.items() if name in switches}
     how = {"bits": experiment.bits, "sym": experiment.sym, "group_size": experiment.group_size}
@@ -274,7 +295,7 @@ def work(index: int, counter: Any, experiments: list[Experiment], given: argpars
         torch.set_float32_matmul_precision("highest")
     model, tokenizer = model_and_tokenizer(given.model)
     model = model.to(given.device).eval()
-    tensors, digests, texts = windows_of(given)
+    tensors, _, texts = windows_of(given)
     results = Results(given.out)
     full_precision, environment = results.read()["full_precision"], describe()
     while time.time() < given.end:
@@ -284,8 +305,8 @@ def work(index: int, counter: Any, experiments: list[Experiment], given: argpars
         if position >= len(experiments):
             break
         experiment = experiments[position]
-        run = asdict(experiment) | {"calibration": digests[experiment.calibration]}
-        tokens = tensors[experiment.calibration].long()
+        tokens = experiment.calibration(tensors)
+        run = asdict(experiment) | {"calibration": digest(tokens)}
         try:
             if "autoround" in experiment.config:
                 approximation, details = autoround(model, experiment, tokens, tokenizer)
@@ -314,7 +335,7 @@ def experiments(given: argparse.Namespace) -> Iterable[Experiment]:
     """By group of settings, the most important first; variants are measured with the first scheme only."""
     size = {"group_size": given.group_size, "samples": given.samples, "length": given.length}
     for group in given.groups:
-        schemes = given.schemes if group in ("default", "stages", "refined") else given.schemes[:1]
+        schemes = given.schemes if group in ("default", "stages", "refined", "own") else given.schemes[:1]
         for scheme, seed, (name, config) in itertools.product(schemes, given.seeds, SETTINGS[group].items()):
             if name in (given.methods or [name]):
                 yield from (
@@ -357,20 +378,25 @@ def run(given: argparse.Namespace) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    first, second = commands.add_parser("prepare"), commands.add_parser("run")
-    for command in (first, second):
+    first, writer, second = (commands.add_parser(name) for name in ("prepare", "write", "run"))
+    for command in (first, writer, second):
         command.add_argument("--model", default="smollm2", help="smollm2, gemma3, a model directory, or a .gguf file")
         command.add_argument("--seeds", type=int, nargs="+", default=[0, 1], help="of the calibration windows")
+    for command in (first, second):
         command.add_argument("--out", type=Path, required=True)
+    for command in (writer, second):
+        command.add_argument("--windows", type=Path, required=True, help="made by prepare")
+        command.add_argument("--device", default="cpu")
+    for command in (first, writer):
+        command.add_argument(
+            "--sizes", nargs="+", default=["32x512", "128x2048"], help="calibration windows x tokens of one"
+        )
+    writer.set_defaults(do=write)
     first.add_argument("--tokenizer", help="directory, instead of the model's own")
     first.add_argument("--calibration", type=Path, required=True, help="text or jsonl file, may be gzipped")
     first.add_argument("--texts", type=Path, nargs="+", required=True, help="texts to measure on, likewise")
     first.add_argument("--windows", type=int, default=32, help="of each text")
-    first.add_argument(
-        "--sizes", nargs="+", default=["32x512", "128x2048"], help="calibration windows x tokens of one"
-    )
     first.set_defaults(do=prepare)
-    second.add_argument("--windows", type=Path, required=True, help="written by prepare")
     second.add_argument("--groups", nargs="+", choices=list(SETTINGS), default=["default", "variants", "stages"])
     second.add_argument("--methods", nargs="+", metavar="METHOD", help="of these groups, by default all")
     second.add_argument("--bits", nargs="+", type=number, default=[3, 2, 4], help="3.0 or 3.5 is a mean")
@@ -379,7 +405,6 @@ def main(arguments: list[str] | None = None) -> None:
     second.add_argument("--samples", type=int, default=32, help="calibration windows")
     second.add_argument("--length", type=int, default=512, help="tokens in a calibration window")
     second.add_argument("--checkpoints", nargs="+", default=[], metavar="NAME=DIR", help="GPTQ, of other tools")
-    second.add_argument("--device", default="cpu")
     second.add_argument("--processes", type=int, default=1)
     second.add_argument("--threads", type=int, default=1, help="of each process")
     second.add_argument("--minutes", type=float, default=math.inf, help="begin no experiment after these")

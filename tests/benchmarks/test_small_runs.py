@@ -99,15 +99,21 @@ def test_quantization_settings_are_measured(tmp_path):
     windows, out = tmp_path / "windows.safetensors", tmp_path / "results"
     command = [sys.executable, str(BENCHMARKS / "quantization.py")]
     model = ["--model", str(tmp_path / "model"), "--seeds", "0"]
-    size = ["--sizes", "4x64", "--windows", "1", "--calibration", str(text), "--texts", str(text)]
-    subprocess.run([*command, "prepare", *model, *size, "--out", str(windows)], check=True)
-    chosen = ["--methods", "default", "GPTQ", "--bits", "4", "--schemes", "asym", "--samples", "4", "--length", "64"]
-    run = ["run", *model, "--windows", str(windows), *chosen, "--group-size", "32", "--out", str(out)]
+    sizes = ["--sizes", "4x64"]
+    texts = ["--windows", "1", "--calibration", str(text), "--texts", str(text)]
+    subprocess.run([*command, "prepare", *model, *sizes, *texts, "--out", str(windows)], check=True)
+    subprocess.run([*command, "write", *model, *sizes, "--windows", str(windows)], check=True)
+    methods = ["default", "GPTQ", "default, half own text"]
+    chosen = ["--methods", *methods, "--bits", "4", "--schemes", "asym", "--samples", "4", "--length", "64"]
+    groups = ["--groups", "default", "stages", "own", "--group-size", "32"]
+    run = ["run", *model, "--windows", str(windows), *groups, *chosen, "--out", str(out)]
     for _ in range(2):  # nothing is repeated
         subprocess.run([*command, *run], check=True)
     found = json.loads(out.with_suffix(".json").read_text())
-    assert [run.get("error") for run in found["runs"]] == [None, None]
-    assert [run["method"] for run in found["runs"]] == ["default", "GPTQ"]
+    assert [run.get("error") for run in found["runs"]] == [None, None, None]
+    assert [run["method"] for run in found["runs"]] == methods
+    dataset, again, half = (run["calibration"] for run in found["runs"])
+    assert dataset == again != half
     assert all(set(run["increase"]) == set(found["full_precision"]) == {"text"} for run in found["runs"])
 
 
