@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
 from lkq_hf.quantization.own_text import OwnTextError, interleave, write_windows
 from lkq_hf.quantization.packing import MULTIPLE
-from lkq_hf.quantization.walk import WalkReport, quantize_blocks
+from lkq_hf.quantization.walk import WalkReport, peak_memory, quantize_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,10 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     config.tokenizer = tokenizer = find_tokenizer(config.tokenizer, model.name_or_path)
     training = model.training
     model.eval()
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    start = time.perf_counter()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     tokens, recipe, unwritten = _calibration_windows(model, config, tokenizer, device)
     if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
         raise ValueError(
@@ -88,6 +92,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         )
     if config.chooses_widths:
         set_widths(model, config, list_name, layers, tokens, device)
+    peak_before = peak_memory(device)
     widths = describe_widths(config, list_name, layers) if config.layer_bits else {}
     settings = config.solver_settings()
     report = quantize_blocks(
@@ -104,6 +109,7 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
         load_block=load_block,
     )
     report.coverage = covered
+    report.seconds, report.peak_memory = time.perf_counter() - start, max(peak_before, report.peak_memory)
     model.train(training)
     config.block_name_to_quantize = list_name
     config.meta = {

@@ -1,10 +1,9 @@
 """Calibration windows that the model writes itself.
 
 They are of all kinds of text that the model knows, where a dataset is of one kind: what is calibrated on them as well
-loses less on other texts (self-calibration, arXiv 2410.17170; LLM-QAT, arXiv 2305.17888, section 3.1).
+loses less on other texts (self-calibration, arXiv 2410.17170; LLM-QAT, arXiv 2305.17888).
 """
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,8 +25,6 @@ from lkq_hf.quantization.calibration_data import digest, window_start
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.runs import Run
 
-logger = logging.getLogger(__name__)
-
 AT_ONCE = 32
 """Windows that are written together; fewer where the memory does not reach."""
 NAME = "own_text"
@@ -48,7 +45,7 @@ def write_windows(
     device: torch.device | str = "cpu",
     resume_dir: str | Path | None = None,
 ) -> Tensor:
-    """Samples windows from the model's distribution: temperature 1, nothing cut off, on after the end of a text.
+    """Samples windows from the model's distribution: temperature 1, nothing cut off, past the end of a text.
 
     A window begins with the begin-of-text token where the tokenizer adds one, otherwise with any ordinary token.
     Processes of a group share the windows. Windows that an interrupted run has written are taken from its directory.

@@ -59,7 +59,8 @@ class WalkReport:
     `experts` says of every module of fused experts on how many tokens they were calibrated, also of resumed blocks.
     `blocks` are the refined blocks of this run; `unrefined` says of others, by name, why they are not refined, and
     `untuned` why the model is not tuned end to end.
-    `coverage` is set by `calibrate`, which knows the whole model.
+    `coverage` is set by `calibrate`, which knows the whole model. It also counts what comes before the walk, such as
+    writing text, in `seconds` and `peak_memory`.
     """
 
     layers: list[LayerReport] = field(default_factory=list)
@@ -235,7 +236,7 @@ def quantize_blocks(
     if report.untuned is not None:
         logger.warning("the scales of the whole model are not tuned end to end: %s", report.untuned)
     report.seconds = time.perf_counter() - start
-    report.peak_memory = _peak_memory(device)
+    report.peak_memory = peak_memory(device)
     logger.info(
         "quantized %d layers in %.0f s on %s, peak memory %.2f GiB",
         len(layers),
@@ -495,7 +496,8 @@ def _summary(reports: Sequence[LayerReport], block: BlockReport | None) -> str:
     return "relative error: " + ", ".join(means)
 
 
-def _peak_memory(device: torch.device) -> int:
+def peak_memory(device: torch.device) -> int:
+    """Bytes of the GPU since its statistics were reset, or of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
