@@ -15,7 +15,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lkq_hf import __version__
 from lkq_hf.quantization.base_weights import forget_quantized_origin
 from lkq_hf.quantization.blocks import check_names, find_layers, weights_of
-from lkq_hf.quantization.calibration_data import CalibrationRecipe, calibration_tokens, digest, find_tokenizer
+from lkq_hf.quantization.calibration_data import (
+    CalibrationRecipe,
+    calibration_tokens,
+    check_vocabulary,
+    digest,
+    find_tokenizer,
+)
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
@@ -85,11 +91,6 @@ def calibrate(model: PreTrainedModel, config: TwoStageGPTQConfig, load_block: An
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     tokens, recipe, unwritten = _calibration_windows(model, config, tokenizer, device)
-    if int(tokens.max()) >= model.get_input_embeddings().get_parameter("weight").shape[0]:
-        raise ValueError(
-            "the calibration data has token ids beyond the model's vocabulary; pass the model's own tokenizer, or "
-            "rows of input_ids that it made"
-        )
     if config.chooses_widths:
         set_widths(model, config, list_name, layers, tokens, device)
     peak_before = peak_memory(device)
@@ -161,6 +162,7 @@ def _calibration_windows(
     samples, share = config.num_samples, config.own_share
     count = samples if share == 1 else min(round(share * samples), samples - 1)
     given, recipe = _dataset_windows(config, tokenizer, samples - count)
+    check_vocabulary(given, model)
     if not count:
         return given, recipe, None
     place: dict[str, Any] = {"device": device, "resume_dir": config.resume_dir}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.text.documents import read_rows, read_text
 
@@ -148,6 +148,16 @@ def calibration_tokens(
         tokens_sha256=digest(tokens),
     )
     return tokens, recipe
+
+
+def check_vocabulary(tokens: Tensor, model: PreTrainedModel) -> None:
+    """Raises ValueError for token ids that the model does not know."""
+    vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
+    if bool((tokens >= vocabulary).any()):
+        raise ValueError(
+            "the calibration data has token ids beyond the model's vocabulary; pass the model's own tokenizer, or "
+            "rows of input_ids that it made"
+        )
 
 
 def digest(tokens: Tensor) -> str:

@@ -21,7 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lkq_hf.quantization.calibration_data import digest, window_start
+from lkq_hf.quantization.calibration_data import check_vocabulary, digest, window_start
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.runs import Run
 
@@ -63,6 +63,7 @@ def write_windows(
 
     Raises:
         OwnTextError: the model does not generate, is not whole, or does not fit on the device.
+        ValueError: a tokenizer of another model.
     """
     if not model.can_generate():
         raise OwnTextError(f"{type(model).__name__} does not generate text")
@@ -70,6 +71,7 @@ def write_windows(
         raise OwnTextError("text is written by the whole model, and block_by_block reads one block at a time")
     processes = Processes.current()
     first = _first_tokens(model, tokenizer, count, seed)
+    check_vocabulary(first, model)
     # What the text depends on, besides the weights: each weight would have to be read.
     arguments: dict[str, Any] = {"model": type(model).__name__, "dtype": str(model.dtype), "seed": seed}
     arguments |= {"windows": count, "length": length}
@@ -117,13 +119,17 @@ def interleave(dataset: Tensor, own: Tensor) -> Tensor:
 
 def _first_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, count: int, seed: int) -> Tensor:
     """The token that each window begins with, `[count, 1]`."""
+    vocabulary = model.config.get_text_config().vocab_size
     if tokenizer is None:
-        ordinary = torch.arange(model.config.get_text_config().vocab_size)
+        ordinary = torch.arange(vocabulary)
     elif start := window_start(tokenizer):
         return torch.tensor(start).expand(count, -1).contiguous()
     else:
-        special = set(tokenizer.all_special_ids)
-        ordinary = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
+        added = tokenizer.added_tokens_decoder.items()
+        special = {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+        # Some tokenizers have tokens that their model does not know.
+        known = range(min(len(tokenizer), vocabulary))
+        ordinary = torch.tensor([token for token in known if token not in special])
     chosen = torch.randint(len(ordinary), (count, 1), generator=torch.Generator().manual_seed(seed))
     return ordinary[chosen]
 

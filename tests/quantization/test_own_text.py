@@ -59,6 +59,19 @@ def test_windows_begin_with_any_ordinary_token_where_the_tokenizer_adds_none(tin
     assert set(write_windows(tiny_llama, None, 1000, 2)[:, 0].tolist()) > {0, 1, 127}
 
 
+def test_tokens_that_the_model_does_not_know_are_not_begun_with(tiny_llama, tokenizer, beginning):
+    longer = copy.deepcopy(tokenizer)
+    longer.add_tokens([f"more{i}" for i in range(1000)])
+    longer.add_tokens(["<special>"], special_tokens=True)
+    assert write_windows(tiny_llama, longer, 50, 2).max() < 128
+    beginning.add_special_tokens({"bos_token": "<begin>"})
+    number = beginning.bos_token_id
+    template = TemplateProcessing(single="<begin> $A", special_tokens=[("<begin>", number)])
+    beginning._tokenizer.post_processor = template
+    with pytest.raises(ValueError, match="beyond the model's vocabulary"):
+        write_windows(tiny_llama, beginning, 2, 4)
+
+
 def test_windows_are_mixed_evenly():
     dataset, own = torch.zeros(6, 2, dtype=torch.int64), torch.arange(1, 3).expand(2, 2).T.contiguous()
     assert interleave(dataset, own)[:, 0].tolist() == [0, 0, 0, 1, 0, 0, 0, 2]
