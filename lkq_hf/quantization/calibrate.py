@@ -21,6 +21,7 @@ from lkq_hf.quantization.calibration_data import (
     check_vocabulary,
     digest,
     find_tokenizer,
+    tokenizer_name,
 )
 from lkq_hf.quantization.config import TwoStageGPTQConfig
 from lkq_hf.quantization.dry_run import check_that_it_loads
@@ -165,9 +166,10 @@ def _calibration_windows(
     check_vocabulary(given, model)
     if not count:
         return given, recipe, None
-    place: dict[str, Any] = {"device": device, "resume_dir": config.resume_dir}
     try:
-        own = write_windows(model, tokenizer, count, config.model_seqlen, config.seed, **place)
+        own = write_windows(
+            model, tokenizer, count, config.model_seqlen, config.seed, device=device, resume_dir=config.resume_dir
+        )
     except OwnTextError as error:
         if config.own_text is not None:
             raise
@@ -183,7 +185,8 @@ def _dataset_windows(
     length, seed = config.model_seqlen, config.seed
     if config.dataset is not None and count:
         return calibration_tokens(config.dataset, tokenizer, count, length, seed, config.text_column)
-    return torch.empty(0, length, dtype=torch.int64), CalibrationRecipe(None, None, 0, length, seed, "")
+    recipe = CalibrationRecipe(None, tokenizer_name(tokenizer), 0, length, seed, "")
+    return torch.empty(0, length, dtype=torch.int64), recipe
 
 
 def _refuse_adapters(model: PreTrainedModel) -> None:

@@ -141,13 +141,18 @@ def calibration_tokens(
     tokens = torch.cat([torch.tensor(start, dtype=torch.int64).expand(samples, -1), windows], dim=1)
     recipe = CalibrationRecipe(
         dataset=_describe(source),
-        tokenizer=None if tokenizer is None else Path(tokenizer.name_or_path).name,
+        tokenizer=tokenizer_name(tokenizer),
         samples=samples,
         length=length,
         seed=seed,
         tokens_sha256=digest(tokens),
     )
     return tokens, recipe
+
+
+def tokenizer_name(tokenizer: PreTrainedTokenizerBase | None) -> str | None:
+    """What a recipe calls a tokenizer: no directory of this machine."""
+    return None if tokenizer is None else Path(tokenizer.name_or_path).name
 
 
 def check_vocabulary(tokens: Tensor, model: PreTrainedModel) -> None:
