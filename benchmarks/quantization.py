@@ -45,7 +45,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from lkq_hf.evaluation.divergence import token_statistics
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens, digest
-from lkq_hf.quantization.config import OWN_TEXT, TwoStageGPTQConfig
+from lkq_hf.quantization.config import PRESETS, TwoStageGPTQConfig
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
 from lkq_hf.quantization.own_text import interleave, write_windows
 from lkq_hf.quantization.packing import group_index, unpack_weight
@@ -75,7 +75,7 @@ class Experiment:
         """The calibration windows, int64 `[samples, length]`."""
         size = f"{self.samples}x{self.length}.{self.seed}"
         dataset = tensors[f"calibration.{size}"]
-        share = self.config.get("own_text", OWN_TEXT.get(self.config.get("preset", "default"), 0))
+        share = self.config.get("own_text", PRESETS[self.config.get("preset", "default")].get("own_text", 0))
         count = round(share * self.samples)
         return interleave(dataset[count:], tensors[f"own.{size}"][:count] if count else dataset[:0]).long()
 

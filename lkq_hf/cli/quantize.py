@@ -114,14 +114,13 @@ def quantize(
         group_size=group_size,
         sym=sym,
         preset=preset,
-        own_text=own_text,
         dataset=dataset,
         num_samples=num_samples,
         model_seqlen=model_seqlen,
         text_column=text_column,
         modules_to_not_convert=modules_to_not_convert,
         device=place,
-        advanced={"batch_size": batch_size, "seed": seed},
+        advanced={"batch_size": batch_size, "seed": seed} | ({} if own_text is None else {"own_text": own_text}),
         meta={"base_model": base_model_name} if base_model_name else None,
     )
     walk = quantizer.report

@@ -23,7 +23,7 @@ from lkq_hf.quantization.calibration_data import (
     find_tokenizer,
     tokenizer_name,
 )
-from lkq_hf.quantization.config import TwoStageGPTQConfig
+from lkq_hf.quantization.config import PRESETS, TwoStageGPTQConfig
 from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
 from lkq_hf.quantization.own_text import OwnTextError, interleave, write_windows
@@ -137,12 +137,12 @@ def check_data(config: TwoStageGPTQConfig) -> None:
     Raises:
         ValueError: no data, or data that would not be used.
     """
-    if config.dataset is None and config.own_share < 1:
+    if config.dataset is None and config.own_text < 1:
         raise ValueError(
             "quantizing needs calibration data: pass dataset= to TwoStageGPTQConfig (a list of texts, a dataset, a "
-            "text or .jsonl file, or a Hub dataset id), or own_text=1, with which the model writes all of it"
+            "text or .jsonl file, or a Hub dataset id), or own_text=1 (of advanced=), and the model writes all of it"
         )
-    if config.dataset is not None and config.own_share == 1:
+    if config.dataset is not None and config.own_text == 1:
         raise ValueError("found a dataset and own_text=1, with which it would not be used: leave one of them out")
 
 
@@ -158,9 +158,9 @@ def _calibration_windows(
         Token ids, int64 `[samples, length]`; their recipe; why the model wrote none although the preset asks for it.
 
     Raises:
-        ValueError: a dataset that cannot be used, or an `own_text` of the user's that the model cannot write.
+        ValueError: a dataset that cannot be used, or a model that cannot write an `own_text` other than the preset's.
     """
-    samples, share = config.num_samples, config.own_share
+    samples, share = config.num_samples, config.own_text
     count = samples if share == 1 else min(round(share * samples), samples - 1)
     given, recipe = _dataset_windows(config, tokenizer, samples - count)
     check_vocabulary(given, model)
@@ -171,7 +171,7 @@ def _calibration_windows(
             model, tokenizer, count, config.model_seqlen, config.seed, device=device, resume_dir=config.resume_dir
         )
     except OwnTextError as error:
-        if config.own_text is not None:
+        if share != PRESETS[config.preset].get("own_text"):
             raise
         logger.warning("calibrating on the dataset alone: %s", error)
         return *_dataset_windows(config, tokenizer, samples), str(error)

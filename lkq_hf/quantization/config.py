@@ -36,12 +36,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "corrected_residual": False,
         "sweeps": 1,
     },
-    "refined": {},
+    "refined": {"own_text": 0.5},
 }
 REFINEMENTS: dict[str, dict[str, Any]] = {"refined": {"refinement": BlockRefinement(), "end_to_end": EndToEnd()}}
 """What presets do by gradient, as fields of `SolverSettings`."""
-OWN_TEXT = {"refined": 0.5}
-"""Which share of the calibration windows the model writes itself, by preset; none where it is not said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +52,8 @@ class AdvancedOptions(SolverSwitches):
         batch_size: windows that run through a block at once.
         seed: draws the windows.
         offload: where activations wait: `"auto"`, `"cpu"` or `"disk"`.
+        own_text: share of the windows, from 0 to 1, that the model writes itself before it is quantized
+            (`write_windows`), for which the whole model has to fit on the device.
     """
 
     true_sequential: bool = True
@@ -61,6 +61,7 @@ class AdvancedOptions(SolverSwitches):
     batch_size: int = 8
     seed: int = 0
     offload: str = "auto"
+    own_text: float = 0.0
 
 
 ADVANCED = tuple(field.name for field in fields(AdvancedOptions))
@@ -82,22 +83,19 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         bits (`int` or `float`, defaults to 4): 2, 3, 4 or 8. A fraction between, such as 3.2, is a mean over all
             weights: the calibration then chooses a width for each layer by how much the model's output loses.
         dataset: calibration data: a list of texts, a `datasets` dataset, a text or `.jsonl` file, or a Hub dataset id
-            (see `calibration_tokens`). Needed to quantize, unless `own_text` is 1; not to load.
+            (see `calibration_tokens`). Needed to quantize, unless `advanced` has an `own_text` of 1; not to load.
         tokenizer (`PreTrainedTokenizerBase` or `str`, *optional*): by default the base model's own.
         group_size (`int`, *optional*): input features that share a scale, usually 32, 64 or 128; -1 for a whole row.
             By default the largest of 128, 64 and 32 that divides the inputs of all layers; the calibration sets it.
         sym (`bool`, defaults to `True`): zero points fixed at the middle of the range.
         preset (`str`, defaults to `"default"`): `"default"`, the strongest combination measured, `"paper"`, the
             method as published (arXiv 2602.02126), or `"refined"`, the default, then each block's scales
-            and integers by gradient (`BlockRefinement`), and at the end the whole model's scales (`EndToEnd`), with
-            `own_text` of 0.5.
+            and integers by gradient (`BlockRefinement`), and at the end the whole model's scales (`EndToEnd`); half
+            of its windows are text of the model's own.
         target_size (`int` or `str`, *optional*): instead of `bits`, the largest size of the checkpoint's weights, all
             of them, in bytes or with a unit, as in `"4.5GiB"`: widths of layers are chosen as for a mean.
         num_samples (`int`, defaults to 128): calibration windows.
         model_seqlen (`int`, defaults to 2048): tokens in a window.
-        own_text (`float`, *optional*): share of the calibration windows, from 0 to 1, that the model writes itself
-            before it is quantized (`write_windows`), for which the whole model has to fit on `device`. By default the
-            preset's, and 0 where the model cannot.
         text_column (`str`, defaults to `"text"`): column or field of the texts.
         modules_to_not_convert (`list[str]`, *optional*): names or parts of names that stay in full precision. The
             language model head and embeddings always do.
@@ -148,6 +146,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
     batch_size: int
     seed: int
     offload: str
+    own_text: float
 
     def __init__(
         self,
@@ -161,7 +160,6 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         target_size: int | str | None = None,
         num_samples: int = 128,
         model_seqlen: int = 2048,
-        own_text: float | None = None,
         text_column: str = "text",
         modules_to_not_convert: Sequence[str] | None = None,
         modules_in_block_to_quantize: Sequence[str] | Sequence[Sequence[str]] | None = None,
@@ -197,7 +195,6 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         self.meta = dict(meta or {})
         self.num_samples = num_samples
         self.model_seqlen = model_seqlen
-        self.own_text = own_text
         self.text_column = text_column
         self.device = device
         self.resume_dir = resume_dir
@@ -220,8 +217,8 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
             type(self.group_size) is not int or (self.group_size != -1 and self.group_size < 1)
         ):
             _refuse("group_size", self.group_size, "a positive number (32, 64, 128) or -1 for a whole row")
-        shares = {"damp_percent": self.damp_percent, "alpha": self.alpha, "own_text": self.own_share}
-        for name, value in shares.items():
+        for name in ("damp_percent", "alpha", "own_text"):
+            value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 <= value <= 1:
                 _refuse(name, value, "a number from 0 to 1")
         for name in ("sweeps", "num_samples", "model_seqlen", "batch_size"):
@@ -275,7 +272,7 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
         Raises:
             ValueError: the configuration asks for quantizing, which would not be done.
         """
-        if self.dataset is not None or self.own_text:
+        if self.dataset is not None or self.own_text == 1:
             raise ValueError(
                 "the checkpoint is quantized already, and quantization_config has calibration data, as if it were to "
                 "be quantized. Load the base model to quantize it anew, or leave quantization_config out to load the "
@@ -287,11 +284,6 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
     def chooses_widths(self) -> bool:
         """Whether a calibration is to choose the bits of each layer, by a mean or a size."""
         return self.mean_bits is not None or self.target_size is not None
-
-    @property
-    def own_share(self) -> float:
-        """Which share of the calibration windows the model is to write itself."""
-        return OWN_TEXT.get(self.preset, 0.0) if self.own_text is None else self.own_text
 
     def bits_of(self, layer: str) -> int:
         """The bits per weight of a layer, by its name inside the list of blocks, such as `0.mlp.down_proj`."""

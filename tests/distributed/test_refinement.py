@@ -119,7 +119,7 @@ def _block_by_block(files, out, by_block):
     quantizer = TwoStageQuantizer(str(files / "base"))
     quantizer.quantize(
         files / out, bits=3, group_size=32, dataset=rows, num_samples=80, model_seqlen=32, preset="refined",
-        block_by_block=by_block, own_text=0, device="cpu",
+        block_by_block=by_block, advanced={"own_text": 0}, device="cpu",
     )  # fmt: skip
     return [block.accepted for block in quantizer.report.blocks]
 

@@ -79,6 +79,10 @@ def test_windows_are_mixed_evenly():
     assert torch.equal(interleave(dataset[:0], own), own)
 
 
+def asked_for(own_text):
+    return {"advanced": {"own_text": own_text}}
+
+
 def quantized(model, **options):
     config = TwoStageGPTQConfig(bits=4, group_size=32, num_samples=8, model_seqlen=16, **options)
     calibrate(model, config)
@@ -97,7 +101,7 @@ def test_a_share_of_the_windows_is_the_models_own(tiny_llama, tokenizer, texts, 
     written = write_windows(tiny_llama, tokenizer, own_windows, 16)
     given = [] if share == 1 else calibration_tokens(texts, tokenizer, 8 - own_windows, 16)[0].tolist()
     data = {} if share == 1 else {"dataset": texts}
-    config = quantized(tiny_llama, own_text=share, tokenizer=tokenizer, **data)
+    config = quantized(tiny_llama, **asked_for(share), tokenizer=tokenizer, **data)
     assert sorted(seen[0].tolist()) == sorted(given + written.tolist())
     recipe = config.meta["calibration"]
     assert (recipe["samples"], recipe["written_by_model"]) == (8, own_windows)
@@ -113,21 +117,21 @@ def test_the_refined_preset_writes_half(tiny_llama, tokenizer, texts, monkeypatc
         for preset in ("default", "refined")
     }  # fmt: skip
     assert own == {"default": 0, "refined": 4}
-    config = quantized(tiny_llama, preset="refined", own_text=0, dataset=texts, tokenizer=tokenizer)
+    config = quantized(tiny_llama, preset="refined", **asked_for(0), dataset=texts, tokenizer=tokenizer)
     assert config.meta["calibration"]["written_by_model"] == 0
 
 
 def test_no_data_and_unused_data_are_refused(tiny_llama, texts):
     for options, message in (
         ({"preset": "refined"}, "pass dataset= .* or own_text=1"),
-        ({"own_text": 0.9}, "pass dataset="),
-        ({"dataset": texts, "own_text": 1}, "leave one of them out"),
+        (asked_for(0.9), "pass dataset="),
+        ({"dataset": texts, **asked_for(1)}, "leave one of them out"),
     ):
         with pytest.raises(ValueError, match=message):
             calibrate(tiny_llama, TwoStageGPTQConfig(**options))
     for share in (-0.1, 1.5, "half"):
         with pytest.raises(ValueError, match="own_text must be a number from 0 to 1"):
-            TwoStageGPTQConfig(own_text=share)
+            TwoStageGPTQConfig(**asked_for(share))
 
 
 def test_an_interrupted_run_keeps_what_was_written(tiny_llama, tokenizer, tmp_path, monkeypatch):
@@ -169,7 +173,7 @@ def test_a_model_that_cannot_write_is_refused_or_left_without(tiny_llama, tokeni
     assert "block_by_block reads one block at a time" in meta["no_own_text"]
     assert (meta["calibration"]["samples"], meta["calibration"]["written_by_model"]) == (8, 0)
     with pytest.raises(OwnTextError, match="block_by_block"):
-        quantizer.quantize(tmp_path / "other", own_text=0.5, **options)
+        quantizer.quantize(tmp_path / "other", **asked_for(0.5), **options)
 
     out_of_memory(monkeypatch, tiny_llama, limit=0)
     with pytest.raises(OwnTextError, match="do not fit on cpu"):
@@ -182,7 +186,7 @@ def test_a_model_that_cannot_write_is_refused_or_left_without(tiny_llama, tokeni
 def test_a_checkpoint_needs_no_dataset(tiny_llama, tokenizer, tmp_path):
     tiny_llama.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    config = TwoStageGPTQConfig(bits=4, own_text=1, num_samples=8, model_seqlen=16)
+    config = TwoStageGPTQConfig(bits=4, **asked_for(1), num_samples=8, model_seqlen=16)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
     model.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
