@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lkq_hf.quantization.blocks import weights_of
+from lkq_hf.quantization.calibration_data import digest
 from lkq_hf.quantization.expert_solver import ExpertCounts
 from lkq_hf.quantization.solve import SolverSettings, resolve_group_size
 from lkq_hf.quantization.weight import QuantizedWeight
@@ -46,7 +47,7 @@ def walk_arguments(
             for name, layer in layers.items()
             for weight_name, weight in weights_of(name, layer).items()
         },
-        "calibration tokens": hashlib.sha256(tokens.cpu().numpy().tobytes()).hexdigest()[:16],
+        "calibration tokens": digest(tokens.cpu())[:16],
     }
 
 

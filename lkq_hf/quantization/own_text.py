@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import (
     GenerationConfig,
@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from lkq_hf.quantization.calibration_data import check_vocabulary, digest, window_start
+from lkq_hf.quantization.on_device import on_device
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.runs import Run
 
@@ -137,17 +138,18 @@ def _first_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
 @contextmanager
 def _ready_to_sample(model: PreTrainedModel, device: torch.device | str) -> Iterator[None]:
     """The model on `device`, without the sampling that its authors advise; at the end it is as and where it was."""
-    home = model.get_input_embeddings().get_parameter("weight").device
     advised = model.generation_config
     device = torch.device(device)
     model.generation_config = GenerationConfig()
     try:
-        nn.Module.to(model, device)
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with (
+            on_device(model, device),
+            torch.no_grad(),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+        ):
             yield
     finally:
         model.generation_config = advised
-        nn.Module.to(model, home)
 
 
 def _sample(model: PreTrainedModel, start: Tensor, length: int, progress: Any, at_once: int) -> Tensor:

@@ -16,6 +16,7 @@ from lkq_hf.quantization.end_to_end import divergence
 from lkq_hf.quantization.experts import is_experts
 from lkq_hf.quantization.head import Head
 from lkq_hf.quantization.hessian import InputMoments
+from lkq_hf.quantization.on_device import on_device
 from lkq_hf.quantization.packing import packed_shapes
 from lkq_hf.quantization.solve import SolverSettings, quantize_weight, resolve_group_size
 from lkq_hf.quantization.widths import Unit
@@ -212,15 +213,12 @@ def trial_quantization(
             f"bits are chosen for linear layers only, found fused experts ({fused[0]}); give one width for all with "
             "bits, or leave the experts in full precision with modules_to_not_convert"
         )
-    home = model.get_input_embeddings().get_parameter("weight").device
-    nn.Module.to(model, torch.device(device))
-    with torch.no_grad():
+    with on_device(model, device), torch.no_grad():
         trial = TrialQuantization(model, list_name, layers, tokens.to(device), settings)
         try:
             yield trial
         finally:
             trial.restore()
-            nn.Module.to(model, home)
 
 
 def _batches(tokens: Tensor) -> list[Tensor]:

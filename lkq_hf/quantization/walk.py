@@ -35,6 +35,7 @@ from lkq_hf.quantization.finished_blocks import FinishedBlocks, walk_arguments
 from lkq_hf.quantization.fisher import error_factor, output_fisher
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.install import install_packed
+from lkq_hf.quantization.on_device import on_device
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refine import BlockPaths, BlockReport, refine_block
 from lkq_hf.quantization.solve import Solution, SolverSettings, quantize_weight
@@ -225,14 +226,13 @@ def quantize_blocks(
     use_packed_experts(model)
     if tuning is not None and full is not None:
         try:
-            nn.Module.to(model, device)
-            on_device = [batch.to(device) for batch in batches]
-            report.end_to_end = tune_end_to_end(model, blocks, on_device, quantized, full, tuning, processes)
+            with on_device(model, device):
+                moved = [batch.to(device) for batch in batches]
+                report.end_to_end = tune_end_to_end(model, blocks, moved, quantized, full, tuning, processes)
         except torch.OutOfMemoryError:
             if processes.size > 1:  # the others wait for this one
                 raise
             report.untuned = f"the quantized model does not fit on {device}"
-        nn.Module.to(model, home)
     if report.untuned is not None:
         logger.warning("the scales of the whole model are not tuned end to end: %s", report.untuned)
     report.seconds = time.perf_counter() - start
@@ -294,12 +294,9 @@ def _fisher(
     refinement = settings.refinement
     if refinement is None or not refinement.fisher_share:
         return None
-    home = model.get_input_embeddings().get_parameter("weight").device
-    nn.Module.to(model, device)
     tokens = torch.cat(list(batches))[: -(-refinement.fisher_windows // processes.size)].to(device)
-    result = output_fisher(model, blocks, tokens, processes)
-    nn.Module.to(model, home)
-    return result
+    with on_device(model, device):
+        return output_fisher(model, blocks, tokens, processes)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
 """Tiny random models and a tiny tokenizer, made on the spot."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 
@@ -12,6 +15,16 @@ def tokenizer():
     core = Tokenizer(models.WordLevel({"<unk>": 0, "<eos>": 1, **words}, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", eos_token="<eos>")
+
+
+@pytest.fixture
+def beginning(tokenizer):
+    """The tokenizer, with a begin-of-text token that it adds itself."""
+    beginning = copy.deepcopy(tokenizer)
+    beginning.add_special_tokens({"bos_token": "w0"})
+    number = beginning.bos_token_id
+    beginning._tokenizer.post_processor = TemplateProcessing(single="w0 $A", special_tokens=[("w0", number)])
+    return beginning
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 from models import tiny_model
-from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from lkq_hf.quantization import TwoStageQuantizer
@@ -57,15 +56,9 @@ def test_a_seed_draws_other_windows_from_one_long_text(tokenizer, tmp_path):
     assert not torch.equal(*windows)
 
 
-def test_every_window_starts_with_the_begin_token_where_the_tokenizer_adds_one(texts, tokenizer):
-    import copy
-
-    starting = copy.deepcopy(tokenizer)
-    starting.add_special_tokens({"bos_token": "w0"})
-    number = starting.bos_token_id
-    starting._tokenizer.post_processor = TemplateProcessing(single="w0 $A", special_tokens=[("w0", number)])
-    tokens, _ = calibration_tokens(texts, starting, samples=6, length=20)
-    assert (tokens[:, 0] == number).all() and tokens.shape == (6, 20)
+def test_every_window_starts_with_the_begin_token_where_the_tokenizer_adds_one(texts, beginning):
+    tokens, _ = calibration_tokens(texts, beginning, samples=6, length=20)
+    assert (tokens[:, 0] == beginning.bos_token_id).all() and tokens.shape == (6, 20)
 
 
 def test_rows_of_token_ids_need_no_tokenizer():

@@ -15,16 +15,6 @@ from lkq_hf.quantization.config import REFINEMENTS
 from lkq_hf.quantization.own_text import OwnTextError, interleave, write_windows
 
 
-@pytest.fixture
-def beginning(tokenizer):
-    """The tokenizer, with a begin-of-text token that it adds itself."""
-    beginning = copy.deepcopy(tokenizer)
-    beginning.add_special_tokens({"bos_token": "w0"})
-    number = beginning.bos_token_id
-    beginning._tokenizer.post_processor = TemplateProcessing(single="w0 $A", special_tokens=[("w0", number)])
-    return beginning
-
-
 def test_tokens_are_drawn_as_the_model_predicts_them(tiny_llama, beginning):
     start = beginning.bos_token_id
     with torch.no_grad():
