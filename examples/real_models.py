@@ -12,7 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AddedToken,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GemmaTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.convert_slow_tokenizer import generate_merges
 
 SMOLLM2_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 GEMMA3_NAME = "google/gemma-3-270m"
@@ -38,8 +47,7 @@ def _convert(gguf: Path, target: Path, name: str) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-        _name_special_tokens(tokenizer, gguf)
+        tokenizer = _read_tokenizer(gguf)
         model = AutoModelForCausalLM.from_pretrained(
             gguf.parent, gguf_file=gguf.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
         )
@@ -57,14 +65,33 @@ def _convert(gguf: Path, target: Path, name: str) -> None:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _name_special_tokens(tokenizer: PreTrainedTokenizerBase, gguf: Path) -> None:
-    """As the file has them: transformers 5.17 takes some for others."""
+def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
+    """A file's tokenizer, the same with all versions: transformers 5.17 reads some parts wrongly."""
     from gguf import GGUFReader
 
     fields = GGUFReader(gguf).fields
+    is_gemma = fields["general.architecture"].contents().startswith("gemma")
+    tokenizer = _gemma_tokenizer(fields) if is_gemma else AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if identity := fields.get(f"tokenizer.ggml.{field}_token_id"):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(identity.contents())))
+    return tokenizer
+
+
+def _gemma_tokenizer(fields: dict[str, Any]) -> GemmaTokenizer:
+    """Byte-pair encoding whose merges are in the order of the vocabulary; 5.17 takes it for a unigram model, and adds
+    no begin-of-text token, without which Gemma reads nothing."""
+    words, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
+    # The tokenizer writes spaces as ▁; the file does so too, except in tokens of several spaces.
+    words = [word if word.strip() else word.replace(" ", "▁") for word in words]
+    order = {word: -index for index, word in enumerate(words)}
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, order), add_bos_token=True)
+    control, user_defined = 3, 4
+    for kind, special in ((control, True), (user_defined, False)):
+        added = [word for word, own in zip(words, kinds, strict=True) if own == kind]
+        tokenizer.add_tokens([AddedToken(word, normalized=False, special=special) for word in added], special)
+    return tokenizer
 
 
 def smollm2_directory() -> Path:

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFWriter
 from models import add_lookahead, kept_entries, left_padded, prompt_ids, tiny_model
-from real_models import gemma3_directory, load_gemma3, load_smollm2, smollm2_directory
+from real_models import _read_tokenizer, gemma3_directory, load_gemma3, load_smollm2, smollm2_directory
 from reference import assert_as_masked, evicted_length, generate
 from torch.nn import functional as F
 from transformers import AutoTokenizer, TextStreamer
@@ -55,16 +56,36 @@ def real(request):
 
 
 @pytest.mark.parametrize(
-    ("directory", "tokens"),
+    ("directory", "special", "ids"),
     [
-        (smollm2_directory, ["<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"]),
-        pytest.param(gemma3_directory, ["<bos>", "<eos>", "<pad>", "<unk>"], marks=pytest.mark.slow),
+        (smollm2_directory, ["<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"], [19556, 905]),
+        pytest.param(
+            gemma3_directory, ["<bos>", "<eos>", "<pad>", "<unk>"], [2, 9259, 1902], marks=pytest.mark.slow
+        ),
     ],
 )
-def test_special_tokens_are_those_of_the_file(directory, tokens):
-    """Whichever transformers converted it: 5.17 would take SmolLM2's first token for its last."""
+def test_tokens_are_those_that_the_models_know(directory, special, ids):
+    """Whichever transformers converted the files: 5.17 would take SmolLM2's first special token for its last."""
     tokenizer = AutoTokenizer.from_pretrained(directory())
-    assert [getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")] == tokens
+    assert [getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "pad", "unk")] == special
+    assert tokenizer("Hello world").input_ids == ids
+
+
+def test_a_gemma_file_holds_byte_pairs_and_begins_with_bos(tmp_path):
+    """With the oldest transformers too, which would read another kind of tokenizer and no begin-of-text token."""
+    words = ["<pad>", "<eos>", "<bos>", "<unk>", "h", "i", "▁", "hi", "▁hi", "  "]
+    writer = GGUFWriter(tmp_path / "gemma.gguf", "gemma3")
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(words)
+    writer.add_token_types([3] * 4 + [1] * 6)
+    writer.add_bos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    _read_tokenizer(tmp_path / "gemma.gguf").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert tokenizer("hi  hi").input_ids == [2, words.index("hi"), words.index("▁"), words.index("▁hi")]
+    assert tokenizer("h  ").input_ids == [2, words.index("h"), words.index("  ")]
 
 
 def ids_of(tokenizer, text):
