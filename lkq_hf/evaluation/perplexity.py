@@ -13,6 +13,7 @@ from lkq_hf.evaluation.divergence import token_statistics
 from lkq_hf.evaluation.environment import environment
 from lkq_hf.evaluation.journal import Journal
 from lkq_hf.evaluation.metrics import load_metric
+from lkq_hf.text.text_start import text_start
 
 
 def text_windows(
@@ -23,8 +24,7 @@ def text_windows(
 ) -> torch.Tensor:
     """The documents, joined by empty lines and cut into windows that do not overlap; what is left over is dropped.
 
-    Each window starts with the token that the tokenizer puts before every text, if it has one: some models are lost
-    without it.
+    Each window starts with what stands before all texts of the model (`text_start`).
 
     Args:
         documents: mappings with ``"text"``.
@@ -42,7 +42,7 @@ def text_windows(
         raise ValueError(f"expected windows of at least 2 tokens, and at least one; got {window} and {max_windows}")
     text = "\n\n".join(document["text"] for document in documents)
     tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    first = [token for token in tokenizer("")["input_ids"] if token == tokenizer.bos_token_id]
+    first = text_start(tokenizer)
     step = window - len(first)
     starts = range(0, len(tokens) - step + 1, step)[:max_windows]
     if not starts:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lkq_hf.text.documents import read_rows, read_text
+from lkq_hf.text.text_start import text_start
 
 if TYPE_CHECKING:
     import datasets
@@ -84,7 +85,7 @@ def calibration_tokens(
     """Tokenizes texts and packs them into windows without padding.
 
     Texts are shuffled with `seed`, joined (with the end-of-text token between them, where the tokenizer has one) and
-    cut into windows. Where the tokenizer starts a text with a begin-of-text token, every window starts with it.
+    cut into windows. Every window starts with what stands before all texts of the model (`text_start`).
 
     Args:
         source: a list of texts, a list of dicts with `input_ids`, a `datasets` dataset with a column `text_column` or
@@ -103,9 +104,12 @@ def calibration_tokens(
         ValueError: an empty source, a missing column, texts without a tokenizer, or too little text; nothing is padded
             or repeated.
     """
-    if samples < 1 or length < 2:
-        raise ValueError(f"calibration needs samples >= 1 and length >= 2, found samples={samples}, length={length}")
-    start = [] if tokenizer is None else window_start(tokenizer)
+    start = [] if tokenizer is None else text_start(tokenizer)
+    shortest = max(2, len(start) + 1)
+    if samples < 1 or length < shortest:
+        raise ValueError(
+            f"calibration needs samples >= 1 and length >= {shortest}, found samples={samples}, length={length}"
+        )
     body = length - len(start)
     enough = samples * length * CHARACTERS_PER_TOKEN * OVERSAMPLING
     shuffler = random.Random(seed)
@@ -168,12 +172,6 @@ def check_vocabulary(tokens: Tensor, model: PreTrainedModel) -> None:
 def digest(tokens: Tensor) -> str:
     """The SHA-256 of tokens."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-
-
-def window_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The begin-of-text token where the tokenizer itself adds one: such models see no text without it."""
-    ids = tokenizer("a")["input_ids"]
-    return [ids[0]] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else []
 
 
 def _documents(source: Any, text_column: str, enough: int, shuffler: random.Random) -> Iterable[str | list[int]]:

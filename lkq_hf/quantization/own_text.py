@@ -21,10 +21,11 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from lkq_hf.quantization.calibration_data import check_vocabulary, digest, window_start
+from lkq_hf.quantization.calibration_data import check_vocabulary, digest
 from lkq_hf.quantization.on_device import on_device
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.runs import Run
+from lkq_hf.text.text_start import text_start
 
 AT_ONCE = 32
 """Windows that are written together; fewer where the memory does not reach."""
@@ -48,14 +49,14 @@ def write_windows(
 ) -> Tensor:
     """Samples windows from the model's distribution: temperature 1, nothing cut off, past the end of a text.
 
-    A window begins with the begin-of-text token where the tokenizer adds one, otherwise with any ordinary token.
+    A window begins with what stands before all texts of the model (`text_start`), or else with any ordinary token.
     Processes of a group share the windows. Windows that an interrupted run has written are taken from its directory.
 
     Args:
         model: in full precision and whole, in evaluation mode.
         tokenizer: `None` draws first tokens from the whole vocabulary.
         count: windows.
-        length: tokens in a window, the first included.
+        length: tokens in a window, the first ones included.
         device: where the whole model is for the time.
         resume_dir: of the quantization.
 
@@ -123,7 +124,7 @@ def _first_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | N
     vocabulary = model.config.get_text_config().vocab_size
     if tokenizer is None:
         ordinary = torch.arange(vocabulary)
-    elif start := window_start(tokenizer):
+    elif start := text_start(tokenizer):
         return torch.tensor(start).expand(count, -1).contiguous()
     else:
         added = tokenizer.added_tokens_decoder.items()
