@@ -71,7 +71,9 @@ def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 
     fields = GGUFReader(gguf).fields
     is_gemma = fields["general.architecture"].contents().startswith("gemma")
-    tokenizer = _gemma_tokenizer(fields) if is_gemma else AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = (
+        _gemma_tokenizer(fields) if is_gemma else AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    )
     for name, field in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"), ("unk", "unknown")):
         if identity := fields.get(f"tokenizer.ggml.{field}_token_id"):
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(identity.contents())))

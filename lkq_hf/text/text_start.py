@@ -1,5 +1,7 @@
 """What stands before every text that a model reads."""
 
+from typing import Any
+
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +25,7 @@ def _begins_chats(token: str | None, tokenizer: PreTrainedTokenizerBase) -> bool
         return False
     roles = ("user", "assistant", "user")
     try:
-        text = tokenizer.apply_chat_template([{"role": role, "content": "a"} for role in roles], tokenize=False)
+        text: Any = tokenizer.apply_chat_template([{"role": role, "content": "a"} for role in roles], tokenize=False)
     except TemplateError:
         return False
     return text.startswith(token) and text.count(token) == 1

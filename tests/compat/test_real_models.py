@@ -59,9 +59,7 @@ def real(request):
     ("directory", "special", "ids"),
     [
         (smollm2_directory, ["<|im_start|>", "<|im_end|>", "<|im_end|>", "<|endoftext|>"], [19556, 905]),
-        pytest.param(
-            gemma3_directory, ["<bos>", "<eos>", "<pad>", "<unk>"], [2, 9259, 1902], marks=pytest.mark.slow
-        ),
+        pytest.param(gemma3_directory, ["<bos>", "<eos>", "<pad>", "<unk>"], [2, 9259, 1902], marks=pytest.mark.slow),
     ],
 )
 def test_tokens_are_those_that_the_models_know(directory, special, ids):
