@@ -25,7 +25,9 @@ import fcntl
 import itertools
 import json
 import math
+import signal
 import statistics
+import sys
 import time
 import traceback
 from collections.abc import Iterable
@@ -47,7 +49,7 @@ from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.calibration_data import calibration_tokens, digest
 from lkq_hf.quantization.config import PRESETS, TwoStageGPTQConfig
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
-from lkq_hf.quantization.own_text import interleave, write_windows
+from lkq_hf.quantization.own_text import interleave, own_windows, write_windows
 from lkq_hf.quantization.packing import group_index, unpack_weight
 from lkq_hf.quantization.quantizer import restore_linear
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
@@ -76,7 +78,7 @@ class Experiment:
         size = f"{self.samples}x{self.length}.{self.seed}"
         dataset = tensors[f"calibration.{size}"]
         share = self.config.get("own_text", PRESETS[self.config.get("preset", "default")].get("own_text", 0))
-        count = round(share * self.samples)
+        count = own_windows(share, self.samples)
         return interleave(dataset[count:], tensors[f"own.{size}"][:count] if count else dataset[:0]).long()
 
 
@@ -107,13 +109,14 @@ def prepare(given: argparse.Namespace) -> None:
 
 
 def write(given: argparse.Namespace) -> None:
-    """Adds to the windows as many that the model writes itself."""
+    """Adds to the windows a share of as many that the model writes itself."""
     model, tokenizer = model_and_tokenizer(given.model)
     tensors, digests, _ = windows_of(given)
     for name in [name for name in tensors if name.startswith("calibration.")]:
         _, size, seed = name.split(".")
         own, (count, length) = f"own.{size}.{seed}", map(int, size.split("x"))
         if int(seed) in given.seeds and size in given.sizes:
+            count = own_windows(given.share, count)
             tokens = write_windows(model.eval(), tokenizer, count, length, int(seed), device=given.device)
             tensors[own], digests[own] = tokens.int(), digest(tokens)
             save_file(tensors, given.windows, metadata=digests)
@@ -368,7 +371,9 @@ def run(given: argparse.Namespace) -> None:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("i", 0)
     count = min(given.processes, len(waiting))
-    processes = [context.Process(target=work, args=(i, counter, waiting, given)) for i in range(count)]
+    # Daemons end with this process, if it ends in order: not by SIGTERM's default.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    processes = [context.Process(target=work, args=(i, counter, waiting, given), daemon=True) for i in range(count)]
     for process in processes:
         process.start()
     for process in processes:
@@ -391,6 +396,7 @@ def main(arguments: list[str] | None = None) -> None:
         command.add_argument(
             "--sizes", nargs="+", default=["32x512", "128x2048"], help="calibration windows x tokens of one"
         )
+    writer.add_argument("--share", type=float, default=1.0, help="0.5 is enough for --preset refined")
     writer.set_defaults(do=write)
     first.add_argument("--tokenizer", help="directory, instead of the model's own")
     first.add_argument("--calibration", type=Path, required=True, help="text or jsonl file, may be gzipped")

@@ -26,7 +26,7 @@ from lkq_hf.quantization.calibration_data import (
 from lkq_hf.quantization.config import PRESETS, TwoStageGPTQConfig
 from lkq_hf.quantization.dry_run import check_that_it_loads
 from lkq_hf.quantization.mixed_bits import describe_widths, set_widths
-from lkq_hf.quantization.own_text import OwnTextError, interleave, write_windows
+from lkq_hf.quantization.own_text import OwnTextError, interleave, own_windows, write_windows
 from lkq_hf.quantization.packing import MULTIPLE
 from lkq_hf.quantization.walk import WalkReport, peak_memory, quantize_blocks
 
@@ -161,7 +161,7 @@ def _calibration_windows(
         ValueError: a dataset that cannot be used, or a model that cannot write an `own_text` other than the preset's.
     """
     samples, share = config.num_samples, config.own_text
-    count = samples if share == 1 else min(round(share * samples), samples - 1)
+    count = own_windows(share, samples)
     given, recipe = _dataset_windows(config, tokenizer, samples - count)
     check_vocabulary(given, model)
     if not count:

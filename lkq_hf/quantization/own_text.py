@@ -37,6 +37,11 @@ class OwnTextError(ValueError):
     """A model cannot write text here."""
 
 
+def own_windows(share: float, samples: int) -> int:
+    """How many of `samples` windows the model writes: all of them only where the share is 1."""
+    return samples if share == 1 else min(round(share * samples), samples - 1)
+
+
 def write_windows(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
