@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import get_peft_model
-from real_models import gemma3_directory, smollm2_directory
+from real_models import GEMMA3_NAME, SMOLLM2_NAME, gemma3_directory, smollm2_directory
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lkq_hf import LookaheadKVConfig, prepare_model_for_eviction
@@ -27,6 +27,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PACKAGES = ("lkq-hf", "torch", "triton", "transformers", "peft")
 MODELS: dict[str, Callable[[], Path]] = {"smollm2": smollm2_directory, "gemma3": gemma3_directory}
 """Real models from PyPI packages, by short name."""
+NAMES = {"smollm2": SMOLLM2_NAME, "gemma3": GEMMA3_NAME}
+"""The names under which the Hub knows them."""
 
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import DEVICE, parser, real_model, save
+from common import DEVICE, NAMES, parser, real_model, save
 from quality import AGREEMENT_TASKS, FACT_TASKS, Prompts
 from tqdm import tqdm
 
@@ -92,7 +92,7 @@ def describe(arguments: argparse.Namespace, device: torch.device) -> dict[str, A
     files = [*arguments.texts, *([arguments.adapter] if arguments.adapter else [])]
     return {
         **environment(device),
-        "model": "HuggingFaceTB/SmolLM2-135M-Instruct" if arguments.model == "smollm2" else Path(arguments.model).name,
+        "model": NAMES.get(arguments.model, Path(arguments.model).name),
         "adapter": Path(arguments.adapter).name if arguments.adapter else None,
         "dtype": arguments.dtype,
         "allocation": arguments.allocation,

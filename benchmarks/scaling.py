@@ -99,6 +99,7 @@ WORK = {
     "experts": "quantizing experts",
     "refining": "quantizing and refining",
     "tuning": "a step of tuning all scales",
+    "refined": "quantizing by the refined preset",
     "gathering": "gathering the scores of a prompt",
     "sharing out": "sharing a budget out by the scores of a prompt",
 }

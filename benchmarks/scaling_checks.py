@@ -24,6 +24,7 @@ the fullest GPU.
     experts               one layer of Qwen3-30B-A3B (128 experts)
     refining              one layer of the 8B model, with its refinement
     tuning                a step of tuning all scales of the 8B model, after its layers are rounded to nearest
+    refined               all of the 8B model, by the refined preset, with what is compiled for it
     sharing out           one threshold over all heads of the 8B model, with four times a budget of 1,024 provisional
                           entries a head; under tensor parallelism also the gathering of the scores that it needs
 """
@@ -82,7 +83,7 @@ from lkq_hf.cache.tensor_parallel import DividedHeads
 from lkq_hf.evaluation.judge import AnswerJudge
 from lkq_hf.evaluation.profile import measure_profile
 from lkq_hf.quantization import TwoStageGPTQConfig
-from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.calibrate import calibrate, find_layers
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.walk import quantize_blocks
@@ -207,6 +208,24 @@ def run_tuning(plan: str, device: str, shrink: int, add: Add) -> None:
     add("tuning", "8B", 32, tokens, {"seconds": step, "bytes": walks[2]["bytes"]})
 
 
+def run_refined(plan: str, device: str, shrink: int, add: Add) -> None:
+    """As users run it: the model waits in main memory, and writes half of the windows."""
+    model = build(sizes_of("8B", shrink), 32 // shrink, device, shrink).cpu()
+    count, length = RECIPE["calibration_tokens"] // 2048 // shrink, 2048 // shrink
+    windows = torch.randint(3, 1000 // shrink, (count, length), generator=torch.Generator().manual_seed(0))
+    config = TwoStageGPTQConfig(
+        preset="refined",
+        dataset=[{"input_ids": row} for row in windows.tolist()],
+        num_samples=count,
+        model_seqlen=length,
+        group_size=128 if shrink == 1 else 32,
+        batch_size=8,
+        device=device,
+    )
+    report = calibrate(model, config)
+    add("refined", "8B", 32, count * length, {"seconds": report.seconds, "bytes": report.peak_memory})
+
+
 def run_sharing_out(plan: str, device: str, shrink: int, add: Add) -> None:
     processes, layers = PartialState().num_processes, MODELS["8B"]["num_hidden_layers"]
     shape = 1, COMMON["num_key_value_heads"] // processes, MOST * BUDGET // shrink
@@ -227,7 +246,7 @@ RUNS: dict[str, Callable[[str, str, int, Add], None]] = {
     "answers, continuous": partial(run_answers, way=", continuous"), "training": run_training,
     **{work: partial(run_adapted, work=work) for work in ("evaluating", "judging", "profile")},
     "quantizing": run_quantizing, "experts": run_experts, "refining": run_refining, "tuning": run_tuning,
-    "sharing out": run_sharing_out,
+    "refined": run_refined, "sharing out": run_sharing_out,
 }  # fmt: skip
 
 
