@@ -26,6 +26,6 @@ def _begins_chats(token: str | None, tokenizer: PreTrainedTokenizerBase) -> bool
     roles = ("user", "assistant", "user")
     try:
         text: Any = tokenizer.apply_chat_template([{"role": role, "content": "a"} for role in roles], tokenize=False)
-    except TemplateError:
+    except (TemplateError, TypeError, ValueError):  # a chat of another form is expected
         return False
     return text.startswith(token) and text.count(token) == 1

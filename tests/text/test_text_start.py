@@ -36,6 +36,8 @@ def tokenizer(processor=None, chat_template=None, bos_token="<s>"):
         (None, PIECES, []),
         (None, "{% for message in messages %}<s>{{ message['content'] }}{% endfor %}", []),
         (None, "{{ raise_exception('no chats') }}", []),
+        (None, "{{ messages[0]['content'] + 1 }}", []),
+        (None, {"rag": "<s>" + PIECES}, []),
     ],
 )
 def test_what_stands_before_a_text(processor, chat_template, expected):
