@@ -357,12 +357,14 @@ def run(given: argparse.Namespace) -> None:
     full_precision = results.begin(about, model, texts)
     for name, _, source in (each.partition("=") for each in given.checkpoints):
         how = json.loads((Path(source) / "config.json").read_text())["quantization_config"]
-        recipe = json.loads((Path(source) / "baseline.json").read_text())["calibration"]
+        baseline = json.loads((Path(source) / "baseline.json").read_text())
+        recipe = baseline["calibration"]
         sizes = recipe["samples"], recipe["length"]
         other = Experiment(name, how["bits"], how["sym"], recipe["seed"], how["group_size"], *sizes)
         if not results.has(other):
             found = measure(load_gptq(Path(source)).to(given.device), model, texts, full_precision)
-            details = {"calibration": recipe["tokens_sha256"], "environment": describe()}
+            details = {"calibration": recipe["tokens_sha256"], "quantization_seconds": baseline["seconds"]}
+            details["environment"] = describe()
             results.add(asdict(other) | found | details)
     del model
     waiting = [experiment for experiment in experiments(given) if not results.has(experiment)]

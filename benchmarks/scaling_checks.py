@@ -211,19 +211,18 @@ def run_tuning(plan: str, device: str, shrink: int, add: Add) -> None:
 def run_refined(plan: str, device: str, shrink: int, add: Add) -> None:
     """As users run it: the model waits in main memory, and writes half of the windows."""
     model = build(sizes_of("8B", shrink), 32 // shrink, device, shrink).cpu()
-    count, length = RECIPE["calibration_tokens"] // 2048 // shrink, 2048 // shrink
-    windows = torch.randint(3, 1000 // shrink, (count, length), generator=torch.Generator().manual_seed(0))
+    tokens = RECIPE["calibration_tokens"]
+    windows = _windows(tokens, shrink)
     config = TwoStageGPTQConfig(
         preset="refined",
         dataset=[{"input_ids": row} for row in windows.tolist()],
-        num_samples=count,
-        model_seqlen=length,
-        group_size=128 if shrink == 1 else 32,
-        batch_size=8,
+        num_samples=len(windows),
+        model_seqlen=windows.shape[1],
+        group_size=_group_size(shrink),
         device=device,
     )
     report = calibrate(model, config)
-    add("refined", "8B", 32, count * length, {"seconds": report.seconds, "bytes": report.peak_memory})
+    add("refined", "8B", 32, tokens, {"seconds": report.seconds, "bytes": report.peak_memory})
 
 
 def run_sharing_out(plan: str, device: str, shrink: int, add: Add) -> None:
@@ -314,12 +313,21 @@ def _build_repeated(sizes: dict[str, int], layers: int, device: str, shrink: int
     return model.eval()
 
 
+def _group_size(shrink: int) -> int:
+    return 128 if shrink == 1 else 32
+
+
+def _windows(tokens: int, shrink: int) -> torch.Tensor:
+    """Random calibration windows, int64 `[windows, length]`: the length shrinks, and not their number."""
+    return torch.randint(3, 1000 // shrink, (tokens // 2048, 2048 // shrink), generator=torch.Generator())
+
+
 def _walk(model: Any, tokens: int, device: str, shrink: int, **changes: Any) -> Figures:
     """Seconds of a calibration walk by the default method, and the peak bytes."""
-    config = TwoStageGPTQConfig(group_size=128 if shrink == 1 else 32)
+    config = TwoStageGPTQConfig(group_size=_group_size(shrink))
     name, layers = find_layers(model, config)
     settings = replace(config.solver_settings(), **changes)
-    windows = torch.randint(3, 1000 // shrink, (tokens // 2048, 2048 // shrink), generator=torch.Generator())
+    windows = _windows(tokens, shrink)
     linear = {module.in_features: module for module in layers.values() if isinstance(module, torch.nn.Linear)}
     for module in linear.values():
         rows = module.weight[:128].to(device)
