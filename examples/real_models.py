@@ -81,14 +81,16 @@ def _read_tokenizer(gguf: Path) -> PreTrainedTokenizerBase:
 
 
 def _gemma_tokenizer(fields: dict[str, Any]) -> GemmaTokenizer:
-    """Byte-pair encoding whose merges are in the order of the vocabulary; 5.17 takes it for a unigram model, and adds
-    no begin-of-text token, without which Gemma reads nothing."""
+    """Byte-pair encoding whose merges have the order of the vocabulary, and a begin-of-text token before each text.
+
+    5.17 makes a unigram model of it, and adds no begin-of-text token.
+    """
     words, kinds = (fields[f"tokenizer.ggml.{name}"].contents() for name in ("tokens", "token_type"))
     # The tokenizer writes spaces as ▁; the file does so too, except in tokens of several spaces.
     words = [word if word.strip() else word.replace(" ", "▁") for word in words]
-    order = {word: -index for index, word in enumerate(words)}
     vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, order), add_bos_token=True)
+    scores = {word: -index for word, index in vocabulary.items()}
+    tokenizer = GemmaTokenizer(vocab=vocabulary, merges=generate_merges(vocabulary, scores), add_bos_token=True)
     control, user_defined = 3, 4
     for kind, special in ((control, True), (user_defined, False)):
         added = [word for word, own in zip(words, kinds, strict=True) if own == kind]

@@ -16,7 +16,7 @@ def text_start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     ids = tokenizer("a")["input_ids"]
     if plain and plain[0] in ids and (start := ids[: ids.index(plain[0])]):
-        return list(start)
+        return start
     return [tokenizer.bos_token_id] if _begins_chats(tokenizer.bos_token, tokenizer) else []
 
 
