@@ -26,7 +26,7 @@ class GradientSteps:
         scale_rate: of the logarithms of the scales; 0 keeps the scales.
         zero_rate: of the zero points, in grid steps; 0 keeps them, and symmetric weights always do.
         offset_bound: how far a weight's position may move from its integer, in grid steps.
-        mixed_precision: float32 models are multiplied in bfloat16 on a GPU.
+        mixed_precision: float32 models are multiplied in bfloat16 on a GPU, and their logits in TF32.
         seed: of the order of batches.
     """
 

@@ -135,7 +135,7 @@ class TrialQuantization:
         return list(self.hidden), [() for _ in self.hidden]
 
     def _divergence(self, state: Tensor, batch: int = MEASURED) -> float:
-        total, _ = divergence(self.head, state, self.teacher[batch], False)
+        total = divergence(self.head, state, self.teacher[batch])
         return float(total) / (state.shape[0] * state.shape[1])
 
     def _quantize(self, bits: Mapping[str, int]) -> list[Tensor]:

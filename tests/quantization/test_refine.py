@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, block_gradients
 from lkq_hf.quantization.calibrate import find_layers
+from lkq_hf.quantization.capture import capture_block_calls
 from lkq_hf.quantization.config import REFINEMENTS
 from lkq_hf.quantization.curvature import Curvature
 from lkq_hf.quantization.fisher import error_factor, output_fisher
@@ -289,10 +290,23 @@ def test_a_gpu_replays_the_steps_that_it_recorded(dtype, monkeypatch):
 @pytest.mark.one_version
 @pytest.mark.parametrize("mixed", [False, True])
 def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
-    """A bfloat16 model, and a float32 model that is multiplied in bfloat16, as on a GPU."""
+    """A bfloat16 model, and a float32 model that is multiplied in bfloat16, its logits in TF32, as on a GPU."""
     from lkq_hf.quantization import end_to_end, gradient_steps
 
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(128, length=32)
+    before, logits_in = torch.get_float32_matmul_precision(), {}
+
+    def recorded(name):
+        function = getattr(end_to_end, name)
+
+        def run(*args):
+            logits_in.setdefault(name, set()).add(torch.get_float32_matmul_precision())
+            return function(*args)
+
+        monkeypatch.setattr(end_to_end, name, run)
+
+    recorded("divergence")
+    recorded("divergence_gradient")
     if mixed:
         for module in (end_to_end, gradient_steps):
             monkeypatch.setattr(module, "compute_dtype", lambda *_: torch.bfloat16)
@@ -301,6 +315,28 @@ def test_tuning_end_to_end_in_bfloat16(mixed, monkeypatch):
     tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=32, scale_rate=0.1))
     assert report.end_to_end.accepted
     assert tuned.dtype == model.dtype and tuned(tokens[:2]).logits.dtype == model.dtype
+    # What decides whether the tuning is kept is measured in full precision.
+    assert logits_in == {"divergence": {before}, "divergence_gradient": {"high" if mixed else before}}
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_gradient_of_the_divergence(monkeypatch):
+    # Gemma 2 caps its logits; a piece is smaller than the others.
+    from lkq_hf.quantization import head as heads
+    from lkq_hf.quantization.end_to_end import divergence, divergence_gradient
+
+    model = tiny_model("gemma2", num_hidden_layers=2, final_logit_softcapping=0.5)
+    blocks = list(model.model.layers)
+    hidden, calls = capture_block_calls(model, blocks, [random_tokens(2, length=8)])
+    monkeypatch.setattr(heads, "LOGITS", 6 * model.config.vocab_size)
+    head = heads.Head(model, blocks, calls)
+    student, teacher = hidden[0].clone(), hidden[0] + torch.randn(2, 8, model.config.hidden_size)
+    student.requires_grad_()
+    predicted, wanted = (model.lm_head(model.model.norm(each)) / 0.5 for each in (student, teacher))
+    predicted, wanted = ((each.tanh() * 0.5).log_softmax(-1) for each in (predicted, wanted))
+    expected = F.kl_div(predicted, wanted, reduction="sum", log_target=True)
+    assert divergence(head, student, teacher).item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(divergence_gradient(head, student, teacher), torch.autograd.grad(expected, student)[0])
 
 
 def test_tuning_end_to_end_where_blocks_return_tuples():
