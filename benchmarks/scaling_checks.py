@@ -78,6 +78,7 @@ from transformers import (
 )  # fmt: skip
 
 from lkq_hf import LookaheadKVConfig, LookaheadTrainer, LookaheadTrainingArguments, prepare_model_for_eviction
+from lkq_hf.cache import whole_text
 from lkq_hf.cache.allocation import MOST, share_out
 from lkq_hf.cache.tensor_parallel import DividedHeads
 from lkq_hf.evaluation.judge import AnswerJudge
@@ -87,7 +88,7 @@ from lkq_hf.quantization.calibrate import calibrate, find_layers
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd
 from lkq_hf.quantization.solve import quantize_weight
 from lkq_hf.quantization.walk import quantize_blocks
-from lkq_hf.training import generate_targets, targets
+from lkq_hf.training import generate_targets
 from lkq_hf.training.prompts import PromptBuilder, PromptMix
 
 # By plan, (model, layers, prompts in a forward).
@@ -133,7 +134,7 @@ def run_answers(plan: str, device: str, shrink: int, add: Add, way: str = "") ->
         if sum(len(each.generated_tokens) for each in found.values()) != answer * ANSWERED * batches:
             raise RuntimeError("generate_batch has not answered everything")
 
-    targets.LEAST_STEPS = math.inf if way else 0  # type: ignore[assignment]
+    whole_text.LEAST_STEPS = math.inf if way else 0  # type: ignore[assignment]
     run = continuous if "continuous" in way else respond
     collect(device)
     run(1)

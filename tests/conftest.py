@@ -26,3 +26,24 @@ def reset_compiler():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def switch_loop_on(monkeypatch):
+    """Called, lets the decoding loop run on a CPU and returns a list to which each of its batches adds its shape."""
+    from lkq_hf.cache import loop, whole_text
+
+    def switch():
+        batches, run = [], loop._Run.run
+
+        def noted(one, first):
+            batches.append(tuple(one._stop.prompt.shape))
+            return run(one, first)
+
+        monkeypatch.setattr(loop._Run, "run", noted)
+        monkeypatch.setattr(loop, "records_on", lambda device: True)
+        monkeypatch.setattr(loop, "record", lambda run, device: run)
+        monkeypatch.setattr(whole_text, "LEAST_STEPS", 0)
+        return batches
+
+    return switch

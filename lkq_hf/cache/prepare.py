@@ -37,7 +37,7 @@ from lkq_hf.cache.refresh import begin_refresh, refresh_steadily
 from lkq_hf.cache.suffix import append_suffix, refuse_masks_of_pictures, trim
 from lkq_hf.cache.turns import begin_turn
 from lkq_hf.compat import find_cache, rename_cache, require_cache_support
-from lkq_hf.quantization.shared_input import weights_fixed
+from lkq_hf.kernels.shared_product import weights_fixed
 from lkq_hf.scoring import Scorer
 
 MASKS_ATTRIBUTE = "create_masks_for_generate"

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from lkq_hf.kernels.dequantize import dequantize
 from lkq_hf.kernels.quantized_matmul import RepeatedProduct, quantized_matmul
+from lkq_hf.kernels.shared_product import FixedInput, SharedInput, autocast, shared_product
 from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.packing import group_index, pack_weight, packed_shapes, unpack_weight
-from lkq_hf.quantization.shared_product import FixedInput, SharedInput, autocast, shared_product
 from lkq_hf.quantization.weight import QuantizedWeight
 
 

@@ -21,6 +21,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from lkq_hf.cache.whole_text import NewCache, writing_whole_texts
 from lkq_hf.quantization.calibration_data import check_vocabulary, digest
 from lkq_hf.quantization.on_device import on_device
 from lkq_hf.quantization.processes import Processes
@@ -93,16 +94,20 @@ def write_windows(
     starts, rows = first.split(AT_ONCE), tokens.split(AT_ONCE)
     seeds = torch.randint(2**31, (len(starts),), generator=torch.Generator().manual_seed(seed)).tolist()
     own_pieces = range(processes.rank, len(starts), processes.size)
-    steps = len(own_pieces) * (length - first.shape[1])
+    steps = length - first.shape[1]
     too_large = torch.zeros(1, device=device)
     try:
         with (
             _ready_to_sample(model, device),
-            tqdm(total=steps, desc="writing text", unit="token", disable=not processes.is_main) as progress,
+            # Of all processes, so that any number of them writes the same.
+            writing_whole_texts(model, len(starts) * steps) as new_cache,
+            tqdm(
+                total=len(own_pieces) * steps, desc="writing text", unit="token", disable=not processes.is_main
+            ) as progress,
         ):
             for index in own_pieces:
                 torch.manual_seed(seeds[index])
-                rows[index].copy_(_sample(model, starts[index].to(device), length, progress, AT_ONCE))
+                rows[index].copy_(_sample(model, starts[index].to(device), length, new_cache, progress, AT_ONCE))
     except torch.OutOfMemoryError:
         too_large += 1
     processes.sum(too_large)
@@ -158,9 +163,11 @@ def _ready_to_sample(model: PreTrainedModel, device: torch.device | str) -> Iter
         model.generation_config = advised
 
 
-def _sample(model: PreTrainedModel, start: Tensor, length: int, progress: Any, at_once: int) -> Tensor:
+def _sample(
+    model: PreTrainedModel, start: Tensor, length: int, new_cache: NewCache, progress: Any, at_once: int
+) -> Tensor:
     try:
-        pieces = [_continue(model, piece, length, progress) for piece in start.split(at_once)]
+        pieces = [_continue(model, piece, length, new_cache, progress) for piece in start.split(at_once)]
     except torch.OutOfMemoryError:
         if at_once == 1:
             raise
@@ -168,16 +175,17 @@ def _sample(model: PreTrainedModel, start: Tensor, length: int, progress: Any, a
         return torch.cat(pieces)
     # The exception is gone by now, and with it what it held of the memory.
     torch.cuda.empty_cache()
-    return _sample(model, start, length, progress, at_once // 2)
+    return _sample(model, start, length, new_cache, progress, at_once // 2)
 
 
-def _continue(model: PreTrainedModel, start: Tensor, length: int, progress: Any) -> Tensor:
+def _continue(model: PreTrainedModel, start: Tensor, length: int, new_cache: NewCache, progress: Any) -> Tensor:
     generated: Any = model.generate(  # type: ignore[operator]
         input_ids=start,
         attention_mask=torch.ones_like(start),
         do_sample=True,
         top_k=0,
         max_length=length,
+        past_key_values=new_cache(length - start.shape[1]),
         stopping_criteria=StoppingCriteriaList([_Progress(progress)]),
     )
     return generated

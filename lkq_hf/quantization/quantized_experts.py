@@ -8,9 +8,9 @@ from torch import Tensor
 
 from lkq_hf.kernels.dequantize import dequantize
 from lkq_hf.kernels.quantized_grouped_matmul import quantized_grouped_matmul
+from lkq_hf.kernels.shared_product import autocast
 from lkq_hf.quantization.packed_module import PackedModule
 from lkq_hf.quantization.packing import pack_weight, packed_shapes, unpack_weight
-from lkq_hf.quantization.shared_product import autocast
 from lkq_hf.quantization.weight import QuantizedWeight
 
 PACKED_TENSORS = ("qweight", "qzeros", "scales")

@@ -1,9 +1,7 @@
 """The model's own responses to the training prompts, written in pieces so that a stopped run goes on where it was."""
 
-import gc
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,7 @@ from pyarrow import parquet
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from lkq_hf.cache.cache import LookaheadCache
-from lkq_hf.cache.prepare import prepare_model_for_decoding_loop
+from lkq_hf.cache.whole_text import NewCache, writing_whole_texts
 from lkq_hf.runs import Run, read_piece
 from lkq_hf.training.data import TargetCollator
 
@@ -25,10 +22,6 @@ SHARDS = "shard-*.parquet"
 
 INDEX = "prompt_index"
 """Column of the shards that holds the place of a prompt among all of them."""
-
-LEAST_STEPS = 2_048
-"""Decoding steps for which it pays to compile one. For an 8B model on an H200 that takes half a minute, up to three
-times because shapes differ, and saves some 50 ms of each step."""
 
 
 def generate_targets(
@@ -48,8 +41,7 @@ def generate_targets(
     shard is a file in ``output_dir``; a run that finds it there does not make it again, so a stopped run is resumed by
     starting it again with the same arguments.
 
-    Where there is much to answer, a GPU decodes by the compiled loop of `LookaheadCache`, whose budget is then the
-    whole text: nothing is evicted.
+    Where there is much to answer, a GPU decodes by a compiled loop (`writing_whole_texts`).
 
     Args:
         model: the base model, on the device to use. Adapters take no part.
@@ -87,16 +79,15 @@ def generate_targets(
     tokens = sum(length + max_new_tokens for length, has in zip(lengths, given, strict=True) if not has)
     # Of all processes, so that any number of them answers in the same way.
     steps = max_new_tokens * tokens / batch_tokens
-    prepared = prepare_model_for_decoding_loop(model) if steps >= LEAST_STEPS else None
     with (
-        prepared or nullcontext(),
+        writing_whole_texts(model, steps) as new_cache,
         tqdm(total=len(prompts), desc="responses", unit="prompt", disable=process_index > 0) as progress,
     ):
         for start in mine:
             rows = [{**prompts[index], INDEX: index} for index in by_length[start : start + shard_size]]
             name = f"shard-{start:08d}.parquet"
             if name not in run:
-                answered = _respond(model, rows, max_new_tokens, batch_tokens, prepared is not None)
+                answered = _respond(model, rows, max_new_tokens, batch_tokens, new_cache)
                 run.write(name, Dataset.from_list(answered).to_parquet)
             elif run.read(name, _read_prompts) != [list(row["input_ids"]) for row in rows]:
                 raise ValueError(
@@ -143,7 +134,7 @@ def _read_prompts(path: Path) -> list[list[int]]:
 
 
 def _respond(
-    model: PreTrainedModel, rows: list[dict[str, Any]], max_new_tokens: int, batch_tokens: int, by_loop: bool = False
+    model: PreTrainedModel, rows: list[dict[str, Any]], max_new_tokens: int, batch_tokens: int, new_cache: NewCache
 ) -> list[dict[str, Any]]:
     eos = model.generation_config.eos_token_id
     stops = set(eos if isinstance(eos, list) else [eos])
@@ -151,13 +142,10 @@ def _respond(
         index: list(row["response_ids"]) for index, row in enumerate(rows) if row.get("response_ids")
     }
     unanswered = [index for index in range(len(rows)) if index not in responses]
-    shapes: set[torch.Size] = set()
     for places in _batches([len(rows[index]["input_ids"]) for index in unanswered], max_new_tokens, batch_tokens):
         indices = [unanswered[place] for place in places]
         batch = TargetCollator()([{**rows[index], "response_ids": [0]} for index in indices])
         input_ids = batch["input_ids"].to(model.device)
-        # No scorer is ever asked: the whole text fits into the budget.
-        cache = LookaheadCache(1.0, "streaming", max_new_tokens=max_new_tokens) if by_loop else None
         with torch.no_grad():
             output: Any = model.generate(  # type: ignore[operator]
                 input_ids=input_ids,
@@ -165,12 +153,8 @@ def _respond(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 pad_token_id=model.generation_config.pad_token_id or 0,
-                past_key_values=cache,
+                past_key_values=new_cache(max_new_tokens),
             )
-        del cache  # before the next one is filled
-        if by_loop and input_ids.shape not in shapes:
-            gc.collect()  # where torch has compiled, the cache is part of a cycle of references
-            shapes.add(input_ids.shape)
         for index, tokens in zip(indices, output[:, input_ids.shape[1] :].tolist(), strict=True):
             end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
             responses[index] = tokens[:end]

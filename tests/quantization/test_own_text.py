@@ -35,6 +35,16 @@ def test_tokens_are_drawn_as_the_model_predicts_them(tiny_llama, beginning):
     assert tiny_llama.generation_config is advised and torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.one_version
+def test_the_decoding_loop_writes_the_same(tiny_llama, beginning, switch_loop_on):
+    plain = write_windows(tiny_llama, beginning, 40, 24)
+    hooks, methods = len(tiny_llama.model._forward_hooks), set(vars(tiny_llama))
+    batches = switch_loop_on()
+    assert torch.equal(write_windows(tiny_llama, beginning, 40, 24), plain)
+    assert batches == [(32, 1), (8, 1)]
+    assert (len(tiny_llama.model._forward_hooks), set(vars(tiny_llama))) == (hooks, methods)
+
+
 def test_another_seed_and_another_piece_are_other_text(tiny_llama, beginning):
     windows = torch.cat([write_windows(tiny_llama, beginning, 70, 8, seed=seed) for seed in (0, 1, 2)])
     assert len({tuple(window) for window in windows.tolist()}) == 210

@@ -10,9 +10,9 @@ from torch import nn
 
 from lkq_hf import LookaheadCache, prepare_model_for_eviction
 from lkq_hf.kernels.quantized_matmul import fixed_weights
+from lkq_hf.kernels.shared_product import SharedInput, weights_fixed
 from lkq_hf.quantization.linear import QuantizedLinear
-from lkq_hf.quantization.shared_input import share_inputs, weights_fixed
-from lkq_hf.quantization.shared_product import SharedInput
+from lkq_hf.quantization.shared_input import share_inputs
 from lkq_hf.quantization.weight import QuantizedWeight
 
 

@@ -8,7 +8,7 @@ from real_models import load_smollm2
 from tiny import tiny_model as of_any_type
 from transformers import DynamicCache, GenerationMixin
 
-from lkq_hf.cache import loop
+from lkq_hf.cache import whole_text
 from lkq_hf.training import TargetCollator, generate_targets, load_targets
 from lkq_hf.training import targets as targets_module
 from lkq_hf.training.data import before_loop
@@ -33,26 +33,6 @@ def test_responses_are_the_models_greedy_answers(tmp_path):
         assert found["response_ids"] == expected[0, ids.shape[1] :].tolist()
 
 
-@pytest.fixture
-def switch_loop_on(monkeypatch):
-    """Called, lets the decoding loop run on a CPU and returns a list to which each of its batches adds its shape."""
-
-    def switch():
-        batches, run = [], loop._Run.run
-
-        def noted(one, first):
-            batches.append(tuple(one._stop.prompt.shape))
-            return run(one, first)
-
-        monkeypatch.setattr(loop._Run, "run", noted)
-        monkeypatch.setattr(loop, "records_on", lambda device: True)
-        monkeypatch.setattr(loop, "record", lambda run, device: run)
-        monkeypatch.setattr(targets_module, "LEAST_STEPS", 0)
-        return batches
-
-    return switch
-
-
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral", "gemma3"])
 def test_the_decoding_loop_gives_the_same_answers(architecture, tmp_path, switch_loop_on):
     model, rows = tiny_model(architecture, "sdpa"), prompts((40, 70, 40, 25, 40, 70))
@@ -72,10 +52,10 @@ def test_the_decoding_loop_gives_the_same_answers(architecture, tmp_path, switch
 def test_few_answers_are_not_worth_a_compilation(tmp_path, switch_loop_on, monkeypatch):
     batches = switch_loop_on()
     # Five prompts of 38 tokens and 6 of each answer, in batches of 16 tokens: 26 steps.
-    monkeypatch.setattr(targets_module, "LEAST_STEPS", 26)
+    monkeypatch.setattr(whole_text, "LEAST_STEPS", 26)
     generate_targets(tiny_model("llama", "sdpa"), prompts(), tmp_path / "few", max_new_tokens=6, batch_tokens=16)
     assert not batches
-    monkeypatch.setattr(targets_module, "LEAST_STEPS", 25)
+    monkeypatch.setattr(whole_text, "LEAST_STEPS", 25)
     generate_targets(tiny_model("llama", "sdpa"), prompts(), tmp_path / "many", max_new_tokens=6, batch_tokens=16)
     assert len(batches) == 5
     answered = [{**row, "response_ids": [7]} for row in prompts()]
@@ -106,13 +86,13 @@ def test_models_that_the_loop_does_not_know_answer_without_it(why, tmp_path, swi
 def test_batches_do_not_pile_up_in_memory(tmp_path, switch_loop_on, monkeypatch):
     model, caches, most = tiny_model("llama", "sdpa"), weakref.WeakSet(), []
 
-    class Counted(targets_module.LookaheadCache):
+    class Counted(whole_text.LookaheadCache):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             caches.add(self)
             most.append(len(caches))
 
-    monkeypatch.setattr(targets_module, "LookaheadCache", Counted)
+    monkeypatch.setattr(whole_text, "LookaheadCache", Counted)
     graphs = Graphs()
     model.generation_config.compile_config = compiled_by(graphs)["compile_config"]
     switch_loop_on()

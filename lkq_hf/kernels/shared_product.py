@@ -1,16 +1,23 @@
 """The products of packed Linears that a module applies to the same input, computed by one kernel."""
 
+import itertools
 import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lkq_hf.kernels.quantized_matmul import SHARED_ROWS, RepeatedProduct, quantized_matmul_fixed
+from lkq_hf.kernels.quantized_matmul import SHARED_ROWS, RepeatedProduct, fixed_weights, quantized_matmul_fixed
 
 if TYPE_CHECKING:
     from lkq_hf.quantization.linear import QuantizedLinear
+
+_handles = itertools.count()
+_lock = threading.Lock()
+_times_fixed: dict[int, int] = {}  # by handle, over all threads
 
 
 class _Thread(threading.local):
@@ -18,7 +25,7 @@ class _Thread(threading.local):
         self.handle: int | None = None  # of the weights that are fixed in this thread
 
 
-fixed_in_thread = _Thread()
+_fixed_in_thread = _Thread()
 
 
 class SharedInput:
@@ -93,11 +100,42 @@ class FixedInput(NamedTuple):
 
     def holds_for(self, x: Tensor) -> bool:
         """Whether this thread is inside of ``weights_fixed``, and the weights have not moved to another device."""
-        return self.handle == fixed_in_thread.handle and x.device == torch.device(self.device)
+        return self.handle == _fixed_in_thread.handle and x.device == torch.device(self.device)
 
     def compute(self, x: Tensor) -> Tensor:
         """The products side by side."""
         return quantized_matmul_fixed(autocast(x), self.handle, self.number, sum(self.widths))
+
+
+@contextmanager
+def weights_fixed(model: nn.Module) -> Iterator[None]:
+    """Inside, packed weights of ``model`` must not be replaced: graphs compiled inside do not take them as inputs.
+
+    A compiled model checks each of its inputs before every call, and a packed Linear has three tensors. A handle
+    stands for all of them: the same as last time if they are the same tensors.
+    """
+    shared = (getattr(module, "shared_input", None) for module in model.modules())
+    groups = list(dict.fromkeys(each for each in shared if isinstance(each, SharedInput)))
+    if not groups or not all(group.is_on_one_device() for group in groups):
+        yield
+        return
+    with _lock:
+        handle = None if groups[0].fixed is None else groups[0].fixed.handle
+        if handle is None or not all(group.is_fixed_as(handle, number) for number, group in enumerate(groups)):
+            handle = next(_handles)
+            for number, group in enumerate(groups):
+                group.fix(handle, number)
+        _times_fixed[handle] = _times_fixed.get(handle, 0) + 1
+        fixed_weights[handle] = [(group.tensors(), *group.format) for group in groups]
+    outer, _fixed_in_thread.handle = _fixed_in_thread.handle, handle
+    try:
+        yield
+    finally:
+        _fixed_in_thread.handle = outer
+        with _lock:
+            _times_fixed[handle] -= 1
+            if not _times_fixed[handle]:
+                del _times_fixed[handle], fixed_weights[handle]
 
 
 class _Computed:
