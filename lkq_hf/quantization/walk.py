@@ -203,6 +203,7 @@ def quantize_blocks(
                 weights.update(refined)
                 report.blocks.append(block_report)
                 del targets, block_paths
+            del paths
             finished_blocks.write(index, checksums, weights, experts)
             report.layers.extend(reports)
             progress.set_postfix_str(_summary(reports, block_report))
@@ -216,10 +217,10 @@ def quantize_blocks(
             extras = _pass(block, call, quantized, keep_extras)
             if full is not None and twin is not None:
                 full_extras = _pass(twin, full_call, full, keep_extras)
-        del twin
-        block.to(home)
+        del twin, dense
         for name in names:
             install_packed(block, name, weights)
+        block.to(home)
         if load_block is not None and not processes.is_main:
             block.to("meta")
         calls[index].arguments.clear()
