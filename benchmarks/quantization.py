@@ -133,6 +133,7 @@ def quantized(
     steps = {"refinement": BlockRefinement, "end_to_end": EndToEnd}
     chosen = {name: made(**switches.pop(name)) for name, made in steps.items() if name in switches}
     how = {"bits": experiment.bits, "sym": experiment.sym, "group_size": experiment.group_size}
+    how |= {"num_samples": experiment.samples, "model_seqlen": experiment.length}
     by_layer = switches.pop("widths_by_layer", False)
     config = TwoStageGPTQConfig(**how, preset=preset, advanced=switches)
     name, layers = find_layers(model, config)

@@ -39,7 +39,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "refined": {"own_text": 0.5},
 }
 REFINEMENTS: dict[str, dict[str, Any]] = {"refined": {"refinement": BlockRefinement(), "end_to_end": EndToEnd()}}
-"""What presets do by gradient, as fields of `SolverSettings`."""
+"""What presets do by gradient where there is plenty of calibration text, as fields of `SolverSettings`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -291,12 +291,14 @@ class TwoStageGPTQConfig(QuantizationConfigMixin):
 
     def solver_settings(self) -> SolverSettings:
         """The part of the configuration that decides how one layer is solved; its group size must be known."""
+        tokens = self.num_samples * self.model_seqlen
+        steps: dict[str, Any] = REFINEMENTS.get(self.preset, {})
         return SolverSettings(
             bits=self.bits,
             group_size=self.group_size,
             sym=self.sym,
             **{field.name: getattr(self, field.name) for field in fields(SolverSwitches)},
-            **REFINEMENTS.get(self.preset, {}),
+            **{name: each.with_tokens(tokens) for name, each in steps.items()},
             layer_bits=self.layer_bits,
         )
 

@@ -17,7 +17,6 @@ from lkq_hf.quantization.capture import capture_block_calls
 from lkq_hf.quantization.gradient_steps import (
     changed_parameters,
     compute_dtype,
-    held_out_windows,
     precision,
     take_steps,
 )
@@ -51,6 +50,7 @@ def tune_end_to_end(
     batches: Sequence[Tensor],
     store: Activations,
     teacher: Activations,
+    held_out: Sequence[Tensor],
     settings: EndToEnd,
     processes: Processes,
 ) -> EndToEndReport:
@@ -65,6 +65,7 @@ def tune_end_to_end(
         batches: token ids, int64 `[windows, length]` each.
         store: of one tensor a batch, to be filled with the hidden states that enter the first block.
         teacher: the original model's hidden states after its last block, one tensor a batch.
+        held_out: which windows of each batch are held out.
 
     Returns:
         The divergence before and after; what was tuned is kept only if it fell. The layers may be on the CPU then.
@@ -75,7 +76,6 @@ def tune_end_to_end(
         store.replace(batch, state)
     del hidden
     head = Head(model, blocks, calls)
-    held_out = held_out_windows([len(batch) for batch in batches])
     packed = [{name: m for name, m in block.named_modules() if isinstance(m, QuantizedLinear)} for block in blocks]
     layers = [
         {name: RefinedWeight(module.quantized_weight(), settings) for name, module in inside.items()}

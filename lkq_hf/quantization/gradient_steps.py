@@ -12,20 +12,14 @@ from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import GradientSteps
 
-# Of so many batches of calibration windows, the last is held out: it decides whether a result is kept. Where there are
-# fewer batches, the last of so many windows is.
-HELD_OUT = 8
+# So many calibration windows are held out, an eighth of them if that is less: they decide whether a result is kept.
+HELD_OUT = 4
 
 
-def held_out_windows(sizes: Sequence[int]) -> list[Tensor]:
-    """Which windows of batches of these sizes are held out, one bool `[windows]` a batch."""
-    if len(sizes) >= HELD_OUT:
-        return [torch.full((size,), batch % HELD_OUT == HELD_OUT - 1) for batch, size in enumerate(sizes)]
-    total = sum(sizes)
-    chosen = torch.arange(total) % HELD_OUT == HELD_OUT - 1
-    if 1 < total < HELD_OUT:
-        chosen[-1] = True
-    return list(chosen.split(list(sizes)))
+def held_out_windows(samples: int) -> Tensor:
+    """Which of so many calibration windows are held out, the last ones, bool `[samples]`; never the only one."""
+    count = min(HELD_OUT, samples // 8) or int(samples > 1)
+    return torch.arange(samples) >= samples - count
 
 
 def compute_dtype(dtype: torch.dtype, device: torch.device, settings: GradientSteps) -> torch.dtype:
@@ -55,7 +49,7 @@ def take_steps(
     """Changes `weights` by gradient, one batch a step.
 
     Args:
-        held_out: from `held_out_windows`; a batch without another window is passed over.
+        held_out: which windows of each batch are held out; a batch without another window is passed over.
         gradients: of one batch's loss for the `changed_parameters`, given the batch's index; they may be overwritten.
         processes: whose gradients are added up.
     """

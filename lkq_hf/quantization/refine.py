@@ -17,7 +17,6 @@ from lkq_hf.quantization.curvature import CURVATURE_BATCHES, Curvature
 from lkq_hf.quantization.gradient_steps import (
     changed_parameters,
     compute_dtype,
-    held_out_windows,
     precision,
     take_steps,
 )
@@ -44,7 +43,8 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class BlockPaths:
-    """A block with quantized weights, its full-precision twin, the calls of both, and the hidden states that enter."""
+    """A block with quantized weights, its full-precision twin, the calls of both, the hidden states that enter, and
+    which windows of each batch are held out."""
 
     block: nn.Module
     twin: nn.Module
@@ -52,6 +52,7 @@ class BlockPaths:
     full_call: BlockCall
     quantized: Activations
     full: Activations
+    held_out: Sequence[Tensor]
     processes: Processes
 
 
@@ -75,8 +76,7 @@ def refine_block(
     """Minimizes the squared error of a block's output over scales, zero points and roundings of its layers.
 
     The block sees the quantized path's inputs; its output is compared with the full-precision block's
-    (`BlockRefinement.target_mix`). Some calibration windows are held out (`held_out_windows`), and the refined weights
-    are kept only if the error there fell.
+    (`BlockRefinement.target_mix`). The refined weights are kept only if the error on the held-out windows fell.
 
     Args:
         paths: the block as it was solved, and what enters it.
@@ -89,18 +89,16 @@ def refine_block(
     Returns:
         The refined weights, or `weights`, and the report.
     """
-    batches = range(len(paths.quantized))
-    held_out = held_out_windows([paths.quantized.windows(batch) for batch in batches])
-    for batch in batches:
+    for batch in range(len(paths.quantized)):
         targets.append(_target(paths, batch, settings.target_mix))
-    before = _error(paths, targets, held_out, weights, settings, factor)
+    before = _error(paths, targets, weights, settings, factor)
     layers = {
         key: RefinedWeight(weight, settings, offsets.get(key) if settings.start_from_vertex else None)
         for key, weight in weights.items()
     }
     device, dtype = paths.quantized.device, linear_weight(paths.block.get_submodule(next(iter(weights)))).dtype
 
-    kept = [(~chosen).to(device).unsqueeze(1) for chosen in held_out]
+    kept = [(~chosen).to(device).unsqueeze(1) for chosen in paths.held_out]
     call = paths.call.on(device)
     if settings.rounding == "vertex":
         for key, curvature in _curvatures(paths, targets, weights, settings, factor).items():
@@ -115,10 +113,10 @@ def refine_block(
         return (_squared_error(output, target, settings.token_power, factor) * kept).sum() / target.numel()
 
     gradients = BlockGradients(loss, changed_parameters(list(layers.values())), paths.quantized, targets, kept, call)
-    take_steps(list(layers.values()), settings, held_out, gradients, paths.processes)
+    take_steps(list(layers.values()), settings, paths.held_out, gradients, paths.processes)
     gradients.release()
     refined = {key: paths.processes.same(layer.quantized()) for key, layer in layers.items()}
-    after = _error(paths, targets, held_out, refined, settings, factor)
+    after = _error(paths, targets, refined, settings, factor)
     report = BlockReport(name, before, after)
     logger.info("%s: error on held-out windows %.4g, refined %.4g", name, before, after)
     return (refined if report.accepted else weights), report
@@ -189,7 +187,6 @@ def _curvatures(
 def _error(
     paths: BlockPaths,
     targets: Activations,
-    held_out: Sequence[Tensor],
     weights: dict[str, QuantizedWeight],
     settings: BlockRefinement,
     factor: Tensor | None,
@@ -198,7 +195,7 @@ def _error(
     dtypes = {key: linear_weight(paths.block.get_submodule(key)).dtype for key in weights}
     run = with_weights(paths.block, {key: weight.dequantize(dtypes[key]) for key, weight in weights.items()})
     sums = torch.zeros(2, dtype=torch.float64, device=paths.quantized.device)
-    for batch, chosen in enumerate(held_out):
+    for batch, chosen in enumerate(paths.held_out):
         if bool(chosen.any()):
             inside = chosen.to(paths.quantized.device)
             output = paths.call.run(run, paths.quantized.get(batch), batch)[inside]

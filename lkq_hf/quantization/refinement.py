@@ -1,9 +1,12 @@
 """What gradient steps change in a quantized model, and how far."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 OPTIMIZERS = ("adam", "sign")
 ROUNDINGS = ("vertex", "straight_through")
+# Calibration tokens for which the defaults are made: 128 windows of 2,048.
+TOKENS = 128 * 2048
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,21 @@ class GradientSteps:
     mixed_precision: bool = True
     seed: int = 0
 
+    def with_tokens(self, tokens: int) -> Self:
+        """These settings for so many calibration tokens, if they are fewer than `TOKENS`.
+
+        The fewer there are, the sooner steps follow what is peculiar to them: steps and rates fall with the root of
+        their number.
+        """
+        part = min(1.0, (tokens / TOKENS) ** 0.5)
+        return replace(
+            self,
+            steps=round(self.steps * part),
+            offset_rate=self.offset_rate * part,
+            scale_rate=self.scale_rate * part,
+            zero_rate=self.zero_rate * part,
+        )
+
 
 @dataclass(frozen=True)
 class BlockRefinement(GradientSteps):
@@ -76,6 +94,7 @@ class EndToEnd(GradientSteps):
         ValueError: an `offset_rate`.
     """
 
+    steps: int = 100
     offset_rate: float = 0.0
 
     def __post_init__(self) -> None:

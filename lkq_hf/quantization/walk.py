@@ -33,6 +33,7 @@ from lkq_hf.quantization.expert_solver import ExpertCounts, quantize_experts
 from lkq_hf.quantization.experts import is_experts, projections, use_packed_experts
 from lkq_hf.quantization.finished_blocks import FinishedBlocks, walk_arguments
 from lkq_hf.quantization.fisher import error_factor, output_fisher
+from lkq_hf.quantization.gradient_steps import held_out_windows
 from lkq_hf.quantization.hessian import InputMoments
 from lkq_hf.quantization.install import install_packed
 from lkq_hf.quantization.on_device import on_device
@@ -163,6 +164,10 @@ def quantize_blocks(
     if settings.end_to_end is not None:
         report.untuned = without_gradients or _reason_against_tuning(calls, load_block is not None, processes)
     tuning = settings.end_to_end if report.untuned is None else None
+    held_out = processes.part(held_out_windows(len(tokens))).split(batch_size)
+    # What has shaped the solved weights would not judge them and what is made of them alike.
+    judged = tuning is not None or (settings.refinement is not None and without_gradients is None)
+    solved_from = [~chosen for chosen in held_out] if judged else None
     progress = tqdm(range(len(blocks)), desc="quantizing", unit="block", disable=not processes.is_main)
     for index in progress:
         ensure_loaded(index)
@@ -185,14 +190,14 @@ def quantize_blocks(
             report.unrefined[prefix.rstrip(".")] = reason
         finished = finished_blocks.read(index, checksums, bits)
         if finished is None:
-            paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload)
+            paths = _Paths(block, twin, call, full_call, quantized, full, processes, offload, solved_from)
             block_report = None
             weights, reports, experts, offsets = _quantize_block(
                 paths, names, list_name, index, settings, true_sequential
             )
             if settings.refinement is not None and reason is None and twin is not None and full is not None:
                 factor = None if fisher is None else error_factor(fisher[index], settings.refinement.fisher_share)
-                block_paths = BlockPaths(block, twin, call, full_call, quantized, full, processes)
+                block_paths = BlockPaths(block, twin, call, full_call, quantized, full, held_out, processes)
                 targets = Activations(device, offload, size)
                 linear = {name: weights[name] for name in names if name in weights}
                 refined, block_report = refine_block(
@@ -229,7 +234,7 @@ def quantize_blocks(
         try:
             with on_device(model, device):
                 moved = [batch.to(device) for batch in batches]
-                report.end_to_end = tune_end_to_end(model, blocks, moved, quantized, full, tuning, processes)
+                report.end_to_end = tune_end_to_end(model, blocks, moved, quantized, full, held_out, tuning, processes)
         except torch.OutOfMemoryError:
             if processes.size > 1:  # the others wait for this one
                 raise
@@ -303,7 +308,7 @@ def _fisher(
 @dataclass(frozen=True)
 class _Paths:
     """A block as it is being quantized, its full-precision twin, the calls of both, the hidden states that enter them,
-    and who shares the work."""
+    who shares the work, and the windows of each batch that make the moments, if not all do."""
 
     block: nn.Module
     twin: nn.Module | None
@@ -313,6 +318,7 @@ class _Paths:
     full: Activations | None
     processes: Processes
     offload: str
+    windows: Sequence[Tensor] | None
 
 
 def _quantize_block(
@@ -408,6 +414,10 @@ def _with_sum(group: InputGroup, paths: _Paths) -> InputGroup:
 
 
 def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: SolverSettings) -> list[InputMoments]:
+    """The moments of what each group of layers receives, from the windows that `paths` names.
+
+    A layer that sees only some tokens has the moments of all of them: their windows are not known.
+    """
     device = paths.quantized.device
     moments = []
     for group in groups:
@@ -415,6 +425,9 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
         outputs = None if group.added_at is None else out_features
         moments.append(InputMoments(in_features, device, settings.needs_deviation, outputs))
     for batch in range(len(paths.quantized)):
+        windows = None if paths.windows is None else paths.windows[batch]
+        if windows is not None and not bool(windows.any()):
+            continue
         hidden = paths.quantized.get(batch)
         seen, sums = layer_inputs(paths.block, groups, paths.call, hidden, batch)
         if paths.full is None or paths.twin is None or not settings.needs_deviation:
@@ -422,23 +435,32 @@ def _input_moments(paths: _Paths, groups: Sequence[InputGroup], settings: Solver
             full_sums: list[Tensor | None] = [None for _ in groups]
         else:
             full_seen, full_sums = layer_inputs(paths.twin, groups, paths.full_call, paths.full.get(batch), batch)
-        tokens = hidden.shape[0] * hidden.shape[1]
+        count = len(hidden)
+        tokens = count * hidden.shape[1]
+        chosen = None if windows is None or bool(windows.all()) else windows.nonzero().flatten().to(device)
         for index, accumulated in enumerate(moments):
+            inputs, full_inputs = seen[index], full_seen[index]
             # A layer that sees only some tokens (an expert) may see other ones in the full-precision model: then
             # its two inputs have no common rows, and it is quantized without the deviation term.
-            sizes_agree = len(seen[index]) == len(full_seen[index])
-            if not sizes_agree or any(x.numel() != tokens * x.shape[-1] for x in seen[index]):
+            sees_all = all(x.numel() == tokens * x.shape[-1] for x in inputs)
+            if not sees_all or len(inputs) != len(full_inputs):
                 accumulated.deviation = None
-            for position, x in enumerate(seen[index]):
-                if accumulated.deviation is None:
-                    accumulated.add(x)
-                elif accumulated.of_output:
-                    accumulated.add(x, full_sums[index], sums[index])
-                else:
-                    accumulated.add(x, full_seen[index][position])
+            rows = chosen if sees_all else None
+            for position, x in enumerate(inputs):
+                others: list[Tensor | None] = []
+                if accumulated.deviation is not None:
+                    of_output = accumulated.of_output
+                    others = [full_sums[index], sums[index]] if of_output else [full_inputs[position]]
+                cut = [None if each is None else _of_windows(each, count, rows) for each in others]
+                accumulated.add(_of_windows(x, count, rows), *cut)
     for accumulated in moments:
         paths.processes.reduce(accumulated)
     return moments
+
+
+def _of_windows(values: Tensor, count: int, chosen: Tensor | None) -> Tensor:
+    """What a layer sees of the chosen ones of `count` windows, `[windows, tokens, width]`; of all if `None`."""
+    return values if chosen is None else values.reshape(count, -1, values.shape[-1])[chosen]
 
 
 def _solve_group(

@@ -11,12 +11,13 @@ from models import tiny_model
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
-from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, block_gradients
+from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, block_gradients, gradient_steps
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.capture import capture_block_calls
 from lkq_hf.quantization.config import REFINEMENTS
 from lkq_hf.quantization.curvature import Curvature
 from lkq_hf.quantization.fisher import error_factor, output_fisher
+from lkq_hf.quantization.gradient_steps import held_out_windows
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd, GradientSteps
@@ -114,7 +115,7 @@ def test_what_moves_stays_inside_the_grid_and_within_its_bound():
 @pytest.mark.parametrize("sym", [False, True])
 def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(256, length=32)
-    plain, _ = quantized(model, tokens, bits=3, sym=sym)
+    plain, _ = quantized(model, tokens, bits=3, sym=sym, refinement=BlockRefinement(steps=0))
     settings = BlockRefinement(steps=40, offset_rate=0.1)
     refined, report = quantized(model, tokens, bits=3, sym=sym, refinement=settings)
     assert [block.name for block in report.blocks] == ["model.layers.0", "model.layers.1"]
@@ -127,10 +128,29 @@ def test_refined_blocks_have_smaller_errors_on_held_out_windows(sym):
         assert not sym or torch.equal(weight.zeros, before[key].zeros)
 
 
+def test_a_few_windows_are_held_out():
+    assert [int(held_out_windows(count).sum()) for count in (1, 2, 8, 17, 32, 128)] == [0, 1, 1, 2, 4, 4]
+    assert held_out_windows(16).tolist() == [False] * 14 + [True] * 2
+
+
+@pytest.mark.one_version
+@pytest.mark.parametrize("windows", [16, 72])  # the last batch is held out in part, or as a whole
+@pytest.mark.parametrize("settings", [{"refinement": BlockRefinement(steps=0)}, {"end_to_end": EndToEnd(steps=0)}])
+def test_what_is_held_out_does_not_shape_the_solved_weights(windows, settings, monkeypatch):
+    monkeypatch.setattr(gradient_steps, "HELD_OUT", 2 if windows == 16 else 8)
+    model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(windows, length=16)
+    others = tokens.clone()
+    others[held_out_windows(windows)] = random_tokens(windows, length=16, seed=1)[held_out_windows(windows)]
+    one, other = (packed(quantized(model, each, bits=3, **settings)[0]) for each in (tokens, others))
+    assert all(torch.equal(weight.integers, other[name].integers) for name, weight in one.items())
+    one, other = (packed(quantized(model, each, bits=3)[0]) for each in (tokens, others))
+    assert any(not torch.equal(weight.integers, other[name].integers) for name, weight in one.items())
+
+
 @pytest.mark.one_version
 def test_a_block_whose_error_rises_stays_as_it_was_solved():
     model, tokens = tiny_model("llama", num_hidden_layers=1), random_tokens(16)
-    plain, _ = quantized(model, tokens)
+    plain, _ = quantized(model, tokens, refinement=BlockRefinement(steps=0))
     kept, report = quantized(model, tokens, refinement=BlockRefinement(steps=2, scale_rate=50.0))
     assert [block.accepted for block in report.blocks] == [False]
     for name, weight in packed(plain).items():
@@ -173,7 +193,7 @@ def test_end_to_end_tuning_lowers_the_divergence_on_other_windows():
             found, wanted = (m(others).logits.log_softmax(-1) for m in (other, model))
         return float(F.kl_div(found, wanted, log_target=True, reduction="sum") / others.numel())
 
-    plain, _ = quantized(model, tokens)
+    plain, _ = quantized(model, tokens, end_to_end=EndToEnd(steps=0))
     tuned, report = quantized(model, tokens, end_to_end=EndToEnd(steps=48, scale_rate=0.1))
     assert report.end_to_end.accepted and report.untuned is None
     assert divergence(tuned) < divergence(plain)
@@ -194,7 +214,7 @@ def test_a_model_without_room_to_be_tuned_stays_as_it_was(monkeypatch):
         raise torch.OutOfMemoryError("of a test")
 
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(16)
-    plain, _ = quantized(model, tokens)
+    plain, _ = quantized(model, tokens, end_to_end=EndToEnd(steps=0))
     monkeypatch.setattr(end_to_end, "take_steps", run_out)
     other, report = quantized(model, tokens, end_to_end=EndToEnd(steps=4))
     assert report.end_to_end is None and "does not fit on cpu" in report.untuned
@@ -348,7 +368,7 @@ def test_tuning_end_to_end_where_blocks_return_tuples():
 def test_linear_layers_beside_fused_experts_are_refined_and_the_experts_stay():
     model = tiny_model("mixtral", num_hidden_layers=1, num_local_experts=4, num_experts_per_tok=2)
     tokens = random_tokens(128)
-    plain, _ = quantized(model, tokens, bits=3)
+    plain, _ = quantized(model, tokens, bits=3, refinement=BlockRefinement(steps=0))
     refined, report = quantized(model, tokens, bits=3, refinement=BlockRefinement(steps=40))
     assert [block.accepted for block in report.blocks] == [True] and not report.unrefined
     assert list(packed(plain)) == list(packed(refined))
@@ -364,7 +384,7 @@ def test_a_block_whose_other_results_are_used_stays_as_it_was_solved():
     # The next block takes this one's choice of keys.
     model, tokens = tiny.tiny_model("glm_moe_dsa", num_hidden_layers=2), random_tokens(16, length=32).clamp(max=127)
     exclude = ["indexer", "mlp.gate", "kv_a_proj_with_mqa"]
-    plain, _ = quantized(model, tokens, exclude=exclude)
+    plain, _ = quantized(model, tokens, exclude=exclude, refinement=BlockRefinement(steps=0))
     refined, report = quantized(model, tokens, exclude=exclude, refinement=BlockRefinement(steps=4))
     assert list(report.unrefined) == ["model.layers.0"] and "more from it" in report.unrefined["model.layers.0"]
     assert [block.name for block in report.blocks] == ["model.layers.1"]
@@ -372,6 +392,7 @@ def test_a_block_whose_other_results_are_used_stays_as_it_was_solved():
         if name.startswith("model.layers.0."):
             assert torch.equal(packed(refined)[name].integers, weight.integers)
             assert torch.equal(packed(refined)[name].scales, weight.scales)
+    plain, _ = quantized(model, tokens, exclude=exclude)
     untuned, report = quantized(model, tokens, exclude=exclude, end_to_end=EndToEnd(steps=1))
     assert report.end_to_end is None and "more than hidden states" in report.untuned
     assert torch.equal(untuned(tokens).logits, plain(tokens).logits)
@@ -407,12 +428,30 @@ def test_refinement_leaves_no_gradients_behind():
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def test_steps_and_rates_fall_with_the_root_of_the_number_of_tokens():
+    whole, less = BlockRefinement(zero_rate=0.2), BlockRefinement(zero_rate=0.2).with_tokens(32 * 512)
+    assert less == replace(
+        whole,
+        steps=whole.steps // 4,
+        offset_rate=whole.offset_rate / 4,
+        scale_rate=whole.scale_rate / 4,
+        zero_rate=0.05,
+    )
+    assert whole.with_tokens(128 * 2048) == whole.with_tokens(512 * 2048) == whole
+    settings = TwoStageGPTQConfig(preset="refined", num_samples=32, model_seqlen=512).solver_settings()
+    assert settings.refinement == BlockRefinement().with_tokens(32 * 512)
+    assert settings.end_to_end == EndToEnd().with_tokens(32 * 512)
+
+
 @pytest.mark.one_version
 def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
-    from lkq_hf.quantization import walk
+    from lkq_hf.quantization import refinement, walk
 
-    steps = {"refinement": BlockRefinement(steps=40), "end_to_end": EndToEnd(steps=4)}
-    monkeypatch.setitem(REFINEMENTS, "refined", steps)
+    preset = {"refinement": BlockRefinement(steps=80), "end_to_end": EndToEnd(steps=8)}
+    monkeypatch.setitem(REFINEMENTS, "refined", preset)
+    monkeypatch.setattr(refinement, "TOKENS", 4 * 128 * 32)
+    steps = {name: each.with_tokens(128 * 32) for name, each in preset.items()}
+    assert (steps["refinement"].steps, steps["end_to_end"].steps) == (40, 4)
     tiny_llama.save_pretrained(tmp_path / "base")
     rows = [{"input_ids": window} for window in random_tokens(130, length=32).clamp(max=127)]
     options = {"bits": 3, "group_size": 32, "dataset": rows, "num_samples": 128, "model_seqlen": 32}
