@@ -47,17 +47,9 @@ class GradientSteps:
     def with_tokens(self, tokens: int) -> Self:
         """These settings for so many calibration tokens, if they are fewer than `TOKENS`.
 
-        The fewer there are, the sooner steps follow what is peculiar to them: steps and rates fall with the root of
-        their number.
+        The fewer there are, the sooner steps follow what is peculiar to them: their number falls with its root.
         """
-        part = min(1.0, (tokens / TOKENS) ** 0.5)
-        return replace(
-            self,
-            steps=round(self.steps * part),
-            offset_rate=self.offset_rate * part,
-            scale_rate=self.scale_rate * part,
-            zero_rate=self.zero_rate * part,
-        )
+        return replace(self, steps=round(self.steps * _part(tokens)))
 
 
 @dataclass(frozen=True)
@@ -82,6 +74,16 @@ class BlockRefinement(GradientSteps):
     fisher_share: float = 0.0
     fisher_windows: int = 16
 
+    def with_tokens(self, tokens: int) -> Self:
+        """The rates fall with the steps: of little text, one batch alone tells less of where a weight should go."""
+        part = _part(tokens)
+        return replace(
+            super().with_tokens(tokens),
+            offset_rate=self.offset_rate * part,
+            scale_rate=self.scale_rate * part,
+            zero_rate=self.zero_rate * part,
+        )
+
 
 @dataclass(frozen=True)
 class EndToEnd(GradientSteps):
@@ -100,3 +102,7 @@ class EndToEnd(GradientSteps):
     def __post_init__(self) -> None:
         if self.offset_rate:
             raise ValueError(f"end-to-end tuning keeps the integers: expected offset_rate=0, found {self.offset_rate}")
+
+
+def _part(tokens: int) -> float:
+    return min(1.0, (tokens / TOKENS) ** 0.5)

@@ -165,7 +165,7 @@ def quantize_blocks(
         report.untuned = without_gradients or _reason_against_tuning(calls, load_block is not None, processes)
     tuning = settings.end_to_end if report.untuned is None else None
     held_out = processes.part(held_out_windows(len(tokens))).split(batch_size)
-    # What has shaped the solved weights would not judge them and what is made of them alike.
+    # Windows that the weights are solved from would favor these over what is made of them.
     judged = tuning is not None or (settings.refinement is not None and without_gradients is None)
     solved_from = [~chosen for chosen in held_out] if judged else None
     progress = tqdm(range(len(blocks)), desc="quantizing", unit="block", disable=not processes.is_main)

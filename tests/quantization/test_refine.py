@@ -437,6 +437,7 @@ def test_steps_and_rates_fall_with_the_root_of_the_number_of_tokens():
         scale_rate=whole.scale_rate / 4,
         zero_rate=0.05,
     )
+    assert EndToEnd().with_tokens(32 * 512) == EndToEnd(steps=EndToEnd().steps // 4)
     assert whole.with_tokens(128 * 2048) == whole.with_tokens(512 * 2048) == whole
     settings = TwoStageGPTQConfig(preset="refined", num_samples=32, model_seqlen=512).solver_settings()
     assert settings.refinement == BlockRefinement().with_tokens(32 * 512)
