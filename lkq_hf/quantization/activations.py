@@ -34,10 +34,6 @@ class Activations:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def windows(self, index: int) -> int:
-        """How many windows a batch holds."""
-        return self._batches[index].shape[0]
-
     def row_bytes(self, index: int) -> int:
         """The size of one row of a batch."""
         batch = self._batches[index]
