@@ -1,5 +1,6 @@
 """The loop of gradient steps that block refinement and end-to-end tuning share."""
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -80,16 +81,18 @@ def take_steps(
 def _optimizer(weights: Sequence[RefinedWeight], settings: GradientSteps) -> Optimizer | None:
     """Of all that does not go to vertices, with the rate of the first step of each group as `first`."""
     first = 2 / settings.steps if settings.steps else 0.0  # of a fall to 0 whose mean is 1 / steps
-    rates = {
-        "position": 0.0 if settings.rounding == "vertex" else settings.offset_rate,
-        "factor": settings.scale_rate,
-        "zero": settings.zero_rate,
-    }
-    groups: list[dict[str, Any]] = []
-    for name, rate in rates.items():
-        parameters = [weight.get_parameter(name) for weight in weights if getattr(weight, name).requires_grad]
-        if parameters and rate > 0:
-            groups.append({"params": parameters, "first": rate * first})
+    parameters: dict[float, list[Tensor]] = defaultdict(list)
+    for weight in weights:
+        rates = {
+            "position": 0.0 if settings.rounding == "vertex" else settings.offset_rate,
+            "factor": settings.scale_rate_at(weight.bits),
+            "zero": settings.zero_rate,
+        }
+        for name, rate in rates.items():
+            parameter = getattr(weight, name)
+            if parameter.requires_grad and rate > 0:
+                parameters[rate].append(parameter)
+    groups: list[dict[str, Any]] = [{"params": found, "first": rate * first} for rate, found in parameters.items()]
     if not groups:
         return None
     # Far below any gradient: whatever the scale of the loss, a step has the length of its rate.

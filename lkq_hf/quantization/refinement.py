@@ -51,6 +51,10 @@ class GradientSteps:
         """
         return replace(self, steps=round(self.steps * _part(tokens)))
 
+    def scale_rate_at(self, bits: int) -> float:
+        """`scale_rate` for weights of so many bits."""
+        return self.scale_rate
+
 
 @dataclass(frozen=True)
 class BlockRefinement(GradientSteps):
@@ -92,6 +96,9 @@ class EndToEnd(GradientSteps):
     Integers stay: how a single weight moves the logits is lost in what differs from batch to batch, and integers that
     followed their gradients made a real model useless.
 
+    `scale_rate` holds for up to 3 bits and halves with each further bit: what a scale moves grows with the largest
+    integer.
+
     Raises:
         ValueError: an `offset_rate`.
     """
@@ -102,6 +109,9 @@ class EndToEnd(GradientSteps):
     def __post_init__(self) -> None:
         if self.offset_rate:
             raise ValueError(f"end-to-end tuning keeps the integers: expected offset_rate=0, found {self.offset_rate}")
+
+    def scale_rate_at(self, bits: int) -> float:
+        return self.scale_rate * 2.0 ** min(0, 3 - bits)
 
 
 def _part(tokens: int) -> float:

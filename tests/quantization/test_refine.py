@@ -17,7 +17,7 @@ from lkq_hf.quantization.capture import capture_block_calls
 from lkq_hf.quantization.config import REFINEMENTS
 from lkq_hf.quantization.curvature import Curvature
 from lkq_hf.quantization.fisher import error_factor, output_fisher
-from lkq_hf.quantization.gradient_steps import held_out_windows
+from lkq_hf.quantization.gradient_steps import held_out_windows, take_steps
 from lkq_hf.quantization.processes import Processes
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd, GradientSteps
@@ -442,6 +442,19 @@ def test_steps_and_rates_fall_with_the_root_of_the_number_of_tokens():
     settings = TwoStageGPTQConfig(preset="refined", num_samples=32, model_seqlen=512).solver_settings()
     assert settings.refinement == BlockRefinement().with_tokens(32 * 512)
     assert settings.end_to_end == EndToEnd().with_tokens(32 * 512)
+
+
+def test_end_to_end_rates_of_scales_halve_with_each_bit_beyond_three():
+    tuning, scales = EndToEnd(steps=10, scale_rate=0.08), torch.ones(2, 1)
+    weights = [
+        RefinedWeight(QuantizedWeight(torch.ones(2, 8), scales, torch.ones(2, 1), bits, 8, sym=False), tuning)
+        for bits in (2, 3, 4, 8)
+    ]
+    # Of a gradient that stays, Adam makes ten steps that together go a tenth farther than the rate.
+    take_steps(weights, tuning, [torch.tensor([False])], lambda batch: [-torch.ones(2, 1)] * 4, Processes.current())
+    moved = [weight.factor[0, 0].item() for weight in weights]
+    assert moved == pytest.approx([0.088, 0.088, 0.044, 0.00275], rel=1e-3)
+    assert BlockRefinement().scale_rate_at(8) == BlockRefinement().scale_rate
 
 
 @pytest.mark.one_version
