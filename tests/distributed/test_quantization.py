@@ -63,7 +63,7 @@ def walk(architecture="llama", resume_dir=None, kill=None, device="cpu", **chang
     join(device)
     torch.set_num_threads(1)
     if kill is not None and torch.distributed.get_rank() == kill:
-        _kill_at("lkq_hf.quantization.walk", "_quantize_block", 2, resume_dir / "block-00001.safetensors")
+        _kill_at("lkq_hf.quantization.block_solver:BlockSolver", "solve", 2, resume_dir / "block-00001.safetensors")
     config = TwoStageGPTQConfig(**{"bits": 4, "group_size": 32, "sym": False, **changes})
     model = build(architecture)
     name, layers = find_layers(model, config)

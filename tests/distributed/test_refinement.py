@@ -45,7 +45,7 @@ def _refined(resume_dir=None, tokens=TOKENS, batch_size=8, device="cpu", **setti
 
 def run(settings, resume_dir=None, kill=None, **options):
     if kill is not None and PartialState(cpu=True).process_index == kill:
-        _kill_at("lkq_hf.quantization.walk", "_quantize_block", 1, resume_dir / "block-00000.safetensors")
+        _kill_at("lkq_hf.quantization.block_solver:BlockSolver", "solve", 1, resume_dir / "block-00000.safetensors")
     return _refined(resume_dir, **settings, **options)
 
 

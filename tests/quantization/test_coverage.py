@@ -7,7 +7,7 @@ import torch
 from models import tiny_model
 
 from lkq_hf.quantization import TwoStageGPTQConfig
-from lkq_hf.quantization import walk as walk_module
+from lkq_hf.quantization.block_solver import BlockSolver
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.coverage import Coverage, coverage
 from lkq_hf.quantization.install import replace_by_packed
@@ -60,7 +60,7 @@ def test_a_small_share_is_warned_of_before_the_work(exclude, level, monkeypatch,
     def solve(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(walk_module, "_quantize_block", solve)
+    monkeypatch.setattr(BlockSolver, "solve", solve)
     model = tiny_model()
     model.name_or_path = model.config.name_or_path = ""
     with caplog.at_level(logging.INFO, logger="lkq_hf"), pytest.raises(KeyboardInterrupt):

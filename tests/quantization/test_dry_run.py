@@ -12,10 +12,11 @@ from transformers import AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from lkq_hf.quantization import TwoStageGPTQConfig, TwoStageQuantizer
-from lkq_hf.quantization import walk as walk_module
+from lkq_hf.quantization.block_solver import BlockSolver
 from lkq_hf.quantization.blocks import find_layers
 from lkq_hf.quantization.calibrate import calibrate
 from lkq_hf.quantization.dry_run import check_that_it_loads, first_of_each_kind
+from lkq_hf.quantization.walk import quantize_blocks
 
 TOKENS = torch.randint(3, 120, (4, 50), generator=torch.Generator().manual_seed(0))
 ROWS = [{"input_ids": row} for row in TOKENS.tolist()]
@@ -40,7 +41,7 @@ def no_work(monkeypatch):
     def solve(*args):
         raise AssertionError("the work has begun")
 
-    monkeypatch.setattr(walk_module, "_quantize_block", solve)
+    monkeypatch.setattr(BlockSolver, "solve", solve)
 
 
 class ReadsDtype(nn.Module):
@@ -75,7 +76,7 @@ def test_layers_that_a_model_reads_itself_are_named_before_the_work(wrapper, cul
     settings = config()
     list_name, layers = find_layers(model, settings)
     with pytest.raises(ValueError, match="does not run with packed layers") as error:
-        walk_module.quantize_blocks(
+        quantize_blocks(
             model, list_name, layers, torch.tensor(ROWS[0]["input_ids"])[None, :64], settings.solver_settings()
         )
     assert ast.literal_eval(str(error.value).rpartition("modules_to_not_convert: ")[2]) == [culprit]

@@ -16,7 +16,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer
 from lkq_hf.quantization import expert_inputs as expert_inputs_module
 from lkq_hf.quantization import expert_solver as expert_solver_module
-from lkq_hf.quantization import walk as walk_module
+from lkq_hf.quantization.block_solver import BlockSolver
 from lkq_hf.quantization.calibrate import find_layers
 from lkq_hf.quantization.expert_inputs import ExpertInputs
 from lkq_hf.quantization.experts import PACKED_EXPERTS, is_experts, packed_experts, projections, use_packed_experts
@@ -338,7 +338,7 @@ def test_an_expert_that_cannot_be_quantized_is_named(projection, tokens):
 def test_a_killed_walk_resumes_to_the_same_experts(tokens, tmp_path, monkeypatch):
     whole = built("gpt_oss")
     quantized(whole, tokens, config("gpt_oss"))
-    original = walk_module._quantize_block
+    original = BlockSolver.solve
     done = []
 
     def killed(*args):
@@ -347,10 +347,10 @@ def test_a_killed_walk_resumes_to_the_same_experts(tokens, tmp_path, monkeypatch
         done.append(args)
         return original(*args)
 
-    monkeypatch.setattr(walk_module, "_quantize_block", killed)
+    monkeypatch.setattr(BlockSolver, "solve", killed)
     with pytest.raises(KeyboardInterrupt):
         quantized(built("gpt_oss"), tokens, config("gpt_oss"), resume_dir=tmp_path)
-    monkeypatch.setattr(walk_module, "_quantize_block", original)
+    monkeypatch.setattr(BlockSolver, "solve", original)
     resumed = built("gpt_oss")
     assert quantized(resumed, tokens, config("gpt_oss"), resume_dir=tmp_path).resumed_blocks == 1
     for name, value in whole.state_dict().items():

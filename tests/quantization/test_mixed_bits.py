@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lkq_hf.files import bytes_of
 from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, TwoStageQuantizer, mixed_bits
-from lkq_hf.quantization import walk as walk_module
+from lkq_hf.quantization.block_solver import BlockSolver
 from lkq_hf.quantization.blocks import find_layers, linear_weight
 from lkq_hf.quantization.export import export_checkpoint, known_readers
 from lkq_hf.quantization.hessian import InputMoments
@@ -194,15 +194,15 @@ def test_a_size(tiny_llama, settings, tmp_path):
 def test_a_killed_run_keeps_its_widths(tiny_llama, settings, tmp_path, monkeypatch):
     tiny_llama.save_pretrained(tmp_path / "base")
     whole = TwoStageQuantizer(str(tmp_path / "base")).quantize(tmp_path / "whole", bits=3.3, **settings)
-    solve = walk_module._quantize_block
+    solve = BlockSolver.solve
 
-    def killed(paths, names, list_name, index, *more):
+    def killed(solver, index, *more):
         if index == 1:
             raise KeyboardInterrupt
-        return solve(paths, names, list_name, index, *more)
+        return solve(solver, index, *more)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(walk_module, "_quantize_block", killed)
+        patch.setattr(BlockSolver, "solve", killed)
         TwoStageQuantizer(str(tmp_path / "base")).quantize(tmp_path / "out", bits=3.3, **settings)
     with monkeypatch.context() as patch:
         patch.setattr(mixed_bits, "trial_quantization", None)

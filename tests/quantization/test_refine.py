@@ -19,6 +19,7 @@ from lkq_hf.quantization.curvature import Curvature
 from lkq_hf.quantization.fisher import error_factor, output_fisher
 from lkq_hf.quantization.gradient_steps import held_out_windows, take_steps
 from lkq_hf.quantization.processes import Processes
+from lkq_hf.quantization.refine import BlockRefiner
 from lkq_hf.quantization.refined_weight import RefinedWeight
 from lkq_hf.quantization.refinement import BlockRefinement, EndToEnd, GradientSteps
 from lkq_hf.quantization.walk import quantize_blocks
@@ -160,22 +161,20 @@ def test_a_block_whose_error_rises_stays_as_it_was_solved():
 
 @pytest.mark.one_version
 def test_a_killed_refinement_resumes_to_the_same_result(tmp_path, monkeypatch):
-    from lkq_hf.quantization import walk
-
     model, tokens = tiny_model("llama", num_hidden_layers=2), random_tokens(32)
     settings = {"refinement": BlockRefinement(steps=10), "end_to_end": EndToEnd(steps=4)}
     whole, _ = quantized(model, tokens, **settings)
-    real = walk.refine_block
+    real = BlockRefiner.refine
 
-    def killed(paths, name, *args, **kwargs):
+    def killed(refiner, name, *args, **kwargs):
         if name.endswith(".1"):
             raise KeyboardInterrupt
-        return real(paths, name, *args, **kwargs)
+        return real(refiner, name, *args, **kwargs)
 
-    monkeypatch.setattr(walk, "refine_block", killed)
+    monkeypatch.setattr(BlockRefiner, "refine", killed)
     with pytest.raises(KeyboardInterrupt):
         quantized(model, tokens, resume_dir=tmp_path, **settings)
-    monkeypatch.setattr(walk, "refine_block", real)
+    monkeypatch.setattr(BlockRefiner, "refine", real)
     resumed, report = quantized(model, tokens, resume_dir=tmp_path, **settings)
     assert report.resumed_blocks == 1
     for name, weight in packed(whole).items():
@@ -459,7 +458,7 @@ def test_end_to_end_rates_of_scales_halve_with_each_bit_beyond_three():
 
 @pytest.mark.one_version
 def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monkeypatch):
-    from lkq_hf.quantization import refinement, walk
+    from lkq_hf.quantization import refinement
 
     preset = {"refinement": BlockRefinement(steps=80), "end_to_end": EndToEnd(steps=8)}
     monkeypatch.setitem(REFINEMENTS, "refined", preset)
@@ -474,17 +473,17 @@ def test_a_refined_checkpoint_resumes_saves_and_loads(tmp_path, tiny_llama, monk
         config = TwoStageGPTQConfig(**options, preset=preset, resume_dir=resume_dir)
         return AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=config)
 
-    real = walk.refine_block
+    real = BlockRefiner.refine
 
-    def killed(paths, name, *args, **kwargs):
+    def killed(refiner, name, *args, **kwargs):
         if name.endswith(".1"):
             raise KeyboardInterrupt
-        return real(paths, name, *args, **kwargs)
+        return real(refiner, name, *args, **kwargs)
 
-    monkeypatch.setattr(walk, "refine_block", killed)
+    monkeypatch.setattr(BlockRefiner, "refine", killed)
     with pytest.raises(KeyboardInterrupt):
         quantize("refined", tmp_path / "blocks")
-    monkeypatch.setattr(walk, "refine_block", real)
+    monkeypatch.setattr(BlockRefiner, "refine", real)
     with pytest.raises(ValueError, match="refinement"):
         quantize("default", tmp_path / "blocks")
     resumed, whole = quantize("refined", tmp_path / "blocks"), quantize("refined")

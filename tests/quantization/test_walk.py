@@ -25,8 +25,7 @@ from transformers import (
     Phi3ForCausalLM,
 )
 
-from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig
-from lkq_hf.quantization import walk as walk_module
+from lkq_hf.quantization import QuantizedLinear, TwoStageGPTQConfig, block_solver
 from lkq_hf.quantization.activations import Activations
 from lkq_hf.quantization.blocks import find_blocks, layers_to_quantize
 from lkq_hf.quantization.calibrate import find_layers
@@ -291,13 +290,13 @@ def test_a_model_that_lies_on_a_gpu_is_quantized_there(tokens, tiny_llama):
 
 def test_the_deviation_is_zero_before_anything_is_quantized_and_not_after(tokens, monkeypatch, tiny_llama):
     seen = []
-    original = walk_module.quantize_weight
+    original = block_solver.quantize_weight
 
     def spy(weight, moments, settings):
         seen.append(float(moments.deviation.abs().max() / moments.hessian.abs().max()))
         return original(weight, moments, settings)
 
-    monkeypatch.setattr(walk_module, "quantize_weight", spy)
+    monkeypatch.setattr(block_solver, "quantize_weight", spy)
     walk(tiny_llama, tokens)
     assert seen[0] == 0 and all(value > 0 for value in seen[1:]) and len(seen) == 8
 
@@ -305,13 +304,13 @@ def test_the_deviation_is_zero_before_anything_is_quantized_and_not_after(tokens
 def test_moments_are_those_of_the_network_quantized_so_far(tokens, monkeypatch, tiny_llama):
     """The moments of the second block's up projection against hooks on the finished model."""
     found = []
-    original = walk_module.quantize_weight
+    original = block_solver.quantize_weight
 
     def spy(weight, moments, settings):
         found.append((moments.hessian.clone(), moments.deviation.clone()))
         return original(weight, moments, settings)
 
-    monkeypatch.setattr(walk_module, "quantize_weight", spy)
+    monkeypatch.setattr(block_solver, "quantize_weight", spy)
     full = copy.deepcopy(tiny_llama)
     walk(tiny_llama, tokens)
     inputs = []
@@ -332,7 +331,7 @@ def test_the_deviation_of_a_layer_that_writes_to_the_residual_stream_is_that_of_
     sequential, tokens, monkeypatch, tiny_llama
 ):
     found = {}
-    original = walk_module._solve_group
+    original = block_solver._solve_group
 
     def spy(modules, moments, prefix, *args):
         solution = original(modules, moments, prefix, *args)
@@ -340,7 +339,7 @@ def test_the_deviation_of_a_layer_that_writes_to_the_residual_stream_is_that_of_
             found[prefix + name] = moments
         return solution
 
-    monkeypatch.setattr(walk_module, "_solve_group", spy)
+    monkeypatch.setattr(block_solver, "_solve_group", spy)
     full = copy.deepcopy(tiny_llama)
     walk(tiny_llama, tokens, true_sequential=sequential)
     writers = {name for name, moments in found.items() if moments.of_output}
@@ -390,7 +389,7 @@ def test_a_killed_walk_resumes_to_the_same_result(make, tokens, tmp_path, change
     walk(whole, tokens, settings, true_sequential=sequential)
 
     calls = 0
-    original = walk_module._quantize_block
+    original = block_solver.BlockSolver.solve
 
     def killed(*args, **kwargs):
         nonlocal calls
@@ -399,7 +398,7 @@ def test_a_killed_walk_resumes_to_the_same_result(make, tokens, tmp_path, change
             raise KeyboardInterrupt
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(walk_module, "_quantize_block", killed)
+    monkeypatch.setattr(block_solver.BlockSolver, "solve", killed)
     with pytest.raises(KeyboardInterrupt):
         walk(built(make), tokens, settings, true_sequential=sequential, resume_dir=tmp_path)
     resumed = built(make)
