@@ -25,10 +25,10 @@ from transformers import AutoTokenizer
 from lkq_hf.quantization.calibration_data import calibration_tokens
 
 
-def settings(name: str) -> dict:
+def settings(name: str, device: str) -> dict:
     if name == "defaults":
         return {}
-    return {"mse": 2.4, "act_group_aware": True, "gptaq": GPTAQConfig(alpha=0.25, device="cpu")}
+    return {"mse": 2.4, "act_group_aware": True, "gptaq": GPTAQConfig(alpha=0.25, device=device)}
 
 
 def main() -> None:
@@ -43,6 +43,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu")
     arguments = parser.parse_args()
 
     tokens, recipe = calibration_tokens(
@@ -59,8 +60,8 @@ def main() -> None:
         group_size=arguments.group_size,
         sym=arguments.sym,
         format="gptq" if arguments.sym else "gptq_v2",
-        device="cpu",
-        **settings(arguments.settings),
+        device=arguments.device,
+        **settings(arguments.settings, arguments.device),
     )
     start = time.perf_counter()
     model = GPTQModel.load(str(arguments.model), config, dtype=torch.float32)
