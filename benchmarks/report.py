@@ -326,6 +326,27 @@ def quantization_uncorrected() -> str:
     return changes(runs_of(*SMOLLM2), UNCORRECTED, named, once="")
 
 
+def refined_beside_peers() -> str:
+    """The refined preset and the best setting of AutoRound and GPTQModel, on the same dataset and draw of its windows."""
+    rows = []
+    for title, file in {
+        "SmolLM2, 128 x 2,048": "quantization_refined", "Gemma-3-270M, 128 x 2,048": "quantization_refined_gemma3",
+        "SmolLM2, 32 x 512": "quantization_few_tokens", "Gemma-3-270M, 32 x 512": "quantization_few_tokens_gemma3",
+    }.items():  # fmt: skip
+        runs = [run for run in load(file)["runs"] if run["seed"] == 0]
+        for sym in (False, True):
+            cells = []
+            for bits in (4, 3, 2):
+                lost = {run["method"]: statistics.fmean(run["mean"].values())
+                        for run in runs if run["bits"] == bits and run["sym"] == sym}  # fmt: skip
+                ours = lost.get("refined")
+                least = min(nats for method, nats in lost.items()
+                            if method.startswith(("autoround", PEER)) and not method.endswith("own text"))  # fmt: skip
+                cells.append(f"{ours:.3f}, {least:.3f}: {100 * (1 - ours / least):.0f} % less" if ours else "")
+            rows.append([title + ", symmetric" * sym, *cells])
+    return table(["nats lost: the preset, the best other", "4 bits", "3 bits", "2 bits"], rows)
+
+
 def quantization_about(*files: str) -> str:
     """How and where files were measured."""
     runs = runs_of(*files)
