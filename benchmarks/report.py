@@ -327,7 +327,7 @@ def quantization_uncorrected() -> str:
 
 
 def refined_beside_peers() -> str:
-    """The refined preset and the best setting of AutoRound and GPTQModel, on the same dataset and draw of its windows."""
+    """The refined preset and the best setting of AutoRound and GPTQModel, on the same calibration windows."""
     rows = []
     for title, file in {
         "SmolLM2, 128 x 2,048": "quantization_refined", "Gemma-3-270M, 128 x 2,048": "quantization_refined_gemma3",
