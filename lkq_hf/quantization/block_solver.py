@@ -45,7 +45,7 @@ class SolvedBlock:
 
 @dataclass(frozen=True)
 class BlockSolver:
-    """What all blocks of a walk have in common.
+    """Quantizes one block after another; holds what they have in common.
 
     Args:
         list_name: name of the block list.
