@@ -13,6 +13,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from tqdm import tqdm
+
 # Imported once, in a server from which every child is forked.
 _processes = get_context("forkserver")
 _processes.set_forkserver_preload(
@@ -120,6 +122,7 @@ def full_disk(size):
 
 
 def _limit(size):
+    tqdm.get_lock()  # a semaphore, which is a file to the system
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 

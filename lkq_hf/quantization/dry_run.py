@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from transformers.utils import logging
 
+from lkq_hf.files import naming
 from lkq_hf.kernels.dispatch import without_triton
 from lkq_hf.quantization.blocks import find_blocks, weights_of
 from lkq_hf.quantization.capture import PROBE_TOKENS, BlockCall, probe_block_calls
@@ -114,7 +116,7 @@ def _reload(model: PreTrainedModel, config: TwoStageGPTQConfig) -> tuple[Headers
     state = remove_tied_weights_from_state_dict(twin.state_dict(), twin)
     state = revert_weight_conversion(twin, state)
     headers = {name: (tuple(tensor.shape), SAFETENSORS_DTYPES.get(tensor.dtype, "")) for name, tensor in state.items()}
-    with tempfile.TemporaryDirectory() as directory, _quiet():
+    with tempfile.TemporaryDirectory(prefix="lkq-hf-") as directory, naming(Path(directory)), _quiet():
         twin.config.save_pretrained(directory)
         stored = AutoConfig.from_pretrained(directory)
         load: Any = type(model).from_pretrained

@@ -124,7 +124,7 @@ def test_runs_are_compared_with_what_is_computed(tmp_path):
         ("training", 4096, 1), ("training", 4096, 4), ("training", 4096, 8), ("training", 4096, 16),
         ("evaluating", 4096, 8), ("judging", 4096, 8), ("profile", 4096, 8),
         ("quantizing", tokens, 1), ("experts", tokens // 4, 1), ("refining", tokens // 4, 1),
-        ("sharing out", 4096, 1),
+        ("tuning", tokens // 4, 1), ("refined", tokens, 1), ("sharing out", 4096, 1),
     ]  # fmt: skip
     assert all(run["seconds"] > 0 for run in runs)
     results = {"models": {"8B": figures() | {"tokens": 4096}}, "links": {scaling.BETWEEN_GPUS: 123.0}}
