@@ -271,7 +271,7 @@ def test_words_for_few_rows_are_loaded_ahead(bits: int, tmp_path: Path) -> None:
         loop = max(main_loops(assembly), key=len)
         places = {name: [i for i, line in enumerate(loop) if name in line] for name in ("CCTL.E.PF2", "LDG.", "HMMA.")}
         assert places["CCTL.E.PF2"] and places["CCTL.E.PF2"][0] < places["LDG."][0] < places["HMMA."][0], tile
-        if "16 4 1 128" in tile:  # with enough registers, all loads come first
+        if "16 4 1 128" in tile and bits < 8:  # with enough registers, all loads come first
             assert places["LDG."][-1] < places["HMMA."][0], tile
     assert "STG.E.64" in dequantize and not re.search(r"\b(BAR|STS|LDS)\b", dequantize)
 
